@@ -1,0 +1,27 @@
+"""Errors that a user can act on. Everything else is a bug and may show a traceback."""
+
+from __future__ import annotations
+
+
+class UserError(Exception):
+    """A mistake or a condition outside the program: fact with its number, and what to do next.
+
+    The command line prints it as one line and exits with 1.
+    """
+
+    def __init__(self, fact: str, action: str = "") -> None:
+        self.fact = fact
+        self.action = action
+        super().__init__(f"{fact}; {action}" if action else fact)
+
+
+class Busy(UserError):
+    """Somebody else holds what is asked for (a lab, a device); names the holder's pid."""
+
+
+class DataError(UserError):
+    """Prepared data or its source is missing, damaged or unusable."""
+
+
+class LabError(UserError):
+    """A lab is missing, damaged, or not of the kind that was asked for."""

@@ -1,0 +1,32 @@
+"""Where data, records and caches live: under AUTORESEARCH_HOME, else the platform's own place for data."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import platformdirs
+
+
+def project_root() -> Path:
+    """The folder that holds `core`, `backends`, ... and is the children's import path."""
+    return Path(__file__).resolve().parent.parent
+
+
+def home() -> Path:
+    chosen = os.environ.get("AUTORESEARCH_HOME")
+    return Path(chosen).expanduser().absolute() if chosen else Path(platformdirs.user_data_dir("autoresearch"))
+
+
+def data_root() -> Path:
+    """One folder for each prepared data set."""
+    return home() / "data"
+
+
+def records_root() -> Path:
+    """One folder for each lab: ledger.sqlite, settings.json, logs/, best/, caches/."""
+    return home() / "records"
+
+
+def locks_root() -> Path:
+    return home() / "locks"

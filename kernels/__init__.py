@@ -1,0 +1,1 @@
+"""Triton kernels, each beside the plain reference that defines it."""
