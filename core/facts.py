@@ -1,0 +1,207 @@
+"""Raw facts about this machine, through one small interface, so that tests can present any other machine.
+
+Nothing here interprets: `core.hardware` does. No torch, no mlx; every method is cheap (a few milliseconds).
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import psutil
+
+
+class GpuProblem(Exception):
+    """The NVIDIA driver is missing or does not answer; the message says which."""
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One NVIDIA device as the driver lists it. Memory in bytes."""
+
+    index: int  # in the driver's (PCI) order
+    name: str
+    uuid: str  # "GPU-…" or "MIG-…"
+    memory: int
+    memory_free: int = 0
+    capability: tuple[int, int] = (0, 0)  # CUDA compute capability
+    driver: str = ""
+    processes: int = 0  # compute processes of others on it; 0 also where the driver does not tell
+    parts: tuple[Gpu, ...] = field(default=())  # MIG instances, if MIG is on
+
+    @property
+    def arch(self) -> str:
+        return f"sm_{self.capability[0]}{self.capability[1]}"
+
+
+@dataclass(frozen=True)
+class Power:
+    """Mains or battery. None: no battery, or unknown."""
+
+    plugged: bool | None = None
+    percent: float | None = None
+
+
+class Facts(Protocol):
+    """What can be asked of a machine. A missing file or command is None, never an exception."""
+
+    def system(self) -> tuple[str, str, str]:
+        """("Linux" | "Darwin" | "Windows", release, machine)."""
+
+    def environ(self) -> Mapping[str, str]: ...
+
+    def read(self, path: str) -> str | None:
+        """Text of a small file such as /proc/cpuinfo."""
+
+    def listdir(self, path: str) -> Sequence[str]: ...
+
+    def run(self, *argv: str) -> str | None:
+        """Standard output of a command, stripped."""
+
+    def cpus(self) -> Sequence[int]:
+        """Ids of the logical processors that this process may use."""
+
+    def cores(self) -> tuple[int, int]:
+        """(physical, logical) processors of the machine; 0: unknown."""
+
+    def memory(self) -> tuple[int, int]:
+        """(total, available) bytes of the machine."""
+
+    def disk_free(self, path: str) -> int:
+        """Free bytes on the file system that holds `path` or its nearest existing parent; 0: unknown."""
+
+    def power(self) -> Power: ...
+
+    def nvidia(self) -> Sequence[Gpu]:
+        """All NVIDIA devices, whatever CUDA_VISIBLE_DEVICES says. Raises GpuProblem."""
+
+
+class LocalFacts:
+    """The machine that this runs on."""
+
+    def system(self) -> tuple[str, str, str]:
+        return platform.system(), platform.release(), platform.machine()
+
+    def environ(self) -> Mapping[str, str]:
+        return os.environ
+
+    def read(self, path: str) -> str | None:
+        try:
+            return Path(path).read_text(encoding="utf-8", errors="replace")
+        except OSError:
+            return None
+
+    def listdir(self, path: str) -> Sequence[str]:
+        try:
+            return sorted(os.listdir(path))  # noqa: PTH208 - names only
+        except OSError:
+            return []
+
+    def run(self, *argv: str) -> str | None:
+        try:
+            done = subprocess.run(argv, capture_output=True, text=True, timeout=10, errors="replace", check=False)
+        except (OSError, subprocess.SubprocessError):
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    def cpus(self) -> Sequence[int]:
+        if hasattr(os, "sched_getaffinity"):
+            return sorted(os.sched_getaffinity(0))
+        return range(os.cpu_count() or 1)
+
+    def cores(self) -> tuple[int, int]:
+        return psutil.cpu_count(logical=False) or 0, os.cpu_count() or 0
+
+    def memory(self) -> tuple[int, int]:
+        now = psutil.virtual_memory()
+        return now.total, now.available
+
+    def disk_free(self, path: str) -> int:
+        place = Path(path).absolute()
+        while not place.exists() and place != place.parent:
+            place = place.parent
+        try:
+            return shutil.disk_usage(place).free
+        except OSError:
+            return 0
+
+    def power(self) -> Power:
+        try:
+            battery = psutil.sensors_battery() if hasattr(psutil, "sensors_battery") else None
+        except (OSError, RuntimeError):  # psutil on machines whose power supply files are odd
+            return Power()
+        return Power() if battery is None else Power(battery.power_plugged, battery.percent)
+
+    def nvidia(self) -> Sequence[Gpu]:
+        return _nvml()
+
+
+def _nvml() -> list[Gpu]:
+    try:
+        import pynvml
+    except ImportError:
+        raise GpuProblem("the package nvidia-ml-py is not installed") from None
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError as error:
+        raise GpuProblem(str(error)) from None
+    try:
+        driver = _text(pynvml.nvmlSystemGetDriverVersion())
+        return [_device(pynvml, i, driver) for i in range(pynvml.nvmlDeviceGetCount())]
+    except pynvml.NVMLError as error:
+        raise GpuProblem(str(error)) from None
+    finally:
+        pynvml.nvmlShutdown()
+
+
+def _device(nvml: Any, index: int, driver: str) -> Gpu:
+    handle = nvml.nvmlDeviceGetHandleByIndex(index)
+    memory = nvml.nvmlDeviceGetMemoryInfo(handle)
+    major, minor = nvml.nvmlDeviceGetCudaComputeCapability(handle)
+    capability = (int(major), int(minor))
+    return Gpu(
+        index=index,
+        name=_text(nvml.nvmlDeviceGetName(handle)),
+        uuid=_text(nvml.nvmlDeviceGetUUID(handle)),
+        memory=int(memory.total),
+        memory_free=int(memory.free),
+        capability=capability,
+        driver=driver,
+        processes=_processes(nvml, handle),
+        parts=_parts(nvml, handle, index, capability, driver),
+    )
+
+
+def _processes(nvml: Any, handle: Any) -> int:
+    try:
+        return sum(p.pid != os.getpid() for p in nvml.nvmlDeviceGetComputeRunningProcesses(handle))
+    except nvml.NVMLError:  # not told in some containers and under WSL
+        return 0
+
+
+def _parts(nvml: Any, handle: Any, index: int, capability: tuple[int, int], driver: str) -> tuple[Gpu, ...]:
+    try:
+        on, _ = nvml.nvmlDeviceGetMigMode(handle)
+        count = nvml.nvmlDeviceGetMaxMigDeviceCount(handle) if on else 0
+    except nvml.NVMLError:  # a card without MIG
+        return ()
+    found = []
+    for i in range(count):
+        try:
+            part = nvml.nvmlDeviceGetMigDeviceHandleByIndex(handle, i)
+            memory = nvml.nvmlDeviceGetMemoryInfo(part)
+            name, uuid = _text(nvml.nvmlDeviceGetName(part)), _text(nvml.nvmlDeviceGetUUID(part))
+        except nvml.NVMLError:  # a slot that holds no instance
+            continue
+        found.append(Gpu(index, name, uuid, int(memory.total), int(memory.free), capability, driver))
+    return tuple(found)
+
+
+def _text(value: str | bytes) -> str:
+    return value.decode(errors="replace") if isinstance(value, bytes) else value
