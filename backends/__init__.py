@@ -13,6 +13,7 @@ import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from core import hardware as _hardware
 from core import recipe as _recipe
@@ -62,8 +63,8 @@ class Backend:
         device: Device = self._call("device", "open_device")()
         return device
 
-    def _call(self, module: str, function: str) -> Callable[..., object]:
-        found: Callable[..., object] = getattr(importlib.import_module(f"backends.{self.name}.{module}"), function)
+    def _call(self, module: str, function: str) -> Callable[..., Any]:
+        found: Callable[..., Any] = getattr(importlib.import_module(f"backends.{self.name}.{module}"), function)
         return found
 
 

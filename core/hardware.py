@@ -53,7 +53,7 @@ class Hardware:
     wsl: bool = False
     container: bool = False
     git: str = ""  # version; empty: none found
-    power: Power = field(default=Power())  # noqa: RUF009 - frozen
+    power: Power = field(default=Power())
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -1,66 +1,55 @@
-"""Researchers by name. Built-ins and additions come in by the same door:
+"""Researchers by name.
 
-    @researchers.register("mine", "one line for the help")
-    def make_mine(**options) -> core.contract.Researcher: ...
-
-A factory imports what it needs when it is called, so that listing names stays cheap.
+A researcher is made by a factory that is named as "module:attribute"; the built-in ones are names for such places,
+and anybody's own one is given as the place itself: `--researcher my_package.ideas:Mine`. What the factory returns
+implements `core.contract.Researcher`. Its module is imported when the researcher is made, so listing names is cheap.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import importlib
+import inspect
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from core.contract import Researcher
 from core.errors import UserError
 
-Factory = Callable[..., Researcher]
-
 
 @dataclass(frozen=True)
 class Entry:
-    name: str
+    place: str  # "module:attribute" of a class or function that returns a Researcher
     summary: str
-    factory: Factory
 
 
-_registry: dict[str, Entry] = {}
-
-
-def register(name: str, summary: str) -> Callable[[Factory], Factory]:
-    """Decorator of a factory. A name can be taken once."""
-
-    def add(factory: Factory) -> Factory:
-        if name in _registry:
-            raise UserError(f"there is a researcher {name!r} already", "register another name")
-        _registry[name] = Entry(name, summary, factory)
-        return factory
-
-    return add
+BUILT_IN: Mapping[str, Entry] = {
+    "search": Entry(
+        "researchers.search:Search",
+        "offline, no key: tries the constants within their `# search:` ranges, and the model's shape",
+    ),
+}
 
 
 def names() -> list[str]:
-    return sorted(_registry)
-
-
-def entries() -> list[Entry]:
-    return [_registry[name] for name in names()]
+    return list(BUILT_IN)
 
 
 def make(name: str, **options: Any) -> Researcher:
-    """The researcher of this name; UserError with the known names, or naming an option that it does not take."""
-    entry = _registry.get(name)
-    if entry is None:
-        raise UserError(f"there is no researcher {name!r}", f"known are: {', '.join(names())}")
+    """The researcher of this name or place; UserError with the known names, or naming an option it does not take."""
+    place = BUILT_IN[name].place if name in BUILT_IN else name
+    module_name, _, attribute = place.partition(":")
+    if not attribute:
+        raise UserError(
+            f"there is no researcher {name!r}", f"known are: {', '.join(names())}; or give module:attribute"
+        )
     try:
-        return entry.factory(**options)
+        factory = getattr(importlib.import_module(module_name), attribute)
+    except (ImportError, AttributeError) as error:
+        raise UserError(f"researcher {name}: {error}", "check the place that was given as module:attribute") from error
+    try:
+        inspect.signature(factory).bind(**options)
     except TypeError as error:
-        raise UserError(f"researcher {name}: {error}", "leave the option out") from error
-
-
-@register("search", "built in and offline: varies the constants within their `# search:` ranges, and the model's shape")
-def _search(seed: int = 42) -> Researcher:
-    from researchers.search import Search
-
-    return Search(seed=seed)
+        raise UserError(f"researcher {name}: {error}", "correct its options") from None
+    researcher: Researcher = factory(**options)
+    return researcher
