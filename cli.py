@@ -1,0 +1,555 @@
+"""The command line. Every verb is thin: what it does lives in `console` and `core`, loaded when it is called."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import click
+
+SECTIONS = {
+    "The three that matter": ["run", "log", "report"],
+    "Before": ["doctor", "prepare", "init"],
+    "One experiment": ["try", "wait", "train"],
+    "Look": ["status", "best", "show", "diff", "sample"],
+    "Steer": ["pause", "resume", "stop", "undo", "clean"],
+}
+PREPARE_HELP = "Fetch and tokenize a data set, once."  # the verb itself lives in prepare.py
+
+
+class Duration(click.ParamType):
+    """Seconds, or with a unit: 60, 90s, 5m, 8h, 1h30m."""
+
+    name = "duration"
+
+    def __init__(self, least: float = 0.0) -> None:
+        self.least = least
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        from console.words import duration, parse_duration
+
+        if isinstance(value, int | float):
+            return float(value)
+        try:
+            seconds = parse_duration(str(value))
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+        if not self.least <= seconds <= 30 * 86400:
+            self.fail(f"{value} is out of range; use {duration(self.least)} to 30 days", param, ctx)
+        return seconds
+
+
+class Moment(click.ParamType):
+    """HH:MM, today or tomorrow, whichever comes next; as a Unix time."""
+
+    name = "HH:MM"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        from datetime import datetime, timedelta
+
+        try:
+            wanted = datetime.strptime(str(value), "%H:%M")
+        except ValueError:
+            self.fail(f"{value!r} is not a time of day; write it as HH:MM, for example 07:30", param, ctx)
+        now = datetime.now()
+        moment = now.replace(hour=wanted.hour, minute=wanted.minute, second=0, microsecond=0)
+        return (moment if moment > now else moment + timedelta(days=1)).timestamp()
+
+
+class Verbs(click.Group):
+    """Groups the verbs in the help, and turns every error into one line and an exit status."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return [name for names in SECTIONS.values() for name in names]
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name == "prepare":
+            from prepare import main as command
+
+            return command
+        return super().get_command(ctx, cmd_name)
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        try:
+            return super().resolve_command(ctx, args)
+        except click.UsageError:
+            from difflib import get_close_matches
+
+            near = get_close_matches(args[0], self.list_commands(ctx), 1)
+            hint = f"; did you mean `{near[0]}`?" if near else "; see `autoresearch --help`"
+            ctx.fail(f"no such command: {args[0]!r}{hint}")
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        for section, names in SECTIONS.items():
+            with formatter.section(section):
+                formatter.write_dl([(name, self._summary(ctx, name)) for name in names], col_max=10)
+
+    def _summary(self, ctx: click.Context, name: str) -> str:
+        if name == "prepare":  # not imported for a help page
+            return PREPARE_HELP
+        command = super().get_command(ctx, name)
+        return command.get_short_help_str(90) if command else ""
+
+    def main(self, args: Sequence[str] | None = None, prog_name: str | None = None, **_: Any) -> NoReturn:  # type: ignore[override]
+        """Exit status: 0 done, 1 a clear error or a negative answer, 2 bad usage, 128 + signal when ended by one."""
+        given = list(sys.argv[1:] if args is None else args)
+        as_json = "--json" in given
+        try:
+            check_modules()
+            status = super().main(given, prog_name or "autoresearch", standalone_mode=False)
+        except click.UsageError as error:
+            sys.exit(_usage(error, as_json))
+        except click.Abort:
+            _complain("Interrupted", "interrupted", "", as_json)
+            sys.exit(130)
+        except click.ClickException as error:
+            _complain(type(error).__name__, error.format_message(), "", as_json)
+            sys.exit(error.exit_code)
+        except Exception as error:  # noqa: BLE001 - sorted here: the user's to mend, or a bug that is shown whole
+            sys.exit(_failed(error, as_json))
+        sys.exit(status if isinstance(status, int) else 0)
+
+
+def _complain(kind: str, fact: str, action: str, as_json: bool) -> None:
+    from console.output import complain
+
+    complain(kind, fact, action, as_json)
+
+
+def _usage(error: click.UsageError, as_json: bool) -> int:
+    if as_json or isinstance(error, click.exceptions.NoArgsIsHelpError):
+        if as_json:
+            _complain("UsageError", error.format_message(), "see --help", True)
+        else:
+            error.show()
+    else:
+        where = error.ctx.command_path if error.ctx else "autoresearch"
+        message = error.format_message().rstrip(".")
+        _complain("UsageError", message, "" if "--help" in message else f"see `{where} --help`", False)
+    return error.exit_code
+
+
+def _failed(error: Exception, as_json: bool) -> int:
+    """Errors that a user can act on become one line; a bug shows its traceback and says where to report it."""
+    from core.errors import UserError
+
+    if isinstance(error, UserError):
+        _complain(type(error).__name__, error.fact, error.action, as_json)
+    elif isinstance(error, OSError) and error.strerror:
+        where = f"{error.filename}: " if error.filename else ""
+        _complain("OSError", f"{where}{error.strerror}", "check the path, its permissions and free space", as_json)
+    else:
+        import traceback
+
+        if not as_json:
+            traceback.print_exception(error)
+        fact = f"a bug in autoresearch: {type(error).__name__}: {error}"
+        _complain("Bug", fact, "please report it with the file that `autoresearch doctor --bundle` writes", as_json)
+    return 1
+
+
+def check_modules() -> None:
+    """`core`, `kernels` and `prepare` are common names: others' packages of that name must not be taken for ours."""
+    from importlib.util import find_spec
+
+    root = Path(__file__).resolve().parent
+    for name in ("core", "kernels", "prepare", "backends", "console"):
+        spec = find_spec(name)
+        if spec is None:
+            raise click.ClickException(f"the module {name!r} of autoresearch is missing from {root}; install it again")
+        places = [spec.origin] if spec.origin else list(spec.submodule_search_locations or [])
+        folders = {Path(place).resolve() for place in places}
+        if not any(root in folder.parents or folder == root / name for folder in folders):
+            found = ", ".join(sorted(map(str, folders)))
+            raise click.ClickException(
+                f"the module {name!r} comes from {found} and not from {root}: another package of that name is in the "
+                "way; uninstall it, or use a virtual environment of autoresearch's own"
+            )
+
+
+# --- what several verbs share ------------------------------------------------------------------
+
+
+def _json_option(function: Callable[..., Any]) -> Callable[..., Any]:
+    return click.option("--json", "as_json", is_flag=True, help="For programs: JSON on stdout, errors too.")(function)
+
+
+def _lab_argument(function: Callable[..., Any]) -> Callable[..., Any]:
+    return click.argument("lab", required=False)(function)
+
+
+def _lab_option(function: Callable[..., Any]) -> Callable[..., Any]:
+    return click.option("--lab", metavar="LAB", help="Path or tag; default: the lab you stand in, else the last used.")(
+        function
+    )
+
+
+def _making_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """What a new lab is made from; locked afterwards."""
+    options = [
+        click.option("--backend", metavar="NAME", help="cuda, rtx, mlx or cpu; default: what this machine has."),
+        click.option("--data", metavar="NAME", help="kjv, tinystories, climbmix or a prepared folder."),
+        click.option("--text", type=click.Path(path_type=Path), metavar="PATH", help="Your own text instead."),
+        click.option("--vocab", type=click.IntRange(min=258), metavar="N", help="Tokens in the vocabulary."),
+        click.option("--profile", metavar="NAME", help="What the recipe starts from; default: fitted to here."),
+        click.option("--budget", type=Duration(least=0.5), metavar="S", help="Training time of one experiment: 60, 5m."),
+        click.option("--from", "source", type=click.Path(path_type=Path), metavar="DIR", help="An upstream clone/fork."),
+        click.option("--tag", metavar="TAG", help="Name of the lab; default from the date, like nov24."),
+    ]
+    for option in reversed(options):
+        function = option(function)
+    return function
+
+
+def verb(name: str) -> Callable[[Callable[..., Any]], Any]:
+    """A verb of the command line; its docstring is the help, examples included."""
+
+    def decorate(function: Callable[..., Any]) -> click.Command:
+        return cli.command(name)(_json_option(function))
+
+    return decorate
+
+
+def _screen(as_json: bool) -> Any:
+    from console.output import Screen
+
+    return Screen(as_json)
+
+
+@click.group(cls=Verbs, invoke_without_command=False, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="autoresearch", message="autoresearch %(version)s")
+def cli() -> None:
+    """Machine-learning research overnight, on the hardware that is there.
+
+    A researcher rewrites one file, train.py; a fixed time budget trains it; one number, val_bpb (validation bits
+    per byte, lower is better), judges it; git keeps it or not; and so on until the morning.
+
+    \b
+    autoresearch run --demo         five minutes, to see it work
+    autoresearch run --hours 8      a night
+    autoresearch log                what it tried
+    autoresearch report             the picture
+    """
+
+
+# --- the three that matter ---------------------------------------------------------------------
+
+
+@verb("run")
+@_lab_argument
+@click.option("--experiments", type=click.IntRange(min=1), metavar="N", help="Stop after N more experiments.")
+@click.option("--hours", type=click.FloatRange(min=0, min_open=True, max=24 * 30), metavar="H", help="Stop after H hours.")
+@click.option("--until", type=Moment(), metavar="HH:MM", help="Stop at this time of day.")
+@click.option("--researcher", metavar="NAME", default="search", show_default=True, help="Who proposes.")
+@click.option("--demo", is_flag=True, help="About five minutes on two cores: small text, short budgets.")
+@_making_options
+def run(lab: str | None, as_json: bool, **options: Any) -> int:
+    """Research until told to stop. Makes the lab and the data where they are missing.
+
+    The first experiment is the baseline. Ctrl-C ends at once; the running experiment is dropped, not counted, and
+    `run` again continues. With --json: one JSON line for each event.
+
+    \b
+    autoresearch run --demo
+    autoresearch run --until 07:30
+    autoresearch run labs/nov24 --experiments 20
+    autoresearch run --text ~/books --budget 5m --hours 8
+    """
+    from console.running import run_verb
+
+    if options["hours"] and options["until"]:
+        raise click.UsageError("--hours and --until exclude each other")
+    return run_verb(_screen(as_json), lab, **options)
+
+
+@verb("log")
+@_lab_argument
+@click.option("--follow", "-f", is_flag=True, help="Keep printing as things happen.")
+@click.option("--limit", "-n", type=click.IntRange(min=1), metavar="N", help="Only the last N.")
+@click.option("--kept", is_flag=True, help="Only what was kept.")
+def log(lab: str | None, as_json: bool, follow: bool, limit: int | None, kept: bool) -> None:
+    """All experiments of a lab: number, status, val_bpb, what was tried.
+
+    \b
+    autoresearch log
+    autoresearch log nov24 --kept
+    autoresearch log --follow --json | jq .status
+    """
+    from console.looking import log_verb
+
+    log_verb(_screen(as_json), lab, follow=follow, limit=limit, kept=kept)
+
+
+@verb("report")
+@_lab_argument
+@click.option("--out", type=click.Path(path_type=Path), metavar="DIR", help="Where to write; default: the lab.")
+def report(lab: str | None, as_json: bool, out: Path | None) -> None:
+    """The night as a picture: report.html (one self-contained page) and report.png.
+
+    \b
+    autoresearch report
+    autoresearch report nov24 --out ~/Desktop
+    """
+    from console.report import report_verb
+
+    report_verb(_screen(as_json), lab, out)
+
+
+# --- before ------------------------------------------------------------------------------------
+
+
+@verb("doctor")
+@click.option("--backend", metavar="NAME", help="Check for this backend rather than the chosen one.")
+@click.option("--bundle", is_flag=True, help="Also write a redacted report to attach to an issue.")
+def doctor(as_json: bool, backend: str | None, bundle: bool) -> int:
+    """Check this machine: PASS, FAIL or warning, why, and the exact next command.
+
+    \b
+    autoresearch doctor
+    autoresearch doctor --bundle
+    """
+    from console.doctor import doctor_verb
+
+    return doctor_verb(_screen(as_json), backend, bundle)
+
+
+@verb("init")
+@_lab_argument
+@_making_options
+def init(lab: str | None, as_json: bool, **options: Any) -> None:
+    """Make a lab without running it: fits the recipe to this machine, commits it, locks the settings.
+
+    LAB is the new folder, default ./labs/TAG. --from takes an upstream clone or fork: its constants are carried
+    over, its results become history for researchers (never a score), its program.md is kept.
+
+    \b
+    autoresearch init
+    autoresearch init labs/novels --text ~/novels --budget 5m
+    autoresearch init --from ~/autoresearch --data climbmix
+    """
+    from console.making import init_verb
+
+    init_verb(_screen(as_json), lab, **options)
+
+
+# --- one experiment ----------------------------------------------------------------------------
+
+
+@verb("try")
+@_lab_argument
+@click.option("-m", "--message", required=True, metavar="TEXT", help="What was changed, and why.")
+@click.option("--no-wait", is_flag=True, help="Print the number and return; see `wait`.")
+@click.option("--timeout", type=Duration(), metavar="S", help="Wait at most this long; the experiment goes on.")
+def try_(lab: str | None, as_json: bool, message: str, no_wait: bool, timeout: float | None) -> int:
+    """Judge the train.py that now lies in the lab: run, score, audit, keep or revert, record.
+
+    It outlives its caller: called again on the same file it re-attaches and never starts twice. Exit status 0 when
+    there is a verdict, 1 when the experiment failed (crash, timeout, invalid).
+
+    \b
+    autoresearch try -m "MATRIX_LR 0.04 -> 0.06: loss still falls fast at the end"
+    autoresearch try -m "wider MLP" --no-wait
+    """
+    from console.trying import try_verb
+
+    return try_verb(_screen(as_json), lab, message, wait=not no_wait, timeout=timeout)
+
+
+@verb("wait")
+@click.argument("number", type=click.IntRange(min=0), metavar="N")
+@click.option("--timeout", type=Duration(), metavar="S", help="Return after this long with status 124.")
+@_lab_option
+def wait(number: int, as_json: bool, lab: str | None, timeout: float | None) -> int:
+    """Wait for experiment N and print its verdict.
+
+    Exit status 0 when there is a verdict, 1 when the experiment failed, 124 when it still runs after --timeout.
+
+    \b
+    autoresearch wait 12
+    autoresearch wait 12 --timeout 90s
+    """
+    from console.trying import wait_verb
+
+    return wait_verb(_screen(as_json), lab, number, timeout)
+
+
+@verb("train")
+@_lab_argument
+@click.option("--recipe", type=click.Path(path_type=Path), metavar="FILE", help="Default: the lab's best.")
+@click.option("--budget", type=Duration(least=0.5), metavar="S", help="Training time; default: the lab's.")
+@click.option("--out", type=click.Path(path_type=Path), metavar="DIR", help="Export weights, tokenizer and recipe.")
+def train(lab: str | None, as_json: bool, recipe: Path | None, budget: float | None, out: Path | None) -> int:
+    """Train once, without a verdict: the best for real, or a recipe to look at.
+
+    \b
+    autoresearch train
+    autoresearch train --budget 8h --out ./model
+    autoresearch train --recipe idea.py --budget 2m
+    """
+    from console.training import train_verb
+
+    return train_verb(_screen(as_json), lab, recipe, budget, out)
+
+
+# --- look --------------------------------------------------------------------------------------
+
+
+@verb("status")
+@_lab_argument
+def status(lab: str | None, as_json: bool) -> None:
+    """Is it running, and how far is it?
+
+    \b
+    autoresearch status
+    autoresearch status --json | jq .running.remaining
+    """
+    from console.looking import status_verb
+
+    status_verb(_screen(as_json), lab)
+
+
+@verb("best")
+@_lab_argument
+@click.option("--source", is_flag=True, help="Print its train.py and nothing else.")
+def best(lab: str | None, as_json: bool, source: bool) -> None:
+    """The best experiment so far, and what led to it.
+
+    \b
+    autoresearch best
+    autoresearch best --source > train.py
+    """
+    from console.looking import best_verb
+
+    best_verb(_screen(as_json), lab, source)
+
+
+@verb("show")
+@click.argument("number", type=click.IntRange(min=0), metavar="N")
+@_lab_option
+def show(number: int, as_json: bool, lab: str | None) -> None:
+    """Everything about experiment N.
+
+    \b
+    autoresearch show 12
+    """
+    from console.looking import show_verb
+
+    show_verb(_screen(as_json), lab, number)
+
+
+@verb("diff")
+@click.argument("number", type=click.IntRange(min=0), metavar="N")
+@_lab_option
+def diff(number: int, as_json: bool, lab: str | None) -> None:
+    """What experiment N changed in train.py.
+
+    \b
+    autoresearch diff 12
+    """
+    from console.looking import diff_verb
+
+    diff_verb(_screen(as_json), lab, number)
+
+
+@verb("sample")
+@_lab_argument
+@click.option("--prompt", default="", metavar="TEXT", help="Text to continue.")
+@click.option("--tokens", type=click.IntRange(1, 100_000), default=200, show_default=True, metavar="N")
+@click.option("--temperature", type=click.FloatRange(min=0), default=0.8, show_default=True, metavar="X")
+@click.option("--top-k", type=click.IntRange(min=1), default=50, show_default=True, metavar="K")
+@click.option("--seed", type=int, default=0, show_default=True, metavar="N")
+def sample(lab: str | None, as_json: bool, prompt: str, **options: Any) -> None:
+    """Let the best model write.
+
+    \b
+    autoresearch sample --prompt "In the beginning"
+    autoresearch sample nov24 --prompt "And he said" --temperature 0.6 --tokens 400
+    """
+    from console.sampling import sample_verb
+
+    sample_verb(_screen(as_json), lab, prompt, **options)
+
+
+# --- steer -------------------------------------------------------------------------------------
+
+
+@verb("pause")
+@_lab_argument
+def pause(lab: str | None, as_json: bool) -> None:
+    """Let the running experiment end, then wait for `resume`.
+
+    \b
+    autoresearch pause
+    """
+    from console.steering import ask_verb
+
+    ask_verb(_screen(as_json), lab, "pause")
+
+
+@verb("resume")
+@_lab_argument
+def resume(lab: str | None, as_json: bool) -> None:
+    """Go on after `pause`.
+
+    \b
+    autoresearch resume
+    """
+    from console.steering import ask_verb
+
+    ask_verb(_screen(as_json), lab, "resume")
+
+
+@verb("stop")
+@_lab_argument
+def stop(lab: str | None, as_json: bool) -> None:
+    """End a run now, as Ctrl-C would: the running experiment is dropped, not counted.
+
+    \b
+    autoresearch stop
+    """
+    from console.steering import ask_verb
+
+    ask_verb(_screen(as_json), lab, "stop")
+
+
+@verb("undo")
+@click.argument("number", type=click.IntRange(min=0), metavar="N")
+@_lab_option
+def undo(number: int, as_json: bool, lab: str | None) -> None:
+    """Take back the kept experiment N: the best before it is the best again. Its record stays.
+
+    \b
+    autoresearch undo 12
+    """
+    from console.steering import undo_verb
+
+    undo_verb(_screen(as_json), lab, number)
+
+
+@verb("clean")
+@_lab_argument
+@click.option("--yes", is_flag=True, help="Free it; without this it is only shown.")
+def clean(lab: str | None, as_json: bool, yes: bool) -> None:
+    """Show what can be freed (old logs, caches, scratch), and with --yes free it.
+
+    \b
+    autoresearch clean
+    autoresearch clean --yes
+    """
+    from console.steering import clean_verb
+
+    clean_verb(_screen(as_json), lab, yes)
+
+
+def main() -> NoReturn:
+    """Entry point of the `autoresearch` command."""
+    cli.main()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""What the command line shows and asks: every verb's work that is not research itself."""

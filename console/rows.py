@@ -1,0 +1,156 @@
+"""One experiment as screens, reports and JSON show it, and what its number means."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+KEPT = ("keep", "simplify")
+FAILED = ("crash", "timeout", "invalid")
+MARKS = {"keep": "*", "simplify": "*", "discard": " ", "crash": "x", "timeout": "x", "invalid": "!"}
+
+
+@dataclass(frozen=True)
+class Scale:
+    """What a val_bpb of this lab was measured on: no number is shown without it."""
+
+    data: str
+    context: int  # tokens
+    budget: float  # seconds of training
+    backend: str = ""
+    device: str = ""
+
+    def __str__(self) -> str:
+        from console.words import duration
+
+        return f"val_bpb on {self.data}, {self.context} tokens of context, {duration(self.budget)} of training"
+
+    def to_json(self) -> dict[str, Any]:
+        return {"data": self.data, "context": self.context, "budget_seconds": self.budget, "backend": self.backend,
+                "device": self.device}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Row:
+    """An experiment of the ledger, flattened."""
+
+    number: int
+    status: str  # keep, simplify, discard, crash, timeout, invalid; while undecided: proposed, running, scored, audited
+    val_bpb: float | None
+    best_before: float | None
+    description: str
+    researcher: str = ""
+    reason: str = ""
+    tainted: bool = False
+    undone: bool = False  # was kept, and taken back later
+    commit: str = ""
+    parent: int | None = None
+    created: str = ""
+    started: str = ""
+    finished: str = ""
+    detail: dict[str, Any] = field(default_factory=dict)
+    outcome: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def delta(self) -> float | None:
+        """Against the best of the moment of the verdict; below zero is better."""
+        if self.val_bpb is None or self.best_before is None:
+            return None
+        return self.val_bpb - self.best_before
+
+    @property
+    def seconds(self) -> float | None:
+        total = (self.outcome.get("timings") or {}).get("total")
+        return float(total) if isinstance(total, int | float) else None
+
+    @property
+    def kept(self) -> bool:
+        return self.status in KEPT and not self.undone
+
+    @property
+    def failed(self) -> bool:
+        return self.status in FAILED
+
+    @property
+    def decided(self) -> bool:
+        return self.status in (*KEPT, *FAILED, "discard")
+
+    @property
+    def shown_status(self) -> str:
+        return f"{self.status}, undone" if self.undone else f"{self.status}, tainted" if self.tainted else self.status
+
+    def to_json(self, full: bool = False) -> dict[str, Any]:
+        short = {
+            "number": self.number, "status": self.status, "val_bpb": self.val_bpb, "best_before": self.best_before,
+            "delta": self.delta, "description": self.description, "researcher": self.researcher, "reason": self.reason,
+            "tainted": self.tainted, "undone": self.undone, "commit": self.commit or None, "seconds": self.seconds,
+            "started": self.started or None, "finished": self.finished or None,
+        }  # fmt: skip
+        return {**short, "parent": self.parent, "detail": self.detail, "outcome": self.outcome} if full else short
+
+
+def row(experiment: Any) -> Row:
+    """A `core.ledger.Experiment` -> `Row`."""
+    return Row(
+        number=experiment.number,
+        status=experiment.status or experiment.state,
+        val_bpb=experiment.val_bpb,
+        best_before=experiment.best_before,
+        description=experiment.description or "",
+        researcher=experiment.researcher or "",
+        reason=experiment.reason or "",
+        tainted=bool(experiment.tainted),
+        undone=bool(experiment.undone),
+        commit=experiment.commit or "",
+        parent=experiment.parent,
+        created=experiment.created or "",
+        started=experiment.started or "",
+        finished=experiment.finished or "",
+        detail=dict(experiment.detail or {}),
+        outcome=dict(experiment.outcome or {}),
+    )
+
+
+def rows(experiments: Iterable[Any]) -> list[Row]:
+    return [row(experiment) for experiment in experiments]
+
+
+@dataclass(frozen=True)
+class Tally:
+    """A run in numbers."""
+
+    experiments: int
+    kept: int  # the baseline not counted
+    discarded: int
+    failed: int
+    baseline: Row | None
+    best: Row | None
+
+    @property
+    def gain(self) -> float | None:
+        """bpb below the baseline."""
+        if self.baseline is None or self.best is None or self.baseline.val_bpb is None or self.best.val_bpb is None:
+            return None
+        return self.baseline.val_bpb - self.best.val_bpb
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "experiments": self.experiments, "kept": self.kept, "discarded": self.discarded, "failed": self.failed,
+            "baseline": self.baseline and self.baseline.to_json(), "best": self.best and self.best.to_json(),
+            "gain": self.gain,
+        }  # fmt: skip
+
+
+def tally(all_rows: Sequence[Row], best: int | None) -> Tally:
+    """`best` is the number of the lab's best experiment: after an `undo` it is not the lowest of all kept."""
+    decided = [r for r in all_rows if r.decided]
+    kept = [r for r in decided if r.kept]
+    return Tally(
+        experiments=len(decided),
+        kept=max(len(kept) - 1, 0),
+        discarded=sum(r.status == "discard" for r in decided),
+        failed=sum(r.failed for r in decided),
+        baseline=kept[0] if kept else None,
+        best=next((r for r in all_rows if r.number == best), None),
+    )

@@ -1,0 +1,89 @@
+"""Rows of the ledger as tables and lines for a terminal. Nothing is said by colour alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from console.output import Screen, plain
+from console.rows import Row, Scale, Tally
+from console.words import bpb, clock, delta, duration, moment, plural, shorten, sparkline
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+STYLES = {"keep": "bold green", "simplify": "bold green", "crash": "dark_orange3", "timeout": "dark_orange3",
+          "invalid": "dark_orange3"}  # fmt: skip
+
+
+def summary_line(r: Row, best: float | None, width: int = 0) -> str:
+    """'#3  discard  1.8123  (best 1.8010)  MATRIX_LR 0.04 -> 0.055': one experiment in one line."""
+    score = bpb(r.val_bpb) if r.val_bpb is not None else "no score"
+    against = f"(best {bpb(best)})" if best is not None and not r.kept else f"({delta(r.delta)})" if r.delta else ""
+    line = "  ".join(part for part in (f"#{r.number:<3} {r.shown_status:<8} {score:<8}", against, r.description) if part)
+    line = f"{line}: {r.reason}" if r.failed and r.reason else line
+    return shorten(line, width) if width else " ".join(line.splitlines())
+
+
+def log_table(rows: Sequence[Row], scale: Scale, screen: Screen) -> Table:
+    """The log; on a narrow terminal the last columns go first and descriptions fold."""
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=plain(str(scale)), title_justify="left", title_style="", box=_box(screen), pad_edge=False)
+    wide = screen.width >= 100
+    for name, right in (("#", True), ("status", False), ("val_bpb", True), ("change", True)):
+        table.add_column(name, justify="right" if right else "left", no_wrap=True)
+    table.add_column("what", overflow="fold", ratio=1)
+    if wide:
+        table.add_column("took", justify="right", no_wrap=True)
+    table.add_column("ended", justify="right", no_wrap=True)
+    for r in rows:
+        style = STYLES.get(r.status, "") if not r.undone else ""
+        what = f"{r.description}: {shorten(r.reason, 120)}" if r.failed and r.reason else r.description
+        cells = [str(r.number), r.shown_status, bpb(r.val_bpb), delta(r.delta), plain(what)]
+        cells += [duration(r.seconds) if r.seconds else ""] if wide else []
+        cells += [clock(moment(r.finished)) if r.finished else ""]
+        table.add_row(*(Text(cell, style=style if i == 1 else "") for i, cell in enumerate(cells)))
+    return table
+
+
+def _box(screen: Screen) -> object:
+    from rich import box
+
+    return box.ASCII2 if screen.ascii else box.SIMPLE_HEAD
+
+
+def tally_line(total: Tally) -> str:
+    """'12 experiments: 3 kept, 7 discarded, 1 failed; best 1.8010 (#9), 0.0490 below the baseline'."""
+    text = f"{plural(total.experiments, 'experiment')}: {total.kept} kept, {total.discarded} discarded, {total.failed} failed"
+    if total.best is None:
+        return text
+    text += f"; best {bpb(total.best.val_bpb)} (#{total.best.number})"
+    return f"{text}, {total.gain:.4f} below the baseline" if total.gain else text
+
+
+def card(r: Row, scale: Scale, screen: Screen) -> list[str]:
+    """All about one experiment, line by line."""
+    from console.page import facts
+
+    lines = [f"#{r.number}  {r.shown_status}  {r.description}"]
+    if r.val_bpb is not None:
+        change = f"  {delta(r.delta)} against {bpb(r.best_before)}" if r.delta is not None else ""
+        lines.append(f"  {bpb(r.val_bpb)}{change}  ({scale})")
+    if r.reason:
+        lines.append(f"  {r.reason}")
+    pairs = facts(r)
+    wide = max((len(what) for what, _ in pairs), default=0)
+    lines += [f"  {what:<{wide}}  {figure}" for what, figure in pairs]
+    losses = [float(p[3]) for p in r.outcome.get("curve") or [] if len(p) > 3 and p[3] is not None]
+    if losses:
+        spark = sparkline(losses, max(10, min(60, screen.width - 40)), screen.ascii)
+        lines.append(f"  training loss  {losses[0]:.3f} {spark} {losses[-1]:.3f} nats/token")
+    timings = r.outcome.get("timings") or {}
+    if timings:
+        lines.append("  time  " + ", ".join(f"{name} {duration(value)}" for name, value in timings.items() if value))
+    tail = (r.outcome.get("log_tail") or "").strip().splitlines()
+    if tail and r.failed:
+        lines += ["  what it last printed:", *(f"    {shorten(line, max(40, screen.width - 6))}" for line in tail[-12:])]
+    return [plain(line) for line in lines]
