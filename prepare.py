@@ -9,18 +9,27 @@ An agent that works in a lab has no business here: labs hold the hashes of what 
 
 from __future__ import annotations
 
+import errno
 import json
+import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from core.data import Dataset
 from core.errors import Busy, DataError, UserError
 from core.locks import hold
-from core.paths import data_root, locks_root
+from core.paths import data_root, home, locks_root
+
+if TYPE_CHECKING:
+    from core.documents import Corpus
+
+TOKEN_BYTES_PER_TEXT_BYTE = 0.6  # two bytes for each token of 3.5 bytes or more, rounded up
+WITHOUT_NETWORK = "`autoresearch prepare kjv`, or your own text with `autoresearch prepare --text PATH`"
 
 Say = Callable[[str], None]
 Meter = Callable[[str, int, int], None]  # what, done, all (0: unknown)
@@ -37,7 +46,7 @@ class Source:
     download: int = 0  # bytes by default, about
     minutes: str = ""  # about how long it takes
     repository: str = ""  # on the hub
-    files: str = ""  # of the repository, as a glob
+    files: tuple[str, ...] = ()  # of the repository
     shards: int = 0  # how many of these files by default
     expansion: float = 0.0  # bytes of text in a byte of these files, about
 
@@ -61,10 +70,15 @@ def known() -> dict[str, Source]:
             about="2.1M short stories in a small child's words, written by GPT-3.5 and GPT-4: 1.9 GB, 0.5B tokens",
             vocab_size=4096,
             place="huggingface.co/datasets/roneneldan/TinyStories",
-            download=1_000_000_000,
+            download=991_000_000,
             minutes="download, then about 10 minutes on two cores",
             repository="roneneldan/TinyStories",
-            files="data/train-*.parquet",
+            files=(
+                "data/train-00000-of-00004-2d5a1467fff1081b.parquet",
+                "data/train-00001-of-00004-5852b56a2bd28fd9.parquet",
+                "data/train-00002-of-00004-a26307300439e943.parquet",
+                "data/train-00003-of-00004-d243063613e5a057.parquet",
+            ),
             shards=4,
             expansion=1.95,
         ),
@@ -76,7 +90,7 @@ def known() -> dict[str, Source]:
             download=1_000_000_000,
             minutes="download, then about 15 minutes on two cores",
             repository="karpathy/climbmix-400b-shuffle",
-            files="shard_*.parquet",
+            files=tuple(f"shard_{i:05d}.parquet" for i in range(6543)),
             shards=10,
             expansion=2.5,
         ),
@@ -136,7 +150,20 @@ def prepare(
     with _exclusively(f"{lock_name}-v{vocab_size}", progress):
         if source and (ready := _ready(locate(source.name, vocab_size, shards), _quiet)):
             return ready  # another process made it while this one waited
-        return _make(source, text, vocab_size, shards, progress, meter)
+        try:
+            return _make(source, text, vocab_size, shards, progress, meter)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise _full() from None
+
+
+def _full() -> UserError:
+    free = shutil.disk_usage(data_root()).free
+    return UserError(
+        f"no space left on the disk of {data_root()} ({free / 1e6:,.1f} MB free)",
+        "free some, or move all data with AUTORESEARCH_HOME; the same command then goes on where it was",
+    )
 
 
 def _source(name: str) -> Source:
@@ -161,18 +188,14 @@ def _ready(folder: Path | None, say: Say) -> Dataset | None:
 @contextmanager
 def _exclusively(name: str, say: Say) -> Iterator[None]:
     """One `prepare` for a data set at a time; others wait and then find it made."""
-    file = locks_root() / f"data-{name}.lock"
-    held = hold(file, f"the data set {name}", "")
-    try:
-        held.__enter__()
-    except Busy as busy:
-        say(f"{busy.fact}; waiting for it")
-        held = hold(file, f"the data set {name}", "", wait=float("inf"))
-        held.__enter__()
-    try:
+    file, what = locks_root() / f"data-{name}.lock", f"the data set {name}"
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(hold(file, what, ""))
+        except Busy as busy:
+            say(f"{busy.fact}; waiting for it")
+            stack.enter_context(hold(file, what, "", wait=float("inf")))
         yield
-    finally:
-        held.__exit__(None, None, None)
 
 
 def _make(
@@ -185,9 +208,9 @@ def _make(
         corpus = documents.from_path(Path(text or ""))
         command = ["autoresearch", "prepare", "--text", str(Path(text or "").expanduser().absolute())]
     elif source.repository:
-        raise UserError(
-            f"{source.name} cannot be fetched by this version", "use kjv, or your own text with --text PATH"
-        )
+        corpus = _hub_corpus(source, shards or source.shards, say, meter)
+        command = ["autoresearch", "prepare", source.name]
+        command += ["--files", str(shards)] if shards and shards != source.shards else []
     else:
         corpus = documents.kjv()
         command = ["autoresearch", "prepare", source.name]
@@ -195,6 +218,24 @@ def _make(
     if ready := _ready(next(iter(data_root().glob(plan.folder())), None), say):
         return ready
     return build(plan, data_root(), say, meter)
+
+
+def _hub_corpus(source: Source, shards: int, say: Say, meter: Meter) -> Corpus:
+    from core import documents, hub
+
+    if shards > len(source.files):
+        raise UserError(f"{source.name} has {len(source.files):,} files, {shards:,} were asked for", "ask for fewer")
+    wanted = hub.Wanted(
+        repository=source.repository,
+        files=source.files[:shards],
+        folder=home() / "downloads" / source.repository.replace("/", "--"),
+        expansion=source.expansion * TOKEN_BYTES_PER_TEXT_BYTE,
+        alternatives=f"use what needs no network: {WITHOUT_NETWORK}",
+    )
+    with _exclusively(f"download-{wanted.folder.name}", say):  # two vocabularies share the files
+        files = hub.fetch(wanted, say, meter)
+        facts = {"kind": "hub", "repository": source.repository, "files": hub.fingerprint(wanted)}
+    return documents.Corpus(source.name, tuple(files), documents.parquet, facts)
 
 
 # --- command line --------------------------------------------------------------------------------
