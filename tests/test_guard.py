@@ -186,8 +186,9 @@ def test_require_names_lines_and_counts() -> None:
     guard.require(BUILD.encode())
 
 
+WORDS = "torch ( ) . __class__ getattr = lambda : eval if @ { } [ ] async await 0 é"
 PIECES = [
-    *"torch ( ) . __class__ getattr = lambda : eval if @ { } [ ] async await 0 é".split(),
+    *WORDS.split(),
     *("import os", "def build(spec)", "\n", " ", "    ", "'", '"""', "\\", "\t", "\f", "f'{"),
 ]
 
