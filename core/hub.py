@@ -252,7 +252,7 @@ def _continue(wanted: Wanted, remote: Remote, part: Path, count: Callable[[int],
             except (HTTPError, OSError) as error:
                 if isinstance(error, OfflineModeIsEnabled) or getattr(error, "errno", None) is not None:
                     raise  # forbidden, or of the disk
-                fruitless = fruitless + 1 if f.seek(0, os.SEEK_END) <= have else 0
+                fruitless = 0 if have < f.seek(0, os.SEEK_END) <= remote.size else fruitless + 1
                 if fruitless >= ATTEMPTS:
                     raise _unreachable(wanted, error) from None
                 time.sleep(min(0.5 * 2**fruitless, 10))
