@@ -1,0 +1,71 @@
+"""Process trees as the referee sees them: /proc on Linux, psutil elsewhere."""
+
+from __future__ import annotations
+
+import sys
+
+import psutil
+
+from core import processes
+
+LINUX = sys.platform == "linux"
+
+
+def descendants(pid: int) -> list[int]:
+    if LINUX:
+        return processes.descendants(pid)
+    try:
+        return [child.pid for child in psutil.Process(pid).children(recursive=True)]
+    except psutil.Error:
+        return []
+
+
+def resident(pid: int) -> int:
+    if LINUX:
+        return processes.resident(pid)
+    try:
+        return psutil.Process(pid).memory_info().rss
+    except psutil.Error:
+        return 0
+
+
+def proportional(pid: int) -> int:
+    """Shared pages divided among their users; on macOS and Windows the pages that are the process's alone."""
+    if LINUX:
+        return processes.proportional(pid)
+    try:
+        return psutil.Process(pid).memory_full_info().uss
+    except psutil.Error:
+        return 0
+
+
+def peak(pid: int) -> int:
+    return processes.peak(pid) if LINUX else resident(pid)
+
+
+def started(pid: int) -> float:
+    """When the process started, in any unit; 0 when it is gone. With the pid it names a process for good."""
+    if LINUX:
+        return processes.started(pid)
+    try:
+        return psutil.Process(pid).create_time()
+    except psutil.Error:
+        return 0.0
+
+
+def alive(pid: int) -> bool:
+    """Whether it runs; a zombie does not."""
+    if LINUX:
+        return processes.alive(pid)
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False
+
+
+def end(pids: list[int]) -> None:
+    for pid in pids:
+        try:
+            psutil.Process(pid).kill()
+        except psutil.Error:
+            pass
