@@ -30,6 +30,7 @@ from core.errors import UserError
 
 _NAME = re.compile(r"[A-Z][A-Z0-9_]*\Z")
 _SEARCH = re.compile(r"\bsearch:\s*([^;#]*[^;#\s])")
+_BOM = "\ufeff"  # some Windows editors put it first
 _OPERATORS: Mapping[type[ast.operator], Any] = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
@@ -92,7 +93,7 @@ class _Found:
 
 def constants(source: str) -> dict[str, Constant]:
     """All constants in the order of the file. Raises UserError if it is not Python."""
-    return {name: found.constant for name, found in _find(source).items()}
+    return {name: found.constant for name, found in _find(source.removeprefix(_BOM)).items()}
 
 
 def _find(source: str) -> dict[str, _Found]:
@@ -267,6 +268,8 @@ def replace(source: str, values: Mapping[str, Any]) -> str:
     A value equal to the present one leaves its text untouched. Raises UserError for a name that is no
     constant of the file and for a value that has no literal.
     """
+    if source.startswith(_BOM):
+        return _BOM + replace(source[1:], values)
     found = _find(source)
     unknown = sorted(set(values) - set(found))
     if unknown:

@@ -180,7 +180,8 @@ class State:
             many = 1 + int(self.rng.choice(3, p=(0.5, 0.35, 0.15)))
             chosen = ranked[:1] + [move for move in ranked[1:many] if move.hope > 0]
             values = {move.name: move.value for move in chosen}
-            yield Idea(values, "; ".join(dict.fromkeys(move.reason for move in chosen)), "move")
+            reasons = [f"{m.name} {m.reason}" if len(chosen) > 1 else m.reason for m in chosen]
+            yield Idea(values, "; ".join(reasons), "move")
 
     # --- structural
 
@@ -344,7 +345,7 @@ class _Gains:
         if wins and wins >= losses:
             return f"{way} won {_times(wins)}" + (f", lost {_times(losses)}" if losses else "")
         if wins or losses:
-            return f"{way} lost {_times(losses)}" + (f", won {_times(wins)}" if wins else "") + ", another size of step"
+            return f"{way} lost {_times(losses)}" + (f", won {_times(wins)}" if wins else "") + ", other step"
         opposite = sum(self.losses[j] for j, (d, _) in enumerate(self.moves) if d.name == dim.name and j != i)
         if dim.ordered and opposite:
             return f"{'lower' if option == 1 else 'higher'} lost {_times(opposite)}, so the other way"

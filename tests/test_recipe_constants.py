@@ -81,6 +81,10 @@ def test_replace_keeps_windows_line_ends():
     assert replace(source, {"BETAS": (0.9, 0.95)}) == source.replace("BETAS = (0.8,", "BETAS = (0.9,")
 
 
+def test_a_byte_order_mark_is_kept():
+    assert replace("\ufeff" + SOURCE, {"DEPTH": 6}) == "\ufeff" + replace(SOURCE, {"DEPTH": 6})
+
+
 def test_replace_spans_lines():
     assert constants(replace(SOURCE, {"TABLE": [3, 4, 5]}))["TABLE"].value == [3, 4, 5]
 
