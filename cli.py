@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -197,8 +196,8 @@ def _making_options(function: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--text", type=click.Path(path_type=Path), metavar="PATH", help="Your own text instead."),
         click.option("--vocab", type=click.IntRange(min=258), metavar="N", help="Tokens in the vocabulary."),
         click.option("--profile", metavar="NAME", help="What the recipe starts from; default: fitted to here."),
-        click.option("--budget", type=Duration(least=0.5), metavar="S", help="Training time of one experiment: 60, 5m."),
-        click.option("--from", "source", type=click.Path(path_type=Path), metavar="DIR", help="An upstream clone/fork."),
+        click.option("--budget", type=Duration(least=0.5), metavar="S", help="Training time of an experiment: 60, 5m."),
+        click.option("--from", "source", type=click.Path(path_type=Path), metavar="DIR", help="An upstream clone."),
         click.option("--tag", metavar="TAG", help="Name of the lab; default from the date, like nov24."),
     ]
     for option in reversed(options):
@@ -243,7 +242,7 @@ def cli() -> None:
 @verb("run")
 @_lab_argument
 @click.option("--experiments", type=click.IntRange(min=1), metavar="N", help="Stop after N more experiments.")
-@click.option("--hours", type=click.FloatRange(min=0, min_open=True, max=24 * 30), metavar="H", help="Stop after H hours.")
+@click.option("--hours", type=click.FloatRange(0, 720, min_open=True), metavar="H", help="Stop after H hours.")
 @click.option("--until", type=Moment(), metavar="HH:MM", help="Stop at this time of day.")
 @click.option("--researcher", metavar="NAME", default="search", show_default=True, help="Who proposes.")
 @click.option("--demo", is_flag=True, help="About five minutes on two cores: small text, short budgets.")
@@ -544,6 +543,16 @@ def clean(lab: str | None, as_json: bool, yes: bool) -> None:
     from console.steering import clean_verb
 
     clean_verb(_screen(as_json), lab, yes)
+
+
+@cli.command("_judge", hidden=True)
+@click.argument("lab")
+@click.argument("number", type=int)
+def judge(lab: str, number: int) -> int:
+    """The process that `try` leaves behind."""
+    from console.trying import judge as judge_
+
+    return judge_(lab, number)
 
 
 def main() -> NoReturn:

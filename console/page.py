@@ -39,7 +39,7 @@ svg a:hover * { stroke-width: 4 }
 .key svg { width: 1.6rem; height: 1rem; display: inline-block; vertical-align: -2px; margin-right: .35rem }
 .wide { overflow-x: auto }
 table { border-collapse: collapse; width: 100%; font-size: .93rem }
-th { text-align: left; font-weight: 600; color: var(--soft); border-bottom: 2px solid var(--line); padding: .3rem .6rem }
+th { text-align: left; color: var(--soft); border-bottom: 2px solid var(--line); padding: .3rem .6rem }
 td { border-bottom: 1px solid var(--line); padding: .3rem .6rem; vertical-align: top }
 a { color: var(--best) }
 td.n, th.n { width: 1%; text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap }
@@ -51,7 +51,8 @@ details summary { cursor: pointer }
 details > div { padding: .4rem 0 .6rem }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .1rem .9rem; margin: .3rem 0 }
 dt { color: var(--soft) } dd { margin: 0 }
-pre { background: var(--panel); border-radius: .5rem; padding: .7rem .9rem; overflow-x: auto; font-size: .82rem; margin: .5rem 0 }
+pre { background: var(--panel); border-radius: .5rem; padding: .7rem .9rem; overflow-x: auto;
+  font-size: .82rem; margin: .5rem 0 }
 .plus { color: var(--plus) } .minus { color: var(--minus) }
 .curve { max-width: 34rem } .curve polyline { fill: none; stroke: var(--best); stroke-width: 2 }
 footer { margin-top: 2.5rem; color: var(--soft); font-size: .87rem }
@@ -100,7 +101,9 @@ def _tiles(rows: Sequence[Row], total: Tally) -> str:
         (str(total.failed), "failed"),
         (duration(seconds), "spent on experiments"),
     ]
-    inner = "".join(f'<div class="tile"><b>{escape(value)}</b><span>{escape(what)}</span></div>' for value, what in tiles)
+    inner = "".join(
+        f'<div class="tile"><b>{escape(value)}</b><span>{escape(what)}</span></div>' for value, what in tiles
+    )
     return f'<div class="tiles">{inner}</div>'
 
 
@@ -167,7 +170,9 @@ def _mark(r: Row, x: float, y: Any, low: float, high: float) -> str:
         shape = f'<path class="not" d="M{x - 5:.1f} {TOP + 10}h10l-5 -9z"/>'
     else:
         shape = f'<circle class="not" cx="{x:.1f}" cy="{y(r.val_bpb):.1f}" r="4"/>'
-    says = f"#{r.number} {r.shown_status} {bpb(r.val_bpb) if r.val_bpb else 'no score'} {delta(r.delta)}\n{r.description}"
+    says = (
+        f"#{r.number} {r.shown_status} {bpb(r.val_bpb) if r.val_bpb else 'no score'} {delta(r.delta)}\n{r.description}"
+    )
     return f'<a href="#e{r.number}">{shape}<title>{escape(says)}</title></a>'
 
 
@@ -249,7 +254,10 @@ def facts(r: Row) -> list[tuple[str, str]]:
         ("MFU", f"{100 * o['mfu']:.1f} %" if o.get("mfu") else ""),
         ("peak memory", size(o["peak_memory"]) if o.get("peak_memory") else ""),
         ("training", duration(o["training_seconds"]) if o.get("training_seconds") else ""),
-        ("everything else", duration(r.seconds - o["training_seconds"]) if r.seconds and o.get("training_seconds") else ""),
+        (
+            "everything else",
+            duration(r.seconds - o["training_seconds"]) if r.seconds and o.get("training_seconds") else "",
+        ),
         ("audited", "yes" if o.get("audited") else ""),
         ("commit", r.commit[:10]),
     ]
@@ -268,7 +276,9 @@ def curve(points: Sequence[Sequence[float]]) -> str:
     width, height = 540, 150
     latest, low, high = values[-1][0] or 1.0, min(v for _, v in values), max(v for _, v in values)
     span = (high - low) or 1.0
-    path = " ".join(f"{40 + t / latest * (width - 50):.1f},{10 + (high - v) / span * (height - 40):.1f}" for t, v in values)
+    path = " ".join(
+        f"{40 + t / latest * (width - 50):.1f},{10 + (high - v) / span * (height - 40):.1f}" for t, v in values
+    )
     return (
         f'<svg class="curve" viewBox="0 0 {width} {height}" role="img" aria-label="training loss over time">'
         f'<polyline points="{path}"/><text x="0" y="16">{high:.2f}</text><text x="0" y="{height - 28}">{low:.2f}</text>'

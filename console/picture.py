@@ -38,7 +38,7 @@ def staircase(rows: Sequence[Row]) -> tuple[list[int], list[float]]:
 
 
 def window(rows: Sequence[Row]) -> tuple[float, float]:
-    """The range of val_bpb that is drawn: the staircase fills most of it; far worse experiments go to the upper edge."""
+    """The range of val_bpb that is drawn: mostly the staircase; far worse experiments go to the upper edge."""
     values = sorted(r.val_bpb for r in scored(rows) if r.val_bpb is not None)
     if not values:
         return 0.0, 1.0
@@ -112,10 +112,21 @@ def _points(axes: Axes, rows: Sequence[Row], low: float, high: float) -> None:
         return [r.val_bpb or 0.0 for r in groups[name]]
 
     scatter("kept", "kept", score("kept"), s=62, color=KEEP, edgecolor="white", linewidth=1.2, zorder=5)
-    scatter("not kept", "discarded", score("not kept"), s=26, facecolor="none", edgecolor=DISCARD, linewidth=1.3, zorder=4)
+    scatter(
+        "not kept", "discarded", score("not kept"), s=26, facecolor="none", edgecolor=DISCARD, linewidth=1.3, zorder=4
+    )
     scatter("off", "discarded, off the scale", [edge] * len(groups["off"]), s=34, marker="^", facecolor="none",
             edgecolor=DISCARD, linewidth=1.3, zorder=4)  # fmt: skip
-    scatter("failed", "failed, no score", [floor] * len(groups["failed"]), s=42, marker="x", color=FAIL, linewidth=1.8, zorder=4)
+    scatter(
+        "failed",
+        "failed, no score",
+        [floor] * len(groups["failed"]),
+        s=42,
+        marker="x",
+        color=FAIL,
+        linewidth=1.8,
+        zorder=4,
+    )
 
 
 def _labels(axes: Axes, rows: Sequence[Row], low: float, high: float) -> None:

@@ -10,6 +10,7 @@ from console.rows import Row, Scale, Tally
 from console.words import bpb, clock, delta, duration, moment, plural, shorten, sparkline
 
 if TYPE_CHECKING:
+    from rich.box import Box
     from rich.table import Table
 
 STYLES = {"keep": "bold green", "simplify": "bold green", "crash": "dark_orange3", "timeout": "dark_orange3",
@@ -20,7 +21,9 @@ def summary_line(r: Row, best: float | None, width: int = 0) -> str:
     """'#3  discard  1.8123  (best 1.8010)  MATRIX_LR 0.04 -> 0.055': one experiment in one line."""
     score = bpb(r.val_bpb) if r.val_bpb is not None else "no score"
     against = f"(best {bpb(best)})" if best is not None and not r.kept else f"({delta(r.delta)})" if r.delta else ""
-    line = "  ".join(part for part in (f"#{r.number:<3} {r.shown_status:<8} {score:<8}", against, r.description) if part)
+    line = "  ".join(
+        part for part in (f"#{r.number:<3} {r.shown_status:<8} {score:<8}", against, r.description) if part
+    )
     line = f"{line}: {r.reason}" if r.failed and r.reason else line
     return shorten(line, width) if width else " ".join(line.splitlines())
 
@@ -48,7 +51,7 @@ def log_table(rows: Sequence[Row], scale: Scale, screen: Screen) -> Table:
     return table
 
 
-def _box(screen: Screen) -> object:
+def _box(screen: Screen) -> Box:
     from rich import box
 
     return box.ASCII2 if screen.ascii else box.SIMPLE_HEAD
@@ -56,7 +59,8 @@ def _box(screen: Screen) -> object:
 
 def tally_line(total: Tally) -> str:
     """'12 experiments: 3 kept, 7 discarded, 1 failed; best 1.8010 (#9), 0.0490 below the baseline'."""
-    text = f"{plural(total.experiments, 'experiment')}: {total.kept} kept, {total.discarded} discarded, {total.failed} failed"
+    counts = f"{total.kept} kept, {total.discarded} discarded, {total.failed} failed"
+    text = f"{plural(total.experiments, 'experiment')}: {counts}"
     if total.best is None:
         return text
     text += f"; best {bpb(total.best.val_bpb)} (#{total.best.number})"
@@ -85,5 +89,8 @@ def card(r: Row, scale: Scale, screen: Screen) -> list[str]:
         lines.append("  time  " + ", ".join(f"{name} {duration(value)}" for name, value in timings.items() if value))
     tail = (r.outcome.get("log_tail") or "").strip().splitlines()
     if tail and r.failed:
-        lines += ["  what it last printed:", *(f"    {shorten(line, max(40, screen.width - 6))}" for line in tail[-12:])]
+        lines += [
+            "  what it last printed:",
+            *(f"    {shorten(line, max(40, screen.width - 6))}" for line in tail[-12:]),
+        ]
     return [plain(line) for line in lines]

@@ -42,7 +42,7 @@ class Import:
 
 
 def evaluate(node: ast.expr, known: Mapping[str, Any]) -> Any:
-    """The value of a simple expression such as `2**19`, `(0.8, 0.95)`, `-DEPTH * 64`. Raises `ValueError` for others."""
+    """The value of an expression such as `2**19`, `(0.8, 0.95)`, `-DEPTH * 64`; `ValueError` for others."""
     if isinstance(node, ast.Constant) and isinstance(node.value, bool | int | float | str | type(None)):
         return node.value
     if isinstance(node, ast.Name) and node.id in known:
@@ -142,7 +142,9 @@ def read(folder: Path, ours: Mapping[str, Any]) -> Import:
         values, unread = read_constants(source)
         rest = left_behind(source)
     except (SyntaxError, ValueError, RecursionError) as error:
-        raise UserError(f"{folder / 'train.py'} is not valid Python: {error}", "repair it or choose another folder") from None
+        raise UserError(
+            f"{folder / 'train.py'} is not valid Python: {error}", "repair it or choose another folder"
+        ) from None
     carried, same, unknown, mismatched = {}, [], {}, {}
     for name, value in values.items():
         if name not in ours:
@@ -167,7 +169,9 @@ def _source(folder: Path) -> str:
 
 def _text(path: Path) -> str:
     if path.stat().st_size > MOST_BYTES:
-        raise UserError(f"{path} has {path.stat().st_size} bytes, more than {MOST_BYTES}", "this is not an upstream file")
+        raise UserError(
+            f"{path} has {path.stat().st_size} bytes, more than {MOST_BYTES}", "this is not an upstream file"
+        )
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:

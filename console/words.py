@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from datetime import datetime, timedelta, timezone
+from itertools import pairwise
 
 _UNITS = {"": 1.0, "s": 1.0, "sec": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
 
@@ -109,6 +110,6 @@ def sparkline(values: list[float], width: int = 40, ascii_only: bool = False) ->
     bars = _ASCII_BARS if ascii_only else _BARS
     columns = min(width, len(values))
     edges = [round(i * len(values) / columns) for i in range(columns + 1)]
-    means = [sum(values[a:b]) / (b - a) for a, b in zip(edges, edges[1:], strict=False) if b > a]
+    means = [sum(values[a:b]) / (b - a) for a, b in pairwise(edges) if b > a]
     low, span = min(means), max(means) - min(means)
     return "".join(bars[int((value - low) / span * (len(bars) - 1) + 0.5) if span else 0] for value in means)

@@ -1,0 +1,129 @@
+"""What a run or a training shows while it goes on: one redrawn line for a person, plain lines for everything else."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any, Protocol
+
+from console.looking import progress_parts
+from console.output import Screen, plain
+from console.words import duration, plural, shorten
+
+if TYPE_CHECKING:
+    from rich.live import Live
+
+QUIET = 60.0  # seconds between two plain progress lines where nothing is redrawn
+FRAMES = 5  # redrawings per second at most
+SPINNER = "⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏"
+
+
+class Event(Protocol):
+    kind: str
+    data: dict[str, Any]
+
+
+class Ticker:
+    """The line of the running experiment. Enter it; feed it events; say lines above it."""
+
+    def __init__(self, screen: Screen, heartbeat: float = QUIET, events: bool = False) -> None:
+        self.screen = screen
+        self._heartbeat = heartbeat
+        self._events = events  # with --json: every progress event as a line too
+        self._live: Live | None = None
+        self._state: dict[str, Any] = {}
+        self._title = ""
+        self._spoken = time.monotonic()
+
+    def __enter__(self) -> Ticker:
+        if self.screen.interactive:
+            from rich.live import Live
+
+            self._live = Live(
+                get_renderable=self._render,
+                console=self.screen.console,
+                refresh_per_second=FRAMES,
+                transient=True,
+            )
+            self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+    def begin(self, title: str) -> None:
+        """A new experiment; `title` stands before its progress."""
+        self._title = title
+        self._state = {}
+        self._spoken = time.monotonic()
+
+    def end(self) -> None:
+        self._title, self._state = "", {}
+
+    def say(self, line: str, style: str | None = None) -> None:
+        """A line that stays."""
+        if self._live is not None:
+            self.screen.console.print(plain(line), style=style, soft_wrap=True)
+        else:
+            self.screen.say(line, style if self.screen.interactive else None)
+        self._spoken = time.monotonic()
+
+    def feed(self, event: Event) -> None:
+        """An event of the referee or of the loop."""
+        if event.kind in ("phase", "progress"):
+            data = dict(event.data)
+            if event.kind == "phase":
+                name = data.pop("phase", None) or data.pop("name", None)
+                self._state = {"phase": name, **data}
+            else:
+                self._state.update(data)
+            if self._events:
+                self.screen.line({"event": event.kind, **event.data})
+        self._beat()
+
+    def line(self) -> str:
+        """The present state in one line of text."""
+        parts = progress_parts(self._state)
+        return "  ".join(part for part in (self._title, ", ".join(parts)) if part)
+
+    def _beat(self) -> None:
+        """Where nothing is redrawn, a sign of life now and then."""
+        if self._live is None and not self.screen.as_json and time.monotonic() - self._spoken > self._heartbeat:
+            self._spoken = time.monotonic()
+            self.screen.say(f"     {self.line()}")
+
+    def _render(self) -> Any:
+        from rich.text import Text
+
+        if not self._title and not self._state:
+            return Text("")
+        mark = "" if self.screen.ascii else SPINNER[int(time.monotonic() * FRAMES) % len(SPINNER)] + " "
+        width = max(20, self.screen.width - 1)
+        bar = self._bar(20) if width >= 100 else ""
+        return Text(shorten(plain(f"{mark}{bar}{self.line()}"), width), no_wrap=True, overflow="crop")
+
+    def _bar(self, width: int) -> str:
+        share = self._state.get("fraction")
+        if not isinstance(share, int | float):
+            return ""
+        full = round(min(max(share, 0.0), 1.0) * width)
+        return "[" + "#" * full + "." * (width - full) + f"] {100 * min(share, 1.0):3.0f} %  "
+
+
+def expected(budget: float, overheads: list[float], guess: float) -> float:
+    """Seconds that one experiment takes: the budget and the usual overhead (median of those measured, else `guess`)."""
+    if not overheads:
+        return budget + guess
+    ordered = sorted(overheads)
+    return budget + ordered[len(ordered) // 2]
+
+
+def finish_line(each: float, experiments: int | None, seconds: float | None) -> str:
+    """'about 7 experiments of 31 s, done in 3 min 37 s' for limits in experiments, in seconds, in both or in none."""
+    if experiments is None and seconds is None:
+        return f"about {3600 / each:.0f} experiments an hour ({duration(each)} each), until it is stopped"
+    fits = max(1, int(seconds / each)) if seconds is not None else None
+    number = min(x for x in (experiments, fits) if x is not None)
+    total = duration(number * each if experiments == number else seconds)
+    return f"about {plural(number, 'experiment')} ({duration(each)} each), done in about {total}"

@@ -1,0 +1,200 @@
+"""status, log, best, show, diff: what the ledger and the running experiment say."""
+
+from __future__ import annotations
+
+import time
+from datetime import datetime
+from typing import TYPE_CHECKING, Any
+
+from console import places, tables
+from console.output import Screen, plain
+from console.rows import Row, row, rows
+from console.words import bpb, clock, count, delta, duration, moment, plural
+from core.errors import UserError
+
+if TYPE_CHECKING:
+    from core.lab import Lab
+
+POLL = 0.5  # seconds between two looks of --follow
+STALE = 10.0  # seconds without a sign of life after which a live state counts as old
+
+
+# --- log ---------------------------------------------------------------------------------------
+
+
+def log_verb(screen: Screen, given: str | None, follow: bool, limit: int | None, kept: bool) -> None:
+    lab = places.find(screen, given)
+    if follow:
+        _follow(screen, lab, limit, kept)
+        return
+    view = places.look(lab)
+    chosen = _chosen(view.rows, limit, kept)
+    screen.document(
+        {"lab": places.about(lab), "experiments": [r.to_json() for r in chosen], "total": view.total.to_json()}
+    )
+    if not view.rows:
+        screen.say("No experiment yet. Next: autoresearch run")
+        return
+    screen.show(tables.log_table(chosen, view.scale, screen))
+    screen.say(tables.tally_line(view.total))
+
+
+def _chosen(all_rows: list[Row], limit: int | None, kept: bool) -> list[Row]:
+    chosen = [r for r in all_rows if r.kept or not kept]
+    return chosen[-limit:] if limit else chosen
+
+
+def _follow(screen: Screen, lab: Lab, limit: int | None, kept: bool) -> None:
+    """One line for each verdict, as they come, until Ctrl-C."""
+    screen.say(str(places.scale(lab)))
+    seen: set[int] = set()
+    events = 0
+    first = True
+    while True:
+        now = [r for r in rows(lab.ledger.experiments()) if r.decided]
+        fresh = [r for r in now if r.number not in seen]
+        seen.update(r.number for r in fresh)
+        for r in _chosen(fresh, limit if first else None, kept):
+            best = min([b.val_bpb for b in now if b.kept and b.val_bpb and b.number <= r.number], default=None)
+            screen.line({"event": "experiment", **r.to_json()})
+            screen.say(tables.summary_line(r, best))
+        for event in lab.ledger.events(events):
+            events = event.id
+            if not first:
+                screen.line({"event": event.kind, "number": event.number, "text": event.text, "time": event.created})
+                screen.say(f"     {event.kind}: {event.text}")
+        first = False
+        time.sleep(POLL)
+
+
+# --- status ------------------------------------------------------------------------------------
+
+
+def running_state(lab: Lab) -> dict[str, Any] | None:
+    """What the lab's running process says of itself; None where none runs."""
+    from core import live, locks
+
+    pid = locks.holder(lab.record / "run.lock")
+    if pid is None:
+        return None
+    state = live.read(lab.record)
+    return {**state, "pid": pid, "age": time.time() - float(state.get("updated") or 0.0)}
+
+
+def status_verb(screen: Screen, given: str | None) -> None:
+    lab = places.find(screen, given)
+    view = places.look(lab)
+    state = running_state(lab)
+    kept = [r for r in view.rows if r.kept]
+    screen.document({
+        "lab": places.about(lab), "running": state, "total": view.total.to_json(),
+        "best": view.best and view.best.to_json(), "last_keep": kept[-1].to_json() if kept else None,
+        "pending": [r.to_json() for r in view.rows if not r.decided],
+    })  # fmt: skip
+    if screen.as_json:
+        return
+    screen.say(_running_line(state))
+    for line in _progress_lines(state, screen):
+        screen.say(line)
+    screen.say(f"experiments  {tables.tally_line(view.total)}")
+    if view.best:
+        screen.say(f"best         {bpb(view.best.val_bpb)}  #{view.best.number}  {view.best.description}")
+        screen.say(f"             ({view.scale})")
+    if kept:
+        last = kept[-1]
+        screen.say(
+            f"last keep    #{last.number} at {clock(moment(last.finished))}  {delta(last.delta)}  {last.description}"
+        )
+    if state is None:
+        screen.say(
+            "next         autoresearch run" if view.rows else "next         autoresearch run   (the baseline first)"
+        )
+
+
+def _running_line(state: dict[str, Any] | None) -> str:
+    if state is None:
+        return "running      no"
+    since = state.get("since")
+    started = f", since {clock(datetime.fromtimestamp(since).astimezone())}" if isinstance(since, int | float) else ""
+    quiet = f", silent for {duration(state['age'])}" if state["age"] > STALE and state.get("updated") else ""
+    return f"running      {state.get('state') or 'yes'} (process {state['pid']}{started}{quiet})"
+
+
+def _progress_lines(state: dict[str, Any] | None, screen: Screen) -> list[str]:
+    if not state or state.get("number") is None:
+        return []
+    lines = [f"experiment   #{state['number']}  {state.get('description') or ''}"]
+    parts = progress_parts(state)
+    if parts:
+        lines.append("             " + ", ".join(parts))
+    return lines
+
+
+def progress_parts(state: dict[str, Any]) -> list[str]:
+    """'training', 'step 410', 'loss 4.312', ... of a live state or a progress event."""
+    mfu, rate = state.get("mfu"), state.get("tokens_per_second")
+    parts = [str(state["phase"])] if state.get("phase") else []
+    parts += [f"step {state['step']}"] if state.get("step") is not None else []
+    parts += [f"loss {state['loss']:.3f}"] if isinstance(state.get("loss"), float) else []
+    parts += [f"{count(rate)} tokens/s"] if rate else []
+    parts += [f"MFU {100 * mfu:.0f} %"] if mfu else []
+    parts += [f"{duration(state['remaining'])} left"] if isinstance(state.get("remaining"), int | float) else []
+    return parts
+
+
+# --- best, show, diff --------------------------------------------------------------------------
+
+
+def best_verb(screen: Screen, given: str | None, source: bool) -> None:
+    quiet = Screen(True) if source and not screen.as_json else screen
+    lab = places.find(quiet, given)
+    view = places.look(lab)
+    if view.best is None:
+        raise UserError(
+            f"lab {lab.tag} has no best yet: {plural(view.total.experiments, 'experiment')}", "autoresearch run"
+        )
+    text = lab.best_source().decode("utf-8", "replace")
+    if source and not screen.as_json:
+        print(text, end="")
+        return
+    path = [r for r in view.rows if r.kept]
+    screen.document({
+        "lab": places.about(lab), "best": view.best.to_json(full=True), "kept": [r.to_json() for r in path],
+        "source": text if source else None,
+    })  # fmt: skip
+    for line in tables.card(view.best, view.scale, screen):
+        screen.say(line)
+    screen.say("how it got there:")
+    for r in path:
+        screen.say(f"  #{r.number:<4} {bpb(r.val_bpb)}  {delta(r.delta):<8} {r.description}")
+
+
+def show_verb(screen: Screen, given: str | None, number: int) -> None:
+    lab = places.find(screen, given)
+    found = row(lab.ledger.get(number))
+    screen.document({"lab": places.about(lab), "experiment": found.to_json(full=True), "diff": lab.diff(number)})
+    if screen.as_json:
+        return
+    for line in tables.card(found, places.scale(lab), screen):
+        screen.say(line)
+    screen.say(f"  autoresearch diff {number}   shows what it changed")
+
+
+def diff_verb(screen: Screen, given: str | None, number: int) -> None:
+    lab = places.find(screen, given)
+    lab.ledger.get(number)  # a clear error for a number that is not there
+    text = lab.diff(number)
+    screen.document({"lab": places.about(lab), "number": number, "diff": text})
+    if screen.as_json:
+        return
+    if not text.strip():
+        screen.say(
+            f"#{number} changed nothing: it is the recipe that the lab began with" if number == 1 else "no difference"
+        )
+        return
+    for line in text.splitlines():
+        style = "green" if line.startswith("+") else "dark_orange3" if line.startswith("-") else None
+        if style and screen.interactive:
+            screen.say(line, style)
+        else:
+            screen.say(plain(line))

@@ -1,0 +1,221 @@
+"""init, and the part of `run` that makes a lab: backend, profile, data, recipe, settings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from console import places
+from console.output import Screen
+from console.words import count, duration, plural, size
+from core.contract import Choice
+from core.errors import DataError, UserError
+
+if TYPE_CHECKING:
+    import prepare
+    from console.upstream import Import
+    from core.data import Dataset
+    from core.hardware import Hardware
+    from core.lab import Lab
+    from core.settings import Profile
+
+OWN_PROGRAM = "program.md"
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """What was asked for on the command line; None: whatever fits this machine."""
+
+    backend: str | None = None
+    data: str | None = None
+    text: Path | None = None
+    vocab: int | None = None
+    profile: str | None = None
+    budget: float | None = None
+    source: Path | None = None  # an upstream clone
+    tag: str | None = None
+
+    def given(self) -> list[str]:
+        """The options that were used, as they are written."""
+        names = {"source": "from"}
+        return [f"--{names.get(f.name, f.name)}" for f in fields(self) if getattr(self, f.name) is not None]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that a new lab is made from, before anything is written."""
+
+    folder: Path
+    tag: str
+    hardware: Hardware
+    choice: Choice
+    profile: Profile
+    budget: float
+
+
+def init_verb(screen: Screen, given: str | None, **options: Any) -> None:
+    lab, taken = make(screen, given, Wishes(**options))
+    screen.document({"lab": places.about(lab), "settings": _settings(lab), "imported": taken and taken.to_json()})
+    screen.say(f"made lab {lab.tag}: {places.spelled(lab.path)}")
+    screen.say(f"  {places.scale(lab)}")
+    screen.say(f"  recipe {places.spelled(lab.path / 'train.py')}, strategy {places.spelled(lab.path / 'program.md')}")
+    screen.say(f"next: autoresearch run {places.spelled(lab.path)}")
+
+
+def _settings(lab: Lab) -> dict[str, Any]:
+    import json
+
+    loaded: dict[str, Any] = json.loads(lab.settings.to_json())
+    return loaded
+
+
+def make(screen: Screen, given: str | None, wishes: Wishes) -> tuple[Lab, Import | None]:
+    """A new lab: says what is chosen and why, prepares missing data. Raises `UserError` before anything is written."""
+    import backends
+    from core.lab import Lab
+
+    chosen = plan(given, wishes)
+    backend = backends.load(chosen.choice.value)
+    recipe = backends.fit(backend.recipe(), chosen.profile)
+    taken = _take_over(screen, wishes.source, recipe) if wishes.source else None
+    if taken:
+        recipe = _replace(recipe, taken.constants)
+    screen.say(f"backend {chosen.choice.value}: {chosen.choice.reason}")
+    screen.say(f"profile {chosen.profile.name}: {chosen.profile.reason}")
+    dataset = ready_data(screen, wishes, chosen.profile)
+    settings = _lock(chosen, dataset)
+    lab = Lab.create(
+        chosen.folder,
+        recipe=recipe,
+        program=(taken and taken.program) or _template(),
+        settings=settings,
+        message=_message(chosen, taken),
+        history=taken.history if taken else None,
+    )
+    return lab, taken
+
+
+def plan(given: str | None, wishes: Wishes) -> Plan:
+    """Checks all that can be checked without data."""
+    import backends
+    from core import hardware as machines
+
+    if wishes.data and wishes.text:
+        raise UserError("--data and --text were both given", "choose one of them")
+    folder, tag = places.new_folder(given, wishes.tag)
+    hardware = machines.probe()
+    choice = machines.choose(hardware, wishes.backend)
+    profile = backends.load(choice.value).profile(hardware, wishes.profile)
+    return Plan(folder, tag, hardware, choice, profile, wishes.budget or profile.budget)
+
+
+def _message(chosen: Plan, taken: Import | None) -> str:
+    first = f"The {chosen.choice.value} recipe, fitted by profile {chosen.profile.name}"
+    return f"{first}, with the constants of {taken.path.name}" if taken and taken.constants else first
+
+
+def _template() -> str:
+    from core.paths import project_root
+
+    return (project_root() / OWN_PROGRAM).read_text(encoding="utf-8")
+
+
+def _replace(recipe: bytes, constants: Mapping[str, Any]) -> bytes:
+    from core.recipe import replace as replace_constants
+
+    return replace_constants(recipe.decode("utf-8"), constants).encode("utf-8")
+
+
+def _take_over(screen: Screen, folder: Path, recipe: bytes) -> Import:
+    from console import upstream
+    from core.recipe import constants
+
+    ours = {name: c.value for name, c in constants(recipe.decode("utf-8")).items()}
+    taken = upstream.read(folder.expanduser(), ours)
+    for line in told(taken):
+        screen.say(line)
+    return taken
+
+
+def told(taken: Import) -> list[str]:
+    """What was taken over and what was not, for people."""
+    carried = ", ".join(f"{name} = {value!r}" for name, value in taken.constants.items())
+    lines = [f"from {taken.path}:", f"  carried over: {carried or 'no constant differs'}"]
+    if taken.unknown:
+        lines.append("  not carried, our recipe has no such constant: " + ", ".join(taken.unknown))
+    if taken.mismatched:
+        lines.append("  not carried, another kind of value: " + ", ".join(taken.mismatched))
+    if taken.unread:
+        lines.append("  not carried, not a plain value: " + ", ".join(taken.unread))
+    if taken.not_carried:
+        lines.append(f"  not carried, code: {', '.join(taken.not_carried)}")
+    if taken.history:
+        lines.append(f"  history for researchers, never a score: {plural(len(taken.history), 'result')} of results.tsv")
+    lines.append("  program.md is kept" if taken.program else "  it has no program.md: ours is used")
+    return lines
+
+
+# --- data --------------------------------------------------------------------------------------
+
+
+def ready_data(screen: Screen, wishes: Wishes, profile: Profile) -> Dataset:
+    """The data set of the wishes or of the profile; told with size, place and time before it is fetched."""
+    import prepare
+    from core.data import Dataset
+    from core.paths import data_root
+
+    if wishes.data and (data_root() / wishes.data / "manifest.json").is_file():
+        return Dataset.open(data_root() / wishes.data, verify="quick")
+    if wishes.data and (Path(wishes.data).expanduser() / "manifest.json").is_file():
+        raise DataError(f"{wishes.data} lies outside {data_root()}", "give the folder's name, of a data set in there")
+    name = wishes.data or profile.data
+    vocab = wishes.vocab or profile.vocab_size
+    if wishes.text:
+        screen.say(f"data: {wishes.text}, vocabulary {vocab}")
+        return prepare.prepare(None, text=wishes.text.expanduser(), vocab_size=vocab, progress=_say(screen))
+    found = prepare.locate(name, vocab)
+    if found is not None:
+        screen.say(f"data: {found.name}, prepared before")
+        return prepare.prepare(name, vocab_size=vocab, progress=_say(screen))
+    _announce(screen, prepare.known().get(name), vocab)
+    try:
+        return prepare.prepare(name, vocab_size=vocab, progress=_say(screen))
+    except DataError as error:
+        others = ", ".join(f"--data {other}" for other in prepare.known() if other != name)
+        raise DataError(error.fact, f"{error.action}, or choose {others} or --text PATH".lstrip(", ")) from error
+
+
+def _say(screen: Screen) -> Any:
+    return lambda line: screen.say(f"  {line}")
+
+
+def _announce(screen: Screen, source: prepare.Source | None, vocab: int) -> None:
+    from core.paths import data_root
+
+    if source is None:
+        return  # prepare names the known ones
+    download = f"{source.download / 1e9:.1f} GB from {source.place}" if source.download else source.place
+    screen.say(f"data: {source.name}, {source.about}")
+    screen.say(f"  to be prepared now: {download}; {source.minutes}; vocabulary {vocab}; into {data_root()}")
+
+
+def passes_line(tokens: int, per_second: float | None, budget: float) -> str:
+    """How often one budget goes over the training text; more than four times is worth saying."""
+    if not per_second:
+        return ""
+    passes = per_second * budget / tokens
+    text = f"{count(per_second * budget)} tokens in a budget, {passes:.1f} passes over the text"
+    return f"{text}: more than 4, so it learns by heart; more text would help" if passes > 4 else text
+
+
+def free_disk(folder: Path) -> str:
+    import shutil
+
+    there = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
+    return size(shutil.disk_usage(there).free)
+
+
+def told_budget(profile: Profile, budget: float) -> str:
+    return duration(budget) if budget == profile.budget else f"{duration(budget)} (profile: {duration(profile.budget)})"

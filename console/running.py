@@ -1,0 +1,251 @@
+"""run: the loop with its banner, its live line and its end."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, replace
+from datetime import datetime
+from typing import TYPE_CHECKING, Any
+
+from console import places, tables
+from console.awake import awake
+from console.display import Ticker, expected, finish_line
+from console.making import Wishes, free_disk, make, passes_line
+from console.output import Screen
+from console.rows import Row, row
+from console.signals import Asked, ends
+from console.words import bpb, clock, count, delta, duration, plural
+from core.errors import UserError
+
+if TYPE_CHECKING:
+    from core.lab import Lab
+    from core.live import Event
+
+DEMO_TAG = "demo"
+DEMO_EXPERIMENTS = 7
+OVERHEAD = 15.0  # seconds outside training that are expected before any was measured
+
+
+@dataclass(frozen=True)
+class Limits:
+    """When to stop: after so many more experiments, at this Unix time, or not at all."""
+
+    experiments: int | None
+    deadline: float | None
+
+
+def run_verb(
+    screen: Screen,
+    given: str | None,
+    *,
+    experiments: int | None,
+    hours: float | None,
+    until: float | None,
+    researcher: str,
+    demo: bool,
+    **making: Any,
+) -> int:
+    import researchers
+
+    wishes = Wishes(**making)
+    deadline = until if until is not None else time.time() + hours * 3600 if hours is not None else None
+    if demo:
+        given, wishes, experiments = _demo(given, wishes, experiments)
+    who = researchers.make(researcher)  # an unknown name must not leave a lab behind
+    lab = _lab(screen, given, wishes)
+    limits = Limits(experiments, deadline)
+    return _run(screen, lab, who, limits, demo)
+
+
+def _demo(given: str | None, wishes: Wishes, experiments: int | None) -> tuple[str, Wishes, int]:
+    """The demo's lab and what it is made from. One that was cut off goes on; after a finished one comes demo-2."""
+    if wishes.given():
+        raise UserError(f"--demo chooses everything itself, and {wishes.given()[0]} was given", "leave one of them out")
+    total = experiments or DEMO_EXPERIMENTS
+    if given is None:
+        number = 1
+        while True:
+            given = str(places.LABS / (DEMO_TAG if number == 1 else f"{DEMO_TAG}-{number}"))
+            left = total - _decided(given)
+            if left > 0:
+                break
+            number += 1
+    else:
+        left = total - _decided(given)
+        if left <= 0:
+            raise UserError(f"the demo in {given} is finished", f"autoresearch run {given}")
+    return given, replace(wishes, profile=DEMO_TAG), left
+
+
+def _decided(given: str) -> int:
+    """Decided experiments of the lab there; 0 where there is none."""
+    found = places.find_or_none(given)
+    return sum(e.status is not None for e in found[0].ledger.experiments()) if found else 0
+
+
+def _lab(screen: Screen, given: str | None, wishes: Wishes) -> Lab:
+    """The lab that is meant, made where it is not there."""
+    found = places.find_or_none(given) if wishes.tag is None else None
+    if found is None:
+        lab, _ = make(screen, given, wishes)
+        screen.say(f"lab {lab.tag} (new): {places.spelled(lab.path)}")
+        return lab
+    lab, how = found
+    _check_locked(lab, wishes)
+    screen.say(f"lab {lab.tag} ({how}): {places.spelled(lab.path)}")
+    return lab
+
+
+def _check_locked(lab: Lab, wishes: Wishes) -> None:
+    """Settings are locked when a lab is made: asking for others is an error, not a silent no."""
+    s = lab.settings
+    same = {
+        "--backend": wishes.backend == s.backend,
+        "--profile": wishes.profile == s.profile,
+        "--budget": wishes.budget == s.budget,
+        "--vocab": wishes.vocab == s.vocab_size,
+        "--data": wishes.data in (s.data, s.data.rpartition("-v")[0]),
+    }
+    other = [option for option in wishes.given() if not same.get(option, False)]
+    if other:
+        now = f"{s.backend}, profile {s.profile}, {s.data}, {duration(s.budget)}"
+        raise UserError(
+            f"lab {lab.tag} is locked to its settings ({now}), and {', '.join(other)} asks for others",
+            "make another lab: give `run` the name of a new one, for example "
+            f"`autoresearch run {places.free_tag(places.default_tag())} ...`",
+        )
+
+
+# --- the run -----------------------------------------------------------------------------------
+
+
+def _run(screen: Screen, lab: Lab, who: Any, limits: Limits, demo: bool) -> int:
+    from core.loop import LocalExecutor, Loop
+    from core.loop import Limits as LoopLimits
+
+    before = {e.number for e in lab.ledger.experiments() if e.status is not None}
+    with awake() as sleep, Ticker(screen, events=True) as ticker:
+        loop = Loop(lab, who, LocalExecutor(), _Narrator(screen, ticker, lab))
+        with ends(loop.stop) as asked:
+            _banner(screen, lab, who.name, limits, sleep)
+            summary = loop.run(LoopLimits(experiments=limits.experiments, deadline=limits.deadline))
+    return _ending(screen, lab, before, asked, summary, demo)
+
+
+class _Narrator:
+    """Events of the loop -> lines."""
+
+    def __init__(self, screen: Screen, ticker: Ticker, lab: Lab) -> None:
+        self._screen, self._ticker, self._lab = screen, ticker, lab
+
+    def __call__(self, event: Event) -> None:
+        data = event.data
+        if event.kind == "start":
+            self._ticker.begin(f"#{data['number']}  {data.get('description', '')}")
+            self._screen.line({"event": "start", **data})
+        elif event.kind == "decided":
+            self._ticker.end()
+            self._decided(int(data["number"]))
+        elif event.kind in ("note", "waiting"):
+            self._screen.line({"event": event.kind, **data})
+            self._ticker.say(f"     {data.get('text', '')}")
+        else:
+            self._ticker.feed(event)
+
+    def _decided(self, number: int) -> None:
+        found = row(self._lab.ledger.get(number))
+        best = self._lab.best()
+        self._screen.line({"event": "experiment", **found.to_json(), "best": best and best.val_bpb})
+        style = "bold green" if found.kept else None
+        self._ticker.say(tables.summary_line(found, best.val_bpb if best else None), style)
+
+
+def _banner(screen: Screen, lab: Lab, researcher: str, limits: Limits, sleep: str) -> None:
+    view = places.look(lab)
+    s = lab.settings
+    train = lab.dataset().part("train")
+    measured = [r for r in view.rows if r.seconds and r.outcome.get("training_seconds")]
+    each = expected(s.budget, [(r.seconds or 0.0) - r.outcome["training_seconds"] for r in measured], OVERHEAD)
+    left = max(0.0, limits.deadline - time.time()) if limits.deadline else None
+    rates = [r.outcome["tokens"] / r.outcome["training_seconds"] for r in measured if r.outcome.get("tokens")]
+    passes = passes_line(train.tokens, max(rates, default=None), s.budget)
+    plan = finish_line(each, limits.experiments, left)
+    ends_at = (
+        f"; at {clock(datetime.fromtimestamp(limits.deadline).astimezone())} at the latest" if limits.deadline else ""
+    )
+    screen.line({
+        "event": "run", "lab": places.about(lab), "researcher": researcher, "experiments": limits.experiments,
+        "deadline": limits.deadline, "seconds_each": each, "known": len(view.rows), "sleep": sleep,
+    })  # fmt: skip
+    screen.say(f"  device      {s.device or s.backend}, {s.dtype} (backend {s.backend}, profile {s.profile})")
+    screen.say(
+        f"  data        {view.scale.data}, {count(train.tokens)} training tokens{'; ' + passes if passes else ''}"
+    )
+    screen.say(
+        f"  budget      {duration(s.budget)} of training for each experiment, {s.sequence_len} tokens of context"
+    )
+    screen.say(f"  plan        {plan}{ends_at}; researcher {researcher}")
+    so_far = tables.tally_line(view.total) if view.total.experiments else "none yet: the first is the baseline"
+    screen.say(f"  so far      {so_far}")
+    screen.say(f"  disk        {free_disk(lab.record)} free at {lab.record.parent.parent}")
+    screen.say(f"  sleep       {sleep}")
+    screen.say("  to stop     Ctrl-C: ends at once, `autoresearch run` continues")
+    screen.say("              autoresearch pause | stop, from another terminal")
+    screen.say(f"  val_bpb     validation bits per byte on {view.scale.data}: lower is better")
+
+
+def _ending(screen: Screen, lab: Lab, before: set[int], asked: Asked, summary: Any, demo: bool) -> int:
+    view = places.look(lab)
+    new = [r for r in view.rows if r.decided and r.number not in before]
+    reason = getattr(summary, "reason", "") or ""
+    screen.line({
+        "event": "end", "reason": reason, "signal": asked.name or None, "new": len(new), "total": view.total.to_json(),
+        "kept": [r.to_json() for r in new if r.kept],
+    })  # fmt: skip
+    if screen.as_json:
+        return asked.status
+    screen.say()
+    if asked.signal:
+        screen.say(f"stopped by {asked.name}; the experiment that was running is dropped and not counted")
+    elif reason:
+        screen.say(f"ended: {reason}")
+    _kept(screen, view, new)
+    _next(screen, lab, view, asked, demo)
+    return asked.status
+
+
+def _kept(screen: Screen, view: places.Picture, new: list[Row]) -> None:
+    failed = sum(r.failed for r in new)
+    kept = [r for r in new if r.kept and not (view.total.baseline and r.number == view.total.baseline.number)]
+    screen.say(
+        f"{plural(len(new), 'experiment')} in this run: {len(kept)} kept beyond the baseline"
+        + (f", {failed} failed" if failed else "")
+    )
+    for r in kept[-10:]:
+        screen.say(f"  #{r.number:<4} {bpb(r.val_bpb)}  {delta(r.delta)}  {r.description}")
+    if view.best and view.total.baseline and view.total.gain:
+        first = view.total.baseline
+        screen.say(f"val_bpb {bpb(first.val_bpb)} -> {bpb(view.best.val_bpb)} ({view.scale})")
+
+
+def _next(screen: Screen, lab: Lab, view: places.Picture, asked: Asked, demo: bool) -> None:
+    where = places.spelled(lab.path)
+    commands: list[tuple[str, str]] = []
+    if asked.signal:
+        commands.append((f"autoresearch run{' --demo' if demo else ''}", "go on"))
+    if view.best:
+        commands += [
+            (f"autoresearch log {where}", "everything that was tried"),
+            (f"autoresearch diff {view.best.number}", "what the best changed"),
+            ('autoresearch sample --prompt "In the beginning"', "let it write"),
+            ("autoresearch report", "the picture"),
+        ]
+    if demo:
+        tag = places.free_tag(places.default_tag())
+        commands.append((f"autoresearch run {tag} --hours 8", "a real night, fitted to this machine"))
+    elif not asked.signal:
+        commands.append(("autoresearch run", "go on"))
+    wide = max(len(command) for command, _ in commands)
+    screen.say("next:")
+    for command, what in commands:
+        screen.say(f"  {command:<{wide}}   {what}")

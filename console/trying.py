@@ -1,0 +1,194 @@
+"""try and wait: one experiment by hand, judged by a process that outlives whoever asked for it."""
+
+from __future__ import annotations
+
+import hashlib
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from console import places, tables
+from console.looking import progress_parts, running_state
+from console.output import Screen
+from console.rows import Row, row
+from console.words import bpb, duration, shorten
+from core.errors import Busy, UserError
+
+if TYPE_CHECKING:
+    from core.lab import Lab
+    from core.ledger import Experiment
+
+POLL = 0.3  # seconds between two looks at the ledger
+STARTS_WITHIN = 20.0  # seconds in which the judging process must have taken the lab
+STILL_RUNNING = 124  # exit status, as of timeout(1)
+
+
+def try_verb(screen: Screen, given: str | None, message: str, wait: bool, timeout: float | None) -> int:
+    if not message.strip():
+        raise UserError("the message is empty", 'say in one line what was changed and why: -m "..."')
+    lab = places.find(screen, given)
+    source = lab.working_source()
+    known = _known(lab, source)
+    if known is not None and known.status is not None:
+        return _told(screen, lab, row(known), again=True)
+    if known is None:
+        _must_be_free(lab)
+    number = known.number if known else _propose(lab, source, message)
+    if not _is_judged(lab):
+        _spawn(lab, number)
+    if not wait:
+        screen.document({"lab": places.about(lab), "number": number, "state": lab.ledger.get(number).state})
+        screen.say(f"#{number} is being judged; see: autoresearch wait {number}")
+        return 0
+    if known is not None:
+        screen.say(f"#{number} is being judged already; waiting for it")
+    return _wait(screen, lab, number, timeout)
+
+
+def wait_verb(screen: Screen, given: str | None, number: int, timeout: float | None) -> int:
+    lab = places.find(screen, given)
+    lab.ledger.get(number)
+    return _wait(screen, lab, number, timeout)
+
+
+def judge(path: str, number: int) -> int:
+    """What the detached process does. Ends quietly where another one does it already."""
+    from core.lab import Lab
+    from core.loop import LocalExecutor, Loop
+
+    lab = Lab.open(Path(path))
+    loop = Loop(lab, None, LocalExecutor(), lambda event: None)
+    from console.signals import ends
+
+    try:
+        with ends(loop.stop) as asked:
+            loop.judge_pending(number)
+    except Busy:
+        return 0
+    return asked.status
+
+
+def _known(lab: Lab, source: bytes) -> Experiment | None:
+    """The experiment that this very file is: waiting, running or judged. The last one, where it was judged twice."""
+    sha256 = hashlib.sha256(source).hexdigest()
+    same = [e for e in lab.ledger.experiments() if e.source_sha256 == sha256]
+    return next((e for e in same if e.status is None), same[-1] if same else None)
+
+
+def _must_be_free(lab: Lab) -> None:
+    state = running_state(lab)
+    if state is not None:
+        doing = f" with experiment {state['number']}" if state.get("number") else ""
+        raise Busy(
+            f"lab {lab.tag} is busy{doing} (process {state['pid']})",
+            "wait for it (`autoresearch status`), or end it with `autoresearch stop`",
+        )
+
+
+def _is_judged(lab: Lab) -> bool:
+    return running_state(lab) is not None
+
+
+def _propose(lab: Lab, source: bytes, message: str) -> int:
+    from core import guard
+    from core.recipe import fingerprint
+
+    guard.require(source)
+    best = lab.best()
+    return int(
+        lab.ledger.propose(
+            source=source,
+            program=lab.program(),
+            fingerprint=fingerprint(source),
+            description=" ".join(message.split()),
+            researcher="you",
+            parent=best.number if best else None,
+        )
+    )
+
+
+def _spawn(lab: Lab, number: int) -> None:
+    """Start the judging process in a session of its own, and wait until it has the lab."""
+    log = lab.record / "logs" / "judge.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    cli = Path(__file__).resolve().parent.parent / "cli.py"
+    argv = [sys.executable, str(cli), "_judge", str(lab.path), str(number)]
+    apart: dict[str, Any] = (
+        {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP | subprocess.DETACHED_PROCESS}  # type: ignore[attr-defined]
+        if sys.platform == "win32"
+        else {"start_new_session": True}
+    )
+    with log.open("wb") as output:
+        child = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=output, stderr=output, **apart)
+    give_up = time.monotonic() + STARTS_WITHIN
+    while time.monotonic() < give_up:
+        if _is_judged(lab) or lab.ledger.get(number).status is not None:
+            return
+        if child.poll() is not None:
+            tail = log.read_text(errors="replace").strip().splitlines()
+            raise UserError(f"experiment {number} could not be started: {tail[-1] if tail else 'no reason given'}",
+                            f"`autoresearch try` again; the log is {log}")  # fmt: skip
+        time.sleep(0.05)
+    raise UserError(f"experiment {number} did not start within {duration(STARTS_WITHIN)}", f"see {log}")
+
+
+def _wait(screen: Screen, lab: Lab, number: int, timeout: float | None) -> int:
+    give_up = time.monotonic() + timeout if timeout is not None else None
+    idle_since: float | None = None
+    shown = ""
+    while True:
+        found = lab.ledger.get(number)
+        if found.status is not None:
+            return _told(screen, lab, row(found), again=False)
+        state = running_state(lab)
+        if state is None and idle_since is None:
+            idle_since = time.monotonic()
+        if state is not None:
+            idle_since = None
+            shown = _phase(screen, state, number, shown)
+        elif time.monotonic() - (idle_since or 0.0) > 3.0:
+            raise UserError(f"experiment {number} waits and nothing runs it (state: {found.state})",
+                            "`autoresearch try` on the same file, or `autoresearch run`, takes it up again")  # fmt: skip
+        if give_up is not None and time.monotonic() >= give_up:
+            return _unfinished(screen, lab, found, state)
+        time.sleep(POLL)
+
+
+def _phase(screen: Screen, state: dict[str, Any], number: int, shown: str) -> str:
+    """Say it when the phase changes: a handful of lines in all."""
+    phase = str(state.get("phase") or "") if state.get("number") == number else f"waits for #{state.get('number')}"
+    if phase and phase != shown:
+        screen.say(f"#{number} {phase}")
+    return phase or shown
+
+
+def _unfinished(screen: Screen, lab: Lab, found: Experiment, state: dict[str, Any] | None) -> int:
+    parts = ", ".join(progress_parts(state or {})) or found.state
+    screen.document({"lab": places.about(lab), "experiment": row(found).to_json(), "running": state})
+    screen.say(f"#{found.number} still runs: {parts}; see: autoresearch wait {found.number}")
+    return STILL_RUNNING
+
+
+def _told(screen: Screen, lab: Lab, found: Row, again: bool) -> int:
+    """The verdict, in a few lines; for a failure also what it last printed."""
+    best = lab.best()
+    screen.document({"lab": places.about(lab), "experiment": found.to_json(full=True), "judged_before": again,
+                     "best": {"number": best.number, "val_bpb": best.val_bpb} if best else None})  # fmt: skip
+    if screen.as_json:
+        return 1 if found.failed else 0
+    if again:
+        same = best is not None and best.number == found.number
+        screen.say("train.py is the best as it stands: change it first" if same else "this file was judged before:")
+    screen.say(tables.summary_line(found, best.val_bpb if best else None))
+    if found.val_bpb is not None:
+        screen.say(f"  {found.reason or bpb(found.val_bpb)} ({places.scale(lab)})")
+    if found.failed:
+        tail = (found.outcome.get("log_tail") or "").strip().splitlines()
+        for line in tail[-6:]:
+            screen.say(f"  | {shorten(line, 110)}")
+    if not again:
+        says = "kept: train.py is committed and is the best now" if found.kept else "train.py is the best again"
+        screen.say(f"  {says}; `autoresearch show {found.number}` tells all")
+    return 1 if found.failed else 0
