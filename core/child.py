@@ -1,0 +1,223 @@
+"""One sandboxed child of the referee: its folder, its channel, and a plain reason for every way in which it can end."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+
+from core import caches, sandbox, wire
+from core.contract import Spec
+from core.errors import UserError
+from core.outcome import Status
+from core.settings import Settings
+from core.wire import ChannelClosed, ChannelTimeout, Message, ProtocolError
+
+MESSAGE_BYTES = 65536  # of arrays, beyond what a caller expects
+MESSAGES_PER_SECOND = 20  # of progress; more is flooding
+MESSAGES_AT_ONCE = 200
+SCRATCH_SPARE = 256 * 2**20  # bytes that have to stay free on the disk with the scratch folders
+LOOK_AT_DISK = 1.0  # seconds between two looks
+
+
+class Ended(Exception):
+    """The experiment ends here: its status, and the reason as the user reads it."""
+
+    def __init__(self, status: Status, reason: str) -> None:
+        self.status: Status = status
+        self.reason = reason
+        super().__init__(reason)
+
+
+class SandboxFailed(UserError):
+    """The sandbox could not be applied; nothing of the recipe has run."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """What all children of one experiment share."""
+
+    settings: Settings
+    workdir: Path
+    stop: threading.Event = field(default_factory=threading.Event)
+
+    def spec(self, seed: int) -> Spec:
+        s = self.settings
+        memory = s.memory_limit or psutil.virtual_memory().total
+        return Spec(s.vocab_size, s.sequence_len, s.bos_id, s.device, s.dtype, seed, memory)
+
+
+class Worker:
+    """A child of one role, from its launch to its end. It imports the backend's library at once, and the recipe when
+    `begin` sends it: so it can be started before it is needed without a recipe being alive in it."""
+
+    def __init__(self, role: str, place: Place) -> None:
+        self.role = role
+        self.place = place
+        self.folder = Path(tempfile.mkdtemp(prefix=f"{role}-", dir=place.workdir))
+        self.scratch = self.folder / "scratch"
+        self.caches = self.folder / "caches"
+        self.scratch.mkdir()
+        self.on_progress: Callable[[Message], None] | None = None
+        self._disk_at = 0.0
+        self._dead = False
+        self._messages = 0
+        self._began = time.monotonic()
+        settings = place.settings
+        policy = sandbox.standard_policy(
+            self.scratch, settings.backend, memory_bytes=settings.memory_limit, caches=self.caches
+        )
+        argv = [sys.executable, "-m", "backends.worker", role, settings.backend]
+        self.child = sandbox.launch(argv, policy, cwd=self.scratch, log=place.workdir / f"{role}.log")
+        self._channel = wire.Channel(self.child.channel, watch=self._watch)
+
+    # --- talking -----------------------------------------------------------------------------------
+
+    def begin(self, source: bytes, seed: int, compiled: Path | None, **fields: Any) -> None:
+        """Send the recipe. `compiled`: caches to copy for it first."""
+        if compiled is not None:
+            caches.copy(compiled, self.caches)
+        fields = {"spec": asdict(self.place.spec(seed)), **fields}
+        self.send("begin", fields, {"source": np.frombuffer(source, np.uint8)})
+
+    def send(
+        self,
+        kind: str,
+        fields: Mapping[str, Any] | None = None,
+        arrays: Mapping[str, np.ndarray] | None = None,
+        fds: Sequence[int] = (),
+        timeout: float = 60.0,
+    ) -> None:
+        try:
+            self._channel.send(kind, fields, arrays, fds, timeout)
+        except ChannelTimeout:
+            raise Ended("timeout", f"the {self.role} did not read `{kind}` for {timeout:g} s") from None
+        except ChannelClosed:
+            raise self._gone(f"before `{kind}`") from None
+
+    def expect(self, kind: str, timeout: float, doing: str, arrays_bytes: int = 0) -> Message:
+        """The next message of this kind. Everything else that can happen is an `Ended`.
+
+        `doing`: what the child is busy with, for messages; `arrays_bytes`: the most that the message may carry.
+        """
+        deadline = time.monotonic() + timeout
+        while True:
+            try:
+                message = self._channel.receive(deadline - time.monotonic(), arrays_bytes + MESSAGE_BYTES)
+            except ChannelTimeout:
+                raise Ended("timeout", f"{doing} took more than {timeout:.3g} s") from None
+            except ProtocolError as error:
+                raise self.broke(error) from None
+            except ChannelClosed:
+                raise self._gone(doing) from None
+            if message.kind == kind:
+                return message
+            if message.kind == "failed":
+                raise self._failed(message)
+            if message.kind != "progress" or self.on_progress is None:
+                raise self.broke(f"`{message.kind}` came instead of `{kind}`")
+            self._count(message)
+            self.on_progress(message)
+
+    def broke(self, what: object) -> Ended:
+        """The child sent what its trusted part never sends."""
+        return Ended("invalid", f"the {self.role} broke its protocol, so the recipe interfered with it: {what}")
+
+    def _count(self, message: Message) -> None:
+        self._watch()
+        self._messages += 1
+        if self._messages > MESSAGES_AT_ONCE + MESSAGES_PER_SECOND * (time.monotonic() - self._began):
+            raise self.broke(f"{self._messages} messages of progress")
+
+    def _failed(self, message: Message) -> Ended:
+        try:
+            status, reason = message.text("status", 20), message.text("reason", 600)
+        except ProtocolError as error:
+            return self.broke(error)
+        if status not in ("crash", "invalid"):
+            return self.broke(f"status {status!r}")
+        return Ended("invalid" if status == "invalid" else "crash", self._limit() or reason)
+
+    # --- watching ----------------------------------------------------------------------------------
+
+    def _watch(self) -> None:
+        """Called while waiting. A dead child is reported at the second look, when what it sent last has been read."""
+        if self.place.stop.is_set():
+            raise Ended("stopped", "stopped on request")
+        if reason := self._limit():
+            raise Ended("crash", reason)
+        if self._dead:
+            raise ChannelClosed("the child is gone")
+        self._dead = self.child.poll() is not None
+        now = time.monotonic()
+        if now - self._disk_at > LOOK_AT_DISK:
+            self._disk_at = now
+            free = shutil.disk_usage(self.folder).free
+            if free < SCRATCH_SPARE:
+                raise Ended("crash", f"the disk with {self.place.workdir} has {free >> 20} MiB left; free some space")
+
+    def _limit(self) -> str:
+        exceeded = self.child.exceeded()
+        if not exceeded:
+            return ""
+        if exceeded.startswith("memory"):
+            return f"out of {exceeded}; use smaller batches or a smaller model"
+        return f"too many {exceeded}"
+
+    def _gone(self, doing: str) -> Ended:
+        code = self.child.wait(5.0)
+        if reason := self._limit():
+            return Ended("crash", reason)
+        if code is None:
+            return Ended("invalid", f"the {self.role} closed its channel in {doing}, and went on running")
+        if code == 125:
+            raise SandboxFailed("the sandbox could not be applied", f"see `doctor`; {self.child.log_tail(3)}")
+        if code >= 0:
+            return Ended("crash", f"the {self.role} ended by itself in {doing}, with exit status {code}")
+        name = signal.Signals(-code).name
+        hint = "; the machine may have run out of memory" if name == "SIGKILL" else ""
+        return Ended("crash", f"the {self.role} was killed by {name} in {doing}{hint}")
+
+    # --- ending ------------------------------------------------------------------------------------
+
+    def kill(self) -> None:
+        """End the whole process tree. May be called twice."""
+        self.child.kill()
+        self._channel.close()
+
+    def close(self) -> None:
+        """End the tree and remove its folder."""
+        self.kill()
+        _remove(self.folder)
+
+
+def _remove(folder: Path) -> None:
+    """Remove a folder that a child could write to, whatever it did to the permissions in it."""
+
+    def open_up(function: Callable[..., Any], path: str, _: Any) -> None:
+        parent = Path(path).parent
+        for place in (parent, Path(path)):
+            if not place.is_symlink() and place.is_dir():
+                place.chmod(0o700)
+        try:
+            function(path)
+        except OSError:
+            pass  # reported by the next look at the disk; the folder lies in a work folder that is removed later
+
+    if sys.version_info >= (3, 12):
+        shutil.rmtree(folder, onexc=open_up)
+    else:
+        shutil.rmtree(folder, onerror=open_up)
+    if folder.exists():
+        folder.chmod(0o700)
+        shutil.rmtree(folder, ignore_errors=True)

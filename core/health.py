@@ -1,0 +1,78 @@
+"""What else the machine was doing during a training: a score that was taken beside other work is not comparable."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+
+class Watch:
+    """From its making to `report()`: processor time of everybody else, clock, temperature, load."""
+
+    def __init__(self, pid: int) -> None:
+        """`pid`: root of the process tree that is ours."""
+        self._pid = pid
+        self._started = time.monotonic()
+        self._ours = _tree_seconds(pid)
+        self._all = _busy_seconds()
+        self._clock = _clock()
+
+    def report(self) -> dict[str, Any]:
+        """JSON. `others_cores`: how many cores other processes kept busy on average; must be asked while ours live."""
+        wall = max(1e-3, time.monotonic() - self._started)
+        busy = _busy_seconds() - self._all
+        ours = _tree_seconds(self._pid) - self._ours
+        return {
+            "others_cores": round(max(0.0, busy - ours) / wall, 3),
+            "our_cores": round(ours / wall, 3),
+            "load": list(os.getloadavg()) if hasattr(os, "getloadavg") else [],
+            "cpu_mhz_before": self._clock,
+            "cpu_mhz_after": _clock(),
+            "temperature_c": _temperature(),
+        }
+
+
+def _busy_seconds() -> float:
+    t = psutil.cpu_times()
+    return t.user + t.system + getattr(t, "nice", 0.0) + getattr(t, "irq", 0.0) + getattr(t, "softirq", 0.0)
+
+
+def _tree_seconds(pid: int) -> float:
+    """User and system time of the processes below and including `pid`."""
+    try:
+        root = psutil.Process(pid)
+        tree = [root, *root.children(recursive=True)]
+    except psutil.Error:
+        return 0.0
+    total = 0.0
+    for process in tree:
+        try:
+            times = process.cpu_times()
+            total += times.user + times.system + times.children_user + times.children_system
+        except (psutil.Error, AttributeError):
+            continue
+    return total
+
+
+def _clock() -> float | None:
+    """Mean clock of the cores in MHz, where the system tells."""
+    try:
+        found = psutil.cpu_freq()
+    except (OSError, NotImplementedError, AttributeError, RuntimeError):
+        return None
+    return round(found.current, 1) if found and found.current else None
+
+
+def _temperature() -> float | None:
+    """The hottest thermal zone in degrees Celsius, on Linux."""
+    readings = []
+    for zone in Path("/sys/class/thermal").glob("thermal_zone*/temp"):
+        try:
+            readings.append(int(zone.read_text()) / 1000)
+        except (OSError, ValueError):
+            continue
+    return max(readings, default=None)

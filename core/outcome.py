@@ -1,0 +1,115 @@
+"""What the referee is asked, what it tells on the way, and what it answers."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from core.data import Dataset
+from core.settings import Settings
+
+Status = Literal["scored", "crash", "timeout", "invalid", "stopped"]
+CURVE_POINTS = 200
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something to show. `kind`: "phase" (data: phase), "progress" (step, loss, tokens_per_second, mfu, remaining,
+    fraction) or "log" (text)."""
+
+    kind: str
+    data: Mapping[str, Any]
+
+
+def ignore(event: Event) -> None:
+    """For callers that show nothing."""
+
+
+def always(bpb: float) -> bool:
+    """Audit whatever the score is."""
+    return True
+
+
+@dataclass(frozen=True)
+class Request:
+    """One experiment. `workdir` is made if missing; what is to be kept of the experiment lies there afterwards."""
+
+    source: bytes  # of train.py
+    settings: Settings
+    dataset: Dataset
+    seed: int
+    experiment: str  # an id, for messages and file names
+    workdir: Path
+    caches: Path | None = None  # the incumbent's compile caches; copied, never written
+    lint: bool = True
+    would_keep: Callable[[float], bool] = always  # whether a score would be kept, and so must be audited
+    budget: float | None = None  # seconds; None: the settings'
+    audit: Literal["auto", "always", "never"] = "auto"
+
+    def seconds(self) -> float:
+        return self.settings.budget if self.budget is None else self.budget
+
+
+@dataclass
+class Outcome:
+    """How one experiment ended. Only `scored` has a `val_bpb`. JSON through `to_dict` and `from_dict`."""
+
+    status: Status = "stopped"
+    reason: str = ""
+    val_bpb: float | None = None
+    audited: bool = False
+    steps: int = 0
+    tokens: int = 0  # targets trained on
+    training_seconds: float = 0.0  # by the referee's clock
+    params: int = 0
+    peak_memory: int = 0  # bytes, of the trainer
+    flops_per_token: float = 0.0  # as the recipe describes itself
+    mfu: float | None = None  # share of the device's peak
+    passes: float = 0.0  # over the training text
+    final_loss: float | None = None
+    curve: list[list[float]] = field(default_factory=list)  # [seconds, step, tokens, loss]
+    timings: dict[str, float] = field(
+        default_factory=dict
+    )  # seconds: startup, warmup, training, handover, scoring, ...
+    source_sha256: str = ""
+    weights: Path | None = None  # safetensors
+    caches: Path | None = None  # compile caches as they were before any training token was seen
+    log_tail: str = ""
+    sandbox: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, Any] = field(default_factory=dict)
+    health: dict[str, Any] = field(default_factory=dict)
+    describe: dict[str, Any] = field(default_factory=dict)
+    audit: dict[str, Any] = field(default_factory=dict)
+    scored_tokens: int = 0
+    total_nats: float = 0.0
+    total_bytes: int = 0
+
+    def add_to_curve(self, seconds: float, step: int, tokens: int, loss: float) -> None:
+        """Every second point goes when the curve is full: even spacing, bounded size."""
+        if len(self.curve) >= CURVE_POINTS:
+            self.curve = self.curve[1::2]
+        self.curve.append([round(seconds, 3), step, tokens, round(loss, 5)])
+
+    def to_dict(self) -> dict[str, Any]:
+        found = asdict(self)
+        return {**found, "weights": _text(self.weights), "caches": _text(self.caches)}
+
+    @classmethod
+    def from_dict(cls, given: Mapping[str, Any]) -> Outcome:
+        """Inverse of `to_dict`; fields of later versions are left out."""
+        known = {f.name for f in fields(cls)}
+        found = cls(**{k: v for k, v in given.items() if k in known})
+        found.weights = Path(found.weights) if found.weights else None
+        found.caches = Path(found.caches) if found.caches else None
+        return found
+
+
+def source_sha256(source: bytes) -> str:
+    return hashlib.sha256(source).hexdigest()
+
+
+def _text(path: Path | None) -> str | None:
+    return None if path is None else str(path)

@@ -1,0 +1,437 @@
+"""The referee: runs one experiment in sandboxed children and believes none of them alone (design, section 4).
+
+    trainer   warm-up on random tokens; then, on the referee's clock, builds again and trains; hands over its weights
+    scorer    builds afresh, loads these weights, gives the loss of every validation target
+    auditor   builds afresh, loads the same weights, gives logits at positions behind which nothing true stands
+
+The recipe is never alive in two of them at once. The processes of scorer and auditor are started together with the
+trainer, so that loading the backend's library overlaps; they get the recipe when it is their turn.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from core import caches, guard, scoring
+from core import weights as weight_files
+from core.child import Ended, Place, Worker
+from core.clock import Limit
+from core.health import Watch
+from core.outcome import Event, Outcome, Request, Status, ignore, source_sha256
+from core.sandbox import abilities
+from core.settings import Settings
+from core.versions import versions
+from core.weights import WeightsError
+from core.wire import Message, ProtocolError
+
+__all__ = ["Event", "Outcome", "Request", "Status", "dry_build", "execute", "ignore", "measure", "sample"]
+
+WEIGHTS_BYTES = 64 * 2**30  # the most that a recipe may hand over
+LOG_LINES = 50
+
+
+def execute(
+    request: Request, on_event: Callable[[Event], None] = ignore, stop: threading.Event | None = None
+) -> Outcome:
+    """One experiment, from the bytes of `train.py` to a score or the reason why there is none.
+
+    Whatever the recipe does ends in an `Outcome`; a `UserError` means that the data or the sandbox is not in order.
+    `stop` ends it within a second or two, with status "stopped". Afterwards no process and no scratch folder is left.
+    """
+    request.workdir.mkdir(parents=True, exist_ok=True)
+    run = _Experiment(request, on_event, stop or threading.Event())
+    try:
+        run.go()
+    except Ended as end:
+        run.outcome.status, run.outcome.reason = end.status, end.reason
+        run.outcome.val_bpb, run.outcome.weights = None, None
+    finally:
+        run.close()
+    return run.outcome
+
+
+class _Experiment:
+    """The state of one `execute`."""
+
+    def __init__(self, request: Request, on_event: Callable[[Event], None], stop: threading.Event) -> None:
+        self.request = request
+        self.settings = request.settings
+        self.place = Place(request.settings, request.workdir, stop)
+        self.on_event = on_event
+        self.outcome = Outcome(source_sha256=source_sha256(request.source))
+        self.workers: dict[str, Worker] = {}
+        self.rng = np.random.default_rng()  # from the system's entropy: no recipe can foresee order or positions
+        self.compiled = request.caches
+        self.peak_flops = 0.0
+        self.started = self.mark = time.monotonic()
+        self.weights = -1  # descriptor
+
+    def go(self) -> None:
+        if self.request.lint:
+            self._lint()
+        self.outcome.versions = versions(self.settings)
+        self.outcome.sandbox = {"abilities": abilities().to_dict()}
+        self._phase("start")
+        for role in ("trainer", "scorer", *(() if self.request.audit == "never" else ("auditor",))):
+            self.workers[role] = Worker(role, self.place)
+        trainer = _Trainer(self, self.workers["trainer"])
+        trainer.warm_up()
+        trainer.train()
+        self.weights = trainer.hand_over()
+        self._lap("handover")
+        score = self._score()
+        if self._wants_audit(score.bpb):
+            self._audit(score)
+        kept = self.request.workdir / "weights.safetensors"
+        trainer.weights_file.replace(kept)
+        self.outcome.status, self.outcome.val_bpb, self.outcome.weights = "scored", score.bpb, kept
+
+    def close(self) -> None:
+        """End every process, keep the last lines of their logs, remove what they wrote."""
+        tails = []
+        for role, worker in self.workers.items():
+            worker.kill()
+            tail = worker.child.log_tail(LOG_LINES).strip()
+            if tail:
+                tails.append(tail if role == "trainer" else f"[{role}]\n{tail}")
+            self.outcome.sandbox[role] = worker.child.enforced
+            worker.close()
+        if self.weights >= 0:
+            os.close(self.weights)
+        self.outcome.log_tail = "\n".join("\n".join(tails).splitlines()[-LOG_LINES:])
+        self.outcome.timings["total"] = round(time.monotonic() - self.started, 3)
+
+    # --- phases ------------------------------------------------------------------------------------
+
+    def _lint(self) -> None:
+        try:
+            guard.require(self.request.source)
+        except guard.GuardError as error:
+            raise Ended("invalid", str(error)) from None
+
+    def _score(self) -> scoring.Score:
+        self._phase("score")
+        worker = self.workers["scorer"]
+        text = scoring.Text.of(self.request.dataset, self.place)
+        self._begin(worker, text)
+        scoring.give_weights(worker, self.weights)
+        score = scoring.score(worker, text, scoring.limit(self.place, self.request.seconds()), self.rng)
+        worker.close()
+        self.outcome.scored_tokens, self.outcome.total_bytes = score.tokens, score.total_bytes
+        self.outcome.total_nats = score.total_nats
+        self._lap("scoring")
+        return score
+
+    def _audit(self, score: scoring.Score) -> None:
+        self._phase("audit")
+        worker = self.workers["auditor"]
+        text = scoring.Text.of(self.request.dataset, self.place)
+        self._begin(worker, text)
+        seconds = scoring.limit(self.place, self.request.seconds())
+        self.outcome.audit = scoring.audit(worker, text, self.weights, score, seconds, self.rng)
+        self.outcome.audited = True
+        worker.close()
+        self._lap("audit")
+
+    def _begin(self, worker: Worker, text: scoring.Text) -> None:
+        """Build in a scorer or auditor; what it compiled is copied before it sees any weight."""
+        warm = bool(self.outcome.describe.get("compiled"))
+        worker.begin(self.request.source, self.request.seed, self.compiled, warm=warm, rows=text.size)
+        if scoring.prepare(worker, worker.role):
+            self.keep_caches(worker)
+
+    def keep_caches(self, worker: Worker) -> None:
+        """Copy what the child has compiled so far; it has seen no text yet, and it waits for us."""
+        if caches.is_empty(worker.caches):
+            return
+        target = self.request.workdir / f"caches-{worker.role}"
+        caches.copy(worker.caches, target)
+        self.compiled = self.outcome.caches = target
+
+    def _wants_audit(self, bpb: float) -> bool:
+        wish = self.request.audit
+        return wish == "always" or (wish == "auto" and self.request.would_keep(bpb))
+
+    def _phase(self, name: str) -> None:
+        self.on_event(Event("phase", {"phase": name, "experiment": self.request.experiment}))
+
+    def _lap(self, name: str) -> None:
+        now = time.monotonic()
+        self.outcome.timings[name] = round(now - self.mark, 3)
+        self.mark = now
+
+
+class _Trainer:
+    """The trainer's part of an experiment."""
+
+    def __init__(self, run: _Experiment, worker: Worker) -> None:
+        self.run = run
+        self.worker = worker
+        self.outcome = run.outcome
+        self.limit = Limit(run.request.seconds())
+        self.weights_file = worker.scratch / "weights.safetensors"
+        self._clock = 0.0  # when the training started
+        self._declared = 0  # bytes of weights
+        self._last = (0.0, 0)  # seconds and tokens at the last progress
+
+    def warm_up(self) -> None:
+        """Everything up to the start of the clock, under the cap of its own."""
+        cap = self.run.settings.warmup_cap
+        self.run._phase("warm-up")
+        self.worker.begin(self.run.request.source, self.run.request.seed, self.run.compiled, measure_peak=True)
+        deadline = time.monotonic() + cap
+        built = self.worker.expect("built", cap, "import and build")
+        self.run._lap("startup")
+        warm = self.worker.expect("warm", max(0.1, deadline - time.monotonic()), "warm-up (import, build, compile)")
+        try:
+            self.outcome.params = built.integer("params")
+            self._declared = built.integer("weights_bytes")
+            self.outcome.describe = {
+                **_plain(built),
+                "compiled": warm.flag("compiled"),
+                "dtype": warm.text("dtype", 20),
+            }
+            if "peak_flops" in warm.fields:
+                self.run.peak_flops = warm.number("peak_flops", 0.0, 1e20)
+                self.outcome.describe["peak"] = warm.text("peak_source", 400)
+        except ProtocolError as error:
+            raise self.worker.broke(error) from None
+        self.outcome.flops_per_token = _flops(self.outcome.describe)
+        if self.outcome.describe["compiled"]:
+            self.run.keep_caches(self.worker)
+        self.run._lap("warmup")
+
+    def train(self) -> None:
+        """From the start of the clock to `trained`; timed here, whatever the trainer says."""
+        self.run._phase("train")
+        self.worker.on_progress = self._progress
+        self._send_start()
+        doing = f"training ({self.limit.budget:g} s budget)"
+        message = self.worker.expect("trained", self._clock + self.limit.longest() - time.monotonic(), doing)
+        seconds = time.monotonic() - self._clock
+        self.outcome.training_seconds = round(seconds, 3)
+        self._take_facts(message)
+        try:
+            allowed = self.limit.overrun(message.number("median_step", 0.0, 1e9))
+        except ProtocolError as error:
+            raise self.worker.broke(error) from None
+        over = seconds - self.limit.budget
+        if over > allowed:
+            raise Ended(
+                "timeout", f"trained {seconds:.2f} s of {self.limit.budget:g} s; {allowed:.2f} s over is allowed"
+            )
+        self.run._lap("training")
+
+    def hand_over(self) -> int:
+        """The trainer's weights as a checked, read-only descriptor; its process tree is gone then."""
+        self.worker.on_progress = None
+        began = time.monotonic()
+        allowed = self.limit.handover(self._declared)
+        message = self.worker.expect(
+            "handed", allowed, f"weights() of {self._declared / 1e6:.1f} MB after the training"
+        )
+        took = time.monotonic() - began
+        self.outcome.health |= self._watch.report()
+        self.worker.kill()
+        peak = message.fields.get("peak_memory")
+        reported = peak if isinstance(peak, int) and not isinstance(peak, bool) and 0 < peak < 2**50 else 0
+        self.outcome.peak_memory = reported or self.worker.child.peak_memory()
+        try:
+            return self._open(took)
+        except WeightsError as error:
+            raise Ended("invalid", str(error)) from None
+
+    def _open(self, took: float) -> int:
+        fd = weight_files.open_untrusted(self.weights_file, WEIGHTS_BYTES)
+        try:
+            size = os.fstat(fd).st_size
+            if took > self.limit.handover(size):
+                raise Ended(
+                    "timeout",
+                    f"weights() took {took:.2f} s for {size / 1e6:.1f} MB; {self.limit.handover(size):.2f} s are allowed",
+                )
+            arrays = weight_files.read(fd)
+            weight_files.check(arrays)
+            self.outcome.params = weight_files.count(arrays)
+        except BaseException:
+            os.close(fd)
+            raise
+        return fd
+
+    def _send_start(self) -> None:
+        dataset = self.run.request.dataset
+        fds = dataset.open_files("train")
+        self._watch = Watch(self.worker.child.pid)
+        try:
+            self._clock = time.monotonic()
+            fields = {
+                "budget": self.limit.budget,
+                "started": self._clock,
+                "token_dtype": dataset.token_dtype.str,
+            }
+            self.worker.send("start", fields, fds=fds)
+        finally:
+            for fd in fds:
+                os.close(fd)
+
+    def _progress(self, message: Message) -> None:
+        try:
+            step, tokens = message.integer("step", 1), message.integer("tokens")
+            loss = message.number("loss", -1e9, 1e9)
+        except ProtocolError as error:
+            raise self.worker.broke(error) from None
+        seconds = time.monotonic() - self._clock
+        self.outcome.add_to_curve(seconds, step, tokens, loss)
+        self.outcome.steps, self.outcome.tokens, self.outcome.final_loss = step, tokens, loss
+        before, served = self._last
+        rate = max(0, tokens - served) / max(1e-3, seconds - before)
+        self._last = (seconds, tokens)
+        self.run.on_event(
+            Event(
+                "progress",
+                {
+                    "step": step,
+                    "loss": loss,
+                    "tokens_per_second": rate,
+                    "mfu": self._mfu(rate),
+                    "remaining": max(0.0, self.limit.budget - seconds),
+                    "fraction": min(1.0, seconds / self.limit.budget),
+                },
+            )
+        )
+
+    def _take_facts(self, message: Message) -> None:
+        try:
+            self.outcome.steps = message.integer("steps", 1)
+            self.outcome.tokens = message.integer("tokens")
+            self.outcome.passes = round(message.number("passes", 0.0, 1e12), 4)
+            self.outcome.final_loss = message.number("loss", -1e9, 1e9)
+        except ProtocolError as error:
+            raise self.worker.broke(error) from None
+        self.outcome.add_to_curve(
+            self.outcome.training_seconds, self.outcome.steps, self.outcome.tokens, self.outcome.final_loss
+        )
+        self.outcome.mfu = self._mfu(self.outcome.tokens / max(1e-3, self.outcome.training_seconds))
+
+    def _mfu(self, tokens_per_second: float) -> float | None:
+        if not self.run.peak_flops or not self.outcome.flops_per_token:
+            return None
+        return round(tokens_per_second * self.outcome.flops_per_token / self.run.peak_flops, 4)
+
+
+def _plain(message: Message) -> dict[str, Any]:
+    """The `describe` of a message: display only, so what is not plain is left out."""
+    given = message.fields.get("describe")
+    if not isinstance(given, dict):
+        return {}
+    kept = list(given.items())[:64]
+    return {
+        str(k)[:80]: v[:400] if isinstance(v, str) else v for k, v in kept if isinstance(v, (str, int, float, bool))
+    }
+
+
+def _flops(describe: dict[str, Any]) -> float:
+    value = describe.get("flops_per_token")
+    return float(value) if isinstance(value, (int, float)) and 0 < value < 1e15 else 0.0
+
+
+# --- smaller questions ---------------------------------------------------------------------------------
+
+
+def measure(
+    source: bytes, settings: Settings, workdir: Path, *, seconds: float = 3.0, stop: threading.Event | None = None
+) -> dict[str, Any]:
+    """How fast a recipe trains here: seconds_per_step, tokens_per_step, steps, warmup, compiled, params, peak_memory,
+    peak_flops, peak_source, describe. Random tokens, no data. `RecipeFailed` when it does not get that far."""
+    return _ask(source, settings, workdir, "measure", "measured", stop, seconds=seconds)
+
+
+def dry_build(
+    source: bytes, settings: Settings, workdir: Path, *, stop: threading.Event | None = None
+) -> dict[str, Any]:
+    """Whether a recipe runs at all: import, build, one step, logits, weights there and back. loss, params, describe."""
+    return _ask(source, settings, workdir, "dry", "tried", stop)
+
+
+class RecipeFailed(Exception):
+    """A recipe that was tried out did not run: the status that an experiment would have had, reason, log."""
+
+    def __init__(self, end: Ended, log_tail: str) -> None:
+        self.status = end.status
+        self.reason = end.reason
+        self.log_tail = log_tail
+        super().__init__(end.reason)
+
+
+def _ask(
+    source: bytes,
+    settings: Settings,
+    workdir: Path,
+    role: str,
+    answer: str,
+    stop: threading.Event | None,
+    **fields: Any,
+) -> dict[str, Any]:
+    workdir.mkdir(parents=True, exist_ok=True)
+    worker = Worker(role, Place(settings, workdir, stop or threading.Event()))
+    try:
+        worker.begin(source, settings.seed, None, **fields)
+        message = worker.expect(answer, settings.warmup_cap + 30.0, "import, build and steps")
+        return {k: v for k, v in message.fields.items() if k != "describe"} | {"describe": _plain(message)}
+    except Ended as end:
+        raise RecipeFailed(end, worker.child.log_tail(LOG_LINES)) from None
+    finally:
+        worker.close()
+
+
+def sample(
+    source: bytes,
+    weights: Path,
+    settings: Settings,
+    tokens: list[int],
+    max_new: int,
+    temperature: float,
+    seed: int,
+    workdir: Path,
+    stop: threading.Event | None = None,
+) -> Iterator[int]:
+    """Continue `tokens`, one token after another; temperature 0 takes the likeliest. `RecipeFailed` when it cannot."""
+    workdir.mkdir(parents=True, exist_ok=True)
+    place = Place(settings, workdir, stop or threading.Event())
+    worker = Worker("scorer", place)
+    random = np.random.default_rng(seed)
+    length = settings.sequence_len
+    fd = os.open(weights, os.O_RDONLY)
+    try:
+        worker.begin(source, settings.seed, None, warm=False, rows=1)
+        scoring.prepare(worker, "sampling")
+        scoring.give_weights(worker, fd)
+        text = list(tokens) or [settings.bos_id]
+        for _ in range(max_new):
+            window = text[-length:]
+            row = np.full((1, length), settings.bos_id, np.int32)
+            row[0, : len(window)] = window
+            worker.send("logits", arrays={"tokens": row, "positions": np.array([len(window) - 1])})
+            message = worker.expect("answered", settings.warmup_cap, "logits()", 4 * settings.vocab_size)
+            text.append(_draw(message.array("logits", "<f4", (1, settings.vocab_size))[0], temperature, random))
+            yield text[-1]
+    except Ended as end:
+        raise RecipeFailed(end, worker.child.log_tail(LOG_LINES)) from None
+    finally:
+        os.close(fd)
+        worker.close()
+
+
+def _draw(logits: np.ndarray, temperature: float, random: np.random.Generator) -> int:
+    if temperature <= 0:
+        return int(np.nanargmax(logits))
+    x = np.nan_to_num(logits.astype(np.float64)) / temperature
+    p = np.exp(x - x.max())
+    return int(random.choice(len(p), p=p / p.sum()))

@@ -1,0 +1,202 @@
+"""Scoring weights on the validation text, and auditing the score, each with a child of its own.
+
+Shapes: N rows, B rows in a batch, T targets in a row, V vocabulary entries (see core/evaluate.py).
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from core import evaluate
+from core.child import Ended, Place, Worker
+from core.data import Dataset
+from core.evaluate import AuditBatch
+from core.wire import ProtocolError
+
+
+@dataclass(frozen=True)
+class Text:
+    """The rows that are scored, and what their targets count for."""
+
+    rows: np.ndarray  # (N, T+1) int32
+    counted: np.ndarray  # (N, T) bool: targets that have bytes
+    token_bytes: np.ndarray  # (V,)
+    unigram_nats: np.ndarray  # (V,)
+    size: int  # B
+
+    @classmethod
+    def of(cls, dataset: Dataset, place: Place) -> Text:
+        settings = place.settings
+        rows = np.ascontiguousarray(dataset.rows("val", settings.sequence_len, settings.eval_tokens), np.int32)
+        counted = dataset.token_bytes[rows[:, 1:]] > 0
+        return cls(rows, counted, dataset.token_bytes, dataset.unigram_nats, min(settings.rows(), len(rows)))
+
+    @property
+    def vocab_size(self) -> int:
+        return len(self.token_bytes)
+
+
+@dataclass(frozen=True)
+class Score:
+    nats: np.ndarray  # (N, T) float32
+    total_nats: float
+    total_bytes: int
+    tokens: int  # targets that count
+
+    @property
+    def bpb(self) -> float:
+        return evaluate.bpb(self.total_nats, self.total_bytes)
+
+
+def limit(place: Place, budget: float) -> float:
+    """Seconds that scoring, or the audit, may take in all."""
+    return place.settings.warmup_cap + max(budget, place.settings.budget)
+
+
+def prepare(worker: Worker, doing: str) -> bool:
+    """Wait until the child has built. Returns whether it compiled something."""
+    return worker.expect("warm", worker.place.settings.warmup_cap, f"{doing}: import, build and warm-up").flag(
+        "compiled"
+    )
+
+
+def give_weights(worker: Worker, weights: int) -> None:
+    """Hand over the checked weights as a descriptor of the child's own, and wait until they are loaded."""
+    fd = os.open(f"/proc/self/fd/{weights}", os.O_RDONLY) if os.path.isdir("/proc/self/fd") else os.dup(weights)  # noqa: PTH112
+    try:
+        worker.send("weights", fds=[fd])
+    finally:
+        os.close(fd)
+    worker.expect("loaded", worker.place.settings.warmup_cap, "load_weights()")
+
+
+# --- scoring -----------------------------------------------------------------------------------------
+
+
+def score(worker: Worker, text: Text, seconds: float, rng: np.random.Generator) -> Score:
+    """Losses of all rows in random order, in batches of one shape; the last is filled with random tokens."""
+    deadline = time.monotonic() + seconds
+    count, length = len(text.rows), text.rows.shape[1] - 1
+    found = np.full((count, length), np.nan, np.float32)
+    for done, index in enumerate(evaluate.batches(count, text.size, rng)):
+        tokens = evaluate.take(text.rows, index, text.vocab_size, rng)
+        worker.send("score", arrays={"tokens": tokens})
+        doing = f"logits() for the score (row {min(done * text.size, count)} of {count})"
+        message = worker.expect("scored", max(0.1, deadline - time.monotonic()), doing, 4 * tokens.size)
+        try:
+            nats = message.array("nats", "<f4", (text.size, length))
+        except ProtocolError as error:
+            raise worker.broke(error) from None
+        real = index >= 0
+        try:
+            evaluate.check_scored(nats[real])
+        except ValueError as error:
+            raise Ended("invalid", f"in the score: {error}") from None
+        found[index[real]] = nats[real]
+    total_nats, total_bytes = evaluate.totals(found, text.rows[:, 1:], text.token_bytes)
+    return Score(found, total_nats, total_bytes, int(text.counted.sum()))
+
+
+# --- auditing ----------------------------------------------------------------------------------------
+
+
+class Auditor:
+    """Asks a child for logits at single positions. Every answer is checked by `core.evaluate`."""
+
+    def __init__(self, worker: Worker, text: Text, seconds: float, rng: np.random.Generator) -> None:
+        self._worker = worker
+        self._text = text
+        self._rng = rng
+        self._deadline = time.monotonic() + seconds
+        self.plan = evaluate.plan_audit(text.counted, text.size, worker.place.settings.audit_points, rng)
+
+    def check_untrained(self) -> dict[str, float]:
+        """Before it has the weights, it must know no more of the text than token frequencies tell.
+
+        The batches are the first of the plan, so they show nothing that the same rows would not show later.
+        """
+        count = math.ceil(evaluate.UNTRAINED_POINTS / self._text.size)
+        plan = self.plan[:count]
+        targets = np.concatenate([self._text.rows[b.rows, b.positions + 1][b.rows >= 0] for b in plan])
+        answers = [a[b.rows >= 0] for a, b in zip(self._ask(plan), plan, strict=True)]
+        untrained = self._nats(np.concatenate(answers), targets)
+        unigram = self._text.unigram_nats[targets].astype(np.float64)
+        if problem := evaluate.untrained_problem(untrained, unigram):
+            raise Ended("invalid", problem)
+        return {"untrained_nats": float(untrained.mean()), "unigram_nats": float(unigram.mean())}
+
+    def check_score(self, scored: np.ndarray) -> dict[str, float]:
+        """Compare what was scored (N, T) with what the weights give without the future; facts for the record."""
+        answers = self._ask(self.plan)
+        try:
+            findings = evaluate.find(self.plan, answers, self._text.rows, scored)
+        except ValueError as error:
+            raise Ended("invalid", f"in the audit: {error}") from None
+        verdict = evaluate.judge(findings)
+        if verdict.problem:
+            why = self._why(findings, verdict.worst, scored) if "uses the future" not in verdict.problem else ""
+            raise Ended("invalid", why + verdict.problem)
+        return verdict.facts
+
+    def _why(self, findings: evaluate.Findings, worst: list[int], scored: np.ndarray) -> str:
+        """Show the worst rows whole. Where the score comes back, it came from the tokens after the position."""
+        rows: dict[int, int] = {}
+        for answer in worst:
+            rows.setdefault(int(findings.rows[answer]), int(findings.positions[answer]))
+        chosen = list(rows.items())[: self._text.size]
+        if not chosen:
+            return ""
+        index = np.full(self._text.size, -1, np.int64)
+        index[: len(chosen)] = [row for row, _ in chosen]
+        positions = np.full(self._text.size, self._text.rows.shape[1] - 2, np.int64)
+        positions[: len(chosen)] = [position for _, position in chosen]
+        tokens = evaluate.take(self._text.rows, index, self._text.vocab_size, self._rng)[:, :-1]
+        real = index >= 0
+        answer = self._answer(np.ascontiguousarray(tokens), positions)[real]
+        targets = self._text.rows[index[real], positions[real] + 1]
+        shown_whole = self._nats(answer, targets)
+        was = scored[index[real], positions[real]]
+        again = np.abs(shown_whole - was) <= evaluate.ANYWHERE
+        if again.mean() > 0.5:
+            return "uses the future: "
+        return "remembers earlier calls, learns while it is scored, or reports other losses than its logits give: "
+
+    def _ask(self, plan: list[AuditBatch]) -> list[np.ndarray]:
+        """(B, V) float32 logits for each batch; every call draws other random tokens."""
+        text = self._text
+        return [
+            self._answer(evaluate.audit_inputs(batch, text.rows, text.vocab_size, self._rng), batch.positions)
+            for batch in plan
+        ]
+
+    def _answer(self, tokens: np.ndarray, positions: np.ndarray) -> np.ndarray:
+        shape = (self._text.size, self._text.vocab_size)
+        self._worker.send("logits", arrays={"tokens": tokens, "positions": positions})
+        left = max(0.1, self._deadline - time.monotonic())
+        message = self._worker.expect("answered", left, "logits() for the audit", 4 * shape[0] * shape[1])
+        try:
+            return message.array("logits", "<f4", shape)
+        except ProtocolError as error:
+            raise self._worker.broke(error) from None
+
+    def _nats(self, logits: np.ndarray, targets: np.ndarray) -> np.ndarray:
+        try:
+            return evaluate.nats(logits, targets)
+        except ValueError as error:
+            raise Ended("invalid", f"in the audit: {error}") from None
+
+
+def audit(
+    worker: Worker, text: Text, weights: int, scored: Score, seconds: float, rng: np.random.Generator
+) -> dict[str, Any]:
+    """The whole audit with a child that has built. `Ended` with what was caught; else facts for the record."""
+    auditor = Auditor(worker, text, seconds, rng)
+    facts = auditor.check_untrained()
+    give_weights(worker, weights)
+    return {**facts, **auditor.check_score(scored.nats)}
