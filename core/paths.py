@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-import platformdirs
-
 
 def project_root() -> Path:
     """The folder that holds `core`, `backends`, ... and is the children's import path."""
@@ -15,7 +13,11 @@ def project_root() -> Path:
 
 def home() -> Path:
     chosen = os.environ.get("AUTORESEARCH_HOME")
-    return Path(chosen).expanduser().absolute() if chosen else Path(platformdirs.user_data_dir("autoresearch"))
+    if chosen:
+        return Path(chosen).expanduser().absolute()
+    import platformdirs  # here, because children in the sandbox do without it
+
+    return Path(platformdirs.user_data_dir("autoresearch"))
 
 
 def data_root() -> Path:
