@@ -460,7 +460,6 @@ def diff(number: int, as_json: bool, lab: str | None) -> None:
 @click.option("--prompt", default="", metavar="TEXT", help="Text to continue.")
 @click.option("--tokens", type=click.IntRange(1, 100_000), default=200, show_default=True, metavar="N")
 @click.option("--temperature", type=click.FloatRange(min=0), default=0.8, show_default=True, metavar="X")
-@click.option("--top-k", type=click.IntRange(min=1), default=50, show_default=True, metavar="K")
 @click.option("--seed", type=int, default=0, show_default=True, metavar="N")
 def sample(lab: str | None, as_json: bool, prompt: str, **options: Any) -> None:
     """Let the best model write.
