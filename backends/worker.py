@@ -52,6 +52,7 @@ def main() -> None:
     device_module = importlib.import_module(f"backends.{backend}.device")
     roles = {"trainer": train, "scorer": answer, "auditor": answer, "measure": measure, "dry": dry}
     try:
+        channel.send("ready")
         begin = channel.receive()
         try:
             roles[role](channel, device_module.open_device(), begin)

@@ -27,6 +27,7 @@ MESSAGE_BYTES = 65536  # of arrays, beyond what a caller expects
 MESSAGES_PER_SECOND = 20  # of progress; more is flooding
 MESSAGES_AT_ONCE = 200
 SCRATCH_SPARE = 256 * 2**20  # bytes that have to stay free on the disk with the scratch folders
+LIBRARY_CAP = 120.0  # seconds to import torch or mlx; from a cold disk it is slow
 LOOK_AT_DISK = 1.0  # seconds between two looks
 
 
@@ -41,6 +42,10 @@ class Ended(Exception):
 
 class SandboxFailed(UserError):
     """The sandbox could not be applied; nothing of the recipe has run."""
+
+
+class BackendFailed(UserError):
+    """The backend's own code or library did not start; nothing of the recipe has run."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +76,7 @@ class Worker:
         self.on_progress: Callable[[Message], None] | None = None
         self._disk_at = 0.0
         self._dead = False
+        self._ready = False
         self._messages = 0
         self._began = time.monotonic()
         settings = place.settings
@@ -83,8 +89,25 @@ class Worker:
 
     # --- talking -----------------------------------------------------------------------------------
 
+    def get_ready(self) -> None:
+        """Wait until the backend's library is loaded. Nothing of the recipe has run yet, so a failure is not its."""
+        if self._ready:
+            return
+        try:
+            self.expect("ready", LIBRARY_CAP, "loading the backend's library")
+        except Ended as end:
+            if end.status == "stopped":
+                raise
+            backend = self.place.settings.backend
+            raise BackendFailed(
+                f"the backend {backend} cannot be loaded: {end.reason}",
+                f"see `autoresearch doctor`; its last lines: {self.child.log_tail(3)}",
+            ) from None
+        self._ready = True
+
     def begin(self, source: bytes, seed: int, compiled: Path | None, **fields: Any) -> None:
         """Send the recipe. `compiled`: caches to copy for it first."""
+        self.get_ready()
         if compiled is not None:
             caches.copy(compiled, self.caches)
         fields = {"spec": asdict(self.place.spec(seed)), **fields}

@@ -147,8 +147,8 @@ class Auditor:
     def _why(self, findings: evaluate.Findings, worst: list[int], scored: np.ndarray) -> str:
         """Show the worst rows whole. Where the score comes back, it came from the tokens after the position."""
         rows: dict[int, int] = {}
-        for answer in worst:
-            rows.setdefault(int(findings.rows[answer]), int(findings.positions[answer]))
+        for k in worst:
+            rows.setdefault(int(findings.rows[k]), int(findings.positions[k]))
         chosen = list(rows.items())[: self._text.size]
         if not chosen:
             return ""
