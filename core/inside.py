@@ -5,7 +5,8 @@ and `sitecustomize` out. The import path becomes: three packages of the project,
 package folder only the listed names, so that a package which must not be read is one that is not installed.
 """
 
-# ruff: noqa: PTH - runs before every child's work: pathlib is not loaded for it
+# ruff: noqa: PTH108, PTH118
+# pathlib is not loaded: this runs before every child's work.
 from __future__ import annotations
 
 import sys

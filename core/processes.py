@@ -3,7 +3,8 @@
 The standard library only: `core/launcher.py` runs it without packages. Elsewhere `core/sandbox.py` uses psutil.
 """
 
-# ruff: noqa: PTH - called many times a second, and in the launcher, which does not load pathlib
+# ruff: noqa: PTH110, PTH208
+# pathlib is not used: this is called many times a second.
 from __future__ import annotations
 
 import os

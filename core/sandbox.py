@@ -20,10 +20,13 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from core import cgroups, landlock, paths, readable, trees
 from core.childlog import CappedLog
+
+if TYPE_CHECKING:
+    from core.doctor import Check
 
 GIB = 1 << 30
 LAUNCHER = "core/launcher.py"
@@ -190,6 +193,13 @@ def lacking(found: Mapping[str, Any], kinds: Mapping[str, str]) -> list[str]:
     if "pids" not in kinds:
         missing.append(f"pids cgroup: processes are counted every {WATCH_EVERY:g} s")
     return missing
+
+
+def self_check() -> list[Check]:
+    """Children that attack the sandbox, and what came of it, for `doctor`."""
+    from core import selfcheck
+
+    return selfcheck.self_check()
 
 
 def launch(argv: list[str], policy: Policy, *, cwd: Path, log: Path) -> Child:
@@ -392,7 +402,7 @@ class Child:
         tree = self._tree()
         used = sum(trees.resident(pid) for pid in tree)
         limit = self._policy.memory_bytes
-        if limit and used > limit and len(tree) > 1:
+        if len(tree) > 1 and used > min(limit or self._peak, self._peak):
             used = sum(trees.proportional(pid) for pid in tree)  # shared pages counted once
         self._peak = max(self._peak, used, *(trees.peak(pid) for pid in tree[:1]))
         if limit and used > limit:
@@ -461,4 +471,5 @@ class Child:
 
 
 def over_memory(used: int, limit: int) -> str:
-    return f"memory: {used / GIB:.1f} of {limit / GIB:.1f} GiB"
+    unit, name = (GIB, "GiB") if limit >= GIB else (1 << 20, "MiB")
+    return f"memory: {used / unit:.1f} of {limit / unit:.1f} {name}"
