@@ -1,0 +1,149 @@
+"""What tests share: a home of their own, a small prepared data set, small settings, a small honest recipe.
+
+Nothing here touches the user's own home. An experiment with these takes some five seconds on two cores, nearly all
+of it for three children that import torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from core.data import Dataset
+from core.outcome import Outcome, Request
+from core.referee import execute
+from core.settings import Settings
+from prepare import prepare
+
+# An embedding of this token and of the one before it, and an output layer that starts at zero. Its own Adam, because
+# torch.optim takes a second to load. Tests change it by `str.replace`.
+TINY_RECIPE = '''\
+"""A small honest recipe: it predicts the next token from the last two."""
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+WIDTH = 32
+ROWS = 16  # search: 8..32
+LR = 0.02  # search: 0.005..0.05 log
+
+
+class Training:
+    def __init__(self, spec):
+        torch.manual_seed(spec.seed)
+        self.spec = spec
+        shapes = {
+            "embed": (spec.vocab_size, WIDTH),
+            "before": (spec.vocab_size, WIDTH),
+            "head": (spec.vocab_size, WIDTH),
+            "bias": (spec.vocab_size,),
+        }
+        self.params = {n: torch.randn(s) if n in ("embed", "before") else torch.zeros(s) for n, s in shapes.items()}
+        for p in self.params.values():
+            p.requires_grad_(True)
+        self.moments = {n: (torch.zeros_like(p), torch.zeros_like(p)) for n, p in self.params.items()}
+        self.steps = 0
+
+    def model(self, tokens):
+        p = self.params
+        before = F.pad(tokens, (1, 0), value=self.spec.bos_id)[:, :-1]
+        x = torch.tanh(p["embed"][tokens] + p["before"][before])
+        return x @ p["head"].T + p["bias"]
+
+    def step(self, batches, progress):
+        tokens = batches.next(ROWS, self.spec.sequence_len)
+        loss = F.cross_entropy(self.model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
+        loss.backward()
+        self.steps += 1
+        with torch.no_grad():
+            for name, p in self.params.items():
+                m, v = self.moments[name]
+                m.lerp_(p.grad, 0.1)
+                v.lerp_(p.grad.square(), 0.05)
+                p -= LR * (1 - 0.9 * progress) * m / (v / (1 - 0.95**self.steps)).sqrt().add(1e-8)
+                p.grad = None
+        return loss.detach()
+
+    @torch.no_grad()
+    def logits(self, tokens):
+        return self.model(tokens)
+
+    def weights(self):
+        return {n: p.detach().numpy() for n, p in self.params.items()}
+
+    def load_weights(self, weights):
+        with torch.no_grad():
+            for name, p in self.params.items():
+                p.copy_(torch.from_numpy(weights[name]))
+
+    def describe(self):
+        return {"depth": 1, "flops_per_token": 6 * WIDTH * self.spec.vocab_size}
+
+
+def build(spec):
+    return Training(spec)
+'''
+
+
+@pytest.fixture(scope="session", autouse=True)
+def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """AUTORESEARCH_HOME of the whole session. A test that needs an empty one sets the variable itself."""
+    place = tmp_path_factory.mktemp("home")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AUTORESEARCH_HOME", str(place))
+        yield place
+
+
+@pytest.fixture(scope="session")
+def dataset(home: Path) -> Dataset:
+    """The King James Bible at 512 vocabulary entries, prepared in the session's home."""
+    return prepare("kjv", vocab_size=512)
+
+
+@pytest.fixture(scope="session")
+def settings(dataset: Dataset) -> Settings:
+    """T = 64, two seconds of training, 4,096 scored tokens."""
+    return Settings(
+        backend="cpu",
+        profile="test",
+        data=dataset.path.name,
+        data_sha256=dataset.sha256,
+        vocab_size=dataset.vocab_size,
+        sequence_len=64,
+        bos_id=dataset.bos_id,
+        budget=2.0,
+        eval_tokens=4096,
+        dtype="float32",
+        device="cpu",
+        warmup_cap=60.0,
+        logits_bytes=16 * 64 * 512 * 4,  # 16 rows in a batch
+        audit_points=256,
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_recipe() -> str:
+    return TINY_RECIPE
+
+
+@pytest.fixture
+def run_recipe(dataset: Dataset, settings: Settings, tmp_path: Path) -> Callable[..., Outcome]:
+    """`run_recipe(source, settings=..., on_event=..., stop=..., **fields of Request)` -> Outcome, audited always."""
+
+    def run(source: str, on_event: Any = lambda event: None, stop: Any = None, **given: Any) -> Outcome:
+        fields: dict[str, Any] = {
+            "settings": settings,
+            "dataset": dataset,
+            "seed": settings.seed,
+            "experiment": "test",
+            "workdir": tmp_path / "work",
+            "audit": "always",
+            **given,
+        }
+        return execute(Request(source=source.encode(), **fields), on_event, stop)
+
+    return run
