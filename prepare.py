@@ -139,6 +139,7 @@ def prepare(
     `text`: a file or folder of one's own instead of a `name`. `shards`: how many files of a hub's data set.
     `progress` gets lines to show, `meter` (what, done, all). Raises `UserError` with what to do.
     """
+    from core.documents import slug
     from core.tokenizer import check_vocabulary
 
     source = None if text is not None else _source(name or "kjv")
@@ -146,24 +147,37 @@ def prepare(
     check_vocabulary(vocab_size)
     if source and (ready := _ready(locate(source.name, vocab_size, shards), progress)):
         return ready
-    lock_name = source.name if source else f"text-{Path(text or '').stem}"
-    with _exclusively(f"{lock_name}-v{vocab_size}", progress):
+    called = source.name if source else slug(Path(text or ""))
+    with _disk_told(), _exclusively(f"{called}-v{vocab_size}", progress):
         if source and (ready := _ready(locate(source.name, vocab_size, shards), _quiet)):
             return ready  # another process made it while this one waited
-        try:
-            return _make(source, text, vocab_size, shards, progress, meter)
-        except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                raise
-            raise _full() from None
+        return _make(source, text, vocab_size, shards, progress, meter)
 
 
-def _full() -> UserError:
-    free = shutil.disk_usage(data_root()).free
-    return UserError(
-        f"no space left on the disk of {data_root()} ({free / 1e6:,.1f} MB free)",
-        "free some, or move all data with AUTORESEARCH_HOME; the same command then goes on where it was",
-    )
+@contextmanager
+def _disk_told() -> Iterator[None]:
+    """A full or a read-only disk is a condition that the user can mend."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise UserError(
+                f"no space left on the disk of {home()} ({_free(home()) / 1e6:,.1f} MB free)",
+                "free some, or move all data with AUTORESEARCH_HOME; the same command then goes on where it was",
+            ) from None
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise UserError(
+                f"{error.filename or home()} cannot be written: {error.strerror}",
+                "change its permissions, or choose another place with AUTORESEARCH_HOME",
+            ) from None
+        raise
+
+
+def _free(path: Path) -> int:
+    """Bytes free on the disk that holds, or would hold, `path`."""
+    while not path.exists():
+        path = path.parent
+    return shutil.disk_usage(path).free
 
 
 def _source(name: str) -> Source:

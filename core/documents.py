@@ -23,6 +23,7 @@ from core.errors import DataError
 SEPARATOR = "<|endoftext|>"  # what plain-text releases of document collections put between documents
 CHUNK = 2**20  # bytes read at a time
 KJV_CHAPTERS = 1189
+RESERVED = ("kjv", "tinystories", "climbmix")  # names that a user's own text does not get
 SUFFIXES = (".txt", ".md", ".jsonl", ".parquet")
 
 
@@ -137,7 +138,7 @@ def from_path(path: Path) -> Corpus:
         raise DataError(f"{path} is empty (0 bytes)", "give a text with something in it")
     root = path if path.is_dir() else path.parent
     facts = {"kind": "text", "files": fingerprint(files, root), "piece": piece_size(size)}
-    return Corpus(_slug(path), tuple(files), lambda f: _read(f, piece_size(size)), facts)
+    return Corpus(slug(path), tuple(files), lambda f: _read(f, piece_size(size)), facts)
 
 
 def piece_size(size: int) -> int:
@@ -152,8 +153,10 @@ def _hidden(file: Path, root: Path) -> bool:
     return any(part.startswith(".") for part in file.relative_to(root).parts)
 
 
-def _slug(path: Path) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", (path.name if path.is_dir() else path.stem).lower()).strip("-")[:40] or "text"
+def slug(path: Path) -> str:
+    """The name of the data set made of a text."""
+    name = re.sub(r"[^a-z0-9]+", "-", (path.name if path.is_dir() else path.stem).lower()).strip("-")[:40] or "text"
+    return f"text-{name}" if name in RESERVED else name
 
 
 def _check_readable(file: Path) -> None:

@@ -222,48 +222,56 @@ def _fetch_file(wanted: Wanted, remote: Remote, count: Callable[[int], None], sa
 
 def _continue(wanted: Wanted, remote: Remote, part: Path, count: Callable[[int], None]) -> None:
     """Bring the partial file to its size, however often the line is cut, as long as it still brings something."""
+    part.touch()
+    fruitless = 0
+    while (have := part.stat().st_size) != remote.size:
+        error = _get(remote, part, have, count)
+        now = part.stat().st_size
+        if now > remote.size:  # what comes is not what was promised
+            os.truncate(part, now := 0)
+        fruitless = 0 if now > have else fruitless + 1
+        if fruitless >= ATTEMPTS:
+            raise _unreachable(wanted, error) if error else _wrong_size(wanted, remote)
+        if error:
+            time.sleep(0.5 * 2**fruitless)
+
+
+def _get(remote: Remote, part: Path, have: int, count: Callable[[int], None]) -> Exception | None:
+    """One request for what is missing; returns the error of a line that was cut, raises every other."""
     from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled
     from huggingface_hub.file_download import http_get
     from huggingface_hub.utils import build_hf_headers
 
-    part.touch()
-    fruitless = 0
-    while (have := part.stat().st_size) != remote.size:
-        if have > remote.size:  # what came is not what was promised
-            os.truncate(part, 0)
-            fruitless += 1
-            continue
-        with part.open("r+b") as f:
-            f.seek(0, os.SEEK_END)
-            try:
-                http_get(
-                    remote.url,
-                    f,
-                    resume_size=have,
-                    headers=build_hf_headers(),
-                    expected_size=remote.size,
-                    tqdm_class=_counting(count, have),
-                )
-            except HfHubHTTPError as error:
-                if error.response.status_code != 416 or have == 0:
-                    raise
-                f.truncate(0)  # the server has less than we do: begin again
-                fruitless += 1
-            except (HTTPError, OSError) as error:
-                if isinstance(error, OfflineModeIsEnabled) or getattr(error, "errno", None) is not None:
-                    raise  # forbidden, or of the disk
-                fruitless = 0 if have < f.seek(0, os.SEEK_END) <= remote.size else fruitless + 1
-                if fruitless >= ATTEMPTS:
-                    raise _unreachable(wanted, error) from None
-                time.sleep(min(0.5 * 2**fruitless, 10))
+    with part.open("r+b") as f:
+        f.seek(have)
+        try:
+            http_get(
+                remote.url,
+                f,
+                resume_size=have,
+                headers=build_hf_headers(),
+                expected_size=remote.size,
+                tqdm_class=_counting(count, have),
+            )
+        except HfHubHTTPError as error:
+            if error.response.status_code != 416 or have == 0:
+                raise
+            f.truncate(0)  # the server has less than we do: begin again
+        except (HTTPError, OSError) as error:
+            if isinstance(error, OfflineModeIsEnabled) or getattr(error, "errno", None) is not None:
+                raise  # forbidden, or of the disk
+            return error
+        finally:
             f.flush()
             os.fsync(f.fileno())
-        if fruitless >= ATTEMPTS:
-            part.unlink()
-            raise DataError(
-                f"{endpoint()} sends {remote.file} in another size than the {remote.size:,} bytes that it promised",
-                f"set HF_ENDPOINT to another mirror, or {wanted.alternatives}",
-            )
+    return None
+
+
+def _wrong_size(wanted: Wanted, remote: Remote) -> DataError:
+    return DataError(
+        f"{endpoint()} sends {remote.file} in another size than the {remote.size:,} bytes that it promised",
+        f"set HF_ENDPOINT to another mirror, or {wanted.alternatives}",
+    )
 
 
 def _counting(count: Callable[[int], None], have: int) -> Any:

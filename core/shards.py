@@ -144,6 +144,9 @@ def build(plan: Plan, root: Path, say: Say, meter: Meter) -> Dataset:
     included, the work done so far waits for the next start.
     """
     final, work = root / plan.folder(), root / f".{plan.folder()}.partial"
+    for left in root.glob(f".{plan.corpus.name}-v{plan.vocab_size}-*.partial"):
+        if left != work:  # of a text that has changed since
+            shutil.rmtree(left, ignore_errors=True)
     work.mkdir(parents=True, exist_ok=True)
     try:
         if not (work / MANIFEST).exists():  # else it was finished, and killed before it was moved

@@ -103,7 +103,7 @@ class Schedule:
         while lacking > 0:
             windows = at.grid.starts[at.used : at.used + -(-lacking // within)]
             if len(windows) == 0:
-                at = replace(at, grid=self._grid(at.grid.number + 1, at.grid.length), used=0)
+                at = Position(self._grid(at.grid.number + 1, at.grid.length))
                 continue
             starts = (windows[:, None] + cuts).reshape(-1)
             found.append(starts[:lacking])
