@@ -362,7 +362,7 @@ def private_names(environ: Mapping[str, str] | None = None) -> list[tuple[str, s
     found += [(name, "<user>") for name in users]
     hosts = {socket.gethostname(), platform.node(), env.get("HOSTNAME", ""), env.get("COMPUTERNAME", "")}
     found += [(part, "<host>") for h in hosts for part in (h, h.partition(".")[0])]
-    common = {"root", "user", "localhost", "vm", "admin", "runner", "ubuntu", "/", "/root"}
+    common = {"root", "user", "localhost", "vm", "admin", "runner", "ubuntu", "/"}
     kept = {(secret, sign) for secret, sign in found if len(secret) > 1 and secret.lower() not in common}
     return sorted(kept, key=lambda pair: -len(pair[0]))
 
