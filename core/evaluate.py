@@ -154,20 +154,18 @@ def _edge_position(counted: np.ndarray, rng: np.random.Generator) -> int:
 def _uniform(
     counted: np.ndarray, rows: np.ndarray, size: int, points: int, rng: np.random.Generator
 ) -> list[AuditBatch]:
-    """At least `points` uniform positions: rounds over the rows, the positions asked in one row never falling."""
-    chosen = rows[: max(size, min(len(rows), points))]
-    visits = -(-points // len(chosen))
-    positions = np.empty((len(chosen), visits), np.int64)
-    for i, row in enumerate(chosen):
-        positions[i] = np.sort(rng.choice(np.flatnonzero(counted[row]), visits))
+    """`points` uniform positions: rounds over the rows, the positions asked in one row never falling."""
+    chosen = rows[: min(len(rows), points)]
+    visits = np.full(len(chosen), points // len(chosen))
+    visits[: points % len(chosen)] += 1
+    drawn = [np.sort(rng.choice(np.flatnonzero(counted[r]), n)) for r, n in zip(chosen, visits, strict=True)]
     plan = []
-    left = points
-    for visit in range(visits):
-        order = rng.permutation(len(chosen))[: max(0, left)]
+    for visit in range(int(visits.max())):
+        order = rng.permutation(np.flatnonzero(visits > visit))
         for start in range(0, len(order), size):
             part = order[start : start + size]
-            plan.append(_batch(np.arange(len(part)), chosen[part], positions[part, visit], size, False))
-        left -= len(order)
+            positions = np.array([drawn[i][visit] for i in part])
+            plan.append(_batch(np.arange(len(part)), chosen[part], positions, size, False))
     return plan
 
 
