@@ -31,7 +31,7 @@ class Ticker:
         self._events = events  # with --json: every progress event as a line too
         self._live: Live | None = None
         self._state: dict[str, Any] = {}
-        self._title = ""
+        self._title = self._description = ""
         self._spoken = time.monotonic()
 
     def __enter__(self) -> Ticker:
@@ -52,14 +52,14 @@ class Ticker:
             self._live.stop()
             self._live = None
 
-    def begin(self, title: str) -> None:
-        """A new experiment; `title` stands before its progress."""
-        self._title = title
+    def begin(self, title: str, description: str = "") -> None:
+        """A new experiment; `title` stands before its progress, `description` behind it, as far as there is room."""
+        self._title, self._description = title, description
         self._state = {}
         self._spoken = time.monotonic()
 
     def end(self) -> None:
-        self._title, self._state = "", {}
+        self._title, self._description, self._state = "", "", {}
 
     def say(self, line: str, style: str | None = None) -> None:
         """A line that stays."""
@@ -85,7 +85,7 @@ class Ticker:
     def line(self) -> str:
         """The present state in one line of text."""
         parts = progress_parts(self._state)
-        return "  ".join(part for part in (self._title, ", ".join(parts)) if part)
+        return "  ".join(part for part in (self._title, ", ".join(parts), self._description) if part)
 
     def _beat(self) -> None:
         """Where nothing is redrawn, a sign of life now and then."""

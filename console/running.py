@@ -141,7 +141,7 @@ class _Narrator:
     def __call__(self, event: Event) -> None:
         data = event.data
         if event.kind == "start":
-            self._ticker.begin(f"#{data['number']}  {data.get('description', '')}")
+            self._ticker.begin(f"#{data['number']}", str(data.get("description", "")))
             self._screen.line({"event": "start", **data})
         elif event.kind == "decided":
             self._ticker.end()
