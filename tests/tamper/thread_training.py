@@ -1,0 +1,38 @@
+"""A thread goes on training while the weights are handed over, and keeps the handover waiting."""
+
+import threading
+import time
+
+from common import Honest
+
+KIND = "threads that train during the handover"
+EXPECT = {"timeout"}
+CAUGHT_BY = ["weights", "handover", "handing", "took"]
+LINT = "imports `threading`"
+
+
+class Threaded(Honest):
+    thread = None
+
+    def step(self, batches, progress):
+        loss = super().step(batches, progress)
+        if progress > 0.7 and self.thread is None:
+            self.rows = batches.next(256, self.spec.sequence_len)
+            self.thread = threading.Thread(target=self.more)
+            self.thread.start()
+        return loss
+
+    def more(self):
+        until = time.perf_counter() + 4
+        while time.perf_counter() < until:
+            super().loss(self.rows[:16]).backward()
+            self.optimizer.step()
+
+    def weights(self):
+        if self.thread is not None:
+            self.thread.join()
+        return super().weights()
+
+
+def build(spec):
+    return Threaded(spec)
