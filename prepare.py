@@ -165,7 +165,7 @@ def _disk_told() -> Iterator[None]:
                 f"no space left on the disk of {home()} ({_free(home()) / 1e6:,.1f} MB free)",
                 "free some, or move all data with AUTORESEARCH_HOME; the same command then goes on where it was",
             ) from None
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
             raise UserError(
                 f"{error.filename or home()} cannot be written: {error.strerror}",
                 "change its permissions, or choose another place with AUTORESEARCH_HOME",

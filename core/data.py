@@ -278,9 +278,9 @@ def _verify(dataset: Dataset, quick: bool) -> None:
             raise _wrong_size(dataset.path, info, stat.st_size)
         # Changing a file moves its ctime, which cannot be set back by hand.
         stamps[info.file] = [info.sha256, stat.st_size, stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns]
-    known = _read_checked(dataset.path) if quick else {}
+    known = _read_checked(dataset.path)
     for info in infos:
-        if known.get(info.file) == stamps[info.file]:
+        if quick and known.get(info.file) == stamps[info.file]:
             continue
         if (found := file_sha256(dataset.path / info.file)) != info.sha256:
             raise _damage(
