@@ -15,16 +15,17 @@ answer away either. Rules (`judge`):
 1. Anywhere |d| <= 2^-6 of the spread of the logits there, but not below 0.004 or three times the measured noise, and
    0.1 at most. Low-precision arithmetic rounds logits by about 2^-8 of their size, and a matmul may sum in another
    order when a row stands elsewhere in its batch. A recipe that looks ahead is off by whole nats at most positions.
-2. On average over the positions that were drawn uniformly, mean(d) <= 0.001 + 3 standard errors, where the standard
-   deviation counts for 0.02 at most. Rounding is symmetric and averages out; a lie is one-sided. The cap keeps a
-   recipe from widening its own margin by adding noise: it is worth 0.003 nats per token at the very most.
+2. On average over all targets, estimated from the positions that were drawn, mean(d) <= 0.001 + 3 standard errors,
+   where the standard deviation counts for 0.02 at most. Rounding is symmetric and averages out; a lie is one-sided.
+   The cap keeps a recipe from widening its own margin by adding noise: that is worth 0.003 nats per token at most.
 3. mean|d| <= max(0.001, three times the mean difference of the pairs), that mean counting for 0.005 at most. Pairs
    are the same position asked twice with other random tokens after it; an honest recipe differs in them by its
    rounding only.
 4. In a pair, both answers agree within the tolerance of 1: else later tokens change an earlier prediction.
 
-What 1,024 positions cannot see is a rare lie: one target in 300 is found with a probability of 97 %, one in 1,000
-with 64 % (a lie of 3 nats there is worth 0.003 nats per token).
+A rare lie is worth most where an honest model loses most, and shows as a target that was scored far better than its
+frequency lets expect. So half of the positions are drawn by that (`chances`), the other half uniformly; in means each
+position counts by one over its chance, which keeps them unbiased.
 """
 
 from __future__ import annotations
@@ -102,7 +103,8 @@ class AuditBatch:
 
     rows: np.ndarray  # (B,) indices into the scored rows; none twice
     positions: np.ndarray  # (B,)
-    pair: bool  # edge positions, asked in two successive batches; else drawn uniformly
+    weights: np.ndarray  # (B,) of each position in a mean over all targets
+    pair: bool  # edge positions, asked in two successive batches; else drawn by chance
 
 
 @dataclass
@@ -111,6 +113,7 @@ class Findings:
 
     rows: np.ndarray
     positions: np.ndarray
+    weights: np.ndarray  # in a mean over all targets
     pair: np.ndarray  # bool
     audited: np.ndarray  # nats from the auditor's logits
     scored: np.ndarray  # nats that were scored
@@ -124,22 +127,33 @@ class AuditVerdict:
     facts: dict[str, float] = field(default_factory=dict)
 
 
-def plan_audit(counted: np.ndarray, size: int, points: int, rng: np.random.Generator) -> list[AuditBatch]:
+def chances(counted: np.ndarray, scored: np.ndarray, unigram: np.ndarray) -> np.ndarray:
+    """(N, T) chance of each target within its row; 0 where it does not count.
+
+    Half of it is equal for all, half is by how many nats a target was scored better than its frequency gives.
+    """
+    equal = counted / np.maximum(1, counted.sum(1, keepdims=True))
+    gain = np.where(counted, np.maximum(0.0, unigram - scored), 0.0)
+    total = gain.sum(1, keepdims=True)
+    return np.where(total > 0, 0.5 * equal + 0.5 * gain / np.where(total > 0, total, 1.0), equal)
+
+
+def plan_audit(
+    counted: np.ndarray, chance: np.ndarray, size: int, points: int, rng: np.random.Generator
+) -> list[AuditBatch]:
     """Which positions of which rows are audited, in which batches of `size` rows.
 
-    `counted`: (N, T) bool, the targets that have bytes. Two batches of edge positions come first, the same positions
-    in both; then at least `points` positions drawn uniformly, as many in each of the other rows as it takes.
+    `counted`: (N, T) bool, the targets that have bytes; `chance`: (N, T) of each target within its row. Two batches of
+    edge positions come first, the same positions in both; then `points` positions of the other rows by chance.
     """
-    usable = np.flatnonzero(counted.any(1))
-    usable = rng.permutation(usable)
+    usable = rng.permutation(np.flatnonzero(counted.any(1)))
     pairs = usable[: min(size, max(1, len(usable) // 4))]
-    others = usable[len(pairs) :] if len(usable) > len(pairs) else usable[:0]
+    others = usable[len(pairs) :]
     edge = np.array([_edge_position(counted[row], rng) for row in pairs], np.int64)
-    plan = [
-        _batch(order, pairs, edge, size, True) for order in (rng.permutation(len(pairs)), rng.permutation(len(pairs)))
-    ]
+    same = np.ones(len(pairs))
+    plan = [_batch(rng.permutation(len(pairs)), pairs, edge, same, size, True) for _ in range(2)]
     if len(others):
-        plan += _uniform(counted, others, size, points, rng)
+        plan += _by_chance(chance, others, size, points, rng)
     return plan
 
 
@@ -151,30 +165,35 @@ def _edge_position(counted: np.ndarray, rng: np.random.Generator) -> int:
     return int(rng.choice(sorted(edges) if edges else np.flatnonzero(counted)))
 
 
-def _uniform(
-    counted: np.ndarray, rows: np.ndarray, size: int, points: int, rng: np.random.Generator
+def _by_chance(
+    chance: np.ndarray, rows: np.ndarray, size: int, points: int, rng: np.random.Generator
 ) -> list[AuditBatch]:
-    """`points` uniform positions: rounds over the rows, the positions asked in one row never falling."""
+    """`points` positions in rounds over the rows, the positions that are asked in one row never falling."""
     chosen = rows[: min(len(rows), points)]
     visits = np.full(len(chosen), points // len(chosen))
     visits[: points % len(chosen)] += 1
-    drawn = [np.sort(rng.choice(np.flatnonzero(counted[r]), n)) for r, n in zip(chosen, visits, strict=True)]
+    length = chance.shape[1]
+    drawn = [np.sort(rng.choice(length, n, p=chance[r])) for r, n in zip(chosen, visits, strict=True)]
     plan = []
     for visit in range(int(visits.max())):
         order = rng.permutation(np.flatnonzero(visits > visit))
         for start in range(0, len(order), size):
             part = order[start : start + size]
             positions = np.array([drawn[i][visit] for i in part])
-            plan.append(_batch(np.arange(len(part)), chosen[part], positions, size, False))
+            found = chance[chosen[part]]
+            weights = 1.0 / ((found > 0).sum(1) * found[np.arange(len(part)), positions])
+            plan.append(_batch(np.arange(len(part)), chosen[part], positions, weights, size, False))
     return plan
 
 
-def _batch(order: np.ndarray, rows: np.ndarray, positions: np.ndarray, size: int, pair: bool) -> AuditBatch:
-    all_rows = np.full(size, -1, np.int64)
-    all_positions = np.zeros(size, np.int64)
-    all_rows[: len(order)] = rows[order]
-    all_positions[: len(order)] = positions[order]
-    return AuditBatch(all_rows, all_positions, pair)
+def _batch(
+    order: np.ndarray, rows: np.ndarray, positions: np.ndarray, weights: np.ndarray, size: int, pair: bool
+) -> AuditBatch:
+    """These rows in this order, filled up to `size`."""
+    filled = np.full(size, -1, np.int64), np.zeros(size, np.int64), np.zeros(size)
+    for target, source in zip(filled, (rows, positions, weights), strict=True):
+        target[: len(order)] = source[order]
+    return AuditBatch(*filled, pair)
 
 
 def audit_inputs(batch: AuditBatch, rows: np.ndarray, vocab_size: int, rng: np.random.Generator) -> np.ndarray:
@@ -200,7 +219,8 @@ def find(plan: Sequence[AuditBatch], logits: Sequence[np.ndarray], rows: np.ndar
         x = answer[real]
         audited = nats(x, rows[row, position + 1])
         spread = x.max(-1).astype(np.float64) - x.min(-1)
-        parts.append((row, position, np.full(len(row), batch.pair), audited, scored[row, position], spread))
+        pair = np.full(len(row), batch.pair)
+        parts.append((row, position, batch.weights[real], pair, audited, scored[row, position], spread))
     return Findings(*(np.concatenate(column) for column in zip(*parts, strict=True)))
 
 
@@ -211,20 +231,20 @@ def judge(findings: Findings) -> AuditVerdict:
     gap = np.abs(findings.audited[first] - findings.audited[second])
     pair_noise = float(gap.mean()) if len(gap) else 0.0
     tolerance = np.clip(ROUNDING * findings.spread, max(LEAST, min(3 * pair_noise, ANYWHERE)), ANYWHERE)
-    uniform = d[~findings.pair]
-    sigma = float(uniform.std()) if len(uniform) > 1 else 0.0
+    weighted = (d * findings.weights)[~findings.pair]
+    sigma = float(weighted.std()) if len(weighted) else 0.0
     facts = {
         "points": len(d),
         "largest": float(np.abs(d).max(initial=0.0)),
-        "mean": float(uniform.mean()) if len(uniform) else 0.0,
-        "mean_absolute": float(np.abs(uniform).mean()) if len(uniform) else 0.0,
+        "mean": float(weighted.mean()) if len(weighted) else 0.0,
+        "mean_absolute": float(np.abs(weighted).mean()) if len(weighted) else 0.0,
         "pairs": len(gap),
         "pair_noise": pair_noise,
     }
     worst = [int(i) for i in np.argsort(-np.abs(d)) if abs(d[i]) > tolerance[i]]
     problem = _pair_problem(findings, first, second, gap, tolerance) or _point_problem(findings, worst, tolerance)
-    if not problem and len(uniform):
-        problem = _mean_problem(facts, sigma, len(uniform))
+    if not problem and len(weighted):
+        problem = _mean_problem(facts, sigma, len(weighted))
     return AuditVerdict(problem, worst, facts)
 
 
@@ -272,15 +292,16 @@ def _mean_problem(facts: dict[str, float], sigma: float, count: int) -> str:
     return ""
 
 
-def untrained_problem(untrained: np.ndarray, unigram: np.ndarray) -> str:
+def untrained_problem(untrained: np.ndarray, unigram: np.ndarray, weights: np.ndarray) -> str:
     """Empty, or why an untrained build is not one: (K,) nats of an untrained build and of the training text's unigram
-    frequencies at the same targets. Better by more than three standard errors of the difference is knowledge that
-    was there before the training."""
-    d = untrained - unigram
+    frequencies at the same targets, and what each counts in a mean. Better by more than three standard errors of the
+    difference is knowledge that was there before the training."""
+    d = (untrained - unigram) * weights
     margin = 3 * float(d.std()) / math.sqrt(len(d)) if len(d) > 1 else math.inf
     if float(d.mean()) >= -margin:
         return ""
+    own, expected = float((untrained * weights).mean()), float((unigram * weights).mean())
     return (
-        f"an untrained build already predicts the text: {untrained.mean():.3f} nats per token at {len(d)} positions, "
-        f"where token frequencies alone give {unigram.mean():.3f}"
+        f"an untrained build already predicts the text: {own:.3f} nats per token at {len(d)} positions, "
+        f"where token frequencies alone give {expected:.3f}"
     )

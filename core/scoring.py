@@ -109,12 +109,16 @@ def score(worker: Worker, text: Text, seconds: float, rng: np.random.Generator) 
 class Auditor:
     """Asks a child for logits at single positions. Every answer is checked by `core.evaluate`."""
 
-    def __init__(self, worker: Worker, text: Text, seconds: float, rng: np.random.Generator) -> None:
+    def __init__(
+        self, worker: Worker, text: Text, scored: np.ndarray, seconds: float, rng: np.random.Generator
+    ) -> None:
         self._worker = worker
         self._text = text
         self._rng = rng
         self._deadline = time.monotonic() + seconds
-        self.plan = evaluate.plan_audit(text.counted, text.size, worker.place.settings.audit_points, rng)
+        self._scored = scored  # (N, T) nats
+        chance = evaluate.chances(text.counted, scored, text.unigram_nats[text.rows[:, 1:]])
+        self.plan = evaluate.plan_audit(text.counted, chance, text.size, worker.place.settings.audit_points, rng)
 
     def check_untrained(self) -> dict[str, float]:
         """Before it has the weights, it must know no more of the text than token frequencies tell.
@@ -127,24 +131,25 @@ class Auditor:
         answers = [a[b.rows >= 0] for a, b in zip(self._ask(plan), plan, strict=True)]
         untrained = self._nats(np.concatenate(answers), targets)
         unigram = self._text.unigram_nats[targets].astype(np.float64)
-        if problem := evaluate.untrained_problem(untrained, unigram):
+        weights = np.concatenate([b.weights[b.rows >= 0] for b in plan])
+        if problem := evaluate.untrained_problem(untrained, unigram, weights):
             raise Ended("invalid", problem)
         return {"untrained_nats": float(untrained.mean()), "unigram_nats": float(unigram.mean())}
 
-    def check_score(self, scored: np.ndarray) -> dict[str, float]:
-        """Compare what was scored (N, T) with what the weights give without the future; facts for the record."""
+    def check_score(self) -> dict[str, float]:
+        """Compare what was scored with what the weights give without the future; facts for the record."""
         answers = self._ask(self.plan)
         try:
-            findings = evaluate.find(self.plan, answers, self._text.rows, scored)
+            findings = evaluate.find(self.plan, answers, self._text.rows, self._scored)
         except ValueError as error:
             raise Ended("invalid", f"in the audit: {error}") from None
         verdict = evaluate.judge(findings)
         if verdict.problem:
-            why = self._why(findings, verdict.worst, scored) if "uses the future" not in verdict.problem else ""
+            why = self._why(findings, verdict.worst) if "uses the future" not in verdict.problem else ""
             raise Ended("invalid", why + verdict.problem)
         return verdict.facts
 
-    def _why(self, findings: evaluate.Findings, worst: list[int], scored: np.ndarray) -> str:
+    def _why(self, findings: evaluate.Findings, worst: list[int]) -> str:
         """Show the worst rows whole. Where the score comes back, it came from the tokens after the position."""
         rows: dict[int, int] = {}
         for k in worst:
@@ -161,7 +166,7 @@ class Auditor:
         answer = self._answer(np.ascontiguousarray(tokens), positions)[real]
         targets = self._text.rows[index[real], positions[real] + 1]
         shown_whole = self._nats(answer, targets)
-        was = scored[index[real], positions[real]]
+        was = self._scored[index[real], positions[real]]
         again = np.abs(shown_whole - was) <= evaluate.ANYWHERE
         if again.mean() > 0.5:
             return "uses the future: "
@@ -196,7 +201,7 @@ def audit(
     worker: Worker, text: Text, weights: int, scored: Score, seconds: float, rng: np.random.Generator
 ) -> dict[str, Any]:
     """The whole audit with a child that has built. `Ended` with what was caught; else facts for the record."""
-    auditor = Auditor(worker, text, seconds, rng)
+    auditor = Auditor(worker, text, scored.nats, seconds, rng)
     facts = auditor.check_untrained()
     give_weights(worker, weights)
-    return {**facts, **auditor.check_score(scored.nats)}
+    return {**facts, **auditor.check_score()}

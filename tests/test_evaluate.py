@@ -93,7 +93,8 @@ def plan_of(seed: int, count: int, length: int, size: int, points: int) -> tuple
     rng = np.random.default_rng(seed)
     counted = rng.random((count, length)) > 0.1
     counted[0, 0] = True
-    return counted, evaluate.plan_audit(counted, min(size, count), points, rng)
+    chance = evaluate.chances(counted, rng.random((count, length)) * 9, rng.random((count, length)) * 9)
+    return counted, evaluate.plan_audit(counted, chance, min(size, count), points, rng)
 
 
 @settings(deadline=None)
@@ -120,15 +121,38 @@ def test_the_plan_gives_no_answer_away(seed: int, count: int, length: int, size:
         assert not {r for r, _ in pairs[0]} & {r for b in plan if not b.pair for r in b.rows if r >= 0}
 
 
-def test_uniform_positions_are_uniform() -> None:
-    counted = np.ones((400, 16), bool)
-    hits = np.zeros(16)
-    for seed in range(20):
-        for batch in evaluate.plan_audit(counted, 8, 400, np.random.default_rng(seed)):
-            if not batch.pair:
-                np.add.at(hits, batch.positions[batch.rows >= 0], 1)
-    expected = hits.sum() / 16
-    assert (np.abs(hits - expected) < 6 * math.sqrt(expected)).all()
+def test_means_over_the_drawn_positions_are_means_over_all_targets() -> None:
+    rng = np.random.default_rng(0)
+    counted = rng.random((400, 16)) > 0.1
+    scored, unigram = rng.random((400, 16)) * 9, rng.random((400, 16)) * 9
+    chance = evaluate.chances(counted, scored, unigram)
+    np.testing.assert_allclose(chance.sum(1), 1.0)
+    assert (chance[~counted] == 0).all()
+    value = scored + 10 * (np.arange(16) > 11)  # depends on the position and on what steers the chances
+    estimates = []
+    for seed in range(200):
+        plan = evaluate.plan_audit(counted, chance, 8, 400, np.random.default_rng(seed))
+        for b in plan:
+            assert (b.weights <= 2 + 1e-9).all(), "no position counts more than twice"
+        parts = [(value[b.rows, b.positions] * b.weights)[b.rows >= 0] for b in plan if not b.pair]
+        estimates.append(np.concatenate(parts).mean())
+    # Every row counts the same, as the rows are drawn without regard to how many of their targets count.
+    wanted = np.mean([value[r][counted[r]].mean() for r in range(400)])
+    assert abs(np.mean(estimates) - wanted) < 5 * np.std(estimates) / math.sqrt(200)
+
+
+def test_a_rare_lie_about_the_worst_targets_is_mostly_found() -> None:
+    found = 0
+    for seed in range(40):
+        rng = np.random.default_rng(seed)
+        honest = rng.gamma(0.7, 4.0, (512, 64))
+        unigram = np.maximum(honest + rng.normal(1.0, 2.0, honest.shape), 0.5)
+        lied = np.where(honest > np.quantile(honest, 0.998), 0.0, honest)
+        counted = np.ones(honest.shape, bool)
+        plan = evaluate.plan_audit(counted, evaluate.chances(counted, lied, unigram), 16, 1024, rng)
+        asked = np.concatenate([np.stack([b.rows, b.positions], 1)[b.rows >= 0] for b in plan])
+        found += bool((lied != honest)[asked[:, 0], asked[:, 1]].any())
+    assert found >= 38
 
 
 @settings(deadline=None)
@@ -159,6 +183,7 @@ def findings(d: np.ndarray, pair_gap: np.ndarray | float = 0.0, pairs: int = 16)
     return evaluate.Findings(
         rows=rows,
         positions=np.full(len(rows), 7),
+        weights=np.ones(len(rows)),
         pair=np.arange(len(rows)) < 2 * pairs,
         audited=scored + extra,
         scored=scored,
@@ -218,7 +243,8 @@ def test_find_puts_answers_and_scores_together() -> None:
     rng = np.random.default_rng(3)
     rows = rng.integers(0, 11, (20, 9))
     scored = rng.random((20, 8))
-    plan = evaluate.plan_audit(np.ones((20, 8), bool), 4, 30, rng)
+    counted = np.ones((20, 8), bool)
+    plan = evaluate.plan_audit(counted, counted / 8, 4, 30, rng)
     logits = [rng.standard_normal((4, 11)).astype(np.float32) for _ in plan]
     found = evaluate.find(plan, logits, rows, scored)
     at = 0
@@ -237,5 +263,7 @@ def test_find_puts_answers_and_scores_together() -> None:
 def test_an_untrained_build_may_be_no_better_than_frequencies(seed: int) -> None:
     rng = np.random.default_rng(seed)
     unigram = rng.gamma(4.0, 1.5, 128)
-    assert evaluate.untrained_problem(np.full(128, math.log(512)), unigram) == "" or unigram.mean() > math.log(512)
-    assert "already predicts" in evaluate.untrained_problem(unigram - rng.gamma(2.0, 1.0, 128), unigram)
+    ones = np.ones(128)
+    uniform = np.full(128, math.log(512))
+    assert evaluate.untrained_problem(uniform, unigram, ones) == "" or unigram.mean() > math.log(512)
+    assert "already predicts" in evaluate.untrained_problem(unigram - rng.gamma(2.0, 1.0, 128), unigram, ones)
