@@ -1,4 +1,4 @@
-# ruff: noqa: PTH101, PTH102, PTH104, PTH108, PTH109, PTH115, PTH116, PTH118, PTH208, PTH211
+# ruff: noqa: PTH101, PTH102, PTH103, PTH104, PTH108, PTH109, PTH115, PTH116, PTH118, PTH208, PTH211
 """What a hostile recipe would try. `doctor` and the tests run it inside the sandbox, to see that each is refused.
 
 `python -m core.attacks JSON NAMES...` inside; prints one line of JSON: name -> [held, what happened]. The targets are
@@ -18,6 +18,7 @@ import signal
 import socket
 import struct
 import sys
+import time
 from collections.abc import Callable
 from typing import TypedDict
 
@@ -250,6 +251,8 @@ def other_processes(t: Targets) -> str | None:
 def kernel_calls(t: Targets) -> str | None:
     """Calls with a large attack surface, or that lead out of the sandbox."""
     blank = bytes(128)
+    mine = os.path.join(os.getcwd(), "mounted").encode() + b"\0"
+    os.makedirs(mine[:-1], exist_ok=True)
     attempts: dict[str, Callable[[], object]] = {
         "io_uring": lambda: call("io_uring_setup", 4, blank),
         "bpf": lambda: call("bpf", 0, blank, 128),
@@ -259,14 +262,14 @@ def kernel_calls(t: Targets) -> str | None:
         "shared memory": lambda: call("shmget", 0, 4096, 0o1600),
         "message queue": lambda: call("mq_open", b"note\0", 0o102, 0o600, None),
         "memory file": lambda: call("memfd_create", b"note\0", 0),
-        "mount": lambda: call("mount", b"none\0", b"/tmp\0", b"tmpfs\0", 0, None),
+        "mount": lambda: call("mount", b"none\0", mine, b"tmpfs\0", 0, None),
         "chroot": lambda: os.chroot("/"),
         "unshare": lambda: call("unshare", landlock.CLONE_NEWUSER),
         "clone": lambda: call("clone", landlock.CLONE_NEWUSER | 17, 0, 0, 0, 0),
         "clone3": lambda: call("clone3", blank, 64),
         "file handle": lambda: call("open_by_handle_at", 0, blank, 0),
         "modules": lambda: call("finit_module", 0, b"\0", 0),
-        "clock": lambda: call("clock_settime", 0, struct.pack("=qq", 0, 0)),
+        "clock": lambda: call("clock_settime", 0, struct.pack("=qq", *divmod(time.time_ns(), 10**9))),
         "parent's death": lambda: landlock.die_with_parent(0),
     }
     return tried(attempts)
@@ -292,11 +295,41 @@ def privileges(t: Targets) -> str | None:
     """Capabilities, no_new_privs and the filter, as the kernel shows them."""
     with open("/proc/self/status") as file:
         shown = {name: value.strip() for name, _, value in (line.partition(":") for line in file)}
-    wrong = [
-        f"{name} {shown[name]}" for name in ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb") if int(shown[name], 16)
-    ]
+    sets = ["CapInh", "CapPrm", "CapEff", "CapAmb"]
+    if os.getuid() == 0:
+        sets.append("CapBnd")  # an ordinary user cannot empty it; no_new_privs keeps exec from using it
+    wrong = [f"{name} {shown[name]}" for name in sets if int(shown[name], 16)]
     wrong += [] if shown["NoNewPrivs"] == "1" else ["NoNewPrivs 0"]
     return ", ".join(wrong) or None
+
+
+def everything_readable(t: Targets) -> str | None:
+    """The secret in any file that can be reached by listing, the packages' own folders left out."""
+    own = {os.path.realpath(folder) for folder in (os.getcwd(), sys.base_prefix, *sys.path) if folder}
+    found: list[str] = []
+    for root in (
+        "/etc",
+        "/home",
+        "/root",
+        "/tmp",
+        "/var",
+        "/run",
+        "/dev/shm",
+        "/opt",
+        "/srv",
+        "/mnt",
+        t["folder"],
+        "/",
+    ):
+        for folder, inner, files in os.walk(root):
+            inner[:] = [i for i in inner if os.path.join(folder, i) not in own and (folder, i) not in HUGE]
+            hit = opened([os.path.join(folder, name) for name in files], t["secret"])
+            if hit and "(secret)" in hit:
+                found.append(f"in {folder}")
+    return ", ".join(found) or None
+
+
+HUGE = {("/", name) for name in ("usr", "lib", "lib32", "lib64", "bin", "sbin", "sys", "proc", "nix", "dev")}
 
 
 def embedded_corpus(t: Targets) -> str | None:
@@ -315,7 +348,8 @@ ATTACKS: dict[str, Attack] = {
     attack.__name__: attack
     for attack in (
         *(tcp, udp, ipv6, unix_path, unix_abstract, unix_datagram, netlink, listen),
-        *(read_planted, parent_in_proc, all_of_proc, own_environment, open_descriptors, embedded_corpus),
+        *(read_planted, parent_in_proc, all_of_proc, own_environment, open_descriptors, everything_readable),
+        *(embedded_corpus,),
         *(write_outside, mode_and_time, run_written, other_processes, kernel_calls, foreign_calls),
         *(privileges,),
     )

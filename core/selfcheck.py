@@ -34,16 +34,16 @@ time.sleep(60)
 
 GROUPS = {  # what doctor shows: attacks of core/attacks.py that belong together
     "network": "tcp udp ipv6 unix_path unix_abstract unix_datagram netlink listen",
-    "files": "read_planted embedded_corpus write_outside mode_and_time run_written",
+    "files": "read_planted everything_readable embedded_corpus write_outside mode_and_time run_written",
     "other processes": "parent_in_proc all_of_proc own_environment open_descriptors other_processes",
     "kernel": "kernel_calls foreign_calls privileges",
 }
 
 
 @contextlib.contextmanager
-def surroundings(folder: Path) -> Iterator[Targets]:
+def surroundings(folder: Path, secret: str = "") -> Iterator[Targets]:
     """Something to attack: listening sockets, a file with a secret, this process's pid."""
-    secret = secrets.token_hex(16)
+    secret = secret or secrets.token_hex(16)
     victim = folder / "victim"
     victim.write_text(f"{secret}\n")
     with contextlib.ExitStack() as stack:
