@@ -42,6 +42,7 @@ class Orders(TypedDict):
     rules: list[tuple[str, int]]  # path, Landlock rights
     abi: int  # highest Landlock ABI to use
     filter: bool  # apply seccomp
+    memory_files: bool  # allow memfd_create
     namespaces: bool  # give it namespaces of its own
     groups: list[str]  # cgroup.procs files to join
     limits: dict[str, int]  # name of an RLIMIT_ -> value
@@ -82,8 +83,7 @@ def supervise(orders: Orders) -> None:
     first = fork(orders, namespaced)
     os.close(orders["channel"])  # else the referee would not see the recipe's end of it close
     while True:
-        select.select(watched, [], [])
-        if select.select(watched[:1] + watched[2:], [], [], 0)[0]:
+        if readable(watched, None) - {watched[1]}:
             break  # told to end, or the referee is gone
         ended, code, usage = os.wait4(-1, os.WNOHANG)
         if ended == first:
@@ -114,7 +114,7 @@ def fork(orders: Orders, namespaced: bool) -> int:
 def run_init(orders: Orders, launcher: int | None) -> None:
     """Process 1 of the namespace: returns in the recipe's process only."""
     landlock.die_with_parent(signal.SIGKILL)
-    if launcher is None or select.select([launcher], [], [], 0)[0]:
+    if launcher is None or readable([launcher], 0):
         os._exit(FAILED)  # it died before the line above
     landlock.private_mounts()
     recipe = os.fork()
@@ -174,7 +174,7 @@ def confine(orders: Orders, namespaced: bool) -> dict[str, Any]:
     machine = os.uname().machine
     filtered = orders["filter"] and seccomp.available(machine)
     if filtered:
-        seccomp.install(machine, own_pid=None if abi >= 6 else os.getpid())
+        seccomp.install(machine, None if abi >= 6 else os.getpid(), orders["memory_files"])
     return {"landlock": abi, "rules": rules, "seccomp": filtered}
 
 
@@ -213,6 +213,14 @@ def wakeup_on_child() -> int:
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     signal.signal(signal.SIGCHLD, lambda *_: None)
     return reader
+
+
+def readable(descriptors: list[int], wait: int | None) -> set[int]:
+    """Those that have something to read or are closed, within `wait` milliseconds (None: for ever)."""
+    poll = select.poll()  # not select(): our numbers come from the referee and may lie above 1023
+    for descriptor in descriptors:
+        poll.register(descriptor, select.POLLIN)
+    return {descriptor for descriptor, _ in poll.poll(wait)}
 
 
 def drain(reader: int) -> None:

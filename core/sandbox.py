@@ -32,6 +32,8 @@ GIB = 1 << 30
 LAUNCHER = "core/launcher.py"
 WATCH_EVERY = 0.1  # seconds between two looks at a tree whose memory nobody else limits
 LOOK_EVERY = 0.5  # the same where a cgroup limits it
+DISK_EVERY = 2.0  # seconds between two looks at what is written
+FAILED = 125  # exit status when the sandbox could not be applied
 END_WITHIN = 60.0  # seconds in which a killed tree has to be gone; more means a process stuck in the kernel
 
 # Passed on from our environment where set; everything else is made here. None of these carries a secret.
@@ -71,6 +73,7 @@ class Policy:
     env: Mapping[str, str] = field(default_factory=dict)
     log_bytes: int = 1 << 20
     file_bytes: int = 16 * GIB  # of one file
+    disk_bytes: int = 32 * GIB  # of all that is writable
     backend: str = "cpu"
     layers: Layers = Layers()
 
@@ -227,6 +230,8 @@ def launch(argv: list[str], policy: Policy, *, cwd: Path, log: Path) -> Child:
             "rules": policy.rules(),
             "abi": policy.layers.landlock,
             "filter": policy.layers.seccomp,
+            # nobody has tried whether CUDA's driver does without
+            "memory_files": policy.backend in ("cuda", "rtx"),
             "namespaces": policy.layers.namespaces and abilities().namespaces,
             "groups": group.doors() if group else [],
             "limits": resource_limits(policy),
@@ -323,6 +328,7 @@ class Child:
         self._exit: int | None = None  # the recipe's own, when it ended by itself
         self._exceeded: str | None = None
         self._peak = 0
+        self._disk_seen = 0.0
         self._seen: dict[int, float] = {}  # pid -> when it started
         self._keeper = threading.Thread(target=self._keep, name=f"sandbox-{self.pid}", daemon=True)
         self._keeper.start()
@@ -363,11 +369,14 @@ class Child:
         """Drain the output, listen to the launcher, look at the tree, until the launcher has gone."""
         os.set_blocking(self._output, False)
         pause = LOOK_EVERY if self._group and "memory" in self._group.limits else WATCH_EVERY
+        poll = select.poll()
+        for descriptor in (self._output, self._status):
+            poll.register(descriptor, select.POLLIN)
         look_at = time.monotonic()
         said = b""
         while True:
             wait = max(0.0, look_at - time.monotonic())
-            ready, _, _ = select.select([self._output, self._status], [], [], wait)
+            ready = {descriptor for descriptor, _ in poll.poll(wait * 1000)}
             if self._output in ready:
                 self._drain(1 << 20)
             if self._status in ready:
@@ -386,7 +395,7 @@ class Child:
         if said.pop("ready", False):
             self.enforced = said
         self._peak = max(self._peak, said.get("maxrss", 0))
-        self._exit = said.get("exit", self._exit)
+        self._exit = FAILED if "failed" in said else said.get("exit", self._exit)
 
     def _drain(self, size: int) -> bool:
         """Read what is there; False when nothing is."""
@@ -406,11 +415,16 @@ class Child:
             used = sum(trees.proportional(pid) for pid in tree)  # shared pages counted once
         self._peak = max(self._peak, used, *(trees.peak(pid) for pid in tree[:1]))
         if limit and used > limit:
-            self._end(over_memory(used, limit))
+            self._end(over("memory", used, limit))
         elif len(tree) > self._policy.processes:
             self._end(f"processes: {len(tree)} of {self._policy.processes}")
         elif refused := self._refused():
             self._end(refused)
+        elif time.monotonic() - self._disk_seen > DISK_EVERY:
+            self._disk_seen = time.monotonic()
+            written = trees.disk_usage(self._policy.writable)
+            if written > self._policy.disk_bytes:
+                self._end(over("disk", written, self._policy.disk_bytes))
 
     def _tree(self) -> list[int]:
         """The recipe's process and all below it, launcher and init not counted."""
@@ -452,8 +466,10 @@ class Child:
 
     def _refused(self) -> str | None:
         """What the kernel refused to the group, as `exceeded` says it."""
+        limit = self._policy.memory_bytes
         if self._group and self._group.out_of_memory():
-            return over_memory(self._policy.memory_bytes, self._policy.memory_bytes)
+            self._peak = max(self._peak, limit)
+            return over("memory", limit, limit) if limit else "memory: none was left on this machine"
         if self._group and self._group.out_of_tasks():
             return f"processes: more than {self._policy.tasks()} processes and threads"
         return None
@@ -470,6 +486,6 @@ class Child:
             time.sleep(0.01)
 
 
-def over_memory(used: int, limit: int) -> str:
+def over(what: str, used: int, limit: int) -> str:
     unit, name = (GIB, "GiB") if limit >= GIB else (1 << 20, "MiB")
-    return f"memory: {used / unit:.1f} of {limit / unit:.1f} {name}"
+    return f"{what}: {used / unit:.1f} of {limit / unit:.1f} {name}"

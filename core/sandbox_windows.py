@@ -133,7 +133,7 @@ class WindowsChild(sandbox.Child):
         while self._process.poll() is None:
             limit = self._policy.memory_bytes
             if limit and trees.resident(self.pid) > limit:
-                self._exceeded = sandbox.over_memory(trees.resident(self.pid), limit)
+                self._exceeded = sandbox.over("memory", trees.resident(self.pid), limit)
                 break
             time.sleep(sandbox.WATCH_EVERY)
         library("kernel32").TerminateJobObject(wintypes.HANDLE(self._job), KILLED)

@@ -169,7 +169,8 @@ REFUSED = words(
     "chown fchown lchown fchownat setxattr lsetxattr fsetxattr removexattr lremovexattr fremovexattr setxattrat "
     "removexattrat file_setattr truncate"
 )
-ABSENT = words("clone3 openat2 fchmodat2 memfd_create")  # ENOSYS: the C library then takes the older call
+ABSENT = words("clone3 openat2 fchmodat2")  # ENOSYS: the C library then takes the older call
+MEMORY_FILES = ["memfd_create"]  # their pages show in no process's resident size: absent where memory is watched by it
 # Success without effect: compilers and copy functions call these on their own files and need not fail.
 PRETENDED = words("chmod fchmod fchmodat utime utimes futimesat utimensat")
 
@@ -254,7 +255,7 @@ def compiled(rule: Rule, number: int) -> list[bytes]:
     return [jump(JUMP_EQUAL, number, 0, len(body)), *body]
 
 
-def program(machine: str, own_pid: int | None = None) -> bytes:
+def program(machine: str, own_pid: int | None = None, memory_files: bool = False) -> bytes:
     """The whole filter for `x86_64` or `aarch64`, as an array of struct sock_filter."""
     column = list(ARCHITECTURES).index(machine)
 
@@ -278,15 +279,15 @@ def program(machine: str, own_pid: int | None = None) -> bytes:
         if call is not None:
             parts += compiled(rule, call)
     parts += simple(REFUSED, refuse(errno.EACCES))
-    parts += simple(ABSENT, refuse(errno.ENOSYS))
+    parts += simple(ABSENT if memory_files else ABSENT + MEMORY_FILES, refuse(errno.ENOSYS))
     parts += simple(PRETENDED, ERRNO)
     parts.append(statement(RETURN, ALLOW))
     return b"".join(parts)
 
 
-def install(machine: str, own_pid: int | None = None) -> None:
+def install(machine: str, own_pid: int | None = None, memory_files: bool = False) -> None:
     """Filter this thread and all that it starts, for good. Needs no_new_privs. Raises OSError."""
-    filters = program(machine, own_pid)
+    filters = program(machine, own_pid, memory_files)
     array = ctypes.create_string_buffer(filters, len(filters))
     # struct sock_fprog: unsigned short len, padding, pointer
     wrapped = struct.pack(

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import sys
+from collections.abc import Iterable
+from pathlib import Path
 
 import psutil
 
@@ -61,6 +64,22 @@ def alive(pid: int) -> bool:
         return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
     except psutil.Error:
         return False
+
+
+def disk_usage(folders: Iterable[Path]) -> int:
+    """Bytes on disk of all files beneath; a file that vanishes meanwhile counts nothing."""
+    total = 0
+    waiting = [str(folder) for folder in folders]
+    while waiting:
+        try:
+            with os.scandir(waiting.pop()) as entries:
+                for entry in entries:
+                    total += getattr(entry.stat(follow_symlinks=False), "st_blocks", 0) * 512
+                    if entry.is_dir(follow_symlinks=False):
+                        waiting.append(entry.path)
+        except OSError:
+            continue
+    return total
 
 
 def end(pids: list[int]) -> None:

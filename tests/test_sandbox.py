@@ -323,6 +323,7 @@ def test_filter(machine: str) -> None:
         if seccomp.CALLS[call][list(seccomp.ARCHITECTURES).index(machine)] is not None:
             assert filtered(machine, call) == seccomp.ERRNO | 13, call
     assert filtered(machine, "clone3") == seccomp.ERRNO | 38
+    assert filtered(machine, "memfd_create") == seccomp.ERRNO | 38
     assert filtered(machine, "fchmod") == seccomp.ERRNO
     assert filtered(machine, "clone", 0x003D0F00) == seccomp.ALLOW  # a thread
     assert filtered(machine, "clone", 0x10000000 | 17) == seccomp.ERRNO | 1  # CLONE_NEWUSER
@@ -422,6 +423,12 @@ def test_file_size(scratch: Path) -> None:
     code = "open('big', 'wb').write(b'x' * 3000000)"
     child = run(scratch, code, file_bytes=1 << 20)
     assert "File too large" in child.log_tail()
+
+
+def test_disk(scratch: Path) -> None:
+    code = "import time\nfor n in range(400): open(str(n), 'wb').write(b'x' * 100000); time.sleep(0.02)\ntime.sleep(60)"
+    child = run(scratch, code, disk_bytes=10 << 20)
+    assert (child.exceeded() or "").endswith(" of 10.0 MiB")
 
 
 def test_nothing_is_left_behind(scratch: Path) -> None:
