@@ -26,8 +26,8 @@ from typing import Any
 import numpy as np
 
 from core.contract import Exhausted, Past, Proposal, View
-from core.errors import UserError
-from core.recipe import Constant, constants, fingerprint, replace
+from core.recipe import Constant, constants, replace
+from researchers.reading import Read, Reader
 from researchers.space import Dim, dims
 from researchers.structural import RATES, Edit, edits
 from researchers.study import Study, Trial, aligned
@@ -39,15 +39,6 @@ MEMORY = 0.97  # weight of a gain per experiment of age: the best has moved sinc
 ENOUGH_FOR_TPE = 12  # scored experiments
 ATTEMPTS = 60  # draws in search of a file that was never tried, before the rest is enumerated
 FAILED = ("crash", "timeout", "invalid")
-
-
-@dataclass(frozen=True)
-class Read:
-    """What is needed of one source text."""
-
-    fingerprint: str
-    values: Mapping[str, Any]
-    skeleton: str  # fingerprint with the searched constants blanked: equal code has equal skeletons
 
 
 @dataclass(frozen=True)
@@ -63,69 +54,44 @@ class Search:
 
     seed: int = 42
     name: str = field(default="search", init=False)
-    _cache: dict[bytes, Read] = field(default_factory=dict, init=False, repr=False)  # speed only
+    _reader: Reader = field(default_factory=Reader, init=False, repr=False, compare=False)  # a cache
 
     def propose(self, view: View) -> Proposal:
         source = view.best_source.decode("utf-8")
         found = constants(source)
         space = dims(found)
-        here = self._read(view.best_source)
+        here = self._reader.read(view.best_source)
         past = self._past(view.past)
-        seen = {here.fingerprint, *(self._read(p.source).fingerprint for p in view.past)}
+        seen = {here.key, *(self._reader.read(p.source).key for p in view.past)}
         rng = np.random.default_rng([self.seed, len(view.past)])
         length = int(view.settings.get("sequence_len", 0) or 1)
-        state = State(source, found, space, here, past, seen, rng, edits(found, length))
+        state = State(found, space, here, past, rng, edits(found, length))
         for idea in state.ideas():
             text = replace(source, idea.values).encode("utf-8")
-            if fingerprint(text) not in seen:
+            if self._reader.read(text).key not in seen:
                 return _proposal(text, found, idea)
         tried = len(view.past)
         if not space and not state.structural:
             raise Exhausted("train.py has no constant with a `# search:` range, so there is nothing to vary")
         raise Exhausted(f"all values within the `# search:` ranges of {len(space)} constants were tried ({tried} runs)")
 
-    def _read(self, source: bytes) -> Read:
-        if source not in self._cache:
-            self._cache[source] = _read(source)
-        return self._cache[source]
-
     def _past(self, past: Sequence[Past]) -> list[Trial]:
-        """Oldest first, each with its gain over the best of its time."""
+        """Oldest first, each with its gain over the best of its time. What ended otherwise (undecided) is left out."""
         best: Read | None = None
-        best_bpb: float | None = None
+        best_bpb = math.inf
         trials = []
         for p in past:
-            read = self._read(p.source)
-            scored = p.val_bpb is not None and math.isfinite(p.val_bpb) and p.status not in FAILED
-            if best is not None and (scored or p.status in FAILED):
-                gain = best_bpb - p.val_bpb if scored and best_bpb is not None and p.val_bpb is not None else None
-                trials.append(
-                    Trial(
-                        p.number,
-                        read.values,
-                        read.skeleton,
-                        p.val_bpb if scored else None,
-                        gain,
-                        best.values,
-                        best.skeleton,
-                    )
-                )
-            elif scored:
-                trials.append(Trial(p.number, read.values, read.skeleton, p.val_bpb, 0.0, read.values, read.skeleton))
-            if scored and (best is None or p.status in ("keep", "simplify")):
-                best, best_bpb = read, p.val_bpb
+            read = self._reader.read(p.source)
+            failed = p.status in FAILED
+            score = None if failed or p.val_bpb is None or not math.isfinite(p.val_bpb) else p.val_bpb
+            if score is None and not (failed and best):
+                continue
+            base = best or read
+            gain = None if score is None else best_bpb - score if best else 0.0
+            trials.append(Trial(p.number, read.values, read.skeleton, score, gain, base.values, base.skeleton))
+            if score is not None and (best is None or p.status in ("keep", "simplify")):
+                best, best_bpb = read, score
         return trials
-
-
-def _read(source: bytes) -> Read:
-    try:
-        text = source.decode("utf-8")
-        found = constants(text)
-        blank = {d.name: d.value(0) for d in dims(found)}
-        skeleton = fingerprint(replace(text, blank).encode("utf-8"))
-    except (UserError, UnicodeDecodeError):  # an agent's broken file: it failed, and has no constants to learn from
-        return Read(fingerprint(source), {}, fingerprint(source))
-    return Read(fingerprint(source), {n: c.value for n, c in found.items()}, skeleton)
 
 
 def _proposal(text: bytes, found: Mapping[str, Constant], idea: Idea) -> Proposal:
@@ -148,12 +114,10 @@ def _show(value: Any) -> str:
 class State:
     """All that one proposal is made from."""
 
-    source: str
     found: Mapping[str, Constant]
     space: Sequence[Dim]
     here: Read
     past: Sequence[Trial]
-    seen: set[str]
     rng: np.random.Generator
     structural: Sequence[Edit]
 
