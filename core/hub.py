@@ -1,9 +1,9 @@
 """Files of a data set on the Hugging Face hub: fetched once, resumable, checked by their hashes.
 
-The requests are made by the huggingface-hub client (its endpoint, token, proxy and offline settings hold), file by
-file: one HEAD for size, hash and commit, then the body. The client's own `hf_hub_download` starts a file from its
-beginning again after a kill (it names the partial file anew each time, tried with 2.4), so the partial file is kept
-here, and the client's `http_get` continues it.
+The requests are made through the huggingface-hub client (its endpoint, token, proxy and offline settings hold), file
+by file: one HEAD for size, hash and commit, then the body. Its own `hf_hub_download` begins a file again after a kill
+(it names the partial file anew each time) and loses up to 10 MB at each cut of the line (it collects so much before
+it writes; both tried with 2.4), so the body is read here, from the client's session, and written as it comes.
 
 A fetched file has a note beside it (`.<name>.fetched`) with size, hash and commit. Where all files have theirs,
 the network is not needed any more.
@@ -32,7 +32,8 @@ Meter = Callable[[str, int, int], None]
 
 HUB = "https://huggingface.co"
 PLENTY = 20e6  # bytes/s of a good line, for the time that is told
-ATTEMPTS = 3  # without a byte of progress
+ATTEMPTS = 5  # without a byte of progress
+TIMEOUT = 30.0  # seconds without an answer or a byte
 
 
 @dataclass(frozen=True)
@@ -155,9 +156,11 @@ def _translated(wanted: Wanted, file: str) -> Iterator[None]:
             f"ask for fewer files with --files, use another mirror, or {wanted.alternatives}",
         ) from None
     except errors.HfHubHTTPError as error:
+        status = error.response.status_code
+        first = "log in with `hf auth login`" if status in (401, 403) else "try again later"
         raise DataError(
-            f"{place} answers with status {error.response.status_code} for {file}",
-            f"try again later, set HF_ENDPOINT to a mirror, or {wanted.alternatives}",
+            f"{place} answers with status {status} for {file}",
+            f"{first}, set HF_ENDPOINT to a mirror, or {wanted.alternatives}",
         ) from None
     except errors.HTTPError as error:  # of the transport: no network, no name, refused, cut off
         raise _unreachable(wanted, error) from None
@@ -225,11 +228,11 @@ def _continue(wanted: Wanted, remote: Remote, part: Path, count: Callable[[int],
     part.touch()
     fruitless = 0
     while (have := part.stat().st_size) != remote.size:
+        if have > remote.size:
+            os.truncate(part, have := 0)
         error = _get(remote, part, have, count)
         now = part.stat().st_size
-        if now > remote.size:  # what comes is not what was promised
-            os.truncate(part, now := 0)
-        fruitless = 0 if now > have else fruitless + 1
+        fruitless = 0 if have < now <= remote.size else fruitless + 1
         if fruitless >= ATTEMPTS:
             raise _unreachable(wanted, error) if error else _wrong_size(wanted, remote)
         if error:
@@ -238,33 +241,46 @@ def _continue(wanted: Wanted, remote: Remote, part: Path, count: Callable[[int],
 
 def _get(remote: Remote, part: Path, have: int, count: Callable[[int], None]) -> Exception | None:
     """One request for what is missing; returns the error of a line that was cut, raises every other."""
-    from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled
-    from huggingface_hub.file_download import http_get
-    from huggingface_hub.utils import build_hf_headers
+    from huggingface_hub import get_session
+    from huggingface_hub.errors import HfHubHTTPError, HTTPError
+    from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
 
-    with part.open("r+b") as f:
-        f.seek(have)
-        try:
-            http_get(
-                remote.url,
-                f,
-                resume_size=have,
-                headers=build_hf_headers(),
-                expected_size=remote.size,
-                tqdm_class=_counting(count, have),
-            )
-        except HfHubHTTPError as error:
-            if error.response.status_code != 416 or have == 0:
-                raise
-            f.truncate(0)  # the server has less than we do: begin again
-        except (HTTPError, OSError) as error:
-            if isinstance(error, OfflineModeIsEnabled) or getattr(error, "errno", None) is not None:
-                raise  # forbidden, or of the disk
+    headers = {**build_hf_headers(), "Accept-Encoding": "identity"}
+    if have:
+        headers["Range"] = f"bytes={have}-"
+    try:
+        with get_session().stream("GET", remote.url, headers=headers, timeout=TIMEOUT) as response:
+            hf_raise_for_status(response)
+            # A server that knows no ranges answers 200 and sends the whole.
+            _write(part, response.iter_bytes(), have if response.status_code == 206 else 0, remote.size, count)
+    except HfHubHTTPError as error:
+        status = error.response.status_code
+        if status == 416:  # it has less than we do: begin again
+            os.truncate(part, 0)
+        elif status == 429 or status >= 500:
             return error
+        else:
+            raise
+    except HTTPError as error:
+        return error
+    return None
+
+
+def _write(part: Path, chunks: Iterator[bytes], at: int, size: int, count: Callable[[int], None]) -> None:
+    """Put `chunks` into the file from `at` on; what came before a cut is kept. Ends soon after `size`."""
+    with part.open("r+b") as f:
+        f.truncate(at)
+        f.seek(at)
+        try:
+            for chunk in chunks:
+                f.write(chunk)
+                at += len(chunk)
+                count(at)
+                if at > size:
+                    return
         finally:
             f.flush()
             os.fsync(f.fileno())
-    return None
 
 
 def _wrong_size(wanted: Wanted, remote: Remote) -> DataError:
@@ -272,29 +288,6 @@ def _wrong_size(wanted: Wanted, remote: Remote) -> DataError:
         f"{endpoint()} sends {remote.file} in another size than the {remote.size:,} bytes that it promised",
         f"set HF_ENDPOINT to another mirror, or {wanted.alternatives}",
     )
-
-
-def _counting(count: Callable[[int], None], have: int) -> Any:
-    """A bar for the client that draws nothing and passes on how far it is."""
-
-    class Bar:
-        def __init__(self, *_: object, **__: object) -> None:
-            self._n = have
-
-        def __enter__(self) -> Bar:
-            return self
-
-        def __exit__(self, *_: object) -> None:
-            pass
-
-        def update(self, n: float | None = 1) -> None:
-            self._n += int(n or 0)
-            count(self._n)
-
-        def close(self) -> None:
-            pass
-
-    return Bar
 
 
 def _check(file: Path, remote: Remote) -> tuple[str, bool]:
