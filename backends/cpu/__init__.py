@@ -1,0 +1,1 @@
+"""PyTorch on the CPU: for every machine without a GPU that another backend serves."""
