@@ -85,6 +85,7 @@ class Training:
 
 
 def build(spec):
+    torch.set_num_threads(1)  # at this size a second thread is slower, and on a busy machine much slower
     return Training(spec)
 '''
 

@@ -1,0 +1,356 @@
+"""Experiments through the public door, with real processes: what an honest recipe gets, and how each failure ends."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import socket
+import struct
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+
+from core import weights
+from core.data import Dataset
+from core.errors import UserError
+from core.outcome import Event, Outcome
+from core.referee import RecipeFailed, dry_build, measure, sample
+from core.settings import Settings
+
+Run = Callable[..., Outcome]
+
+
+def left_behind() -> list[str]:
+    """Processes of ours that still run; the referee's contract is that there is none."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        try:
+            command = " ".join(process.cmdline())
+        except psutil.Error:
+            continue
+        if "backends.worker" in command or "launcher" in command:
+            found.append(command)
+    return found
+
+
+def check_clean(workdir: Path) -> None:
+    assert left_behind() == []
+    kept = {"weights.safetensors", "trainer.log", "scorer.log", "auditor.log"}
+    assert {p.name for p in workdir.iterdir()} <= kept
+
+
+# --- an honest recipe ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def honest(dataset: Dataset, settings: Settings, tiny_recipe: str, tmp_path_factory: pytest.TempPathFactory) -> tuple:
+    """One experiment, looked at by several tests: outcome, events, work folder."""
+    from core.outcome import Request
+    from core.referee import execute
+
+    workdir = tmp_path_factory.mktemp("honest")
+    events: list[Event] = []
+    request = Request(tiny_recipe.encode(), settings, dataset, settings.seed, "1", workdir, audit="always")
+    return execute(request, events.append), events, workdir
+
+
+def test_an_honest_recipe_is_scored_and_audited(honest: tuple, settings: Settings, dataset: Dataset) -> None:
+    outcome, _, workdir = honest
+    assert (outcome.status, outcome.reason, outcome.audited) == ("scored", "", True)
+    uniform = settings.eval_tokens * np.log(settings.vocab_size) / np.log(2) / outcome.total_bytes
+    assert 1.0 < outcome.val_bpb < 0.8 * uniform
+    assert outcome.val_bpb == pytest.approx(outcome.total_nats / outcome.total_bytes / np.log(2))
+    assert outcome.steps > 5 and outcome.tokens == outcome.steps * 16 * 64
+    assert outcome.passes == pytest.approx(outcome.tokens / dataset.part("train").tokens, rel=0.01)
+    assert outcome.training_seconds == pytest.approx(settings.budget, abs=0.5)
+    assert outcome.params == 3 * 512 * 32 + 512
+    assert outcome.audit["points"] >= settings.audit_points
+    assert outcome.audit["largest"] < 1e-3
+    assert outcome.describe["depth"] == 1
+    assert outcome.peak_memory > 10**7
+    assert set(outcome.timings) >= {"startup", "warmup", "training", "handover", "scoring", "audit", "total"}
+    assert outcome.versions["numpy"] == np.__version__
+    check_clean(workdir)
+
+
+def test_the_score_is_that_of_the_weights(honest: tuple, settings: Settings, dataset: Dataset) -> None:
+    """Computed again in numpy from the exported file and the validation text, with nothing of the worker."""
+    outcome, _, _ = honest
+    fd = os.open(outcome.weights, os.O_RDONLY)
+    w = {name: array.astype(np.float64) for name, array in weights.read(fd).items()}
+    os.close(fd)
+    rows = dataset.rows("val", settings.sequence_len, settings.eval_tokens).astype(np.int64)
+    tokens, targets = rows[:, :-1], rows[:, 1:]
+    before = np.concatenate([np.full((len(rows), 1), settings.bos_id), tokens[:, :-1]], 1)
+    logits = np.tanh(w["embed"][tokens] + w["before"][before]) @ w["head"].T + w["bias"]
+    log_sum = np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1)) + logits.max(-1)
+    nats = log_sum - np.take_along_axis(logits, targets[..., None], -1)[..., 0]
+    sizes = dataset.token_bytes[targets]
+    assert outcome.scored_tokens == (sizes > 0).sum()
+    assert outcome.val_bpb == pytest.approx(nats[sizes > 0].sum() / sizes.sum() / np.log(2), abs=1e-5)
+
+
+def test_events_and_curve(honest: tuple) -> None:
+    outcome, events, _ = honest
+    phases = [e.data["phase"] for e in events if e.kind == "phase"]
+    assert phases == ["start", "warm-up", "train", "score", "audit"]
+    progress = [e.data for e in events if e.kind == "progress"]
+    assert progress and all(0 <= p["fraction"] <= 1 and p["tokens_per_second"] >= 0 for p in progress)
+    assert outcome.curve[-1][1] == outcome.steps
+    assert outcome.curve[-1][3] < outcome.curve[0][3], "the loss falls"
+
+
+def test_outcomes_survive_json(honest: tuple) -> None:
+    outcome, _, _ = honest
+    assert Outcome.from_dict(json.loads(json.dumps(outcome.to_dict()))) == outcome
+
+
+def test_sampling_continues_a_text(
+    honest: tuple, tiny_recipe: str, settings: Settings, dataset: Dataset, tmp_path: Path
+) -> None:
+    outcome, _, _ = honest
+    prompt = dataset.tokenizer().encode("And God said")
+
+    def continued(temperature: float, seed: int) -> list[int]:
+        source = tiny_recipe.encode()
+        return list(sample(source, outcome.weights, settings, prompt, 12, temperature, seed, tmp_path / "sample"))
+
+    greedy = continued(0.0, 1)
+    assert len(greedy) == 12 and all(0 <= t < settings.vocab_size for t in greedy)
+    assert greedy == continued(0.0, 2)
+    assert continued(1.0, 1) != greedy
+    assert left_behind() == []
+
+
+# --- budgets -------------------------------------------------------------------------------------------
+
+
+def test_a_budget_of_ones_own_and_no_audit(run_recipe: Run, tiny_recipe: str, tmp_path: Path) -> None:
+    outcome = run_recipe(tiny_recipe, budget=1.0, audit="never")
+    assert (outcome.status, outcome.audited) == ("scored", False)
+    assert outcome.training_seconds == pytest.approx(1.0, abs=0.5)
+    asked: list[float] = []
+    again = run_recipe(tiny_recipe, budget=1.0, audit="auto", would_keep=lambda bpb: asked.append(bpb) or False)
+    assert asked == [again.val_bpb] and not again.audited
+    check_clean(tmp_path / "work")
+
+
+def changed(source: str, *pairs: tuple[str, str]) -> str:
+    for old, new in pairs:
+        assert source.count(old) == 1, old
+        source = source.replace(old, new)
+    return source
+
+
+STEP = "        loss = F.cross_entropy(self.model(tokens[:, :-1])"
+LOGITS = "        return self.model(tokens)\n"
+HANDED = "        return {n: p.detach().numpy() for n, p in self.params.items()}\n"
+BUILD = "def build(spec):\n"
+OS = ("import numpy as np\n", "import json, os, struct, sys, time\nimport numpy as np\n")
+CHANNEL = 'int(os.environ["AUTORESEARCH_CHANNEL"])'
+
+Edit = tuple[str, str]
+
+
+def before(mark: str, code: str) -> Edit:
+    """Put lines of code, indented like a method's, before the marked line."""
+    return mark, "".join(f"        {line}\n" for line in code.splitlines()) + mark
+
+
+def in_step(code: str, step: int = 4) -> Edit:
+    """Do this once, after so many steps of one build: after the warm-up, whose builds take one step."""
+    return before(STEP, f"if self.steps == {step}:\n" + "".join(f"    {line}\n" for line in code.splitlines()))
+
+
+def instead(mark: str, code: str) -> Edit:
+    return mark, f"        {code}\n"
+
+
+def trained_in_weights(code: str) -> Edit:
+    return before(HANDED, f"if self.steps > 4: {code}")
+
+
+def forged(kind: str, fields: str) -> Edit:
+    return in_step(
+        f"""header = json.dumps({{"kind": "{kind}", "fields": {fields}, "arrays": []}}).encode()
+os.write({CHANNEL}, struct.pack("<4sIQI", b"ARW1", len(header), 0, 0) + header)
+time.sleep(60)"""
+    )
+
+
+def scored_as(value: float) -> Edit:
+    """Replace the trusted code that turns logits into losses."""
+    rows = "np.full((len(tokens), spec.sequence_len), VALUE, np.float32)".replace("VALUE", str(value))
+    return before(LOGITS, f"sys.modules['__main__'].score = lambda device, training, spec, tokens: {rows}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    name: str
+    status: str
+    words: str  # in the reason
+    edits: tuple[Edit, ...]
+    cap: float = 60.0  # seconds, outside the training
+    memory: int = 0
+    lint: bool = False
+
+
+HURRY = 4.0  # seconds: more than it takes to build
+FULL = '{"steps": 9, "tokens": 9, "passes": 1, "loss": 1.0, "median_step": 0.1}'
+NOISY_WEIGHTS = "return {n: p.detach().numpy() * (np.nan if self.steps > 9 else 1) for n, p in self.params.items()}"
+NAN_AT_17 = "return loss.detach() * (float('nan') if self.steps == 17 else 1)"
+KNOWING = "return self.model(tokens) + 4 * F.one_hot(F.pad(tokens[:, 1:], (0, 1)), self.spec.vocab_size)"
+FORGETTING = "self.calls = getattr(self, 'calls', 0) + 1; return self.model(tokens) * (1 + 0.03 * self.calls)"
+
+CASES = [
+    # The recipe is wrong.
+    Case("syntax", "crash", "import: SyntaxError", ((BUILD, "def build(spec:\n"),)),
+    Case("import", "crash", "ZeroDivisionError: division by zero (train.py, line 7)", (("= 32\n", "= 32 / 0\n"),)),
+    Case("no build", "crash", "no function build", ((BUILD, "def make(spec):\n"),)),
+    Case("build", "crash", "build: ValueError: no", ((BUILD, BUILD + "    raise ValueError('no')\n"),)),
+    Case("step", "crash", "step 5: KeyError: 0 (train.py, line", (in_step("{}[0]"),)),
+    Case("nan", "crash", "loss is nan at step 17", (("return loss.detach()", NAN_AT_17),)),
+    Case("exit", "crash", "step 5: SystemExit", (in_step("raise SystemExit(0)"),)),
+    Case("loss shape", "crash", "shape (2,)", (("return loss.detach()", "return loss.detach().repeat(2)"),)),
+    Case("columns", "invalid", "it must be", (instead(LOGITS, "return F.pad(self.model(tokens), (0, 8))"),)),
+    Case("nan logits", "invalid", "finite", (instead(LOGITS, "return self.model(tokens) * float('nan')"),)),
+    Case("nan weights", "invalid", "not finite", (instead(HANDED, NOISY_WEIGHTS),)),
+    Case("no weights", "crash", "weights() returned list", (instead(HANDED, "return [1, 2]"),)),
+    Case("unseeded", "invalid", "two builds", (("torch.manual_seed(spec.seed)", "torch.seed()"),)),
+    Case("lint", "invalid", "os", (OS,), lint=True),
+    # It does not come back.
+    Case(
+        "hang import",
+        "timeout",
+        "import and build took more than 4 s",
+        (("= 32\n", "= 32\nwhile True: pass\n"),),
+        HURRY,
+    ),
+    Case("hang build", "timeout", "took more than 4 s", ((BUILD, BUILD + "    while True: pass\n"),), HURRY),
+    Case("hang step", "timeout", "training (2 s budget)", (in_step("while True: pass"),)),
+    Case("sleep", "timeout", "training (2 s budget)", (OS, in_step("time.sleep(60)"))),
+    Case("hang logits", "timeout", "logits() for the score", (before(LOGITS, "while True: pass"),), HURRY),
+    Case("hang weights", "timeout", "weights()", (OS, trained_in_weights("time.sleep(60)"))),
+    Case("late weights", "timeout", "weights()", (OS, trained_in_weights("time.sleep(1.5)"))),
+    # It dies.
+    Case("os._exit", "crash", "exit status 0", (OS, in_step("os._exit(0)"))),
+    Case("segfault", "crash", "SIGSEGV", (in_step("import ctypes; ctypes.string_at(0)"),)),
+    Case("memory", "crash", "memory", (in_step("self.hog = [bytearray(2**26) for _ in range(64)]"),), memory=2**30),
+    # It talks to the referee.
+    Case("closed", "invalid", "closed its channel", (OS, in_step(f"os.close({CHANNEL}); time.sleep(60)"))),
+    Case("garbage", "invalid", "broke its protocol", (OS, in_step(f"os.write({CHANNEL}, b'val_bpb: 0.5 ' * 9)"))),
+    Case("huge", "invalid", "broke its protocol", (OS, in_step(f"os.write({CHANNEL}, b'ARW1' + b'x' * 16)"))),
+    Case("trained early", "timeout", "weights()", (OS, forged("trained", FULL))),
+    Case("wrong fields", "invalid", "`steps`", (OS, forged("trained", '{"steps": "many"}'))),
+    Case("wrong message", "invalid", "came instead", (OS, forged("scored", "{}"))),
+    Case("own status", "invalid", "status 'scored'", (OS, forged("failed", '{"status": "scored", "reason": "0.5"}'))),
+    # It knows what it cannot know, or says so.
+    Case("future", "invalid", "uses the future: at row", (instead(LOGITS, KNOWING),)),
+    Case("memory of calls", "invalid", "remembers earlier calls", (instead(LOGITS, FORGETTING),)),
+    Case("lying", "invalid", "other losses than its logits give", (OS, scored_as(0.5))),
+    Case("negative", "invalid", "do not sum to 1", (OS, scored_as(-0.5))),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_how_it_ends(case: Case, run_recipe: Run, tiny_recipe: str, settings: Settings, tmp_path: Path) -> None:
+    source = changed(tiny_recipe, *case.edits)
+    limits = dataclasses.replace(settings, warmup_cap=case.cap, memory_limit=case.memory)
+    outcome = run_recipe(source, settings=limits, lint=case.lint)
+    assert outcome.status == case.status, outcome.reason
+    assert case.words in outcome.reason
+    assert outcome.val_bpb is None and outcome.weights is None
+    check_clean(tmp_path / "work")
+
+
+def test_the_log_shows_the_recipes_own_lines(run_recipe: Run, tiny_recipe: str) -> None:
+    source = changed(tiny_recipe, before(STEP, "print('about to fail')\n{}['gone']"))
+    outcome = run_recipe(source)
+    assert "about to fail" in outcome.log_tail
+    assert "{}['gone']" in outcome.log_tail and "KeyError: 'gone'" in outcome.log_tail
+    assert "worker.py" not in outcome.log_tail
+
+
+def test_prints_without_end_cost_little(run_recipe: Run, tiny_recipe: str, tmp_path: Path) -> None:
+    source = changed(tiny_recipe, before(STEP, "print('x' * 100_000)"))
+    outcome = run_recipe(source)
+    assert outcome.status == "scored", outcome.reason
+    assert sum(p.stat().st_size for p in (tmp_path / "work").glob("*.log")) < 8 * 2**20
+    assert len(outcome.log_tail.splitlines()) <= 50
+
+
+def test_forks_end_with_it(run_recipe: Run, tiny_recipe: str, tmp_path: Path) -> None:
+    child = in_step("if os.fork() == 0: os.setsid(); time.sleep(600)")
+    outcome = run_recipe(changed(tiny_recipe, OS, child), lint=False)
+    assert outcome.status == "scored", outcome.reason
+    check_clean(tmp_path / "work")
+
+
+def test_an_exiting_recipe_whose_child_holds_the_channel(run_recipe: Run, tiny_recipe: str, tmp_path: Path) -> None:
+    child = in_step("os.fork() and os._exit(7)\ntime.sleep(600)")
+    outcome = run_recipe(changed(tiny_recipe, OS, child), lint=False)
+    assert outcome.status in ("crash", "timeout"), outcome.reason
+    check_clean(tmp_path / "work")
+
+
+@pytest.mark.parametrize("moment", ["warm-up", "train", "audit"])
+def test_stop_ends_it_soon(moment: str, run_recipe: Run, tiny_recipe: str, settings: Settings, tmp_path: Path) -> None:
+    stop = threading.Event()
+    stopped_at = []
+
+    def on_event(event: Event) -> None:
+        if event.data.get("phase") == moment:
+            stop.set()
+            stopped_at.append(time.monotonic())
+
+    outcome = run_recipe(tiny_recipe, on_event, stop, settings=dataclasses.replace(settings, budget=2.0))
+    assert outcome.status == "stopped" and outcome.val_bpb is None
+    assert stopped_at
+    check_clean(tmp_path / "work")
+
+
+def test_a_dead_referee_takes_its_children_along(tmp_path: Path) -> None:
+    """The worker ends when its channel closes, whatever ends the referee."""
+    ours, theirs = socket.socketpair()
+    ours.sendall(struct.pack("<4sI", b"ARW1", 9))
+    ours.close()
+    from core.wire import Channel, ChannelClosed
+
+    with pytest.raises(ChannelClosed):
+        Channel(theirs, take_fds=True).receive()
+
+
+# --- smaller questions ---------------------------------------------------------------------------------
+
+
+def test_measure(tiny_recipe: str, settings: Settings, tmp_path: Path) -> None:
+    found = measure(tiny_recipe.encode(), settings, tmp_path, seconds=0.3)
+    assert found["seconds_per_step"] > 0 and found["tokens_per_step"] == 1024 and found["steps"] >= 3
+    assert found["params"] == 3 * 512 * 32 + 512 and found["compiled"] is False and found["peak_flops"] > 0
+    with pytest.raises(RecipeFailed, match="KeyError"):
+        measure(changed(tiny_recipe, before(STEP, "{}[0]")).encode(), settings, tmp_path)
+    assert left_behind() == []
+
+
+def test_dry_build(tiny_recipe: str, settings: Settings, tmp_path: Path) -> None:
+    found = dry_build(tiny_recipe.encode(), settings, tmp_path)
+    assert found["loss"] == pytest.approx(np.log(512), rel=0.05) and found["describe"]["depth"] == 1
+    with pytest.raises(RecipeFailed, match="it must be") as caught:
+        dry_build(
+            changed(tiny_recipe, (LOGITS, "        return self.model(tokens)[:, :-1]\n")).encode(), settings, tmp_path
+        )
+    assert caught.value.status == "invalid"
+
+
+def test_a_backend_that_does_not_load_is_no_fault_of_the_recipe(
+    run_recipe: Run, tiny_recipe: str, settings: Settings
+) -> None:
+    with pytest.raises(UserError, match="cannot be loaded"):
+        run_recipe(tiny_recipe, settings=dataclasses.replace(settings, backend="nowhere"))
+    assert left_behind() == []
