@@ -1,0 +1,239 @@
+"""Git as a store of objects and refs, and nothing else: no hook, filter, alias, attribute or user setting acts.
+
+Only plumbing is called (hash-object, mktree, commit-tree, update-ref, cat-file, for-each-ref), through GitPython.
+Porcelain such as `index.commit` runs planted hooks. What lies in the lab's `.git/config` is outvoted by `-c`
+or never looked at by these commands.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+from git.cmd import Git
+
+from core.errors import LabError
+
+ZERO = "0" * 40  # as an old value: the ref must not exist yet; as a new value: delete it
+IDENTITY = ("autoresearch", "autoresearch@localhost")
+
+# Command-line settings outvote every file. Each either switches off something that would run a program or
+# weaken what is on disk, or fixes something that decides an object's bytes.
+_CONFIG = {
+    "core.hooksPath": os.devnull,  # reference-transaction would run at each update-ref
+    "core.fsync": "all",
+    "core.fsyncMethod": "fsync",
+    "core.autocrlf": "false",
+    "core.attributesFile": os.devnull,
+    "core.excludesFile": os.devnull,
+    "core.fsmonitor": "false",
+    "core.alternateRefsCommand": "",
+    "core.logAllRefUpdates": "true",
+    "commit.gpgSign": "false",
+    "tag.gpgSign": "false",
+    "i18n.commitEncoding": "UTF-8",
+    "gc.auto": "0",
+    "maintenance.auto": "false",
+    "protocol.allow": "never",  # no planted promisor remote is asked for a missing object
+    "safe.directory": "*",
+}
+
+
+class GitError(LabError):
+    """Git could not do what was asked; says which command and what git answered."""
+
+
+@dataclass(frozen=True)
+class Commit:
+    sha: str
+    tree: str
+    parents: tuple[str, ...]
+
+
+class GitStore:
+    """One repository: `<worktree>/.git`. Never looks at the work tree or at the index."""
+
+    def __init__(self, worktree: Path) -> None:
+        self.path = worktree / ".git"
+        self._git = Git(str(self.path))
+        self._git.update_environment(**_environment(self.path))
+
+    @classmethod
+    def create(cls, worktree: Path, branch: str) -> GitStore:
+        """A new repository in an existing folder, HEAD on `branch`, which has no commit yet."""
+        (worktree / ".git").mkdir()
+        store = cls(worktree)
+        store._run("init", "--quiet", "--template=", "--object-format=sha1", f"--initial-branch={branch}")
+        store._run("config", "--local", "core.bare", "false")
+        return store
+
+    # --- objects ---------------------------------------------------------------------------------
+
+    def blob(self, content: bytes) -> str:
+        return self._text("hash-object", "-w", "-t", "blob", "--stdin", "--no-filters", stdin=content)
+
+    def tree(self, files: Mapping[str, str]) -> str:
+        """`files`: name -> blob, all in one folder."""
+        lines = "".join(f"100644 blob {sha}\t{name}\0" for name, sha in sorted(files.items()))
+        return self._text("mktree", "-z", stdin=lines.encode())
+
+    def commit(self, tree: str, parents: Sequence[str], message: str, when: str) -> str:
+        """Equal arguments give the equal commit: `when` is its date ("2026-01-31T12:00:00+00:00")."""
+        linked = [argument for parent in parents for argument in ("-p", parent)]
+        dates = {"GIT_AUTHOR_DATE": when, "GIT_COMMITTER_DATE": when}
+        return self._text("commit-tree", "--no-gpg-sign", *linked, tree, stdin=message.encode(), env=dates)
+
+    def read(self, sha: str) -> bytes:
+        return self._run("cat-file", "blob", sha)
+
+    def has(self, sha: str) -> bool:
+        """Is the object there, with all that a commit needs to be shown (its tree)?"""
+        suffix = "^{tree}" if self._exists(f"{sha}^{{commit}}") else ""
+        return self._exists(sha + suffix)
+
+    def read_commit(self, sha: str) -> Commit:
+        header = self._run("cat-file", "commit", sha).partition(b"\n\n")[0].decode(errors="replace")
+        pairs = [line.split(" ", 1) for line in header.splitlines() if " " in line]
+        trees = [value for key, value in pairs if key == "tree"]
+        return Commit(sha, trees[0], tuple(value for key, value in pairs if key == "parent"))
+
+    def first_parents(self, ref: str) -> list[str]:
+        """Commits from `ref` back to the first, newest first."""
+        return self._text("rev-list", "--first-parent", ref).split()
+
+    # --- refs ------------------------------------------------------------------------------------
+
+    def refs(self, *prefixes: str) -> dict[str, str]:
+        """Ref -> object, under the prefixes. A ref whose file is damaged is left out: it has to be set again."""
+        out = self._text("for-each-ref", "--format=%(refname) %(objectname)", *prefixes)
+        pairs = (line.split(" ", 1) for line in out.splitlines())
+        return {name: sha for name, sha in pairs if sha != ZERO}
+
+    def update_refs(self, updates: Mapping[str, str]) -> None:
+        """Set all of these refs, or none of them. On disk before it returns."""
+        for name in updates:
+            self._discard_damaged(name)
+        lines = "".join(f"update {name}\0{sha}\0\0" for name, sha in updates.items())
+        self._run("update-ref", "--no-deref", "-m", "autoresearch", "--stdin", "-z", stdin=lines.encode())
+
+    def delete_ref(self, name: str) -> None:
+        self._run("update-ref", "--no-deref", "-d", name)
+
+    def point_head(self, branch: str) -> None:
+        """HEAD -> the branch, so that a user's plain `git log` shows the improvements."""
+        self._run("symbolic-ref", "HEAD", f"refs/heads/{branch}")
+
+    def head(self) -> str:
+        try:
+            return self._text("symbolic-ref", "--quiet", "HEAD")
+        except GitError:
+            return ""  # detached
+
+    def reset_index(self, commit: str) -> None:
+        """Make the index show `commit`, so that a user's `git status` tells the truth.
+
+        Written beside and renamed: no `index.lock` is taken, so that a stale one does not matter.
+        """
+        fresh = self.path / "index.autoresearch"
+        fresh.unlink(missing_ok=True)
+        self._run("read-tree", commit, env={"GIT_INDEX_FILE": str(fresh)})
+        fresh.replace(self.path / "index")
+
+    def clear_stale_locks(self, names: Sequence[str], patience: float = 2.0) -> list[str]:
+        """Remove `<ref>.lock` files that no living git holds. The caller holds the lab's lock.
+
+        A git that outlives its killed parent ends within milliseconds; `patience` (seconds) is for that.
+        """
+        candidates = [self.path / f"{name}.lock" for name in (*names, "HEAD", "packed-refs", "config")]
+        give_up = time.monotonic() + patience
+        while (found := [lock for lock in candidates if lock.exists()]) and time.monotonic() < give_up:
+            if not self._git_is_running():
+                break
+            time.sleep(0.05)
+        if not found or self._git_is_running():
+            return []
+        for lock in found:
+            lock.unlink(missing_ok=True)
+        return [str(lock.relative_to(self.path)) for lock in found]
+
+    # --- running git -----------------------------------------------------------------------------
+
+    def _git_is_running(self) -> bool:
+        """Does any git of this machine work in this repository?"""
+        for process in psutil.process_iter(["name", "cwd"]):
+            name, cwd = process.info["name"] or "", process.info["cwd"] or ""
+            if name.startswith("git") and (cwd == str(self.path) or cwd == str(self.path.parent)):
+                return True
+        return False
+
+    def _discard_damaged(self, name: str) -> None:
+        """A power cut can leave an empty ref file, which git refuses to update; the ledger knows its value."""
+        file = self.path / name
+        if file.is_file() and not file.read_bytes().strip(b"\0\n "):
+            file.unlink()
+
+    def _exists(self, expression: str) -> bool:
+        try:
+            self._run("cat-file", "-e", expression)
+        except GitError:
+            return False
+        return True
+
+    def _text(self, *arguments: str, stdin: bytes = b"", env: Mapping[str, str] | None = None) -> str:
+        return self._run(*arguments, stdin=stdin, env=env).decode(errors="surrogateescape").strip()
+
+    def _run(self, *arguments: str, stdin: bytes = b"", env: Mapping[str, str] | None = None) -> bytes:
+        settings = [part for key, value in _CONFIG.items() for part in ("-c", f"{key}={value}")]
+        command = [Git.GIT_PYTHON_GIT_EXECUTABLE or "git", "--no-pager", *settings, *arguments]
+        process = self._git.execute(command, istream=subprocess.PIPE, as_process=True, env=dict(env or {}))
+        out, err = process.communicate(stdin)  # type: ignore[union-attr]
+        if process.returncode:  # type: ignore[union-attr]
+            raise _explain(arguments[0], err.decode(errors="replace").strip(), self.path)
+        return bytes(out)
+
+
+def _environment(git_dir: Path) -> dict[str, str]:
+    """Every variable by which git could be led elsewhere, set to what it has to be.
+
+    GitPython cannot take variables of the caller away (a git hook that starts us has GIT_DIR set), so each is given.
+    """
+    name, mail = IDENTITY
+    return {
+        "GIT_DIR": str(git_dir),
+        "GIT_COMMON_DIR": str(git_dir),
+        "GIT_OBJECT_DIRECTORY": str(git_dir / "objects"),
+        "GIT_INDEX_FILE": str(git_dir / "index"),
+        "GIT_ALTERNATE_OBJECT_DIRECTORIES": "",
+        "GIT_NAMESPACE": "",
+        "GIT_CONFIG_NOSYSTEM": "1",
+        "GIT_CONFIG_SYSTEM": os.devnull,
+        "GIT_CONFIG_GLOBAL": os.devnull,
+        "GIT_CONFIG_COUNT": "0",
+        "GIT_CONFIG_PARAMETERS": "",
+        "GIT_ATTR_NOSYSTEM": "1",
+        "GIT_NO_REPLACE_OBJECTS": "1",  # a planted refs/replace would swap what is read
+        "GIT_GRAFT_FILE": os.devnull,
+        "GIT_NO_LAZY_FETCH": "1",
+        "GIT_OPTIONAL_LOCKS": "0",
+        "GIT_TERMINAL_PROMPT": "0",
+        "GIT_TRACE": "0",
+        "GIT_AUTHOR_NAME": name,
+        "GIT_AUTHOR_EMAIL": mail,
+        "GIT_COMMITTER_NAME": name,
+        "GIT_COMMITTER_EMAIL": mail,
+    }
+
+
+def _explain(command: str, stderr: str, path: Path) -> GitError | OSError:
+    """Git's answer as an error of ours; a full or read-only disk becomes the OSError that it is."""
+    for number in (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EDQUOT):
+        if os.strerror(number) in stderr:
+            return OSError(number, os.strerror(number), str(path))
+    last = stderr.splitlines()[-1] if stderr else "no message"
+    return GitError(f"git {command} failed in {path}: {last}", "see `git fsck` there; the ledger holds every recipe")

@@ -1,0 +1,455 @@
+"""The ledger: what was proposed, measured and decided. Everything that a screen shows comes from here.
+
+An experiment goes proposed -> running -> scored -> audited -> decided. "scored" means that its outcome is
+recorded, a crash's too (which has no number). Sources are kept here as well as in git, so that the lab's
+repository can be rebuilt from the ledger alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import sqlite3
+import threading
+import time
+import zlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from core.errors import LabError, UserError
+
+SCHEMA = 1
+STATES = ("proposed", "running", "scored", "audited", "decided")
+SCORED = ("keep", "simplify", "discard")  # these have a number
+FAILED = ("crash", "timeout", "invalid")  # these never have one
+
+_MOVES = {
+    ("proposed", "running"),
+    ("running", "proposed"),  # dropped: it will be repeated
+    ("running", "scored"),
+    ("scored", "audited"),
+    ("scored", "decided"),
+    ("audited", "decided"),
+    ("scored", "proposed"),  # would be kept but was not audited: it will be repeated
+    ("proposed", "decided"),  # given up without a measurement
+}
+
+# SQLite's write-ahead log needs shared memory, which only these file systems give.
+_LOCAL = frozenset(
+    ("apfs", "bcachefs", "btrfs", "exfat", "ext2", "ext3", "ext4", "f2fs", "hfs")
+    + ("jfs", "ntfs", "overlay", "ramfs", "refs", "tmpfs", "ufs", "xfs", "zfs")
+)
+
+_TABLES = """
+CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL);
+CREATE TABLE sources (sha256 TEXT PRIMARY KEY, content BLOB NOT NULL);
+CREATE TABLE experiments (
+    number INTEGER PRIMARY KEY,
+    state TEXT NOT NULL CHECK (state IN ('proposed', 'running', 'scored', 'audited', 'decided')),
+    status TEXT CHECK (status IN ('keep', 'simplify', 'discard', 'crash', 'timeout', 'invalid')),
+    tainted INTEGER NOT NULL DEFAULT 0,
+    description TEXT NOT NULL,
+    researcher TEXT NOT NULL,
+    detail TEXT NOT NULL DEFAULT '{}',
+    source_sha256 TEXT NOT NULL REFERENCES sources,
+    program_sha256 TEXT NOT NULL REFERENCES sources,
+    fingerprint TEXT NOT NULL,
+    parent INTEGER,
+    commit_sha TEXT,
+    val_bpb REAL CHECK (val_bpb IS NULL OR (val_bpb > 0 AND val_bpb < 1e9)),
+    best_before REAL,
+    reason TEXT NOT NULL DEFAULT '',
+    outcome TEXT,
+    attempts INTEGER NOT NULL DEFAULT 0,
+    created TEXT NOT NULL,
+    started TEXT,
+    finished TEXT,
+    undone TEXT,
+    CHECK ((state = 'decided') = (status IS NOT NULL)),
+    CHECK (status IS NULL OR status NOT IN ('crash', 'timeout', 'invalid') OR val_bpb IS NULL),
+    CHECK (status IS NULL OR status NOT IN ('keep', 'simplify', 'discard') OR val_bpb IS NOT NULL)
+);
+CREATE TABLE samples (
+    id INTEGER PRIMARY KEY,
+    number INTEGER NOT NULL REFERENCES experiments,
+    seed INTEGER NOT NULL,
+    val_bpb REAL NOT NULL CHECK (val_bpb > 0 AND val_bpb < 1e9),
+    tainted INTEGER NOT NULL DEFAULT 0,
+    versions TEXT NOT NULL,
+    created TEXT NOT NULL
+);
+CREATE INDEX samples_of ON samples (number);
+CREATE TABLE events (
+    id INTEGER PRIMARY KEY, created TEXT NOT NULL, kind TEXT NOT NULL, number INTEGER, text TEXT NOT NULL
+);
+"""
+
+
+@dataclass(frozen=True)
+class Experiment:
+    number: int
+    state: str  # of STATES
+    status: str | None  # keep, simplify, discard, crash, timeout, invalid; None until decided
+    tainted: bool  # measured while something else used the device
+    description: str
+    researcher: str
+    detail: dict[str, Any]
+    source_sha256: str
+    program_sha256: str  # of program.md at the time of the proposal
+    fingerprint: str  # equal for sources that differ in comments and layout only
+    parent: int | None  # number of the incumbent when this was proposed
+    commit: str | None
+    val_bpb: float | None
+    best_before: float | None  # what it was compared with
+    reason: str
+    outcome: dict[str, Any] | None  # Outcome.to_dict()
+    attempts: int  # how often it was started without coming to an outcome, the present start included
+    created: str  # UTC, ISO 8601, like all times here
+    started: str | None
+    finished: str | None
+    undone: str | None  # when a keep was taken back
+
+    @property
+    def is_kept(self) -> bool:
+        return self.status in ("keep", "simplify") and self.undone is None
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One measurement of an experiment's recipe."""
+
+    number: int
+    seed: int
+    val_bpb: float
+    tainted: bool
+    versions: dict[str, Any]  # what it was measured with
+    created: str
+
+
+@dataclass(frozen=True)
+class LedgerEvent:
+    id: int
+    created: str
+    kind: str  # "note", "refused", "undo", "remeasured", ...
+    number: int | None
+    text: str
+
+
+def now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
+class Ledger:
+    """One SQLite file. Methods may be called by several threads, and by several processes at once."""
+
+    def __init__(self, path: Path, connection: sqlite3.Connection) -> None:
+        self.path = path
+        self._connection = connection
+        self._lock = threading.RLock()
+        self._depth = 0
+
+    # --- opening ---------------------------------------------------------------------------------
+
+    @classmethod
+    def create(cls, path: Path) -> Ledger:
+        ledger = cls(path, _connect(path, "rwc"))
+        with ledger.transaction():
+            for statement in _TABLES.split(";\n"):
+                ledger._connection.execute(statement)
+            ledger.set_meta("schema", SCHEMA)
+        return ledger
+
+    @classmethod
+    def open(cls, path: Path) -> Ledger:
+        """Raises `LabError` when it is missing, damaged or of a newer program."""
+        if not path.is_file():
+            raise LabError(f"the ledger {path} is missing", "restore it from a backup or make a new lab")
+        ledger = cls(path, _connect(path, "rw"))
+        try:
+            schema = ledger.meta("schema")
+        except LabError:
+            ledger.close()
+            raise
+        if schema != SCHEMA:
+            ledger.close()
+            raise LabError(f"the ledger {path} has schema {schema}; this program knows {SCHEMA}", "update autoresearch")
+        return ledger
+
+    def close(self) -> None:
+        with self._lock:
+            self._connection.close()
+
+    # --- transactions ----------------------------------------------------------------------------
+
+    @contextmanager
+    def transaction(self) -> Iterator[None]:
+        """All or nothing, on disk when it ends. May be nested: the outermost one commits."""
+        with self._lock, _explained(self.path):
+            if self._depth == 0:
+                self._connection.execute("BEGIN IMMEDIATE")
+            self._depth += 1
+            try:
+                yield
+                if self._depth == 1:
+                    self._connection.execute("COMMIT")
+            except BaseException:
+                if self._depth == 1 and self._connection.in_transaction:
+                    self._connection.execute("ROLLBACK")
+                raise
+            finally:
+                self._depth -= 1
+
+    def _rows(self, query: str, *values: Any) -> list[sqlite3.Row]:
+        with self._lock, _explained(self.path):
+            return self._connection.execute(query, values).fetchall()
+
+    # --- reading ---------------------------------------------------------------------------------
+
+    def experiments(self) -> list[Experiment]:
+        """Oldest first."""
+        return [_experiment(row) for row in self._rows("SELECT * FROM experiments ORDER BY number")]
+
+    def pending(self) -> list[Experiment]:
+        """Proposed and not decided, oldest first."""
+        return [
+            _experiment(row) for row in self._rows("SELECT * FROM experiments WHERE status IS NULL ORDER BY number")
+        ]
+
+    def get(self, number: int) -> Experiment:
+        rows = self._rows("SELECT * FROM experiments WHERE number = ?", number)
+        if not rows:
+            last = self._rows("SELECT max(number) AS last FROM experiments")[0]["last"]
+            raise UserError(
+                f"there is no experiment {number}",
+                f"`log` lists them, 1 to {last}" if last else "`run` makes the first",
+            )
+        return _experiment(rows[0])
+
+    def source(self, sha256: str) -> bytes:
+        return zlib.decompress(self._rows("SELECT content FROM sources WHERE sha256 = ?", sha256)[0]["content"])
+
+    def knows_source(self, sha256: str) -> bool:
+        return bool(self._rows("SELECT 1 FROM sources WHERE sha256 = ?", sha256))
+
+    def samples(self, number: int) -> list[Sample]:
+        """Oldest first."""
+        return [
+            Sample(r["number"], r["seed"], r["val_bpb"], bool(r["tainted"]), json.loads(r["versions"]), r["created"])
+            for r in self._rows("SELECT * FROM samples WHERE number = ? ORDER BY id", number)
+        ]
+
+    def events(self, after: int = 0) -> list[LedgerEvent]:
+        """Oldest first, those with a larger id than `after`."""
+        return [LedgerEvent(*row) for row in self._rows("SELECT * FROM events WHERE id > ? ORDER BY id", after)]
+
+    def meta(self, key: str, default: Any = None) -> Any:
+        rows = self._rows("SELECT value FROM meta WHERE key = ?", key)
+        return json.loads(rows[0]["value"]) if rows else default
+
+    # --- writing ---------------------------------------------------------------------------------
+
+    def set_meta(self, key: str, value: Any) -> None:
+        """`value` is anything that JSON can hold."""
+        with self.transaction():
+            self._connection.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (key, json.dumps(value)))
+
+    def event(self, kind: str, text: str, number: int | None = None) -> None:
+        with self.transaction():
+            query = "INSERT INTO events (created, kind, number, text) VALUES (?, ?, ?, ?)"
+            self._connection.execute(query, (now(), kind, number, text))
+
+    def add_source(self, content: bytes) -> str:
+        """Returns its sha256."""
+        sha256 = hashlib.sha256(content).hexdigest()
+        with self.transaction():
+            self._connection.execute("INSERT OR IGNORE INTO sources VALUES (?, ?)", (sha256, zlib.compress(content)))
+        return sha256
+
+    def propose(
+        self,
+        *,
+        source: bytes,
+        program: bytes,
+        fingerprint: str,
+        description: str,
+        researcher: str,
+        detail: Mapping[str, Any] | None = None,
+        parent: int | None = None,
+    ) -> int:
+        """The intent: from here on the candidate cannot be lost. Returns its number.
+
+        A source that is already waiting or running keeps the number that it has.
+        """
+        with self.transaction():
+            sha256 = self.add_source(source)
+            waiting = self._rows("SELECT number FROM experiments WHERE source_sha256 = ? AND status IS NULL", sha256)
+            if waiting:
+                return int(waiting[0]["number"])
+            number = int(self._rows("SELECT coalesce(max(number), 0) + 1 AS next FROM experiments")[0]["next"])
+            self._connection.execute(
+                "INSERT INTO experiments (number, state, description, researcher, detail, source_sha256,"
+                " program_sha256, fingerprint, parent, created) VALUES (?, 'proposed', ?, ?, ?, ?, ?, ?, ?, ?)",
+                (
+                    number,
+                    description,
+                    researcher,
+                    json.dumps(dict(detail or {})),
+                    sha256,
+                    self.add_source(program),
+                    fingerprint,
+                    parent,
+                    now(),
+                ),
+            )
+            return number
+
+    def advance(self, number: int, state: str, **fields: Any) -> None:
+        """Move an experiment to another state and set columns with it, in one transaction.
+
+        Raises `ValueError` on a move that the life of an experiment does not have.
+        """
+        with self.transaction():
+            present = self.get(number).state
+            if (present, state) not in _MOVES:
+                raise ValueError(f"experiment {number} cannot go from {present} to {state}")
+            self._set(number, state=state, **fields)
+
+    def start(self, number: int) -> None:
+        """proposed -> running."""
+        attempts = self.get(number).attempts + 1
+        self.advance(number, "running", started=now(), attempts=attempts)
+
+    def requeue(self, number: int, why: str, counts: bool) -> None:
+        """Back to proposed: it will be repeated under its number. `counts`: as an attempt that failed."""
+        with self.transaction():
+            present = self.get(number)
+            attempts = present.attempts if counts else max(0, present.attempts - 1)
+            self.advance(
+                number,
+                "proposed",
+                attempts=attempts,
+                started=None,
+                finished=None,
+                outcome=None,
+                val_bpb=None,
+                tainted=0,
+            )
+            self._connection.execute("DELETE FROM samples WHERE number = ?", (number,))
+            self.event("requeued", why, number)
+
+    def record(self, number: int, outcome: Mapping[str, Any], seed: int, versions: Mapping[str, Any]) -> None:
+        """running -> scored, and on to audited if it was. A number is taken from a scored outcome only."""
+        score = outcome.get("val_bpb") if outcome.get("status") == "scored" else None
+        usable = isinstance(score, float) and math.isfinite(score) and score > 0
+        tainted = bool(outcome.get("health", {}).get("tainted"))
+        with self.transaction():
+            self.advance(
+                number,
+                "scored",
+                outcome=json.dumps(dict(outcome)),
+                val_bpb=score if usable else None,
+                tainted=int(tainted),
+                finished=now(),
+            )
+            if usable:
+                self.add_sample(number, seed, float(score), tainted, versions)  # type: ignore[arg-type]
+                if outcome.get("audited"):
+                    self.advance(number, "audited")
+
+    def add_sample(self, number: int, seed: int, val_bpb: float, tainted: bool, versions: Mapping[str, Any]) -> None:
+        with self.transaction():
+            self._connection.execute(
+                "INSERT INTO samples (number, seed, val_bpb, tainted, versions, created) VALUES (?, ?, ?, ?, ?, ?)",
+                (number, seed, val_bpb, int(tainted), json.dumps(dict(versions), sort_keys=True), now()),
+            )
+
+    def mark_undone(self, numbers: list[int]) -> None:
+        with self.transaction():
+            for number in numbers:
+                self._set(number, undone=now())
+
+    def _set(self, number: int, **fields: Any) -> None:
+        columns = ", ".join(f"{'commit_sha' if name == 'commit' else name} = ?" for name in fields)
+        self._connection.execute(f"UPDATE experiments SET {columns} WHERE number = ?", (*fields.values(), number))
+
+
+def _connect(path: Path, mode: str) -> sqlite3.Connection:
+    with _explained(path):
+        uri = f"{path.absolute().as_uri()}?mode={mode}"
+        connection = sqlite3.connect(uri, uri=True, timeout=30, isolation_level=None, check_same_thread=False)
+        connection.row_factory = sqlite3.Row
+        wanted = "WAL" if is_local(path) else "DELETE"
+        _set_journal(connection, wanted)
+        connection.execute("PRAGMA synchronous = FULL")
+        connection.execute("PRAGMA foreign_keys = ON")
+        return connection
+
+
+def _set_journal(connection: sqlite3.Connection, wanted: str) -> None:
+    """Two processes that open one ledger at the same moment may meet here; SQLite's own waiting does not cover it."""
+    for attempt in range(50):
+        if str(connection.execute("PRAGMA journal_mode").fetchone()[0]).upper() == wanted:
+            return
+        try:
+            connection.execute(f"PRAGMA journal_mode = {wanted}")
+        except sqlite3.OperationalError as error:
+            if "locked" not in str(error) or attempt == 49:
+                raise
+            time.sleep(0.1)
+
+
+def is_local(path: Path) -> bool:
+    """Does the file lie on a disk of this machine? Unknown file systems count as not."""
+    best, kind = "", ""
+    for disk in psutil.disk_partitions(all=True):
+        mount = disk.mountpoint.rstrip("/\\") + "/"
+        if (str(path.absolute()).replace("\\", "/")).startswith(mount.replace("\\", "/")) and len(mount) >= len(best):
+            best, kind = mount, disk.fstype.lower()
+    return kind in _LOCAL
+
+
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    """SQLite's errors that a user can act on, as errors of ours."""
+    try:
+        yield
+    except sqlite3.DatabaseError as error:
+        text = str(error)
+        if isinstance(error, sqlite3.IntegrityError):
+            raise
+        if "full" in text:
+            free = psutil.disk_usage(str(path.parent)).free / 2**20
+            raise UserError(
+                f"the disk of {path.parent} is full ({free:.1f} MiB free)", "free some space; nothing is lost"
+            ) from error
+        if "readonly" in text or "unable to open" in text:
+            raise UserError(
+                f"the ledger {path} cannot be written ({text})", "check the folder's permissions"
+            ) from error
+        if "locked" in text:
+            raise UserError(
+                f"the ledger {path} was locked by another process for 30 s", "see which one holds it"
+            ) from error
+        if "disk I/O error" in text:
+            raise UserError(
+                f"the disk of {path} fails or is full ({text})", "check the disk; nothing is lost"
+            ) from error
+        if "malformed" in text or "not a database" in text or "no such table" in text:
+            raise LabError(f"the ledger {path} is damaged ({text})", "restore it from a backup") from error
+        raise
+
+
+def _experiment(row: sqlite3.Row) -> Experiment:
+    fields = dict(row)
+    fields["commit"] = fields.pop("commit_sha")
+    fields["tainted"] = bool(fields["tainted"])
+    fields["detail"] = json.loads(fields["detail"])
+    fields["outcome"] = json.loads(fields["outcome"]) if fields["outcome"] else None
+    return Experiment(**fields)

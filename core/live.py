@@ -1,0 +1,90 @@
+"""What the running experiment does now, for other processes to read: one small file, replaced atomically."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+PERIOD = 1.0  # seconds between two versions of the file
+FILE = "live.json"
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something that happened in a run.
+
+    kind: "phase", "progress", "log" (from the referee), and from the loop: "start" (number, description),
+    "decided" (number, status, val_bpb, reason), "note" (text), "waiting" (text).
+    """
+
+    kind: str
+    data: dict[str, Any] = field(default_factory=dict)
+
+
+def read(record: Path) -> dict[str, Any]:
+    """The last state that was published, {} if there is none. `updated` (Unix time) tells how old it is."""
+    try:
+        found = json.loads((record / FILE).read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+class Live:
+    """Publishes while it is entered. `on_tick` is called once a period by the publishing thread."""
+
+    def __init__(self, record: Path, on_tick: Callable[[], None] = lambda: None) -> None:
+        self._path = record / FILE
+        self._on_tick = on_tick
+        self._state: dict[str, Any] = {"pid": os.getpid(), "since": time.time(), "state": "starting"}
+        self._lock = threading.Lock()
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._publish, name="live", daemon=True)
+
+    def __enter__(self) -> Live:
+        self._write()
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._thread.join()
+        self.update(state="ended", number=None, phase=None)
+        self._write()
+
+    def update(self, **fields: Any) -> None:
+        with self._lock:
+            self._state.update(fields)
+
+    def begin(self, number: int, description: str) -> None:
+        """A new experiment: what was said of the one before is gone."""
+        keep = {k: self._state[k] for k in ("pid", "since")}
+        with self._lock:
+            self._state = {
+                **keep,
+                "state": "running",
+                "number": number,
+                "description": description,
+                "started": time.time(),
+            }
+
+    def _publish(self) -> None:
+        while not self._ended.wait(PERIOD):
+            self._on_tick()
+            self._write()
+
+    def _write(self) -> None:
+        with self._lock:
+            text = json.dumps({**self._state, "updated": time.time()}, default=str)
+        beside = self._path.with_suffix(".tmp")
+        try:
+            beside.write_text(text)
+            beside.replace(self._path)
+        except OSError:  # a full disk must not end an experiment because of its progress line
+            beside.unlink(missing_ok=True)

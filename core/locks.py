@@ -1,0 +1,117 @@
+"""Locks between processes: one run for each lab, one experiment for each device.
+
+The operating system holds them (`flock`, `msvcrt.locking`), so the death of the holder frees them: there is
+no stale lock to be cleaned up. The file's content only tells who holds it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from core.errors import Busy
+from core.paths import locks_root
+
+if sys.platform == "win32":
+    import msvcrt
+
+    _FAR = 2**30  # the locked byte lies behind the text: on Windows a locked byte cannot be read by others
+
+    def _try_lock(fd: int) -> bool:
+        os.lseek(fd, _FAR, os.SEEK_SET)
+        try:
+            msvcrt.locking(fd, msvcrt.LK_NBLCK, 1)
+        except OSError:
+            return False
+        return True
+
+else:
+    import fcntl
+
+    def _try_lock(fd: int) -> bool:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
+
+
+@contextmanager
+def hold(path: Path, what: str, action: str, wait: float = 0.0) -> Iterator[None]:
+    """Hold the lock file `path`. Raises `Busy` with the holder's pid after `wait` seconds without success.
+
+    `what` names the thing for the message ("the lab night1"), `action` says what to do instead.
+    """
+    fd = _open(path)
+    try:
+        give_up = time.monotonic() + wait
+        while not _try_lock(fd):
+            if time.monotonic() >= give_up:
+                raise Busy(f"{what} is in use by {_describe(_read(fd))}", action)
+            time.sleep(0.1)
+        _write(fd, {"pid": os.getpid(), "since": time.time(), "what": what})
+        yield
+    finally:
+        os.close(fd)
+
+
+def holder(path: Path) -> int | None:
+    """The pid of the process that holds `path` now, else None. 0: held, the pid cannot be read."""
+    if not path.exists():
+        return None
+    fd = _open(path)
+    try:
+        return None if _try_lock(fd) else int(_read(fd).get("pid", 0))
+    finally:
+        os.close(fd)
+
+
+def device_lock(device: str) -> Path:
+    """The lock file of a device.
+
+    A GPU is meant to be named by its UUID. A CPU has no name of its own: it is named by the host, as homes on
+    network disks are shared by many machines.
+    """
+    name = f"cpu-{platform.node()}" if device.partition(":")[0] == "cpu" else device
+    return locks_root() / f"device-{re.sub(r'[^A-Za-z0-9._-]', '_', name)}.lock"
+
+
+@contextmanager
+def hold_device(device: str, wait: float = 0.0) -> Iterator[None]:
+    """Hold a device, so that nothing else is measured on it at the same time. Raises `Busy`."""
+    action = "wait for it or stop it there: two experiments on one device would slow each other down"
+    with hold(device_lock(device), f"the device {device}", action, wait):
+        yield
+
+
+def _open(path: Path) -> int:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return os.open(path, os.O_RDWR | os.O_CREAT, 0o644)  # not inheritable: children do not keep the lock alive
+
+
+def _read(fd: int) -> dict[str, Any]:
+    os.lseek(fd, 0, os.SEEK_SET)
+    try:
+        found = json.loads(os.read(fd, 4096) or b"{}")
+    except ValueError:  # caught while the holder was writing it
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _write(fd: int, content: dict[str, Any]) -> None:
+    os.ftruncate(fd, 0)
+    os.lseek(fd, 0, os.SEEK_SET)
+    os.write(fd, json.dumps(content).encode())
+
+
+def _describe(content: dict[str, Any]) -> str:
+    pid = content.get("pid")
+    return f"process {pid}" if pid else "another process"

@@ -1,0 +1,61 @@
+"""What a score was measured with. When it changes, the best is measured again before the next verdict."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import platform
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from core.paths import project_root
+from core.settings import Settings
+
+# The code that a score depends on. The loop, the ledger and the command line do not change a number.
+MEASURING = ("contract", "clock", "data", "evaluate", "launcher", "referee", "sandbox", "wire")
+LIBRARIES = ("torch", "mlx", "triton", "numpy")
+
+
+def versions(settings: Settings, root: Path | None = None) -> dict[str, Any]:
+    """Code hash, libraries, interpreter, OS, driver and device, as JSON. Loads no library for it."""
+    return {
+        "code": code_hash(root or project_root(), settings.backend),
+        **{name: version for name in LIBRARIES if (version := _installed(name)) is not None},
+        "python": platform.python_version(),
+        "os": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "driver": _driver(),
+        "device": settings.device,
+        "dtype": settings.dtype,
+    }
+
+
+def code_hash(root: Path, backend: str) -> str:
+    files = [root / "core" / f"{name}.py" for name in MEASURING]
+    files += [root / "backends" / "worker.py", root / "backends" / backend / "device.py"]
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(file.name.encode() + b"\0")
+        digest.update(file.read_bytes() if file.is_file() else b"")
+    return digest.hexdigest()[:16]
+
+
+def changes(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
+    """ "torch 2.9.0 -> 2.10.0", one for each difference."""
+    names = sorted({*before, *after})
+    return [f"{n} {before.get(n)} -> {after.get(n)}" for n in names if before.get(n) != after.get(n)]
+
+
+def _installed(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _driver(read: Callable[[Path], str] = lambda path: path.read_text()) -> str | None:
+    """The NVIDIA driver's version on Linux; None without one."""
+    try:
+        return read(Path("/sys/module/nvidia/version")).strip()
+    except OSError:
+        return None
