@@ -13,7 +13,22 @@ from core.paths import project_root
 from core.settings import Settings
 
 # The code that a score depends on. The loop, the ledger and the command line do not change a number.
-MEASURING = ("contract", "clock", "data", "evaluate", "launcher", "referee", "sandbox", "wire")
+MEASURING = (
+    "child",
+    "clock",
+    "contract",
+    "data",
+    "evaluate",
+    "launcher",
+    "outcome",
+    "referee",
+    "sandbox",
+    "scoring",
+    "settings",
+    "stream",
+    "weights",
+    "wire",
+)
 LIBRARIES = ("torch", "mlx", "triton", "numpy")
 
 
