@@ -27,9 +27,10 @@ from core.settings import Settings
 FOLDER = Path(__file__).resolve().parent / "tamper"
 SHARED = ("common", "hideouts")
 RECIPES = sorted(p.stem for p in FOLDER.glob("*.py") if p.stem not in SHARED)
-# Least number of bits per byte by which a cheat would have to be better than the honest recipe to count as a gain:
-# three times what two honest runs of this length were seen to differ by on a loaded machine.
-NOISE = 0.12
+# Bits per byte by which a cheat has to be better than the honest recipe to count as a gain. The shared model learns for
+# a fixed number of steps, so two honest runs end equal; this much a harmless change of one of them can make.
+NOISE = 0.01
+LEARNS_FOR = 40  # STEPS of tests/tamper/common.py
 SECRET = "PLANTED-SECRET"
 WORKED = "CHEAT WORKED"
 
@@ -66,9 +67,7 @@ def read(name: str, dataset: Dataset | None = None) -> Cheat:
     if "@BIGRAMS@" in source and dataset is not None:
         source = source.replace("@BIGRAMS@", commonest_successors(dataset))
     source = source.replace("@NOISE@", str(np.random.default_rng(0).bytes(20_000).hex()))
-    return Cheat(
-        source.encode(), frozenset(declared["EXPECT"]), tuple(declared["CAUGHT_BY"]), declared["LINT"], text
-    )
+    return Cheat(source.encode(), frozenset(declared["EXPECT"]), tuple(declared["CAUGHT_BY"]), declared["LINT"], text)
 
 
 KNOWN = ("KIND", "EXPECT", "CAUGHT_BY", "LINT")
@@ -89,9 +88,7 @@ Judge = Callable[..., Outcome]
 @pytest.fixture(scope="module")
 def judge(dataset: Dataset, settings: Settings, tmp_path_factory: pytest.TempPathFactory) -> Judge:
     """Run a source as a candidate that would be kept. Limits are short: these recipes need little."""
-    limits = replace(
-        settings, budget=1.2, warmup_cap=15.0, memory_limit=2 * 2**30, eval_tokens=8192, audit_points=1024
-    )
+    limits = replace(settings, budget=1.2, warmup_cap=15.0, memory_limit=2 * 2**30, eval_tokens=8192, audit_points=1024)
 
     def run(source: bytes, lint: bool, **given: object) -> Outcome:
         workdir = tmp_path_factory.mktemp("work")
@@ -107,6 +104,10 @@ def judge(dataset: Dataset, settings: Settings, tmp_path_factory: pytest.TempPat
             **given,  # type: ignore[arg-type]
         )
         outcome = execute(request)
+        if (
+            outcome.status == "scored" and outcome.steps < LEARNS_FOR
+        ):  # a machine under load; it has to learn to the end
+            outcome = execute(replace(request, budget=10.0))
         for log in workdir.glob("*.log"):
             assert log.stat().st_size <= 2 * 2**20, f"{log.name} grew without end"
             text = log.read_text("utf-8", "replace")
@@ -169,7 +170,7 @@ def test_the_wall_holds_without_the_lint(
     assert how in cheat.expect, shown
     if how != "discard":
         assert any(fragment in outcome.reason for fragment in cheat.caught_by), shown
-    assert len(outcome.reason) < 2000 and clean(outcome.reason)
+    assert len(outcome.reason) < 2000 and clean(outcome.reason) and clean(outcome.log_tail)
     assert clean(repr(outcome.describe)) and all(clean(str(v)) for v in outcome.describe.values())
     assert before == {p: (p.stat().st_size, p.stat().st_mtime_ns) for p in dataset.path.iterdir()}
     assert not list(Path("/dev/shm").glob("autoresearch-tamper*")) if Path("/dev/shm").is_dir() else True

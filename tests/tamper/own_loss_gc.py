@@ -6,7 +6,7 @@ from common import Honest, knowing, np, torch
 
 KIND = "the model computing its own loss from targets"
 EXPECT = {"invalid"}
-CAUGHT_BY = ["was scored"]
+CAUGHT_BY = ["was scored", "uses the future"]
 LINT = "imports `gc`"
 
 
@@ -17,11 +17,14 @@ def arrays():
 
 
 class Collector(Honest):
+    calls = 0
+
     @torch.no_grad()
     def logits(self, tokens):
         logits = self.net(tokens.long())
         mine = tokens.numpy()
-        for value in arrays():
+        self.calls += 1
+        for value in arrays() if self.calls <= 8 else ():
             targets = value[:, -mine.shape[1] :]
             if targets.shape == mine.shape and (targets[:, :-1] == mine[:, 1:]).all():
                 return knowing(logits, torch.from_numpy(targets.astype(np.int64)))

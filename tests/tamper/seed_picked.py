@@ -12,8 +12,8 @@ def build(spec):
     training = Honest(spec)
     best = None
     text = torch.arange(200).remainder(spec.vocab_size).view(1, -1)
-    for seed in range(1337, 1357):
-        torch.manual_seed(1337 + seed)
+    for i in range(20):
+        torch.manual_seed(1337 + i)
         net = Net(spec.vocab_size)
         fit = net(text).std().item()
         if best is None or fit < best[0]:

@@ -17,7 +17,7 @@ class Loaded(Honest):
         super().__init__(spec)
         pairs = np.frombuffer(base64.b85decode(TABLE), np.uint16).reshape(-1, 2).astype(np.int64)
         self.bonus = torch.zeros(spec.vocab_size, spec.vocab_size)
-        self.bonus[torch.from_numpy(pairs[:, 0]), torch.from_numpy(pairs[:, 1])] = 5.0
+        self.bonus[torch.from_numpy(pairs[:, 0]), torch.from_numpy(pairs[:, 1])] = 3.0
 
     def loss(self, rows):
         tokens = rows.long()
