@@ -123,7 +123,8 @@ class Findings:
 @dataclass(frozen=True)
 class AuditVerdict:
     problem: str  # empty: nothing was found
-    worst: list[int] = field(default_factory=list)  # answers (indices into Findings) that broke rule 1, worst first
+    future: bool = False  # pairs differ: what stands behind a position changes the answer there
+    suspects: list[int] = field(default_factory=list)  # answers (indices into Findings), the most suspect first
     facts: dict[str, float] = field(default_factory=dict)
 
 
@@ -133,7 +134,7 @@ def chances(counted: np.ndarray, scored: np.ndarray, unigram: np.ndarray) -> np.
     Half of it is equal for all, half is by how many nats a target was scored better than its frequency gives.
     """
     equal = counted / np.maximum(1, counted.sum(1, keepdims=True))
-    gain = np.where(counted, np.maximum(0.0, unigram - scored), 0.0)
+    gain = np.where(counted, np.maximum(0.0, unigram.astype(np.float64) - scored), 0.0)
     total = gain.sum(1, keepdims=True)
     return np.where(total > 0, 0.5 * equal + 0.5 * gain / np.where(total > 0, total, 1.0), equal)
 
@@ -241,11 +242,14 @@ def judge(findings: Findings) -> AuditVerdict:
         "pairs": len(gap),
         "pair_noise": pair_noise,
     }
-    worst = [int(i) for i in np.argsort(-np.abs(d)) if abs(d[i]) > tolerance[i]]
-    problem = _pair_problem(findings, first, second, gap, tolerance) or _point_problem(findings, worst, tolerance)
-    if not problem and len(weighted):
-        problem = _mean_problem(facts, sigma, len(weighted))
-    return AuditVerdict(problem, worst, facts)
+    order = [int(i) for i in np.argsort(-np.abs(d))]
+    bad = np.flatnonzero(gap > np.maximum(tolerance[first], tolerance[second]))
+    if len(bad):
+        i = bad[np.argmax(gap[bad])]
+        return AuditVerdict(_pair_problem(findings, int(first[i]), gap, len(bad)), True, [int(first[i]), *order], facts)
+    worst = [i for i in order if abs(d[i]) > tolerance[i]]
+    problem = _point_problem(findings, worst, tolerance) or _mean_problem(facts, sigma, max(1, len(weighted)))
+    return AuditVerdict(problem, False, order, facts)
 
 
 def _pairs(findings: Findings) -> tuple[np.ndarray, np.ndarray]:
@@ -255,16 +259,10 @@ def _pairs(findings: Findings) -> tuple[np.ndarray, np.ndarray]:
     return order[0::2], order[1::2]
 
 
-def _pair_problem(f: Findings, first: np.ndarray, second: np.ndarray, gap: np.ndarray, tolerance: np.ndarray) -> str:
-    allowed = np.maximum(tolerance[first], tolerance[second])
-    bad = np.flatnonzero(gap > allowed)
-    if not len(bad):
-        return ""
-    i = bad[np.argmax(gap[bad])]
-    at = first[i]
+def _pair_problem(f: Findings, at: int, gap: np.ndarray, bad: int) -> str:
     return (
-        f"uses the future: at row {f.rows[at]}, position {f.positions[at]} the loss of the next token changes by "
-        f"{gap[i]:.3g} nats when only later tokens are others ({len(bad)} of {len(gap)} pairs differ)"
+        f"at row {f.rows[at]}, position {f.positions[at]} the loss of the next token changes by {gap.max():.3g} nats "
+        f"when only later tokens are others ({bad} of {len(gap)} pairs differ)"
     )
 
 

@@ -145,32 +145,33 @@ class Auditor:
             raise Ended("invalid", f"in the audit: {error}") from None
         verdict = evaluate.judge(findings)
         if verdict.problem:
-            why = self._why(findings, verdict.worst) if "uses the future" not in verdict.problem else ""
-            raise Ended("invalid", why + verdict.problem)
+            raise Ended("invalid", f"{self._cause(findings, verdict)}: {verdict.problem}")
         return verdict.facts
 
-    def _why(self, findings: evaluate.Findings, worst: list[int]) -> str:
-        """Show the worst rows whole. Where the score comes back, it came from the tokens after the position."""
+    def _cause(self, findings: evaluate.Findings, verdict: evaluate.AuditVerdict) -> str:
+        """What the recipe does, found by showing the most suspect rows whole, twice.
+
+        Other answers the second time: it is not a function of the tokens. Answers near the score, which those without
+        the future were not: it comes from the tokens behind the position. The verdict does not depend on this.
+        """
         rows: dict[int, int] = {}
-        for k in worst:
-            rows.setdefault(int(findings.rows[k]), int(findings.positions[k]))
-        chosen = list(rows.items())[: self._text.size]
-        if not chosen:
-            return ""
+        for k in verdict.suspects:
+            rows.setdefault(int(findings.rows[k]), k)
+        chosen = list(rows.values())[: self._text.size]
         index = np.full(self._text.size, -1, np.int64)
-        index[: len(chosen)] = [row for row, _ in chosen]
-        positions = np.full(self._text.size, self._text.rows.shape[1] - 2, np.int64)
-        positions[: len(chosen)] = [position for _, position in chosen]
-        tokens = evaluate.take(self._text.rows, index, self._text.vocab_size, self._rng)[:, :-1]
-        real = index >= 0
-        answer = self._answer(np.ascontiguousarray(tokens), positions)[real]
+        positions = np.zeros(self._text.size, np.int64)
+        index[: len(chosen)], positions[: len(chosen)] = findings.rows[chosen], findings.positions[chosen]
+        whole = evaluate.take(self._text.rows, index, self._text.vocab_size, self._rng)
+        inputs, real = np.ascontiguousarray(whole[:, :-1]), index >= 0
         targets = self._text.rows[index[real], positions[real] + 1]
-        shown_whole = self._nats(answer, targets)
-        was = self._scored[index[real], positions[real]]
-        again = np.abs(shown_whole - was) <= evaluate.ANYWHERE
-        if again.mean() > 0.5:
-            return "uses the future: "
-        return "remembers earlier calls, learns while it is scored, or reports other losses than its logits give: "
+        first, second = (self._nats(self._answer(inputs, positions)[real], targets) for _ in range(2))
+        if np.abs(first - second).max() > evaluate.LEAST:
+            return "remembers earlier calls (the same tokens get another answer when they are asked again)"
+        was, audited = findings.scored[chosen], findings.audited[chosen]
+        nearer = np.abs(first - was) < 0.5 * np.abs(audited - was)
+        if verdict.future or nearer.mean() > 0.5:
+            return "uses the future"
+        return "reports other losses than its logits give, remembers earlier calls, or learns while it is scored"
 
     def _ask(self, plan: list[AuditBatch]) -> list[np.ndarray]:
         """(B, V) float32 logits for each batch; every call draws other random tokens."""

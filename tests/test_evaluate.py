@@ -124,7 +124,7 @@ def test_the_plan_gives_no_answer_away(seed: int, count: int, length: int, size:
 def test_means_over_the_drawn_positions_are_means_over_all_targets() -> None:
     rng = np.random.default_rng(0)
     counted = rng.random((400, 16)) > 0.1
-    scored, unigram = rng.random((400, 16)) * 9, rng.random((400, 16)) * 9
+    scored, unigram = rng.random((2, 400, 16), np.float32) * 9
     chance = evaluate.chances(counted, scored, unigram)
     np.testing.assert_allclose(chance.sum(1), 1.0)
     assert (chance[~counted] == 0).all()
@@ -227,8 +227,8 @@ def test_own_noise_does_not_buy_a_margin() -> None:
 
 
 def test_a_pair_that_differs_uses_the_future() -> None:
-    problem = evaluate.judge(findings(np.zeros(64), np.where(np.arange(16) == 3, 0.4, 0.0))).problem
-    assert problem.startswith("uses the future: at row 3, position 7")
+    verdict = evaluate.judge(findings(np.zeros(64), np.where(np.arange(16) == 3, 0.4, 0.0)))
+    assert verdict.future and verdict.problem.startswith("at row 3, position 7")
 
 
 def test_flat_logits_leave_less_room() -> None:
