@@ -5,7 +5,7 @@ A constant is a top-level `UPPER_CASE = literal` that is assigned once. A litera
 
     DEPTH = 4  # search: 2..12
     MATRIX_LR = 0.04  # for the orthogonalised matrices; search: 0.005..0.2 log
-    TOTAL_BATCH_SIZE = 2**14  # search: 2**10..2**16 pow2
+    TOTAL_BATCH_SIZE = 2**14  # search: 2**10..2**16 pow2  tokens in one optimizer step
     WINDOW_PATTERN = "SSSL"  # search: SL | SSL | SSSL | L
 
 The file is read as a syntax tree and never run.
@@ -29,7 +29,7 @@ from typing import Any
 from core.errors import UserError
 
 _NAME = re.compile(r"[A-Z][A-Z0-9_]*\Z")
-_SEARCH = re.compile(r"\bsearch:\s*([^;#]*[^;#\s])")
+_SEARCH = re.compile(r"\bsearch:\s*(.*?)(?=\s*(?:[;#]|\s{2}|$))")  # prose may follow after ";" or two spaces
 _BOM = "\ufeff"  # some Windows editors put it first
 _OPERATORS: Mapping[type[ast.operator], Any] = {
     ast.Add: operator.add,

@@ -10,6 +10,7 @@ from typing import Any
 from core.errors import UserError
 from core.recipe import Constant, constants, fingerprint, replace
 from researchers.space import Dim, dims
+from researchers.structural import width
 
 _REFERENCES = 4  # files that new ones are compared with
 
@@ -88,5 +89,7 @@ class _Reference:
 
 
 def _make(values: Mapping[str, Any], space: list[Dim], skeleton: str) -> Read:
-    searched = [(d.name, values[d.name]) for d in space]
+    # Upstream rounds the width up to whole heads, so that many ASPECT_RATIOs are one model.
+    same = {"ASPECT_RATIO": width(values) or values.get("ASPECT_RATIO")}
+    searched = [(d.name, same.get(d.name, values[d.name])) for d in space]
     return Read(values, skeleton, hashlib.sha256(f"{skeleton} {searched!r}".encode()).hexdigest()[:16])

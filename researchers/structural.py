@@ -44,6 +44,14 @@ def _allowed(found: Mapping[str, Constant], values: Mapping[str, Any]) -> bool:
     return changed
 
 
+def width(values: Mapping[str, Any]) -> int | None:
+    """Width of upstream's model: DEPTH * ASPECT_RATIO, rounded up to whole heads. None where a recipe is built else."""
+    depth, aspect, head = (values.get(name) for name in ("DEPTH", "ASPECT_RATIO", "HEAD_DIM"))
+    if isinstance(depth, int) and isinstance(aspect, int) and isinstance(head, int) and min(depth, aspect, head) > 0:
+        return math.ceil(depth * aspect / head) * head
+    return None
+
+
 def _number(found: Mapping[str, Constant], name: str) -> int | None:
     value = found[name].value if name in found else None
     return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None

@@ -18,7 +18,7 @@ import math
 DEPTH = 4  # search: 2..12
 MATRIX_LR = 0.04  # for the matrices; search: 0.005..0.2 log
 TOTAL_BATCH_SIZE = 2**14  # search: 2**10..2**16 pow2; tokens in one optimizer step
-WINDOW_PATTERN = "SSSL"  # search: SL | SSL | SSSL | L
+WINDOW_PATTERN = "SSSL"  # search: SL | SSL | SSSL | L  S: half the context; L: all of it
 BETAS = (0.8, 0.95)  # search: (0.8, 0.95) | (0.9, 0.95)
 NAME: str = "größe"; COUNT = 3
 HIDDEN = DEPTH * 64
@@ -104,6 +104,8 @@ def test_value_without_a_literal_is_refused(value):
     ("comment", "value"),
     [
         ("search: 5", "3"),
+        ("search:", "3"),
+        ("search: 2..12 layers", "3"),
         ("search: 9..2", "3"),
         ("search: 0..4 log", "3"),
         ("search: 2..12 pow2", "4"),

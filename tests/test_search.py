@@ -267,6 +267,15 @@ def test_a_recipe_without_ranges_is_told():
         Night(lambda v: 1.0, source=b"RATE = 0.1\n").run(Search(), 1)
 
 
+def test_an_aspect_ratio_that_rounds_to_the_same_width_is_no_new_file():
+    source = b"DEPTH = 4\nHEAD_DIM = 128\nASPECT_RATIO = 32  # search: 16..40\nRATE = 0.1  # search: 0.01..1.0 log\n"
+    night = Night(lambda v: 1.0, source=source, noise=0.0)
+    night.run(Search(), 40)
+    alone = [p for p in night.past[1:] if set(p.detail["changed"]) == {"ASPECT_RATIO"}]
+    assert all(p.detail["changed"]["ASPECT_RATIO"][1] > 32 for p in alone)
+    assert len(alone) <= 1
+
+
 def test_structural_edits_keep_the_parameters():
     found = constants(RECIPE)
     made = edits(found, 256)
