@@ -151,6 +151,7 @@ class View:
     device: Mapping[str, Any]
     settings: Mapping[str, Any]
     history: Sequence[Mapping[str, Any]] = ()  # results of an earlier project, never a score
+    notes: Sequence[str] = ()  # proposals that were refused since the last experiment, and why
 
 
 class Researcher(Protocol):

@@ -66,8 +66,11 @@ class GitStore:
 
     @classmethod
     def create(cls, worktree: Path, branch: str) -> GitStore:
-        """A new repository in an existing folder, HEAD on `branch`, which has no commit yet."""
-        (worktree / ".git").mkdir()
+        """A new repository in an existing folder, HEAD on `branch`, which has no commit yet.
+
+        In a repository that has lost files the missing ones are made, as `git init` does.
+        """
+        (worktree / ".git").mkdir(exist_ok=True)
         store = cls(worktree)
         store._run("init", "--quiet", "--template=", "--object-format=sha1", f"--initial-branch={branch}")
         store._run("config", "--local", "core.bare", "false")
@@ -96,6 +99,17 @@ class GitStore:
         """Is the object there, with all that a commit needs to be shown (its tree)?"""
         suffix = "^{tree}" if self._exists(f"{sha}^{{commit}}") else ""
         return self._exists(sha + suffix)
+
+    def missing(self, shas: Sequence[str]) -> set[str]:
+        """Those of the objects that are not there."""
+        if not shas:
+            return set()
+        out = self._text("cat-file", "--batch-check=%(objectname)", stdin="".join(f"{s}\n" for s in shas).encode())
+        return {line.split()[0] for line in out.splitlines() if line.endswith(" missing")}
+
+    def is_whole(self) -> bool:
+        """Are the files there without which git does not see a repository?"""
+        return all((self.path / name).exists() for name in ("HEAD", "objects", "refs"))
 
     def read_commit(self, sha: str) -> Commit:
         header = self._run("cat-file", "commit", sha).partition(b"\n\n")[0].decode(errors="replace")

@@ -3,7 +3,7 @@
     <lab>/train.py, program.md      what is researched, and the human's strategy; committed
     <lab>/results.tsv               view of the ledger; untracked
     <lab>/.autoresearch.json        which record belongs to this lab; untracked
-    <home>/records/<id>/            ledger.sqlite, settings.json, best/, caches/, logs/, work/, run.lock
+    <home>/records/<id>/            ledger.sqlite, settings.json, run.lock, live.json and what core.keeping lists
 
 The branch `autoresearch/<tag>` is the list of improvements; every candidate stays reachable under
 `refs/autoresearch/<tag>/<n>`. Both can be built again from the ledger alone, and commits are functions of the ledger's
@@ -16,12 +16,12 @@ import difflib
 import hashlib
 import json
 import os
-import shutil
+import re
 import stat
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,17 +29,18 @@ from core import locks, paths
 from core.contract import Past, View
 from core.data import Dataset
 from core.errors import DataError, LabError
-from core.files import remove, replace_file, tree_bytes
+from core.files import remove, replace_file, sync_folder
 from core.gitstore import GitStore
+from core.keeping import Products
 from core.ledger import Experiment, Ledger
 from core.recipe import fingerprint
+from core.recovery import refs_to_set, wanted_refs
 from core.settings import Settings
 
 RECIPE, PROGRAM, RESULTS, POINTER = "train.py", "program.md", "results.tsv", ".autoresearch.json"
 UNTRACKED = (RESULTS, POINTER, "report.html", "report.png", ".report*")
 SCHEMA = 1
 RECIPE_BYTES = 2**20  # a larger train.py is not read; the guard's limit is far below
-LOGS_KEPT = 300
 ASK = "ask.json"
 ASKS = ("pause", "resume", "stop")
 
@@ -54,6 +55,8 @@ class Lab:
         self.settings = settings
         self.ledger = ledger
         self.git = GitStore(path)
+        self.products = Products(record)
+        self._first_commit: str | None = None
 
     # --- making and finding ------------------------------------------------------------------------
 
@@ -70,36 +73,35 @@ class Lab:
     ) -> Lab:
         """Makes the folder, its repository and its record. Raises `LabError` where something lies there already.
 
-        The record is made first and the pointer to it last: a half-made lab has no pointer and is no lab.
+        The lab is made beside its place and moved there as a whole: a kill leaves no half-made lab.
         """
         path = path.expanduser().absolute()
-        if path.exists() and any(path.iterdir()):
-            raise LabError(f"{path} exists and is not empty", "choose another folder for the lab")
-        tag = path.name
-        record = paths.records_root() / f"{tag}-{uuid.uuid4().hex[:8]}"
+        _check_free(path)
+        tag = _tag(path.name)
+        name = f"{tag}-{uuid.uuid4().hex[:8]}"
+        record, beside = paths.records_root() / name, path.with_name(f".{name}.new")
         try:
-            path.mkdir(parents=True, exist_ok=True)
+            beside.mkdir(parents=True)
             record.mkdir(parents=True)
-        except OSError as error:
-            raise LabError(f"{error.filename} cannot be made ({error.strerror})", "choose another place") from error
-        replace_file(record / "settings.json", settings.to_json().encode())
-        ledger = Ledger.create(record / "ledger.sqlite")
-        lab = cls(path, record, tag, settings, ledger)
-        lab._first_commit(recipe, program.encode(), message, list(history or ()))
-        replace_file(path / PROGRAM, program.encode())
-        replace_file(path / RECIPE, recipe)
-        lab.write_results_tsv()
-        replace_file(record / "lab.json", json.dumps({"path": str(path), "tag": tag}).encode())
-        replace_file(path / POINTER, json.dumps({"schema": SCHEMA, "record": record.name, "tag": tag}).encode())
+            lab = cls(beside, record, tag, settings, Ledger.create(record / "ledger.sqlite"))
+            lab._fill(recipe, program.encode(), message, list(history or ()))
+            replace_file(record / "lab.json", json.dumps({"path": str(path), "tag": tag}).encode())
+            _move_into_place(beside, path)
+        except BaseException as error:
+            remove(beside)
+            remove(record)
+            if isinstance(error, OSError):
+                place = error.filename or path
+                raise LabError(f"{place} cannot be made ({error.strerror})", "choose another place") from error
+            raise
+        lab.path, lab.git = path, GitStore(path)
         lab._remember()
         return lab
 
-    def _first_commit(self, recipe: bytes, program: bytes, message: str, history: list[Mapping[str, Any]]) -> None:
+    def _fill(self, recipe: bytes, program: bytes, message: str, history: list[Mapping[str, Any]]) -> None:
+        """Settings, the first rows of the ledger, the first commit, the lab's files; the pointer last."""
+        replace_file(self.record / "settings.json", self.settings.to_json().encode())
         when = time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime())
-        self.git = GitStore.create(self.path, self.branch)
-        exclude = self.path / ".git" / "info" / "exclude"
-        exclude.parent.mkdir(exist_ok=True)
-        replace_file(exclude, "".join(f"/{name}\n" for name in UNTRACKED).encode())
         with self.ledger.transaction():
             self.ledger.set_meta("settings_sha256", self.settings.sha256())
             self.ledger.set_meta("history", [dict(entry) for entry in history])
@@ -110,15 +112,31 @@ class Lab:
                 "when": when,
             }
             self.ledger.set_meta("first", first)
-            self.ledger.propose(
-                source=recipe,
-                program=program,
-                fingerprint=fingerprint(recipe),
-                description="baseline",
-                researcher="init",
-            )
-        self.git.update_refs({self.branch_ref: self.first_commit()})
-        self.git.reset_index(self.first_commit())
+            self.propose_baseline()
+        self.make_repository()
+        self.publish()
+        replace_file(self.path / PROGRAM, program)
+        replace_file(self.path / RECIPE, recipe)
+        pointer = {"schema": SCHEMA, "record": self.record.name, "tag": self.tag}
+        replace_file(self.path / POINTER, json.dumps(pointer).encode())
+
+    def propose_baseline(self) -> int:
+        """The first recipe as an experiment. Returns its number."""
+        first = self.ledger.meta("first")
+        recipe = self.ledger.source(first["recipe"])
+        return self.ledger.propose(
+            source=recipe,
+            program=self.ledger.source(first["program"]),
+            fingerprint=fingerprint(recipe),
+            description="baseline",
+            researcher="init",
+        )
+
+    def make_repository(self) -> None:
+        """A repository without commits; in one that lost files, the missing ones."""
+        self.git = GitStore.create(self.path, self.branch)
+        lines = "".join(f"/{name}\n" for name in UNTRACKED)
+        replace_file(self.path / ".git" / "info" / "exclude", lines.encode())
 
     @classmethod
     def open(cls, path: Path) -> Lab:
@@ -129,6 +147,8 @@ class Lab:
         pointer = _pointer(path)
         if pointer is None:
             raise LabError(f"{path} is not a lab: it has no {POINTER}", "name a lab, or make one: autoresearch init")
+        if (path / ".git").is_symlink() or (path / ".git").is_file():
+            raise LabError(f"{path / '.git'} leads to another repository", "remove it: the lab's is made again")
         record = paths.records_root() / str(pointer["record"])
         if not record.is_dir():
             raise LabError(
@@ -171,10 +191,13 @@ class Lab:
         there = _pointer(known) if known is not None and known.is_dir() and not known.samefile(self.path) else None
         if there is not None and there["record"] == self.record.name:
             raise LabError(f"{self.path} is a copy of the lab {known}", "work in that one, or make a new lab")
-        replace_file(facts, json.dumps({"path": str(self.path), "tag": self.tag}).encode())
+        with suppress(OSError):  # on a read-only disk a moved lab can still be looked at
+            replace_file(facts, json.dumps({"path": str(self.path), "tag": self.tag}).encode())
 
     def _remember(self) -> None:
-        replace_file(paths.home() / "last-lab", str(self.path).encode())
+        """The last used lab is the one that verbs without LAB mean; a read-only home only loses that."""
+        with suppress(OSError):
+            replace_file(paths.home() / "last-lab", str(self.path).encode())
 
     # --- what is in it -----------------------------------------------------------------------------
 
@@ -186,12 +209,11 @@ class Lab:
     def branch_ref(self) -> str:
         return f"refs/heads/{self.branch}"
 
-    def candidate_ref(self, number: int) -> str:
+    def candidate_ref(self, number: int | str) -> str:
         return f"refs/autoresearch/{self.tag}/{number}"
 
     def best(self) -> Experiment | None:
-        """The incumbent. Decisions are made in the order of the numbers, so it is the last that was kept."""
-        return next((e for e in reversed(self.ledger.experiments()) if e.is_kept), None)
+        return self.ledger.best()
 
     def source(self, number: int) -> bytes:
         return self.ledger.source(self.ledger.get(number).source_sha256)
@@ -203,13 +225,22 @@ class Lab:
 
     def best_weights(self) -> Path | None:
         best = self.best()
-        file = self.record / "best" / f"{best.number}.safetensors" if best else None
-        return file if file is not None and file.is_file() else None
+        return self.products.weights(best.number) if best else None
 
     def best_caches(self) -> Path | None:
         best = self.best()
-        folder = self.record / "caches" / str(best.number) if best else None
-        return folder if folder is not None and folder.is_dir() else None
+        return self.products.caches(best.number) if best else None
+
+    def best_samples(self) -> list[float]:
+        """The incumbent's scores in bits per byte, of its newest measurement's versions only: older ones say nothing
+        beside it. Empty before there is a best."""
+        best = self.best()
+        samples = self.ledger.samples(best.number) if best else []
+        return [s.val_bpb for s in samples if s.versions == samples[-1].versions]
+
+    def best_bpb(self) -> float | None:
+        samples = self.best_samples()
+        return sum(samples) / len(samples) if samples else None
 
     def working_source(self) -> bytes:
         """The `train.py` that lies in the lab now. Raises `LabError` when it is missing or no plain file."""
@@ -252,17 +283,22 @@ class Lab:
 
     def view(self, device: Mapping[str, Any]) -> View:
         """What a researcher may see."""
-        best = self.best()
         decided = [e for e in self.ledger.experiments() if e.status is not None]
         return View(
             program=self.program().decode("utf-8", "replace"),
             best_source=self.best_source(),
-            best_bpb=best.val_bpb if best else None,
+            best_bpb=self.best_bpb(),
             past=[self._past(e) for e in decided],
             device=dict(device),
             settings=json.loads(self.settings.to_json()),
             history=self.ledger.meta("history", []),
+            notes=self._refusals(decided),
         )
+
+    def _refusals(self, decided: Sequence[Experiment]) -> list[str]:
+        """What was refused since the last decision."""
+        last = max((e.finished or "" for e in decided), default="")
+        return [event.text for event in self.ledger.events() if event.kind == "refused" and event.created >= last]
 
     def _past(self, e: Experiment) -> Past:
         outcome = e.outcome or {}
@@ -282,14 +318,16 @@ class Lab:
     # --- git ---------------------------------------------------------------------------------------
 
     def first_commit(self) -> str:
-        first = self.ledger.meta("first")
-        return self._commit(first["recipe"], first["program"], [], first["message"], first["when"])
+        if self._first_commit is None:
+            first = self.ledger.meta("first")
+            self._first_commit = self._commit(first["recipe"], first["program"], [], first["message"], first["when"])
+        return self._first_commit
 
     def commit_of(self, e: Experiment) -> str:
         """The commit of a measured experiment, written if it is missing; a function of the ledger alone."""
-        parent = self.commit_of(self.ledger.get(e.parent)) if e.parent else self.first_commit()
         if e.commit and self.git.has(e.commit):
             return e.commit
+        parent = self.commit_of(self.ledger.get(e.parent)) if e.parent else self.first_commit()
         score = f"val_bpb {e.val_bpb:.6f}" if e.val_bpb is not None else "no val_bpb"
         message = f"{e.description}\n\nexperiment {e.number}, by {e.researcher}: {score}\n"
         return self._commit(e.source_sha256, e.program_sha256, [parent], message, e.finished or e.created)
@@ -298,29 +336,32 @@ class Lab:
         blobs = {RECIPE: self.git.blob(self.ledger.source(recipe)), PROGRAM: self.git.blob(self.ledger.source(program))}
         return self.git.commit(self.git.tree(blobs), parents, message, when)
 
-    def tip(self) -> str:
-        """Where the branch has to be, by the ledger."""
-        best = self.best()
-        return self.commit_of(best) if best else self.first_commit()
-
     def publish(self) -> list[str]:
-        """Make git and the lab's files show what the ledger says; says what had to be mended."""
-        mended = []
-        tip = self.tip()
-        wanted = {self.branch_ref: tip}
-        wanted |= {self.candidate_ref(e.number): e.commit for e in self.ledger.experiments() if e.commit}
-        there = self.git.refs(self.branch_ref, f"refs/autoresearch/{self.tag}/")
-        missing = {name: sha for name, sha in wanted.items() if there.get(name) != sha}
-        if missing:
-            for e in self.ledger.experiments():
-                if e.commit and self.candidate_ref(e.number) in missing:
-                    self.commit_of(e)
-            self.git.update_refs(missing)
-            mended = [f"set {name} to {sha[:10]}" for name, sha in missing.items()]
+        """Make refs, index and results.tsv show what the ledger says; tells what had to be mended in git."""
+        experiments, prefix = self.ledger.experiments(), self.candidate_ref("")
+        first = self._rebuild(experiments)
+        differ = refs_to_set(experiments, self.git.refs(self.branch_ref, prefix), self.branch_ref, prefix, first)
+        gone = self.git.missing(list(differ.values()))  # a foreign commit whose objects are lost cannot be saved
+        differ = {name: sha for name, sha in differ.items() if sha not in gone}
+        if differ:
+            self.git.update_refs(differ)
+        tip = wanted_refs(experiments, self.branch_ref, prefix, first)[self.branch_ref]
         if self.git.head() == self.branch_ref:
             self.git.reset_index(tip)
         self.write_results_tsv()
-        return mended
+        return [f"set {name} to {sha[:10]}" for name, sha in differ.items()]
+
+    def _rebuild(self, experiments: Sequence[Experiment]) -> str:
+        """Write again every commit that the ledger knows and git has lost. Returns the first commit."""
+        first = self.first_commit()
+        lost = self.git.missing([first, *(e.commit for e in experiments if e.commit)])
+        if first in lost:
+            self._first_commit = None
+            first = self.first_commit()
+        for e in experiments:
+            if e.commit in lost and self.commit_of(e) != e.commit:
+                raise LabError(f"commit {e.commit} of experiment {e.number} is lost", "`show` has what it tried")
+        return first
 
     def restore_recipe(self) -> None:
         """Put the best's `train.py` back. What lies there instead is in the ledger, or is saved in git first."""
@@ -330,8 +371,9 @@ class Lab:
             if present == best:
                 return
             if not self.ledger.knows_source(hashlib.sha256(present).hexdigest()):
-                name = f"refs/autoresearch/{self.tag}/saved/{time.strftime('%Y%m%d-%H%M%S')}"
-                self.git.update_refs({name: self.git.blob(present)})
+                blob = self.git.blob(present)
+                name = self.candidate_ref(f"saved/{blob}")
+                self.git.update_refs({name: blob})
                 self.ledger.event("saved", f"a train.py that was never judged: git cat-file blob {name}")
         replace_file(file, best)
 
@@ -391,6 +433,8 @@ class Lab:
                 self.ledger.event("undo", f"taken back: {', '.join(f'#{n}' for n in undone)}", number)
             self.publish()
             self.restore_recipe()
+            best = self.best()
+            self.products.forget_others(best.number if best else None)
             return undone
 
     def how_to_restore(self) -> str:
@@ -400,39 +444,43 @@ class Lab:
         """What only takes room: (path, bytes). Frees it unless `dry_run`."""
         with self.lock():
             best = self.best()
-            keep = str(best.number) if best else ""
-            found = [f for f in self._folder("best") if f.name != f"{keep}.safetensors"]
-            found += [f for f in self._folder("caches") if f.name != keep]
-            found += [*self._folder("work"), *self._folder("tmp"), *self._folder("logs")]
-            sized = [(f, tree_bytes(f)) for f in found]
+            found = self.products.freeable(best.number if best else None)
             if not dry_run:
-                for f, _ in sized:
-                    remove(f)
-            return [(str(f), size) for f, size in sized]
+                for path, _ in found:
+                    remove(path)
+            return [(str(path), size) for path, size in found]
 
-    def _folder(self, name: str) -> list[Path]:
-        folder = self.record / name
-        return sorted(folder.iterdir()) if folder.is_dir() else []
 
-    def keep_products(self, number: int, weights: Path | None, caches: Path | None) -> None:
-        """The new best's weights and caches replace the old ones'."""
-        for folder, product, name in (("best", weights, f"{number}.safetensors"), ("caches", caches, str(number))):
-            (self.record / folder).mkdir(exist_ok=True)
-            if product is not None and product.exists():
-                remove(self.record / folder / name)
-                product.replace(self.record / folder / name)
-            for old in self._folder(folder):
-                if old.name != name:
-                    remove(old)
+def _check_free(path: Path) -> None:
+    if not path.exists() and not path.is_symlink():
+        return
+    if not path.is_dir():
+        raise LabError(f"{path} is a file", "choose another folder for the lab")
+    if (path / ".git").exists():
+        raise LabError(f"{path} is a git repository already", "a lab is one of its own: choose a new folder")
+    entries = len(list(path.iterdir()))
+    if entries:
+        raise LabError(f"{path} is not empty: {entries} entries", "choose a new folder for the lab")
 
-    def keep_logs(self, number: int, workdir: Path) -> None:
-        """The children's logs, each capped by the sandbox; the oldest experiments' go."""
-        logs = self.record / "logs"
-        logs.mkdir(exist_ok=True)
-        for log in workdir.glob("*.log"):
-            shutil.copyfile(log, logs / f"{number:06d}-{log.name}")
-        for old in sorted(logs.glob("[0-9]*.log"))[: -3 * LOGS_KEPT]:
-            old.unlink(missing_ok=True)
+
+def _tag(name: str) -> str:
+    """A folder's name as a part of git refs."""
+    plain = re.sub(r"[^A-Za-z0-9._-]+|\.\.+", "-", name).strip(".-").removesuffix(".lock")
+    if not plain:
+        raise LabError(f"{name!r} cannot name a lab", "use letters, digits, '-', '_' and '.'")
+    return plain
+
+
+def _move_into_place(made: Path, path: Path) -> None:
+    """As a whole; into a folder that is there (somebody may stand in it) entry by entry, the pointer last."""
+    if not path.exists():
+        made.rename(path)
+        sync_folder(path.parent)
+        return
+    for entry in sorted(made.iterdir(), key=lambda entry: entry.name == POINTER):
+        entry.rename(path / entry.name)
+    made.rmdir()
+    sync_folder(path)
 
 
 def _locked_settings(record: Path, ledger: Ledger) -> Settings:

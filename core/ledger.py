@@ -24,6 +24,7 @@ from typing import Any
 import psutil
 
 from core.errors import LabError, UserError
+from core.verdict import taint
 
 SCHEMA = 1
 STATES = ("proposed", "running", "scored", "audited", "decided")
@@ -43,8 +44,10 @@ _MOVES = {
 
 # SQLite's write-ahead log needs shared memory, which only these file systems give.
 _LOCAL = frozenset(
-    ("apfs", "bcachefs", "btrfs", "exfat", "ext2", "ext3", "ext4", "f2fs", "hfs")
-    + ("jfs", "ntfs", "overlay", "ramfs", "refs", "tmpfs", "ufs", "xfs", "zfs")
+    {
+        *("apfs", "bcachefs", "btrfs", "exfat", "ext2", "ext3", "ext4", "f2fs", "hfs", "jfs"),
+        *("ntfs", "overlay", "ramfs", "refs", "tmpfs", "ufs", "xfs", "zfs"),
+    }
 )
 
 _TABLES = """
@@ -222,6 +225,17 @@ class Ledger:
             _experiment(row) for row in self._rows("SELECT * FROM experiments WHERE status IS NULL ORDER BY number")
         ]
 
+    def best(self) -> Experiment | None:
+        """The incumbent. Decisions are made in the order of the numbers, so it is the last keep that stands."""
+        kept = "status IN ('keep', 'simplify') AND undone IS NULL"
+        rows = self._rows(f"SELECT * FROM experiments WHERE {kept} ORDER BY number DESC LIMIT 1")
+        return _experiment(rows[0]) if rows else None
+
+    def is_decided(self, source_sha256: str) -> bool:
+        """Was exactly this source judged, or is it the lab's first?"""
+        query = "SELECT 1 FROM experiments WHERE source_sha256 = ? AND status IS NOT NULL"
+        return bool(self._rows(query, source_sha256)) or self.meta("first")["recipe"] == source_sha256
+
     def get(self, number: int) -> Experiment:
         rows = self._rows("SELECT * FROM experiments WHERE number = ?", number)
         if not rows:
@@ -348,7 +362,7 @@ class Ledger:
         """running -> scored, and on to audited if it was. A number is taken from a scored outcome only."""
         score = outcome.get("val_bpb") if outcome.get("status") == "scored" else None
         usable = isinstance(score, float) and math.isfinite(score) and score > 0
-        tainted = bool(outcome.get("health", {}).get("tainted"))
+        tainted = bool(taint(outcome.get("health") or {}))
         with self.transaction():
             self.advance(
                 number,

@@ -1,4 +1,8 @@
-"""What the running experiment does now, for other processes to read: one small file, replaced atomically."""
+"""What the running experiment does now, for other processes to read: one small file, replaced atomically.
+
+Within the process the same is told by events. The loop's own kinds, beside the referee's: "start" (number,
+description), "decided" (number, status, val_bpb, reason), "note" (text), "waiting" (text).
+"""
 
 from __future__ import annotations
 
@@ -7,24 +11,15 @@ import os
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from core.outcome import Event
+
+__all__ = ["Event", "Live", "read"]
+
 PERIOD = 1.0  # seconds between two versions of the file
 FILE = "live.json"
-
-
-@dataclass(frozen=True)
-class Event:
-    """Something that happened in a run.
-
-    kind: "phase", "progress", "log" (from the referee), and from the loop: "start" (number, description),
-    "decided" (number, status, val_bpb, reason), "note" (text), "waiting" (text).
-    """
-
-    kind: str
-    data: dict[str, Any] = field(default_factory=dict)
 
 
 def read(record: Path) -> dict[str, Any]:

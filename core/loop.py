@@ -17,26 +17,31 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import median
 from typing import Any, Protocol
 
 from core import locks, verdict
-from core.contract import Exhausted, Researcher
-from core.errors import LabError, UserError
+from core.contract import Exhausted, Proposal, Researcher
+from core.data import Dataset
+from core.errors import Busy, LabError, UserError
 from core.files import remove
 from core.lab import Lab
-from core.ledger import Experiment
+from core.ledger import Experiment, Sample
 from core.live import Event, Live
 from core.outcome import Event as RefereeEvent
 from core.outcome import Outcome, Request
 from core.recipe import fingerprint
+from core.recovery import ATTEMPTS, unfinished
+from core.settings import Settings
 from core.versions import changes, versions
 
-ATTEMPTS = 3  # starts of one experiment that may end without an outcome (a dying machine) before it is given up
 REFUSALS = 20  # proposals in a row that were tried before, after which the researcher counts as exhausted
+REPAIRS = 2  # failed experiments that a researcher may answer with a repair of the same idea, one after another
 PERIOD = 0.5  # seconds between two looks at what was asked while it waits
+DESCRIPTION = 500  # characters of a description that are kept
 
 
 class Executor(Protocol):
@@ -72,22 +77,26 @@ class Summary:
 
 
 class Loop:
-    """Runs a lab. `researcher` may be None where only `judge_pending` is used."""
+    """Runs a lab. `researcher` may be None where only `judge` and `judge_pending` are used."""
 
     def __init__(
-        self, lab: Lab, researcher: Researcher | None, executor: Executor, on_event: Callable[[Event], None]
+        self,
+        lab: Lab,
+        researcher: Researcher | None,
+        executor: Executor,
+        on_event: Callable[[Event], None],
+        measured_with: Callable[[Settings], dict[str, Any]] = versions,
     ) -> None:
         self.lab = lab
         self.ledger = lab.ledger
         self.researcher = researcher
         self.executor = executor
         self.on_event = on_event
-        self.measured_with = versions(lab.settings)
+        self.measured_with = measured_with(lab.settings)
         self._stop = threading.Event()
         self._paused = threading.Event()
-        self._live = Live(lab.record, self._look)
+        self._live = Live(lab.record)
         self._decided: list[Experiment] = []
-        self._exhausted = ""
 
     def stop(self) -> None:
         """End soon; the experiment that runs is dropped and repeated next time. From any thread or signal handler."""
@@ -97,7 +106,7 @@ class Loop:
 
     def run(self, limits: Limits) -> Summary:
         """Experiments until a limit, a stop, or the researcher has no more ideas. Raises `UserError`."""
-        with self._session():
+        with self._session(patient=False):
             if self.lab.is_dirty():
                 raise LabError("train.py has changes that were not judged", self.lab.how_to_restore())
             self.lab.restore_recipe()
@@ -105,90 +114,185 @@ class Loop:
         kept = sum(e.is_kept for e in self._decided)
         return Summary(reason, len(self._decided), kept)
 
+    def judge(
+        self, source: bytes, description: str, researcher: str = "you", detail: Mapping[str, Any] | None = None
+    ) -> Experiment:
+        """Propose `source` and judge it. The same bytes again: the experiment that they are already."""
+        same = [e for e in self.ledger.experiments() if e.source_sha256 == hashlib.sha256(source).hexdigest()]
+        if same:
+            return self.judge_pending(same[-1].number)
+        proposal = Proposal(source, description, dict(detail or {}))
+        return self.judge_pending(self._propose(proposal, researcher, self.lab.best()))
+
     def judge_pending(self, number: int) -> Experiment:
-        """Run what waits, oldest first, until experiment `number` is decided or a stop."""
-        with self._session():
-            while self.ledger.get(number).status is None and not self._stop.is_set():
-                self._experiment(self.ledger.pending()[0].number)
+        """Run what waits, oldest first, until experiment `number` is decided or a stop. Waits for the device."""
+        if self.ledger.get(number).status is None:
+            with self._session(patient=True):
+                while self.ledger.get(number).status is None and not self._stop.is_set():
+                    self._experiment(self.ledger.pending()[0].number)
         return self.ledger.get(number)
 
     def recover(self) -> list[str]:
         """Bring ledger, git and the lab's files together after whatever happened. The lab's lock must be held."""
-        says = [f"removed stale {name}" for name in self.lab.git.clear_stale_locks([self.lab.branch_ref])]
-        for e in self.ledger.pending():
-            if e.state == "running":
-                says.append(self._interrupted(e))
-            elif e.state in ("scored", "audited"):
-                self._decide(e)
-                says.append(f"#{e.number} was measured and is decided now")
+        git = self.lab.git
+        says = []
+        if not git.is_whole():
+            self.lab.make_repository()
+            says.append("the lab's repository was damaged and is made again from the ledger")
+        says += [f"removed stale {name}" for name in self.lab.git.clear_stale_locks([self.lab.branch_ref])]
+        says += [self._take_up(action, number) for action, number in unfinished(self.ledger.experiments())]
         says += self.lab.publish()
+        best = self.lab.best()
+        if best is not None and self.lab.best_weights() is None:
+            outcome = Outcome.from_dict(best.outcome or {})
+            self.lab.products.keep(best.number, outcome.weights, outcome.caches)
+        self.lab.products.clear_work()
         if not (self.lab.path / "train.py").exists():
-            self.lab.restore_recipe()
             says.append("train.py was missing and is put back")
-        elif self.lab.is_dirty() and self._is_decided(self.lab.working_source()):
-            self.lab.restore_recipe()
+        self._restore_recipe()
         return says
 
+    def _take_up(self, action: str, number: int) -> str:
+        e = self.ledger.get(number)
+        if action == "decide":
+            self._decide(e)
+            return f"#{number} was measured and is decided now"
+        if action == "repeat":
+            self.ledger.requeue(number, "its process was ended while it ran; it will be repeated", counts=True)
+            return f"#{number} was cut off and will be repeated"
+        reason = f"the process was ended {e.attempts} times while this ran; given up"
+        self._record(number, {"status": "crash", "reason": reason})
+        self._decide(self.ledger.get(number))
+        return f"#{number}: {reason}"
+
+    def _restore_recipe(self) -> None:
+        """The best's train.py goes back unless something lies there that was not judged yet."""
+        if self.lab.is_dirty():
+            lies_there = hashlib.sha256(self.lab.working_source()).hexdigest()
+            if not self.ledger.is_decided(lies_there):
+                return
+        self.lab.restore_recipe()
+
     @contextmanager
-    def _session(self) -> Iterator[None]:
-        """Lab and device held, everything in order, progress published."""
-        with self.lab.lock(), locks.hold_device(self.lab.settings.device), _explained(self.lab), self._live:
+    def _session(self, patient: bool) -> Iterator[None]:
+        """Lab and device held, everything in order, progress published. `patient`: waits for the device."""
+        with _explained(self.lab), self.lab.lock():
             self.lab.take_ask()  # one from before this run is void
-            for line in self.recover():
-                self._note(line)
+            self._live = Live(self.lab.record, self._look)
+            with self._live, self._device(patient):
+                for line in self.recover():
+                    self._note(line)
+                yield
+
+    @contextmanager
+    def _device(self, patient: bool) -> Iterator[None]:
+        with ExitStack() as held:
+            told = False
+            while not self._stop.is_set():
+                try:
+                    held.enter_context(locks.hold_device(self.lab.settings.device))
+                    break
+                except Busy as busy:
+                    if not patient:
+                        raise
+                    if not told:
+                        self._live.update(state="waiting", phase=busy.fact)
+                        self.on_event(Event("waiting", {"text": f"waits: {busy.fact}"}))
+                    told = True
+                    time.sleep(PERIOD)
             yield
 
     def _until(self, limits: Limits) -> str:
+        """Why it ended."""
         while True:
             if self._stop.is_set():
                 return "stopped"
             if limits.experiments is not None and len(self._decided) >= limits.experiments:
                 return f"{limits.experiments} experiments are done"
-            if limits.deadline is not None and time.time() + self.lab.settings.budget > limits.deadline:
+            if limits.deadline is not None and time.time() + self._seconds_each() > limits.deadline:
                 return "the next experiment would not end in time"
             if self._paused.is_set():
                 self._wait_while_paused(limits)
                 continue
-            number = self._next()
-            if number is None:
-                return self._exhausted
+            try:
+                number = self._next()
+            except Exhausted as end:
+                return f"{self.researcher.name if self.researcher else 'nobody'} has no more ideas: {end}"
             self._experiment(number)
 
-    def _next(self) -> int | None:
-        """The number of the next experiment: one that waits, else a proposal; None when there is no more idea."""
+    def _seconds_each(self) -> float:
+        """How long the next experiment will take: as the last scored ones; before there are any, the budget."""
+        totals = [(e.outcome or {}).get("timings", {}).get("total") for e in self.ledger.experiments() if e.val_bpb]
+        known = [float(t) for t in totals[-5:] if t]
+        return median(known) if known else self.lab.settings.budget
+
+    # --- proposals ---------------------------------------------------------------------------------
+
+    def _next(self) -> int:
+        """The number of the next experiment: one that waits, else a proposal. Raises `Exhausted`."""
         waiting = self.ledger.pending()
         if waiting:
             return waiting[0].number
         best = self.lab.best()
         if best is None:
-            failed = self.ledger.experiments()[-1]
+            return self._baseline_again()
+        if self.researcher is None:
+            raise Exhausted("nobody was asked for any")
+        self._live.update(state="proposing", number=None, phase=f"{self.researcher.name} thinks")
+        for _ in range(REFUSALS):
+            proposal = self.researcher.propose(self.lab.view(self._device_facts(best)))
+            refused = self._refusal(proposal)
+            if not refused:
+                return self._propose(proposal, self.researcher.name, best)
+            self.ledger.event("refused", refused)
+        raise Exhausted(f"{REFUSALS} proposals in a row were refused, the last one because {refused}")
+
+    def _baseline_again(self) -> int:
+        """Without a baseline nothing can be judged. It may have failed for a passing reason: once per run, again."""
+        failed = self.ledger.experiments()[-1]
+        if any(e.number == failed.number for e in self._decided):
             raise LabError(
                 f"there is no baseline: experiment {failed.number} ended as {failed.status} ({failed.reason})",
                 f"mend train.py and judge it: autoresearch try {self.lab.path} -m '...'",
             )
-        assert self.researcher is not None, "a loop that runs has a researcher"
-        self._live.update(state="proposing", number=None, phase=f"{self.researcher.name} thinks")
-        for _ in range(REFUSALS):
-            try:
-                proposal = self.researcher.propose(self.lab.view({"name": self.lab.settings.device}))
-            except Exhausted as end:
-                self._exhausted = f"{self.researcher.name} has no more ideas: {end}"
-                return None
-            mark = fingerprint(proposal.source)
-            twin = next((e for e in self.ledger.experiments() if e.fingerprint == mark), None)
-            if twin is None:
-                return self.ledger.propose(
-                    source=proposal.source,
-                    program=self.lab.program(),
-                    fingerprint=mark,
-                    description=" ".join(proposal.description.split()),
-                    researcher=self.researcher.name,
-                    detail=proposal.detail,
-                    parent=best.number,
-                )
-            self.ledger.event("refused", f"proposed again: {proposal.description} is #{twin.number}", twin.number)
-        self._exhausted = f"{self.researcher.name} proposed {REFUSALS} times in a row what was tried before"
-        return None
+        return self.lab.propose_baseline()
+
+    def _propose(self, proposal: Proposal, researcher: str, best: Experiment | None) -> int:
+        return self.ledger.propose(
+            source=proposal.source,
+            program=self.lab.program(),
+            fingerprint=fingerprint(proposal.source),
+            description=" ".join(proposal.description.split())[:DESCRIPTION],
+            researcher=researcher,
+            detail=proposal.detail,
+            parent=best.number if best else None,
+        )
+
+    def _refusal(self, proposal: Proposal) -> str:
+        """Why a researcher's proposal is not run; "" if it is.
+
+        A researcher says with `detail["repairs"] = n` that it mends the failed experiment n; how often is bounded.
+        """
+        experiments = {e.number: e for e in self.ledger.experiments()}
+        mark = fingerprint(proposal.source)
+        twin = next((e for e in experiments.values() if e.fingerprint == mark), None)
+        if twin is not None:
+            score = f" at {twin.val_bpb:.6f}" if twin.val_bpb is not None else ""
+            return f"{proposal.description!r} is the same program as #{twin.number} ({twin.status}{score})"
+        repaired, chain = proposal.detail.get("repairs"), 0
+        while isinstance(repaired, int) and repaired in experiments:
+            chain += 1
+            repaired = experiments.pop(repaired).detail.get("repairs")
+        if chain > REPAIRS:
+            return f"the idea of {proposal.description!r} failed {chain} times and is given up"
+        return ""
+
+    def _device_facts(self, best: Experiment) -> dict[str, Any]:
+        """What a researcher is told of the device: from the settings, and from how the best ran there."""
+        s, outcome = self.lab.settings, best.outcome or {}
+        facts = {"name": s.device, "backend": s.backend, "dtype": s.dtype, "memory_limit": s.memory_limit}
+        told = ("peak_memory", "mfu", "steps", "training_seconds", "tokens")
+        return {**facts, "best_run": {name: outcome[name] for name in told if name in outcome}}
 
     # --- one experiment ----------------------------------------------------------------------------
 
@@ -202,17 +306,22 @@ class Loop:
         self.ledger.start(number)
         self._live.begin(number, e.description)
         self.on_event(Event("start", {"number": number, "description": e.description}))
-        outcome = self._execute(self._request(e, dataset))
-        if outcome is None:
+        try:
+            outcome = self.executor.execute(self._request(e, dataset), self._forward, self._stop)
+        except (UserError, OSError):  # not the experiment's fault
+            with suppress(UserError):  # on a full disk; then the next start finds it running and repeats it
+                self.ledger.requeue(number, "could not be run; it will be repeated", counts=False)
+            raise
+        if outcome.status == "stopped":
             self.ledger.requeue(number, "stopped; it will be repeated", counts=False)
             return
-        self.ledger.record(number, _slim(outcome), self.lab.settings.seed, self.measured_with)
+        self._record(number, _slim(outcome))
         self._decide(self.ledger.get(number))
 
-    def _request(self, e: Experiment, dataset: Any) -> Request:
-        workdir = self.lab.record / "work" / str(e.number)
+    def _request(self, e: Experiment, dataset: Dataset) -> Request:
+        workdir = self.lab.products.workdir(e.number)
         remove(workdir)
-        best = self._best_samples()
+        best = self.lab.best_samples()
         delta = self.lab.settings.min_delta
         return Request(
             source=self.ledger.source(e.source_sha256),
@@ -225,28 +334,19 @@ class Loop:
             would_keep=lambda bpb: verdict.decide(best, [bpb], delta).status == "keep",
         )
 
-    def _execute(self, request: Request) -> Outcome | None:
-        """None after a stop. An error that is not the experiment's fault leaves it waiting."""
-        try:
-            outcome = self.executor.execute(request, self._forward, self._stop)
-        except (UserError, OSError):
-            number = int(request.workdir.name)
-            if self.ledger.get(number).state == "running":
-                self.ledger.requeue(number, "could not be run; it will be repeated", counts=False)
-            raise
-        return None if outcome.status == "stopped" else outcome
+    def _record(self, number: int, outcome: Mapping[str, Any]) -> None:
+        self.ledger.record(number, outcome, self.lab.settings.seed, self.measured_with)
 
     def _decide(self, e: Experiment) -> None:
         """scored or audited -> decided: objects, then refs, then the ledger, then the lab's files."""
-        best = self.lab.best()
-        status, reason = self._verdict(e, best)
+        best, before = self.lab.best(), self.lab.best_bpb()
+        status, reason = self._verdict(e)
         if status is None:
             self.ledger.requeue(e.number, reason, counts=True)
             return
-        outcome = Outcome.from_dict(e.outcome or {})
+        number = None if status in ("crash", "timeout", "invalid") else e.val_bpb
         parent = best.number if best else None
-        decided = replace(e, status=status, parent=parent)
-        commit = self.lab.commit_of(decided)
+        commit = self.lab.commit_of(replace(e, status=status, parent=parent, val_bpb=number))
         refs = {self.lab.candidate_ref(e.number): commit}
         if status == "keep":
             refs[self.lab.branch_ref] = commit
@@ -258,28 +358,26 @@ class Loop:
             reason=reason,
             parent=parent,
             commit=commit,
-            best_before=best.val_bpb if best else None,
-            val_bpb=e.val_bpb if status in ("keep", "discard") else None,
+            best_before=before,
+            val_bpb=number,
         )
-        self._finish(self.ledger.get(e.number), outcome)
+        self._finish(self.ledger.get(e.number))
 
-    def _finish(self, e: Experiment, outcome: Outcome) -> None:
-        """What follows a decision; all of it can be made again from the ledger."""
-        workdir = self.lab.record / "work" / str(e.number)
-        if workdir.is_dir():
-            self.lab.keep_logs(e.number, workdir)
+    def _finish(self, e: Experiment) -> None:
+        """What follows a decision; the next start does it where it was cut off."""
+        outcome = Outcome.from_dict(e.outcome or {})
+        products = self.lab.products
+        products.keep_logs(e.number)
         if e.is_kept:
-            self.lab.keep_products(e.number, outcome.weights, outcome.caches)
-        remove(workdir)
+            products.keep(e.number, outcome.weights, outcome.caches)
+        products.clear_work({e.number})
         self.lab.publish()
-        if not self.lab.is_dirty() or self._is_decided(self.lab.working_source()):
-            self.lab.restore_recipe()
+        self._restore_recipe()
         self._decided.append(e)
-        self.on_event(
-            Event("decided", {"number": e.number, "status": e.status, "val_bpb": e.val_bpb, "reason": e.reason})
-        )
+        told = {"number": e.number, "status": e.status, "val_bpb": e.val_bpb, "reason": e.reason}
+        self.on_event(Event("decided", told))
 
-    def _verdict(self, e: Experiment, best: Experiment | None) -> tuple[str | None, str]:
+    def _verdict(self, e: Experiment) -> tuple[str | None, str]:
         """(status, reason); None as status: measure it again."""
         outcome = e.outcome or {}
         if outcome.get("status") != "scored":
@@ -287,64 +385,51 @@ class Loop:
         samples = self.ledger.samples(e.number)
         if e.val_bpb is None or not samples:
             return "invalid", "the score is not a positive, finite number"
-        same = (
-            [s.val_bpb for s in self.ledger.samples(best.number) if s.versions == samples[-1].versions] if best else []
-        )
-        if best and not same:
-            return None, "the best was not measured with the same versions"
-        said = verdict.decide(same, [s.val_bpb for s in samples], self.lab.settings.min_delta)
-        if said.status == "keep" and not outcome.get("audited"):
-            return None, "would be kept and was not audited"
+        again = self._why_again(e, samples[-1])
+        if again and e.attempts < ATTEMPTS:
+            return None, again
+        if again:
+            return "invalid", f"{again}, {e.attempts} times"
+        best = self.lab.best_samples()
+        said = verdict.decide(best, [s.val_bpb for s in samples], self.lab.settings.min_delta)
         return said.status, said.reason
 
-    def _best_samples(self) -> list[float]:
-        """Scores of the incumbent that were measured with what measures now."""
+    def _why_again(self, e: Experiment, sample: Sample) -> str:
+        """Why a score cannot be judged as it is; "" if it can."""
         best = self.lab.best()
-        return [s.val_bpb for s in self.ledger.samples(best.number) if s.versions == self.measured_with] if best else []
+        if best is not None and self.ledger.samples(best.number)[-1].versions != sample.versions:
+            return "the best was not measured with the same versions"
+        keeps = verdict.decide(self.lab.best_samples(), [sample.val_bpb], self.lab.settings.min_delta).status == "keep"
+        return "would be kept and was not audited" if keeps and e.state != "audited" else ""
 
-    def _measure_best_again(self, dataset: Any) -> bool:
+    def _measure_best_again(self, dataset: Dataset) -> bool:
         """After a change of versions the incumbent's old score says nothing. False after a stop."""
         best = self.lab.best()
-        if best is None or self._best_samples():
+        before = self.ledger.samples(best.number)[-1].versions if best else {}
+        if best is None or before == self.measured_with:
             return True
-        before = self.ledger.samples(best.number)[-1].versions
         why = "; ".join(changes(before, self.measured_with))
         self._note(f"measuring the best (#{best.number}) again: {why}")
         self._live.begin(best.number, f"the best again, because of a change: {why}")
-        request = self._request(best, dataset)
-        outcome = self.executor.execute(request, self._forward, self._stop)
+        outcome = self.executor.execute(
+            replace(self._request(best, dataset), would_keep=lambda bpb: True), self._forward, self._stop
+        )
         if outcome.status == "stopped":
             return False
-        remove(request.workdir)
         if outcome.status != "scored" or outcome.val_bpb is None:
             raise UserError(
                 f"the best (#{best.number}) does not run any more after a change ({why}): {outcome.reason}",
                 f"undo the change, or take the best back: autoresearch undo {best.number}",
             )
+        text = f"#{best.number} measured again: {outcome.val_bpb:.6f}, was {self.lab.best_bpb():.6f}; {why}"
         with self.ledger.transaction():
-            tainted = bool(outcome.health.get("tainted"))
-            seed = self.lab.settings.seed
-            self.ledger.add_sample(best.number, seed, outcome.val_bpb, tainted, self.measured_with)
-            text = f"#{best.number} measured again: {outcome.val_bpb:.6f}, was {best.val_bpb:.6f}; {why}"
+            tainted = bool(verdict.taint(outcome.health))
+            self.ledger.add_sample(best.number, self.lab.settings.seed, outcome.val_bpb, tainted, self.measured_with)
             self.ledger.event("remeasured", text, best.number)
-        self._note(text)
+        self.lab.products.keep(best.number, outcome.weights, outcome.caches)
+        self.lab.products.clear_work({best.number})
+        self.on_event(Event("note", {"text": text}))
         return True
-
-    def _interrupted(self, e: Experiment) -> str:
-        """An experiment that ran when its process died: repeat it, but not for ever."""
-        remove(self.lab.record / "work" / str(e.number))
-        if e.attempts < ATTEMPTS:
-            self.ledger.requeue(e.number, "its process was ended while it ran; it will be repeated", counts=True)
-            return f"#{e.number} was cut off and will be repeated"
-        reason = f"the process was ended {e.attempts} times while this ran; given up"
-        self.ledger.record(e.number, {"status": "crash", "reason": reason}, self.lab.settings.seed, self.measured_with)
-        self._decide(self.ledger.get(e.number))
-        return f"#{e.number}: {reason}"
-
-    def _is_decided(self, source: bytes) -> bool:
-        """Was exactly this file judged? Then the ledger has it, and it may be overwritten."""
-        sha256 = hashlib.sha256(source).hexdigest()
-        return any(e.source_sha256 == sha256 and e.status is not None for e in self.ledger.experiments())
 
     # --- telling and being told --------------------------------------------------------------------
 
@@ -370,14 +455,15 @@ class Loop:
     def _wait_while_paused(self, limits: Limits) -> None:
         self._live.update(state="paused", number=None, phase=None)
         self.on_event(Event("waiting", {"text": "paused; go on with: autoresearch resume"}))
-        while self._paused.is_set() and not self._stop.wait(PERIOD):
+        while self._paused.is_set() and not self._stop.is_set():
             if limits.deadline is not None and time.time() > limits.deadline:
                 return
+            time.sleep(PERIOD)  # not Event.wait: a signal handler that sets the event could meet its lock
 
 
 def _slim(outcome: Outcome) -> Mapping[str, Any]:
-    """The outcome as JSON has it, so that what is stored is what will be read."""
-    found: dict[str, Any] = json.loads(json.dumps(outcome.to_dict(), default=str))
+    """The outcome as JSON has it, so that what is stored is what will be read; NaN and infinities become null."""
+    found: dict[str, Any] = json.loads(json.dumps(outcome.to_dict(), default=str), parse_constant=lambda _: None)
     return found
 
 

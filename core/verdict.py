@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
+
+TAINTING_SHARE = 0.25  # of our own cores' time, taken by other processes: steps and so the score suffer
 
 
 @dataclass(frozen=True)
@@ -39,3 +42,11 @@ def decide(best: Sequence[float], candidate: Sequence[float], min_delta: float) 
     if gain == 0:
         return Verdict("discard", f"{new:.6f} equals the best")
     return Verdict("discard", f"{new:.6f} is {-gain:.6f} worse than the best, {old:.6f}")
+
+
+def taint(health: Mapping[str, Any]) -> str:
+    """Why a measurement is to be taken again, "" if it is not. `health`: what the referee saw beside the training."""
+    others, ours = float(health.get("others_cores") or 0.0), float(health.get("our_cores") or 0.0)
+    if others > TAINTING_SHARE * max(1.0, ours):
+        return f"other processes kept {others:.1f} cores busy beside our {ours:.1f}"
+    return str(health.get("tainted") or "")

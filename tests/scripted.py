@@ -1,0 +1,105 @@
+"""An executor and a researcher that follow a script, for tests of the loop: everything else in them is real.
+
+A recipe here is two lines of constants, and what it says is what comes out:
+
+    SCORE = 1.25          its val_bpb; without it the experiment ends as STATUS
+    STATUS = "crash"
+
+As a process: `python scripted.py PROJECT LAB EXPERIMENTS SECONDS_EACH` runs a lab.
+"""
+
+from __future__ import annotations
+
+import ast
+import random
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+if __name__ == "__main__":
+    sys.path.insert(0, sys.argv[1])
+
+from core.contract import Exhausted, Proposal, View
+from core.lab import Lab
+from core.loop import Limits, Loop
+from core.outcome import Event, Outcome, Request
+
+
+def recipe(score: float | None = None, status: str = "crash", mark: str = "") -> bytes:
+    """`mark` makes equal outcomes different programs."""
+    line = f"SCORE = {score}" if score is not None else f"STATUS = {status!r}"
+    return f"{line}\nMARK = {mark!r}\n".encode()
+
+
+def idea(number: int) -> bytes:
+    """Recipe k of an endless night: a third fails, some are better than all before."""
+    dice = random.Random(number)
+    if dice.random() < 0.3:
+        return recipe(status=dice.choice(["crash", "timeout", "invalid"]), mark=f"idea {number}")
+    return recipe(2.0 - 0.002 * number + dice.uniform(-0.05, 0.05), mark=f"idea {number}")
+
+
+class Scripted:
+    """An executor. `seconds` is what an experiment takes; `runs` lists the ids that it was asked to run."""
+
+    def __init__(self, seconds: float = 0.0, **changes: Any) -> None:
+        self.seconds = seconds
+        self.changes = changes  # fields of every outcome
+        self.runs: list[str] = []
+
+    def execute(self, request: Request, on_event: Callable[[Event], None], stop: threading.Event) -> Outcome:
+        self.runs.append(request.experiment)
+        said = _constants(request.source)
+        outcome = Outcome(status="scored", log_tail="Traceback: the last line", timings={"total": self.seconds})
+        request.workdir.mkdir(parents=True, exist_ok=True)
+        (request.workdir / "trainer.log").write_text("the last line\n")
+        on_event(Event("phase", {"phase": "train"}))
+        end = time.monotonic() + self.seconds
+        while time.monotonic() < end:
+            if stop.is_set():
+                outcome.status = "stopped"
+                return outcome
+            on_event(Event("progress", {"step": 1, "loss": 5.0, "remaining": end - time.monotonic()}))
+            time.sleep(min(0.01, self.seconds))
+        if "SCORE" not in said:
+            outcome.status, outcome.reason = said["STATUS"], f"the recipe says {said['STATUS']}"
+        else:
+            outcome.val_bpb, outcome.steps, outcome.peak_memory = said["SCORE"], 10, 2**28
+            outcome.audited = request.would_keep(said["SCORE"])
+            outcome.weights = request.workdir / "weights.safetensors"
+            outcome.weights.write_bytes(request.source)
+        for name, value in self.changes.items():
+            setattr(outcome, name, value)
+        return outcome
+
+
+class Night:
+    """A researcher without state: its k-th idea follows the k-th experiment."""
+
+    name = "night"
+
+    def __init__(self, ideas: int | None = None) -> None:
+        self.ideas = ideas
+
+    def propose(self, view: View) -> Proposal:
+        number = len(view.past)
+        if self.ideas is not None and number > self.ideas:
+            raise Exhausted(f"{self.ideas} ideas")
+        return Proposal(idea(number), f"idea {number}")
+
+
+def _constants(source: bytes) -> dict[str, Any]:
+    body = ast.parse(source).body
+    return {n.targets[0].id: ast.literal_eval(n.value) for n in body if isinstance(n, ast.Assign)}  # type: ignore[attr-defined]
+
+
+def run(path: Path, experiments: int, seconds: float) -> None:
+    loop = Loop(Lab.open(path), Night(), Scripted(seconds), lambda event: None)
+    loop.run(Limits(experiments=experiments))
+
+
+if __name__ == "__main__":
+    run(Path(sys.argv[2]), int(sys.argv[3]), float(sys.argv[4]))
