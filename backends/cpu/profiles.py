@@ -6,6 +6,7 @@ So a class is a guess from the usable cores, and `scale` corrects it by a measur
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -15,15 +16,14 @@ from core.settings import Profile
 
 FEWEST_STEPS = 300  # within a budget; below that the optimizer has hardly begun
 MOST_STEPS = 6000  # above that larger steps or a larger model learn more
-SMALLEST_BATCH = 2**10  # tokens a step
-LARGEST_BATCH = 2**15
-LEAST_DEPTH, MOST_DEPTH = 2, 12
+SMALLEST_BATCH, LARGEST_BATCH = 2**10, 2**14  # tokens a step, as the recipe's range
+LEAST_DEPTH, MOST_DEPTH = 1, 8
 SMALL_MEMORY = 3 * GIB
 EVAL_TOKENS = 2**17
 
-_SMALL: Mapping[str, Any] = {"DEPTH": 4, "TOTAL_BATCH_SIZE": 2**12}
-_MIDDLE: Mapping[str, Any] = {"DEPTH": 6, "TOTAL_BATCH_SIZE": 2**13}
-_LARGE: Mapping[str, Any] = {"DEPTH": 8, "TOTAL_BATCH_SIZE": 2**14}
+_SMALL: Mapping[str, Any] = {"DEPTH": 4, "ASPECT_RATIO": 32, "HEAD_DIM": 64, "TOTAL_BATCH_SIZE": 2**12}
+_MIDDLE: Mapping[str, Any] = {"DEPTH": 6, "ASPECT_RATIO": 32, "HEAD_DIM": 64, "TOTAL_BATCH_SIZE": 2**12}
+_LARGE: Mapping[str, Any] = {"DEPTH": 8, "ASPECT_RATIO": 32, "HEAD_DIM": 64, "TOTAL_BATCH_SIZE": 2**13}
 
 
 def profiles(hardware: Hardware) -> list[Profile]:
@@ -58,24 +58,33 @@ def _profile(name: str, constants: Mapping[str, Any], reason: str) -> Profile:
 def scale(profile: Profile, seconds_per_step: float) -> Profile:
     """The profile refitted so that a budget holds FEWEST_STEPS to MOST_STEPS steps.
 
-    A step's time is taken as proportional to its tokens, and to the depth once the batch cannot change further: an
-    approximation that errs on the side of more steps, as the embedding and the head do not grow with the depth.
+    A step's time is taken as proportional to its tokens and to `cost`. The batch is changed first, then the depth
+    (and with it the width, as DEPTH * ASPECT_RATIO).
     """
     if not seconds_per_step > 0:
         raise ValueError(f"a step cannot take {seconds_per_step} s")
-    constants = dict(profile.constants)
-    steps = start = profile.budget / seconds_per_step
-    batch, depth = int(constants["TOTAL_BATCH_SIZE"]), int(constants["DEPTH"])
-    while steps < FEWEST_STEPS and batch > max(SMALLEST_BATCH, profile.sequence_len):
-        batch, steps = batch // 2, steps * 2
-    while steps < FEWEST_STEPS and depth > LEAST_DEPTH:
-        depth, steps = depth - 1, steps * depth / (depth - 1)
-    while steps > MOST_STEPS and batch < LARGEST_BATCH:
-        batch, steps = batch * 2, steps / 2
-    while steps > MOST_STEPS and depth < MOST_DEPTH:
-        depth, steps = depth + 1, steps * depth / (depth + 1)
-    if (batch, depth) == (constants["TOTAL_BATCH_SIZE"], constants["DEPTH"]):
+    start = profile.budget / seconds_per_step
+    now = dict(profile.constants)
+
+    def steps() -> float:
+        return start * cost(profile.constants, profile.vocab_size) / cost(now, profile.vocab_size)
+
+    while steps() < FEWEST_STEPS and now["TOTAL_BATCH_SIZE"] > max(SMALLEST_BATCH, profile.sequence_len):
+        now["TOTAL_BATCH_SIZE"] //= 2
+    while steps() < FEWEST_STEPS and now["DEPTH"] > LEAST_DEPTH:
+        now["DEPTH"] -= 1
+    while steps() > MOST_STEPS and now["TOTAL_BATCH_SIZE"] < LARGEST_BATCH:
+        now["TOTAL_BATCH_SIZE"] *= 2
+    while steps() > 2 * MOST_STEPS and now["DEPTH"] < MOST_DEPTH:
+        now["DEPTH"] += 1
+    if now == profile.constants:
         return profile
-    constants.update(TOTAL_BATCH_SIZE=batch, DEPTH=depth)
-    why = f"about {start:.0f} steps in {profile.budget:g} s were measured; refitted to about {steps:.0f}"
-    return replace(profile, constants=constants, reason=f"{profile.reason}; {why}")
+    why = f"about {start:.0f} steps in {profile.budget:g} s were measured; refitted to about {steps():.0f}"
+    return replace(profile, constants=now, reason=f"{profile.reason}; {why}")
+
+
+def cost(constants: Mapping[str, Any], vocab_size: int) -> float:
+    """Multiplications of one step's linear layers: 12 C^2 a layer and V C in the head, for every token."""
+    depth, head = constants["DEPTH"], constants["HEAD_DIM"]
+    dim = math.ceil(depth * constants["ASPECT_RATIO"] / head) * head
+    return float(constants["TOTAL_BATCH_SIZE"] * (12 * depth * dim**2 + vocab_size * dim))
