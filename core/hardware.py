@@ -9,15 +9,12 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from core.contract import Choice
 from core.errors import UserError
 from core.facts import Facts, Gpu, GpuProblem, LocalFacts, Power
 from core.paths import home, project_root
-
-if TYPE_CHECKING:
-    from core.doctor import Check
 
 GIB = 2**30
 
@@ -99,13 +96,6 @@ def probe(source: Facts | None = None) -> Hardware:
         git=_git(facts),
         power=facts.power(),
     )
-
-
-def checks(hardware: Hardware, wanted: str | None = None) -> list[Check]:
-    """What is right and wrong here, with the next command for each (`core.doctor`, loaded when asked for)."""
-    from core import doctor
-
-    return doctor.checks(hardware, wanted)
 
 
 # --- processor ---------------------------------------------------------------------------------
