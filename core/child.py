@@ -27,6 +27,8 @@ MESSAGE_BYTES = 65536  # of arrays, beyond what a caller expects
 MESSAGES_PER_SECOND = 20  # of progress; more is flooding
 MESSAGES_AT_ONCE = 200
 SCRATCH_SPARE = 256 * 2**20  # bytes that have to stay free on the disk with the scratch folders
+SANDBOX_NOT_APPLIED = 125  # exit status; a recipe may choose it too, so it counts before there is one
+MEMORY_SHARE = 0.9  # of the machine's memory, where no limit is set
 LIBRARY_CAP = 120.0  # seconds to import torch or mlx; from a cold disk it is slow
 LOOK_AT_DISK = 1.0  # seconds between two looks
 
@@ -56,10 +58,13 @@ class Place:
     workdir: Path
     stop: threading.Event = field(default_factory=threading.Event)
 
+    def memory(self) -> int:
+        """Bytes that one child and its processes may take."""
+        return self.settings.memory_limit or int(MEMORY_SHARE * psutil.virtual_memory().total)
+
     def spec(self, seed: int) -> Spec:
         s = self.settings
-        memory = s.memory_limit or psutil.virtual_memory().total
-        return Spec(s.vocab_size, s.sequence_len, s.bos_id, s.device, s.dtype, seed, memory)
+        return Spec(s.vocab_size, s.sequence_len, s.bos_id, s.device, s.dtype, seed, self.memory())
 
 
 class Worker:
@@ -81,7 +86,7 @@ class Worker:
         self._began = time.monotonic()
         settings = place.settings
         policy = sandbox.standard_policy(
-            self.scratch, settings.backend, memory_bytes=settings.memory_limit, caches=self.caches
+            self.scratch, settings.backend, memory_bytes=place.memory(), caches=self.caches
         )
         argv = [sys.executable, "-m", "backends.worker", role, settings.backend]
         self.child = sandbox.launch(argv, policy, cwd=self.scratch, log=place.workdir / f"{role}.log")
@@ -190,12 +195,10 @@ class Worker:
                 raise Ended("crash", f"the disk with {self.place.workdir} has {free >> 20} MiB left; free some space")
 
     def _limit(self) -> str:
-        exceeded = self.child.exceeded()
-        if not exceeded:
-            return ""
+        exceeded = self.child.exceeded() or ""
         if exceeded.startswith("memory"):
             return f"out of {exceeded}; use smaller batches or a smaller model"
-        return f"too many {exceeded}"
+        return f"too many {exceeded}" if exceeded.startswith("processes") else exceeded
 
     def _gone(self, doing: str) -> Ended:
         code = self.child.wait(5.0)
@@ -203,7 +206,7 @@ class Worker:
             return Ended("crash", reason)
         if code is None:
             return Ended("invalid", f"the {self.role} closed its channel in {doing}, and went on running")
-        if code == 125:
+        if code == SANDBOX_NOT_APPLIED and not self._ready:
             raise SandboxFailed("the sandbox could not be applied", f"see `doctor`; {self.child.log_tail(3)}")
         if code >= 0:
             return Ended("crash", f"the {self.role} ended by itself in {doing}, with exit status {code}")
@@ -226,6 +229,8 @@ class Worker:
 
 def _remove(folder: Path) -> None:
     """Remove a folder that a child could write to, whatever it did to the permissions in it."""
+    if not folder.exists():
+        return
 
     def open_up(function: Callable[..., Any], path: str, _: Any) -> None:
         parent = Path(path).parent

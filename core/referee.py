@@ -88,10 +88,14 @@ class _Experiment:
         self._lap("warmup")
         trainer.train()
         self.weights = trainer.hand_over()
+        digest = weight_files.file_digest(self.weights)
         self._lap("handover")
-        score = self._score()
+        text = scoring.Text.of(self.request.dataset, self.place)
+        score = self._score(text)
         if self._wants_audit(score.bpb):
-            self._audit(score)
+            self._audit(text, score)
+        if weight_files.file_digest(self.weights) != digest:
+            raise Ended("invalid", "the weights were changed while they were scored")
         kept = self.request.workdir / "weights.safetensors"
         trainer.weights_file.replace(kept)
         self.outcome.status, self.outcome.val_bpb, self.outcome.weights = "scored", score.bpb, kept
@@ -119,25 +123,23 @@ class _Experiment:
         except guard.GuardError as error:
             raise Ended("invalid", str(error)) from None
 
-    def _score(self) -> scoring.Score:
+    def _score(self, text: scoring.Text) -> scoring.Score:
         self._phase("score")
         worker = self.workers["scorer"]
-        text = scoring.Text.of(self.request.dataset, self.place)
         self._begin(worker, text)
         scoring.give_weights(worker, self.weights)
-        score = scoring.score(worker, text, scoring.limit(self.place, self.request.seconds()), self.rng)
+        score = scoring.score(worker, text, scoring.limit(self.place), self.rng)
         worker.close()
         self.outcome.scored_tokens, self.outcome.total_bytes = score.tokens, score.total_bytes
         self.outcome.total_nats = score.total_nats
         self._lap("scoring")
         return score
 
-    def _audit(self, score: scoring.Score) -> None:
+    def _audit(self, text: scoring.Text, score: scoring.Score) -> None:
         self._phase("audit")
         worker = self.workers["auditor"]
-        text = scoring.Text.of(self.request.dataset, self.place)
         self._begin(worker, text)
-        seconds = scoring.limit(self.place, self.request.seconds())
+        seconds = scoring.limit(self.place)
         self.outcome.audit = scoring.audit(worker, text, self.weights, score, seconds, self.rng)
         self.outcome.audited = True
         worker.close()

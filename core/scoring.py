@@ -54,9 +54,9 @@ class Score:
         return evaluate.bpb(self.total_nats, self.total_bytes)
 
 
-def limit(place: Place, budget: float) -> float:
-    """Seconds that scoring, or the audit, may take in all."""
-    return place.settings.warmup_cap + max(budget, place.settings.budget)
+def limit(place: Place) -> float:
+    """Seconds that scoring, or the audit, may take in all, however long the training was."""
+    return place.settings.warmup_cap + place.settings.budget
 
 
 def prepare(worker: Worker, doing: str) -> bool:

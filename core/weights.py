@@ -76,6 +76,15 @@ def digest(weights: Mapping[str, np.ndarray]) -> str:
     return whole.hexdigest()
 
 
+def file_digest(fd: int) -> str:
+    """SHA-256 of the whole file behind `fd`."""
+    whole, at = hashlib.sha256(), 0
+    while data := os.pread(fd, 2**22, at):
+        whole.update(data)
+        at += len(data)
+    return whole.hexdigest()
+
+
 def write(path: Path, weights: Mapping[str, np.ndarray]) -> int:
     """Write prepared weights; the file must not exist. Returns its size in bytes."""
     listed: dict[str, Any] = {}

@@ -240,6 +240,7 @@ CASES = [
     Case("late weights", "timeout", "weights()", (OS, trained_in_weights("time.sleep(1.5)"))),
     # It dies.
     Case("os._exit", "crash", "exit status 0", (OS, in_step("os._exit(0)"))),
+    Case("os._exit 125", "crash", "exit status 125", (OS, in_step("os._exit(125)"))),
     Case("segfault", "crash", "SIGSEGV", (in_step("import ctypes; ctypes.string_at(0)"),)),
     Case("memory", "crash", "memory", (in_step("self.hog = [bytearray(2**26) for _ in range(64)]"),), memory=2**30),
     # It talks to the referee.
