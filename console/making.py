@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,9 +20,11 @@ if TYPE_CHECKING:
     from core.data import Dataset
     from core.hardware import Hardware
     from core.lab import Lab
-    from core.settings import Profile
+    from core.settings import Profile, Settings
 
 OWN_PROGRAM = "program.md"
+DEVICES = {"cpu": "cpu", "mlx": "gpu", "cuda": "cuda:0", "rtx": "cuda:0"}  # as the backends' libraries name them
+FEW_STEPS = 200
 
 
 @dataclass(frozen=True)
@@ -85,7 +88,7 @@ def make(screen: Screen, given: str | None, wishes: Wishes) -> tuple[Lab, Import
     screen.say(f"backend {chosen.choice.value}: {chosen.choice.reason}")
     screen.say(f"profile {chosen.profile.name}: {chosen.profile.reason}")
     dataset = ready_data(screen, wishes, chosen.profile)
-    settings = _lock(chosen, dataset)
+    recipe, settings = _fitted(screen, chosen, dataset, recipe, keep_shape=bool(taken and taken.constants))
     lab = Lab.create(
         chosen.folder,
         recipe=recipe,
@@ -109,6 +112,68 @@ def plan(given: str | None, wishes: Wishes) -> Plan:
     choice = machines.choose(hardware, wishes.backend)
     profile = backends.load(choice.value).profile(hardware, wishes.profile)
     return Plan(folder, tag, hardware, choice, profile, wishes.budget or profile.budget)
+
+
+def _fitted(screen: Screen, chosen: Plan, dataset: Dataset, recipe: bytes, keep_shape: bool) -> tuple[bytes, Settings]:
+    """Time the recipe on this machine, and make it smaller or larger where its steps would be too few or too many.
+
+    `keep_shape`: the constants were asked for, so that they are only told about.
+    """
+    import backends
+
+    backend = backends.load(chosen.choice.value)
+    profile = replace(chosen.profile, budget=chosen.budget)
+    fast = {"avx512_bf16", "amx_bf16"} & set(chosen.hardware.flags)  # a guess that the device then confirms
+    settings = _lock(chosen, dataset, "bfloat16" if fast or backend.name != "cpu" else "float32")
+    screen.say("fitting: timing the recipe on this machine ...")
+    facts = _measure(recipe, settings)
+    if facts["dtype"] != settings.dtype:
+        settings = replace(settings, dtype=facts["dtype"])
+        facts = _measure(recipe, settings)
+    fitted = profile if keep_shape else backend.scale(profile, facts["seconds_per_step"])
+    steps = chosen.budget / facts["seconds_per_step"]
+    if fitted.constants != profile.constants:
+        recipe = backends.fit(backend.recipe(), fitted)
+        screen.say(f"  {fitted.reason}")
+    else:
+        few = "; that is few: a smaller model or batch would learn more" if steps < FEW_STEPS else ""
+        screen.say(
+            f"  about {count(steps)} steps in {duration(chosen.budget)}, {count(facts['params'])} parameters{few}"
+        )
+    screen.say(f"  compute in {settings.dtype}: {facts['dtype_reason']}")
+    return recipe, settings
+
+
+def _measure(recipe: bytes, settings: Settings) -> dict[str, Any]:
+    from core import locks, paths, referee
+
+    folder = paths.home() / "tmp"
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="fit-", dir=folder) as workdir, locks.hold_device(settings.device):
+        try:
+            return referee.measure(recipe, settings, Path(workdir), seconds=1.0)
+        except referee.RecipeFailed as failed:
+            raise UserError(
+                f"the recipe does not run on this machine ({failed.status}): {failed.reason}", "autoresearch doctor"
+            ) from None
+
+
+def _lock(chosen: Plan, dataset: Dataset, dtype: str) -> Settings:
+    from core.settings import Settings
+
+    return Settings(
+        backend=chosen.choice.value,
+        profile=chosen.profile.name,
+        data=dataset.path.name,
+        data_sha256=dataset.sha256,
+        vocab_size=dataset.vocab_size,
+        sequence_len=chosen.profile.sequence_len,
+        bos_id=dataset.bos_id,
+        budget=chosen.budget,
+        eval_tokens=chosen.profile.eval_tokens,
+        dtype=dtype,
+        device=DEVICES[chosen.choice.value],
+    )
 
 
 def _message(chosen: Plan, taken: Import | None) -> str:

@@ -83,8 +83,14 @@ class Screen:
 
     def show(self, renderable: Any) -> None:
         """A rich table or text for people."""
-        if not self.as_json:
+        if self.as_json:
+            return
+        if sys.stdout.isatty():
             self.console.print(renderable)
+            return
+        with self.console.capture() as captured:
+            self.console.print(renderable)
+        print("\n".join(line.rstrip() for line in captured.get().rstrip().splitlines()), flush=True)
 
     def document(self, value: Any) -> None:
         """The one JSON document of a verb."""

@@ -93,9 +93,11 @@ def new_folder(given: str | None, tag: str | None) -> tuple[Path, str]:
     if given is None:
         chosen = check_tag(tag) if tag else free_tag(default_tag())
         folder = LABS / chosen
+    elif tag:
+        raise UserError(f"LAB ({given}) and --tag ({tag}) both name the new lab", "give one of them")
     else:
         folder = place(given)
-        chosen = check_tag(tag or folder.resolve().name)
+        chosen = check_tag(folder.resolve().name)
     if folder.exists() and not _empty(folder):
         raise UserError(f"{spelled(folder)} exists and is not empty", "choose another LAB or TAG, or `run` that one")
     return folder, chosen

@@ -120,8 +120,8 @@ def _check_locked(lab: Lab, wishes: Wishes) -> None:
 
 
 def _run(screen: Screen, lab: Lab, who: Any, limits: Limits, demo: bool) -> int:
-    from core.loop import LocalExecutor, Loop
     from core.loop import Limits as LoopLimits
+    from core.loop import LocalExecutor, Loop
 
     before = {e.number for e in lab.ledger.experiments() if e.status is not None}
     with awake() as sleep, Ticker(screen, events=True) as ticker:

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 POLL = 0.3  # seconds between two looks at the ledger
 STARTS_WITHIN = 20.0  # seconds in which the judging process must have taken the lab
+BY_HAND = "you"  # the researcher of what `try` hands in
+IDLE = 2.0  # seconds without a running process after which one is started
 STILL_RUNNING = 124  # exit status, as of timeout(1)
 
 
@@ -33,11 +35,12 @@ def try_verb(screen: Screen, given: str | None, message: str, wait: bool, timeou
     known = _known(lab, source)
     if known is not None and known.status is not None:
         return _told(screen, lab, row(known), again=True)
-    if known is None:
-        _must_be_free(lab)
     number = known.number if known else _propose(lab, source, message)
     if not _is_judged(lab):
         _spawn(lab, number)
+    state = running_state(lab) or {}
+    if state.get("number") not in (None, number):
+        screen.say(f"#{state['number']} is running; #{number} comes next")
     if not wait:
         screen.document({"lab": places.about(lab), "number": number, "state": lab.ledger.get(number).state})
         screen.say(f"#{number} is being judged; see: autoresearch wait {number}")
@@ -54,20 +57,29 @@ def wait_verb(screen: Screen, given: str | None, number: int, timeout: float | N
 
 
 def judge(path: str, number: int) -> int:
-    """What the detached process does. Ends quietly where another one does it already."""
+    """What the detached process does, also for what is handed in meanwhile. Ends quietly where another one does it."""
+    from console.signals import ends
     from core.lab import Lab
     from core.loop import LocalExecutor, Loop
 
     lab = Lab.open(Path(path))
-    loop = Loop(lab, None, LocalExecutor(), lambda event: None)
-    from console.signals import ends
-
-    try:
-        with ends(loop.stop) as asked:
-            loop.judge_pending(number)
-    except Busy:
-        return 0
-    return asked.status
+    wanted: int | None = number
+    busy = 0
+    while wanted is not None:
+        loop = Loop(lab, None, LocalExecutor(), lambda event: None)
+        try:
+            with ends(loop.stop) as asked:
+                if loop.judge_pending(wanted).status is None:
+                    return asked.status  # stopped: it waits for the next start
+        except Busy:
+            if running_state(lab) is not None:
+                return 0  # whoever holds the lab takes what waits first
+            busy += 1
+            if busy > 3:  # the device is another lab's; a single time may be somebody who just looked at the lock
+                raise
+            time.sleep(0.2)
+        wanted = next((e.number for e in lab.ledger.pending() if e.researcher == BY_HAND or e.number == number), None)
+    return 0
 
 
 def _known(lab: Lab, source: bytes) -> Experiment | None:
@@ -75,16 +87,6 @@ def _known(lab: Lab, source: bytes) -> Experiment | None:
     sha256 = hashlib.sha256(source).hexdigest()
     same = [e for e in lab.ledger.experiments() if e.source_sha256 == sha256]
     return next((e for e in same if e.status is None), same[-1] if same else None)
-
-
-def _must_be_free(lab: Lab) -> None:
-    state = running_state(lab)
-    if state is not None:
-        doing = f" with experiment {state['number']}" if state.get("number") else ""
-        raise Busy(
-            f"lab {lab.tag} is busy{doing} (process {state['pid']})",
-            "wait for it (`autoresearch status`), or end it with `autoresearch stop`",
-        )
 
 
 def _is_judged(lab: Lab) -> bool:
@@ -103,7 +105,7 @@ def _propose(lab: Lab, source: bytes, message: str) -> int:
             program=lab.program(),
             fingerprint=fingerprint(source),
             description=" ".join(message.split()),
-            researcher="you",
+            researcher=BY_HAND,
             parent=best.number if best else None,
         )
     )
@@ -148,9 +150,11 @@ def _wait(screen: Screen, lab: Lab, number: int, timeout: float | None) -> int:
         if state is not None:
             idle_since = None
             shown = _phase(screen, state, number, shown)
-        elif time.monotonic() - (idle_since or 0.0) > 3.0:
-            raise UserError(f"experiment {number} waits and nothing runs it (state: {found.state})",
-                            "`autoresearch try` on the same file, or `autoresearch run`, takes it up again")  # fmt: skip
+        elif time.monotonic() - (idle_since or 0.0) > IDLE:
+            if found.researcher != BY_HAND:
+                raise UserError(f"experiment {number} waits and nothing runs it", "autoresearch run")
+            _spawn(lab, number)  # whoever judged it was ended
+            idle_since = None
         if give_up is not None and time.monotonic() >= give_up:
             return _unfinished(screen, lab, found, state)
         time.sleep(POLL)
