@@ -1,232 +1,329 @@
-"""The recipe: one small language model and how it is trained, for a machine without a GPU.
+"""The training file for a CPU: the whole reference model and its optimizer, to be read and rewritten.
 
-This file is what is researched. Everything in it is fair game: the model, the optimizer, the schedules, the batch.
-It holds no clock, no data and no score; those belong to the referee, which calls `build(spec)` and then
-`step(batches, progress)` until the budget is used up, and later `logits(tokens)` to score what was learned.
-It is not a framework: no options beyond the constants below, one path through the code.
+What it is: the only file that is researched. Everything in it is fair game - the constants, the model,
+the optimizer, the schedules, the batch. It is measured by what the trained weights then predict.
 
-The model is the reference model that the recipes of all backends share (karpathy/autoresearch at 228791f), with the
-same names for the same weights. What is different here is how it is computed, because a CPU has caches where a GPU has
-bandwidth: weights are cast once per step, attention slices its keys per block of queries, and the head never holds
-more than a few hundred rows of logits.
+What it is not: it holds no clock, reads and writes no files, prints nothing and scores nothing. The
+program around it hands over training text (`batches`) and the used share of the time budget
+(`progress`, 0..1), and it alone computes the score.
 
-Shapes: B rows, T tokens, C model width, H heads, D head size, V vocabulary, L layers, N = B * T.
+Shapes in comments: B rows, T tokens of context, N = B*T, C = model dim, H heads of D channels,
+V vocabulary entries.
+
+Where the numbers are rounded ("compute dtype" is what the device chose, bfloat16 or float32):
+- masters of all weights, gradients, moments, the residual stream, norms and RoPE are float32;
+- matrix products take compute-dtype inputs and give compute-dtype outputs; attention scores and
+  probabilities are such outputs (the softmax between them runs in float32);
+- softcap, softmax and loss are float32; every norm adds float32's epsilon to the mean square.
 """
 
-import math
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from core.contract import Batches, Spec
 
-# --- Hyperparameters: edit these first. `search:` gives the range that the offline search may vary. -----------------
+# --- constants: `# search:` gives the range that the offline search may try --------------------
 
-# Model
-DEPTH = 4  # search: 2..8
-ASPECT_RATIO = 32  # search: 16..96  model width is DEPTH * ASPECT_RATIO, rounded up to whole heads
-HEAD_DIM = 128  # search: 32 | 64 | 128
-WINDOW_PATTERN = "SSSL"  # search: L | SL | SSL | SSSL  S: half the context, L: all of it; the last layer is always L
+DEPTH = 4  # search: 1..8; transformer layers
+ASPECT_RATIO = 32  # search: 16..128; model dim = DEPTH * ASPECT_RATIO, rounded up to whole heads
+HEAD_DIM = 128  # search: 32 | 64 | 128; channels of one attention head
+WINDOW_PATTERN = "SSSL"  # search: L | SL | SSL | SSSL; per layer: L whole context, S half; the last is always L
 
-# Batch
-TOTAL_BATCH_SIZE = 4096  # search: 1024..16384 pow2  tokens per optimizer step
-DEVICE_BATCH_SIZE = 16  # rows of one forward pass; more rows in a step are accumulated
-
-# Optimization
-EMBEDDING_LR = 0.6  # search: 0.05..2.0 log  token and value embeddings (AdamW)
-UNEMBEDDING_LR = 0.004  # search: 0.0005..0.05 log  lm_head (AdamW)
-MATRIX_LR = 0.04  # search: 0.005..0.2 log  matrices of the blocks (Muon)
-SCALAR_LR = 0.5  # search: 0.05..2.0 log  per-layer scalars (AdamW)
-WEIGHT_DECAY = 0.2  # search: 0.0..0.6  cautious, on the matrices; falls to 0 over the budget
+TOTAL_BATCH_SIZE = 2**12  # search: 2**10..2**14 pow2; tokens of one optimizer step
+DEVICE_BATCH_SIZE = 16  # rows that go through the model at once; more of them only cost memory
+EMBEDDING_LR = 0.6  # search: 0.05..4 log; token and value embeddings (AdamW)
+UNEMBEDDING_LR = 0.004  # search: 0.0005..0.05 log; lm_head (AdamW)
+MATRIX_LR = 0.04  # search: 0.005..0.2 log; all matrices of the layers (Muon)
+SCALAR_LR = 0.5  # search: 0.05..2 log; per-layer scalars (AdamW)
+WEIGHT_DECAY = 0.2  # search: 0..0.5; cautious, matrices only, falls to 0 with progress
 ADAM_BETAS = (0.8, 0.95)
-MUON_MOMENTUM = 0.95  # search: 0.8..0.98
-MOMENTUM_STEPS = 300  # steps over which Muon's momentum rises from 0.85
-WARMUP_RATIO = 0.0  # search: 0.0..0.2  share of the budget in which the rates rise
-WARMDOWN_RATIO = 0.5  # search: 0.2..1.0  share of the budget in which they fall
-FINAL_LR_FRAC = 0.0  # search: 0.0..0.2  what is left of them at the end
+WARMUP_RATIO = 0.0  # search: 0..0.2; share of the budget in which learning rates rise from 0
+WARMDOWN_RATIO = 0.5  # search: 0.1..1; share of the budget in which they fall to FINAL_LR_FRAC
+FINAL_LR_FRAC = 0.0  # search: 0..0.2
 
-# --- How it is computed --------------------------------------------------------------------------------------------
+SOFTCAP = 15.0  # logits stay within -15..15
+MUON_BETA2 = 0.95  # decay of NorMuon's second moment
+MUON_STEPS = 5  # iterations of the orthogonalisation, at most 5
+VE_GATE_CHANNELS = 32  # the first channels of the stream, which set the gates of value embeddings
 
-SOFTCAP = 15.0  # logits are softly bounded to +-SOFTCAP
-QUERY_BLOCK = 64  # queries that share one slice of keys
-HEAD_CHUNK = 128  # rows of logits alive at a time: 128 * 8192 * 4 B = 4 MiB, which stays in cache
-GATE_CHANNELS = 32  # channels of x that decide how much of a value embedding is mixed in
+# --- model ------------------------------------------------------------------------------------
 
 
-def norm(x):
-    """RMS norm over the last axis, without weights."""
-    return F.rms_norm(x, (x.size(-1),))
+EPSILON = 2.0**-23  # added to the mean square by every norm: float32's machine epsilon
 
 
-def rope(x, cos, sin):
-    """Rotary positions on (B, T, H, D), halves rotated against each other (Su et al. 2021)."""
+class Norm(torch.autograd.Function):
+    """RMS norm over the last axis, without weights: y = x * r, r = 1 / sqrt(mean(x^2) + EPSILON).
+
+    dx = r * (dy - y * mean(dy * y)). x float32, y in `dtype`.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dtype: torch.dtype) -> Tensor:
+        r = x.square().mean(dim=-1, keepdim=True).add_(EPSILON).rsqrt_()
+        y = x * r
+        ctx.save_for_backward(y, r)
+        return y.to(dtype)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
+        y, r = ctx.saved_tensors
+        dy = dy.float()
+        return torch.addcmul(dy, y, (dy * y).mean(dim=-1, keepdim=True), value=-1).mul_(r), None
+
+
+class RotatedNorm(torch.autograd.Function):
+    """RoPE, then RMS norm, then times D^-0.25, of queries and keys: q.k comes out divided by sqrt(D).
+
+    RoPE pairs the halves of a head: channel i turns together with channel i + D/2. Its gradient turns back.
+    (B, T, 2H, D), queries first -> q, k (B*H, T, D) each, in x's dtype; float32 in between. cos, sin (T, 1, D/2).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
+        B, T, _, D = x.shape
+        y = rotate(x.float(), cos, sin)
+        r = y.square().mean(dim=-1, keepdim=True).add_(EPSILON).rsqrt_()
+        y.mul_(r)
+        ctx.save_for_backward(y, r, cos, sin)
+        out = (y * D**-0.25).to(x.dtype).view(B, T, 2, -1, D)
+        return tuple(out.permute(2, 0, 3, 1, 4).reshape(2, -1, T, D).unbind(0))
+
+    @staticmethod
+    def backward(ctx: Any, dq: Tensor, dk: Tensor) -> tuple[Tensor, None, None]:
+        y, r, cos, sin = ctx.saved_tensors
+        B, T, _, D = y.shape
+        dy = torch.empty(B, T, 2, y.size(2) // 2, D)
+        for i, d in enumerate((dq, dk)):
+            dy[:, :, i] = d.view(B, -1, T, D).transpose(1, 2)
+        dy = dy.view_as(y)
+        dx = torch.addcmul(dy, y, (dy * y).mean(dim=-1, keepdim=True), value=-1).mul_(r * D**-0.25)
+        return rotate(dx, cos, -sin).to(dq.dtype), None, None
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """(B, T, H, D) turned by the angles of each position."""
     a, b = x.chunk(2, dim=-1)
-    return torch.cat([a * cos + b * sin, b * cos - a * sin], dim=-1)
+    y = torch.empty(x.shape)
+    torch.mul(a, cos, out=y[..., : a.size(-1)]).addcmul_(b, sin)
+    torch.mul(b, cos, out=y[..., a.size(-1) :]).addcmul_(a, sin, value=-1)
+    return y
 
 
-class WindowedAttention(torch.autograd.Function):
-    """Causal softmax(q k^T / sqrt(D)) v over the last `window` keys and the query's own, exact.
+class SquaredReLU(torch.autograd.Function):
+    """y = max(h, 0)^2, dh = 2 * max(h, 0) * dy. Overwrites h."""
 
-    A block of queries needs only a slice of the keys, so what lies outside the window is never computed. The weights
-    of all slices are kept for the backward pass: at these lengths that is cheaper than computing them again.
+    @staticmethod
+    def forward(ctx: Any, h: Tensor) -> Tensor:
+        h.relu_()
+        ctx.save_for_backward(h)
+        return h * h
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Tensor:
+        (h,) = ctx.saved_tensors
+        return (dy * h).mul_(2)
+
+
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x @ weight.T in x's dtype; the master weight is float32 and so is its gradient."""
+    return F.linear(x, weight.to(x.dtype))
+
+
+def rotations(length: int, head_dim: int) -> tuple[Tensor, Tensor]:
+    """cos and sin of RoPE's angles: (length, 1, D/2), float32, base 10000."""
+    frequency = 10000.0 ** (-torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+    angle = torch.outer(torch.arange(length, dtype=torch.float32), frequency)[:, None, :]
+    return angle.cos(), angle.sin()
+
+
+def has_value_embedding(layer: int) -> bool:
+    """Every second layer, and always the last."""
+    return layer % 2 == (DEPTH - 1) % 2
+
+
+def window_sizes(sequence_len: int) -> list[int]:
+    """How many tokens each layer looks back, itself not counted."""
+    sizes = [sequence_len if c == "L" else sequence_len // 2 for c in WINDOW_PATTERN.upper()]
+    return [sizes[i % len(sizes)] for i in range(DEPTH - 1)] + [sequence_len]
+
+
+QUERY_BLOCK = 128  # queries that share one slice of keys
+
+
+def band(window: int, dtype: torch.dtype) -> Tensor:
+    """Additive mask (QUERY_BLOCK, window + QUERY_BLOCK): 0 where 0 <= query - key <= window, else -inf.
+
+    Query r of a block stands at column window + r.
     """
-
-    @staticmethod
-    def forward(ctx, q, k, v, window):  # each (B, H, T, D)
-        ctx.window, ctx.scale = window, q.size(-1) ** -0.5
-        q = q * ctx.scale
-        out, kept = torch.empty_like(q), []
-        for rows, keys, mask in blocks(q.size(2), window, q.dtype):
-            p = torch.matmul(q[:, :, rows], k[:, :, keys].mT).add_(mask).softmax(-1)
-            out[:, :, rows] = torch.matmul(p, v[:, :, keys])
-            kept.append(p)
-        ctx.save_for_backward(q, k, v, *kept)
-        return out
-
-    @staticmethod
-    def backward(ctx, grad):
-        q, k, v, *kept = ctx.saved_tensors
-        dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        for p, (rows, keys, _) in zip(kept, blocks(q.size(2), ctx.window, q.dtype)):
-            g = grad[:, :, rows]
-            dv[:, :, keys] += torch.matmul(p.mT, g)
-            dp = torch.matmul(g, v[:, :, keys].mT)
-            ds = torch._softmax_backward_data(dp, p, -1, p.dtype)
-            dq[:, :, rows] = torch.matmul(ds, k[:, :, keys])
-            dk[:, :, keys] += torch.matmul(ds.mT, q[:, :, rows])
-        return dq * ctx.scale, dk, dv, None
+    distance = window + torch.arange(QUERY_BLOCK)[:, None] - torch.arange(window + QUERY_BLOCK)
+    return torch.zeros(distance.shape, dtype=dtype).masked_fill_((distance < 0) | (distance > window), -torch.inf)
 
 
-def blocks(length, window, dtype):
-    """Slices of queries and of the keys that they may see, with an additive mask for the slice's two edges."""
-    for start in range(0, length, QUERY_BLOCK):
-        end, first = min(start + QUERY_BLOCK, length), max(0, start - window)
-        distance = torch.arange(start, end)[:, None] - torch.arange(first, end)[None, :]
-        mask = torch.zeros(distance.shape, dtype=dtype)
-        yield slice(start, end), slice(first, end), mask.masked_fill_((distance < 0) | (distance > window), -math.inf)
+def attend(q: Tensor, k: Tensor, v: Tensor, window: int, mask: Tensor) -> Tensor:
+    """Causal attention in which a token sees itself and the `window` tokens before it. (B*H, T, D) each.
 
-
-class HeadLoss(torch.autograd.Function):
-    """Mean cross-entropy of s = SOFTCAP * tanh(x W^T / SOFTCAP) in chunks of rows; gradients made in the forward.
-
-    With e = exp(s): loss = log(sum e) - s[target], ds = e / sum e - onehot, dz = ds * (1 - tanh^2).
-    No maximum is subtracted: s <= SOFTCAP, so e <= exp(15) = 3.3e6 and the sum stays far inside float32.
+    q and k come scaled. Each block of queries meets only the slice of keys that it can see.
     """
-
-    @staticmethod
-    def forward(ctx, x, weight, targets):  # (N, C), (V, C), (N,) -> mean nats
-        n, dx, dweight = x.size(0), torch.empty_like(x), torch.zeros(weight.shape, dtype=torch.float32)
-        scaled, total = weight * (2 / SOFTCAP), torch.zeros(())
-        for i in range(0, n, HEAD_CHUNK):
-            rows, wanted = x[i : i + HEAD_CHUNK], targets[i : i + HEAD_CHUNK, None]
-            # tanh(z) = 1 - 2 / (1 + exp(2 z)): one exp is three times faster than a tanh here.
-            t = torch.matmul(rows, scaled.mT).float().exp_().add_(1).reciprocal_().mul_(-2).add_(1)
-            p = (t * SOFTCAP).exp_()
-            norms = p.sum(1, keepdim=True)
-            total += (norms.log() - SOFTCAP * t.gather(1, wanted)).sum()
-            p.mul_(1 / (n * norms)).scatter_add_(1, wanted, torch.full_like(norms, -1 / n))
-            dz = p.addcmul_(p * t, t, value=-1).to(x.dtype)
-            dx[i : i + HEAD_CHUNK] = torch.matmul(dz, weight)
-            dweight += torch.matmul(dz.mT, rows)
-        ctx.save_for_backward(dx, dweight.to(weight.dtype))
-        return total / n
-
-    @staticmethod
-    def backward(ctx, grad):
-        dx, dweight = ctx.saved_tensors
-        return dx * grad.to(dx.dtype), dweight * grad.to(dweight.dtype), None
+    outputs = []
+    for start in range(0, q.size(1), QUERY_BLOCK):
+        end = min(start + QUERY_BLOCK, q.size(1))
+        first = max(0, start - window)
+        bias = mask[: end - start, window - (start - first) : window + (end - start)]
+        scores = torch.baddbmm(bias, q[:, start:end], k[:, first:end].mT)
+        outputs.append(torch.bmm(scores.softmax(dim=-1), v[:, first:end]))
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
 
 
-# --- Model -----------------------------------------------------------------------------------------------------------
+def initial_weights(vocab_size: int, dim: int, seed: int) -> dict[str, Tensor]:
+    """All weights, float32, under upstream's names. What writes into the stream, and all gates, start at zero."""
+    rng = torch.Generator().manual_seed(seed)
+    reach = (3 / dim) ** 0.5  # of a uniform distribution with variance 1/dim
+
+    def uniform(*shape: int) -> Tensor:
+        return torch.empty(shape).uniform_(-reach, reach, generator=rng)
+
+    weights = {
+        "transformer.wte.weight": torch.empty(vocab_size, dim).normal_(generator=rng),
+        "lm_head.weight": torch.empty(vocab_size, dim).normal_(std=0.001, generator=rng),
+        "resid_lambdas": torch.ones(DEPTH),
+        "x0_lambdas": torch.full((DEPTH,), 0.1),
+    }
+    for i in range(DEPTH):
+        layer = f"transformer.h.{i}."
+        for name in ("c_q", "c_k", "c_v"):
+            weights[f"{layer}attn.{name}.weight"] = uniform(dim, dim)
+        weights[f"{layer}attn.c_proj.weight"] = torch.zeros(dim, dim)
+        weights[f"{layer}mlp.c_fc.weight"] = uniform(4 * dim, dim)
+        weights[f"{layer}mlp.c_proj.weight"] = torch.zeros(dim, 4 * dim)
+        if has_value_embedding(i):
+            weights[f"{layer}attn.ve_gate.weight"] = torch.zeros(dim // HEAD_DIM, VE_GATE_CHANNELS)
+            weights[f"value_embeds.{i}.weight"] = uniform(vocab_size, dim)
+    return {name: w.requires_grad_() for name, w in weights.items()}
 
 
-class Model:
-    """The weights, float32, stored stacked over layers of one shape so that the optimizer works on whole stacks."""
+class GPT:
+    """The reference model."""
 
     def __init__(self, spec: Spec) -> None:
         self.dtype = getattr(torch, spec.dtype)
-        self.sequence_len, self.vocab_size = spec.sequence_len, spec.vocab_size
-        self.heads = max(1, math.ceil(DEPTH * ASPECT_RATIO / HEAD_DIM))
-        self.width = self.heads * HEAD_DIM
-        self.gated = [i for i in range(DEPTH) if i % 2 == (DEPTH - 1) % 2]  # layers with a value embedding
-        pattern = [WINDOW_PATTERN[i % len(WINDOW_PATTERN)] for i in range(DEPTH - 1)] + ["L"]
-        self.windows = [spec.sequence_len // 2 if kind == "S" else spec.sequence_len for kind in pattern]
-        self.cos, self.sin = self.rotary(4 * spec.sequence_len)
-        self.init(torch.Generator().manual_seed(spec.seed))
+        self.heads = -(-DEPTH * ASPECT_RATIO // HEAD_DIM)
+        self.dim = self.heads * HEAD_DIM
+        self.weights = initial_weights(spec.vocab_size, self.dim, spec.seed)
+        self.windows = window_sizes(spec.sequence_len)
+        self.masks = {window: band(window, self.dtype) for window in set(self.windows)}
+        self.cos, self.sin = rotations(spec.sequence_len, HEAD_DIM)
 
-    def init(self, rng) -> None:
-        """Uniform matrices of variance 1/C, zero output projections: every block starts as the identity."""
-        c, v, n = self.width, self.vocab_size, len(self.gated)
-        bound = math.sqrt(3 / c)
+    def attention(self, x: Tensor, layer: int, tokens: Tensor) -> Tensor:
+        """(B, T, C) in the compute dtype -> same."""
+        B, T, C = x.shape
+        w = {k: self.weights[f"transformer.h.{layer}.attn.{k}.weight"] for k in ("c_q", "c_k", "c_v", "c_proj")}
+        qkv = linear(x, torch.cat((w["c_q"], w["c_k"], w["c_v"]))).view(B, T, 3 * self.heads, HEAD_DIM)
+        qk, v = qkv.split((2 * self.heads, self.heads), dim=2)
+        if has_value_embedding(layer):  # value residual: the token's own vector, gated per head by the stream
+            gate = linear(x[..., :VE_GATE_CHANNELS], self.weights[f"transformer.h.{layer}.attn.ve_gate.weight"])
+            ve = F.embedding(tokens, self.weights[f"value_embeds.{layer}.weight"]).view(v.shape)
+            v = (v + 2 * torch.sigmoid(gate.float()).unsqueeze(-1) * ve).to(x.dtype)
+        q, k = RotatedNorm.apply(qk, self.cos[:T], self.sin[:T])
+        v = v.transpose(1, 2).reshape(q.shape)
+        y = attend(q, k, v, self.windows[layer], self.masks[self.windows[layer]])
+        return linear(y.view(B, -1, T, HEAD_DIM).transpose(1, 2).reshape(B, T, C), w["c_proj"])
 
-        def uniform(*shape):
-            return torch.empty(shape).uniform_(-bound, bound, generator=rng)
+    def mlp(self, x: Tensor, layer: int) -> Tensor:
+        """(B, T, C) in the compute dtype -> same."""
+        name = f"transformer.h.{layer}.mlp."
+        hidden = SquaredReLU.apply(linear(x, self.weights[name + "c_fc.weight"]))
+        return linear(hidden, self.weights[name + "c_proj.weight"])
 
-        self.params = {
-            "wte": torch.empty(v, c).normal_(generator=rng),
-            "lm_head": torch.empty(v, c).normal_(std=0.001, generator=rng),
-            "qkv": uniform(3 * DEPTH, c, c),  # q, k, v of layer 0, of layer 1, ...
-            "proj": torch.zeros(DEPTH, c, c),
-            "fc": uniform(DEPTH, 4 * c, c),
-            "fc_proj": torch.zeros(DEPTH, c, 4 * c),
-            "gate": torch.zeros(n, self.heads, GATE_CHANNELS),
-            "value_embeds": uniform(n, v, c),
-            "resid": torch.ones(DEPTH),
-            "x0": torch.full((DEPTH,), 0.1),
-        }
-        for p in self.params.values():
-            p.requires_grad_()
-
-    def rotary(self, length):
-        """cos and sin of every position and frequency, (T, 1, D / 2)."""
-        frequency = 10000.0 ** (-torch.arange(0, HEAD_DIM, 2) / HEAD_DIM)
-        angle = torch.outer(torch.arange(length).float(), frequency)[:, None, :]
-        return angle.cos().to(self.dtype), angle.sin().to(self.dtype)
-
-    def cast(self):
-        """The matrices in the compute dtype, once per step: name -> one tensor per layer."""
-        stacks = {k: self.params[k].to(self.dtype) for k in ("qkv", "proj", "fc", "fc_proj", "gate", "lm_head")}
-        stacks["qkv"] = stacks["qkv"].view(DEPTH, 3 * self.width, self.width)
-        return {k: w if k == "lm_head" else w.unbind(0) for k, w in stacks.items()}
-
-    def trunk(self, tokens, w):
-        """(B, T) -> (B, T, C): everything before the head."""
-        embed = self.params["value_embeds"]
-        x = x0 = norm(F.embedding(tokens, self.params["wte"]).to(self.dtype))
-        resid, skip = self.params["resid"].to(self.dtype), self.params["x0"].to(self.dtype)
+    def stream(self, tokens: Tensor) -> Tensor:
+        """(B, T) integers -> (B, T, C): the last state of each position, in the compute dtype."""
+        if tokens.size(1) > len(self.cos):
+            self.cos, self.sin = rotations(tokens.size(1), HEAD_DIM)
+        resid, skip = self.weights["resid_lambdas"].unbind(), self.weights["x0_lambdas"].unbind()
+        x = x0 = Norm.apply(F.embedding(tokens, self.weights["transformer.wte.weight"]), torch.float32)
         for i in range(DEPTH):
             x = resid[i] * x + skip[i] * x0
-            ve = F.embedding(tokens, embed[self.gated.index(i)]).to(self.dtype) if i in self.gated else None
-            x = x + self.attention(norm(x), i, ve, w)
-            x = x + F.linear(F.relu(F.linear(norm(x), w["fc"][i])).square(), w["fc_proj"][i])
-        return norm(x)
+            x = x + self.attention(Norm.apply(x, self.dtype), i, tokens)
+            x = x + self.mlp(Norm.apply(x, self.dtype), i)
+        return Norm.apply(x, self.dtype)
 
-    def attention(self, x, i, ve, w):
-        """Attention with QK-norm and, in every other layer, a gated value embedding (ResFormer). (B, T, C) -> same."""
-        b, t, c = x.shape
-        q, k, v = F.linear(x, w["qkv"][i]).view(b, t, 3, self.heads, HEAD_DIM).unbind(2)
-        if ve is not None:
-            gate = 2 * torch.sigmoid(F.linear(x[..., :GATE_CHANNELS], w["gate"][self.gated.index(i)]))
-            v = v + gate.unsqueeze(-1) * ve.view(b, t, self.heads, HEAD_DIM)
-        cos, sin = self.cos[:t], self.sin[:t]
-        q, k = norm(rope(q, cos, sin)), norm(rope(k, cos, sin))
-        y = WindowedAttention.apply(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), self.windows[i])
-        return F.linear(y.transpose(1, 2).reshape(b, t, c), w["proj"][i])
+    def logits(self, tokens: Tensor) -> Tensor:
+        """(B, T) -> (B, T, V) float32 logits within -SOFTCAP..SOFTCAP."""
+        u = F.linear(self.stream(tokens), head_weight(self.weights["lm_head.weight"], self.dtype)).float()
+        return u.sigmoid_().mul_(2 * SOFTCAP).sub_(SOFTCAP)
 
-    def loss(self, inputs, targets, w):
-        x = self.trunk(inputs, w)
-        return HeadLoss.apply(x.view(-1, self.width), w["lm_head"], targets.reshape(-1))
-
-    def logits(self, tokens, w):
-        z = F.linear(self.trunk(tokens, w), w["lm_head"]).float()
-        return z.mul_(1 / SOFTCAP).tanh_().mul_(SOFTCAP)
+    def loss(self, tokens: Tensor) -> Tensor:
+        """(B, T + 1) -> mean nats per token."""
+        x = self.stream(tokens[:, :-1]).flatten(0, 1)
+        return SoftcappedLoss.apply(x, self.weights["lm_head.weight"], tokens[:, 1:].flatten())
 
 
-# --- Optimizer -------------------------------------------------------------------------------------------------------
+# --- loss -------------------------------------------------------------------------------------
 
-# Polar Express (Amsel et al. 2025): five steps of x <- a x + (b A + c A A) x, A = x x^T, towards orthogonal x.
-POLAR = (
+
+def head_weight(head: Tensor, dtype: torch.dtype) -> Tensor:
+    """The head in the compute dtype, times 2/SOFTCAP: the softcap is computed as
+
+    SOFTCAP * tanh(z / SOFTCAP) = 2 * SOFTCAP * sigmoid(u) - SOFTCAP with u = 2z / SOFTCAP,
+    because a sigmoid is six times as fast as a tanh here.
+    """
+    return (head * (2 / SOFTCAP)).to(dtype)
+
+
+HEAD_ROWS = 512  # tokens whose logits exist at one time
+LOSS_ROWS = 32  # tokens whose logits are worked on at one time: two float32 buffers of 1 MiB at V = 8192
+
+
+class SoftcappedLoss(torch.autograd.Function):
+    """Mean cross-entropy of the softcapped logits, with its gradients, a few rows at a time.
+
+    All N*V logits never exist: HEAD_ROWS tokens' are made, and LOSS_ROWS of them at a time go through the
+    softmax while they are in the cache. With s = sigmoid(u) the logits are 2*SOFTCAP*s up to a constant,
+    which a softmax ignores:
+    p = softmax(2*SOFTCAP*s), loss = -log p[target], d loss/du = 2*SOFTCAP * (p - onehot) * s * (1 - s).
+    Logits span 30 at most, so p[target] > e^-30/V: its logarithm is safe in float32.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, head: Tensor, targets: Tensor) -> Tensor:
+        """x (N, C), head (V, C) float32, targets (N,)."""
+        weight = head_weight(head, x.dtype)
+        picked = torch.empty(len(x))  # probability of each target
+        dx, dhead = torch.empty_like(x), torch.zeros_like(head)
+        minus_one = x.new_full((LOSS_ROWS, 1), -1.0, dtype=torch.float32)
+        for start in range(0, len(x), HEAD_ROWS):
+            part = slice(start, start + HEAD_ROWS)
+            u = x[part] @ weight.T  # becomes d loss/du, in place
+            for i in range(0, len(u), LOSS_ROWS):
+                rows = u[i : i + LOSS_ROWS]
+                index = targets[start + i : start + i + len(rows), None]
+                s = rows.float().sigmoid_()
+                p = torch.softmax(s * (2 * SOFTCAP), dim=-1)
+                picked[start + i : start + i + len(rows)] = p.gather(1, index)[:, 0]
+                p.scatter_add_(1, index, minus_one[: len(rows)])
+                rows.copy_(torch.ops.aten.sigmoid_backward(p, s))
+            torch.mm(u, weight, out=dx[part])
+            dhead += u.T @ x[part]
+        scale = 2 * SOFTCAP / len(x)
+        ctx.save_for_backward(dx.mul_(scale), dhead.mul_(scale * 2 / SOFTCAP))
+        return picked.log_().mean().neg_()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        dx, dhead = ctx.saved_tensors
+        return dx * grad, dhead * grad, None
+
+
+# --- optimizer --------------------------------------------------------------------------------
+
+POLAR_EXPRESS = (  # (a, b, c) of each iteration X <- aX + (bA + cA^2)X, A = XX^T: all singular values go to 1
     (8.156554524902461, -22.48329292557795, 15.878769915207462),
     (4.042929935166739, -2.808917465908714, 0.5000178451051316),
     (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
@@ -235,150 +332,170 @@ POLAR = (
 )
 
 
-def orthogonalize(g):
-    """(L, m, n) stack -> nearest stack of (semi-)orthogonal matrices, roughly; float32 in and out."""
-    x = g.mT if g.size(-2) > g.size(-1) else g
-    x = x / (x.norm(dim=(-2, -1), keepdim=True) * 1.02 + 1e-6)
-    for a, b, c in POLAR:
-        s = torch.bmm(x, x.mT)
-        x = torch.baddbmm(x, torch.baddbmm(s, s, s, beta=b, alpha=c), x, beta=a)
-    return x.mT if g.size(-2) > g.size(-1) else x
+def orthogonalise(g: Tensor, dtype: torch.dtype) -> Tensor:
+    """The nearest semi-orthogonal matrices, about, of a stack (L, m, n); float32 in and out."""
+    x = g.mT if g.size(-2) > g.size(-1) else g  # the small side first: A is as small as can be
+    x = (x / (x.norm(dim=(-2, -1), keepdim=True) * 1.02 + 1e-6)).to(dtype)
+    for a, b, c in POLAR_EXPRESS[:MUON_STEPS]:
+        A = x @ x.mT
+        B = torch.baddbmm(A, A, A, beta=b, alpha=c)
+        x = torch.baddbmm(x, B, x, beta=a)
+    return (x.mT if g.size(-2) > g.size(-1) else x).float()
 
 
 class Muon:
-    """Momentum, orthogonalized (Jordan et al. 2024), row-normalized (NorMuon) with cautious weight decay, on stacks."""
+    """Muon over all matrices of one shape (m, n), stacked, with NorMuon's scaling and cautious decay.
 
-    def __init__(self, stacks):  # each (L, m, n)
-        self.stacks = stacks
-        self.momentum = [torch.zeros_like(p) for p in stacks]
-        self.axes = [-1 if p.size(-2) >= p.size(-1) else -2 for p in stacks]  # the shorter rows or columns
-        self.second = [torch.zeros_like(p.mean(axis, keepdim=True)) for p, axis in zip(stacks, self.axes)]
+    Momentum (Nesterov) -> orthogonalise -> divide each row (column of a wide matrix) by its running RMS
+    and restore the length of the whole -> decay only entries that the update already shrinks.
+    """
 
-    @torch.no_grad()
-    def step(self, lr, momentum, weight_decay, beta2=0.95):
-        for p, m, v, axis in zip(self.stacks, self.momentum, self.second, self.axes):
-            m.lerp_(p.grad, 1 - momentum)
-            g = orthogonalize(torch.lerp(p.grad, m, momentum))  # Nesterov
-            # NorMuon (Li et al. 2025): divide by the running scale of each row, keep the norm of the matrix.
-            square = g.square().mean(axis, keepdim=True)
-            v.lerp_(square, 1 - beta2)
-            scale = v.clamp_min(1e-10).rsqrt_()
-            before = square.sum((-2, -1), keepdim=True)
-            after = (square * scale.square()).sum((-2, -1), keepdim=True)
-            g.mul_(scale * (before / after.clamp_min(1e-20)).sqrt_())
-            # Decay only where it agrees with the update.
-            rate = lr * max(1.0, p.size(-2) / p.size(-1)) ** 0.5
-            g.addcmul_(p, (g * p) >= 0, value=weight_decay)
-            p.sub_(g, alpha=rate)
+    def __init__(self, params: list[Tensor], dtype: torch.dtype) -> None:
+        self.params = params
+        self.dtype = dtype
+        m, n = params[0].shape
+        self.axis = -1 if m >= n else -2  # the axis that the second moment averages over
+        self.boost = max(1.0, m / n) ** 0.5  # tall matrices take longer steps
+        self.momentum = torch.zeros(len(params), m, n)
+        self.second = torch.zeros((len(params), m, 1) if m >= n else (len(params), 1, n))
+
+    def step(self, lr: float, momentum: float, weight_decay: float) -> None:
+        lr *= self.boost
+        grads = torch.stack([p.grad for p in self.params if p.grad is not None])
+        self.momentum.lerp_(grads, 1 - momentum)
+        g = orthogonalise(grads.lerp_(self.momentum, momentum), self.dtype)
+
+        mean = g.square().mean(dim=self.axis, keepdim=True)
+        self.second.lerp_(mean, 1 - MUON_BETA2)
+        scale = self.second.clamp_min(1e-10).rsqrt()
+        length = mean.sum(dim=(-2, -1), keepdim=True).sqrt()
+        rescaled = (mean * scale.square()).sum(dim=(-2, -1), keepdim=True).sqrt()
+        g *= scale * (length / rescaled.clamp_min(1e-10))
+
+        weights = torch.stack([p.data for p in self.params])
+        shrinks = (g * weights) >= 0
+        weights -= lr * g + lr * weight_decay * weights * shrinks
+        torch._foreach_copy_([p.data for p in self.params], list(weights.unbind(0)))
 
 
-class Training:
-    """What `build` returns: see core/contract.py."""
+# --- schedules: functions of progress, the used share of the budget ----------------------------
+
+
+def lr_multiplier(progress: float) -> float:
+    if progress < WARMUP_RATIO:
+        return progress / WARMUP_RATIO
+    if progress < 1.0 - WARMDOWN_RATIO:
+        return 1.0
+    left = (1.0 - progress) / WARMDOWN_RATIO
+    return left + (1.0 - left) * FINAL_LR_FRAC
+
+
+def muon_momentum(step: int) -> float:
+    """0.85 rising to 0.95 over the first 300 steps."""
+    return 0.85 + 0.10 * min(step / 300, 1.0)
+
+
+def weight_decay(progress: float) -> float:
+    return WEIGHT_DECAY * (1.0 - progress)
+
+
+# --- training ---------------------------------------------------------------------------------
+
+
+class CpuTraining:
+    """See core.contract.Training for what each method promises."""
 
     def __init__(self, spec: Spec) -> None:
-        self.model = Model(spec)
-        p, scale = self.model.params, (self.model.width / 768) ** -0.5  # AdamW rates were tuned at width 768
-        self.muon = Muon([p[k] for k in ("qkv", "proj", "fc", "fc_proj", "gate")])
-        groups = [
-            {"params": [p["lm_head"]], "lr": UNEMBEDDING_LR * scale},
-            {"params": [p["wte"], p["value_embeds"]], "lr": EMBEDDING_LR * scale},
-            {"params": [p["resid"]], "lr": SCALAR_LR * 0.01},
-            {"params": [p["x0"]], "lr": SCALAR_LR, "betas": (0.96, 0.95)},
-        ]
-        self.adamw = torch.optim.AdamW(groups, betas=ADAM_BETAS, eps=1e-10, weight_decay=0.0, fused=True)
-        self.rates = [group["lr"] for group in self.adamw.param_groups]
+        self.sequence_len = spec.sequence_len
+        self.model = model = GPT(spec)
         self.steps = 0
+        w = model.weights
+        narrow = (model.dim / 768) ** -0.5  # AdamW's rates were tuned at dim 768
+        embeddings = [p for name, p in w.items() if "wte" in name or "value_embeds" in name]
+        self.adam = torch.optim.AdamW(
+            [
+                {"params": [w["lm_head.weight"]], "lr": UNEMBEDDING_LR * narrow},
+                {"params": embeddings, "lr": EMBEDDING_LR * narrow},
+                {"params": [w["resid_lambdas"]], "lr": SCALAR_LR * 0.01},
+                {"params": [w["x0_lambdas"]], "lr": SCALAR_LR, "betas": (0.96, 0.95)},
+            ],
+            betas=ADAM_BETAS,
+            eps=1e-10,
+            weight_decay=0.0,
+            fused=True,
+        )
+        self.adam_rates = [group["lr"] for group in self.adam.param_groups]
+        shapes: dict[torch.Size, list[Tensor]] = {}
+        for name, p in w.items():
+            if name.startswith("transformer.h."):
+                shapes.setdefault(p.shape, []).append(p)
+        self.muons = [Muon(params, model.dtype) for params in shapes.values()]
 
-    def step(self, batches: Batches, progress: float):
-        """One optimizer step on TOTAL_BATCH_SIZE tokens. Returns the mean loss, not read."""
-        length = self.model.sequence_len
-        rows = max(1, TOTAL_BATCH_SIZE // length)
-        loss, weights = torch.zeros(()), self.model.cast()
-        for start in range(0, rows, DEVICE_BATCH_SIZE):
-            share = min(DEVICE_BATCH_SIZE, rows - start)
-            tokens = batches.next(share, length)
-            part = self.model.loss(tokens[:, :-1], tokens[:, 1:], weights) * (share / rows)
-            part.backward(retain_graph=start + share < rows)
-            loss += part.detach()
+    def step(self, batches: Batches, progress: float) -> Tensor:
+        rows = max(1, TOTAL_BATCH_SIZE // self.sequence_len)
+        loss = torch.zeros(())
+        for first in range(0, rows, DEVICE_BATCH_SIZE):
+            part = min(DEVICE_BATCH_SIZE, rows - first)
+            part_loss = self.model.loss(batches.next(part, self.sequence_len)) * (part / rows)
+            part_loss.backward()
+            loss += part_loss.detach()
         self.update(progress)
         return loss
 
+    @torch.no_grad()
     def update(self, progress: float) -> None:
-        """Apply the gradients at the rates of this moment."""
-        rate = rate_at(progress)
-        for group, base in zip(self.adamw.param_groups, self.rates):
+        """One optimizer step from the gradients at hand, which are then dropped."""
+        rate = lr_multiplier(progress)
+        for group, base in zip(self.adam.param_groups, self.adam_rates, strict=True):
             group["lr"] = base * rate
-        rise = min(self.steps / MOMENTUM_STEPS, 1.0)
-        momentum = 0.85 + rise * (MUON_MOMENTUM - 0.85)
-        self.muon.step(MATRIX_LR * rate, momentum, WEIGHT_DECAY * (1 - progress))
-        self.adamw.step()
-        for p in self.model.params.values():
-            p.grad = None
+        self.adam.step()
+        for muon in self.muons:
+            muon.step(MATRIX_LR * rate, muon_momentum(self.steps), weight_decay(progress))
+        self.drop_gradients()
         self.steps += 1
 
+    def drop_gradients(self) -> None:
+        for p in self.model.weights.values():
+            p.grad = None
+
     @torch.no_grad()
-    def logits(self, tokens):
-        """(B, T) -> (B, T, V) float32."""
-        return self.model.logits(tokens, self.model.cast())
+    def logits(self, tokens: Tensor) -> Tensor:
+        return self.model.logits(tokens)
+
+    def gradients(self, tokens: Tensor) -> dict[str, np.ndarray]:
+        """(B, T + 1) integers -> d(mean loss)/d(weight) of each weight, float32. For tests of parity."""
+        self.drop_gradients()
+        self.model.loss(tokens).backward()
+        found = {name: p.grad.numpy() for name, p in self.model.weights.items() if p.grad is not None}
+        self.drop_gradients()
+        return found
 
     def weights(self) -> dict[str, np.ndarray]:
-        """Under the reference's names, one array per matrix, (out, in)."""
-        return {name: w.detach().numpy().copy() for name, w in self.named(self.model.params).items()}
+        return {name: p.detach().numpy().copy() for name, p in self.model.weights.items()}
 
     @torch.no_grad()
-    def load_weights(self, weights) -> None:
-        for name, w in self.named(self.model.params).items():
-            w.copy_(torch.from_numpy(np.array(weights[name])))
+    def load_weights(self, weights: Mapping[str, np.ndarray]) -> None:
+        own = self.model.weights
+        if own.keys() != weights.keys():
+            raise ValueError(f"these weights are missing or unknown: {sorted(own.keys() ^ weights.keys())[:5]}")
+        for name, p in own.items():
+            if p.shape != weights[name].shape:
+                raise ValueError(f"{name} has shape {weights[name].shape}, the model's is {tuple(p.shape)}")
+            p.copy_(torch.from_numpy(np.array(weights[name], dtype=np.float32)))
 
-    def gradients(self, tokens) -> dict[str, np.ndarray]:
-        """(B, T + 1) tokens -> gradient of the mean loss, in the names and layout of `weights`; for parity tests."""
-        self.model.loss(tokens[:, :-1], tokens[:, 1:], self.model.cast()).backward()
-        found = {k: p.grad for k, p in self.model.params.items()}
-        for p in self.model.params.values():
-            p.grad = None
-        return {name: g.numpy().copy() for name, g in self.named(found).items()}
-
-    def named(self, stacks):
-        """Views into stacks of weights or gradients, by the reference's names."""
-        views = {
-            "transformer.wte.weight": stacks["wte"],
-            "lm_head.weight": stacks["lm_head"],
-            "resid_lambdas": stacks["resid"],
-            "x0_lambdas": stacks["x0"],
-        }
-        for i in range(DEPTH):
-            layer = f"transformer.h.{i}."
-            for j, name in enumerate(("c_q", "c_k", "c_v")):
-                views[f"{layer}attn.{name}.weight"] = stacks["qkv"][3 * i + j]
-            views[f"{layer}attn.c_proj.weight"] = stacks["proj"][i]
-            views[f"{layer}mlp.c_fc.weight"] = stacks["fc"][i]
-            views[f"{layer}mlp.c_proj.weight"] = stacks["fc_proj"][i]
-        for j, i in enumerate(self.model.gated):
-            views[f"transformer.h.{i}.attn.ve_gate.weight"] = stacks["gate"][j]
-            views[f"value_embeds.{i}.weight"] = stacks["value_embeds"][j]
-        return views
-
-    def describe(self) -> dict[str, float]:
-        """FLOPs per token of forward and backward: 6 per weight of a matrix, 12 C per key that attention looks at."""
-        p, t, c = self.model.params, self.model.sequence_len, self.model.width
-        matrices = sum(p[k].numel() for k in ("qkv", "proj", "fc", "fc_proj", "gate", "lm_head"))
-        keys = sum(min(w, t) * (1 - min(w, t) / (2 * t)) for w in self.model.windows)  # mean over the positions
+    def describe(self) -> dict[str, Any]:
+        """FLOPs as upstream counts them: 6 per matrix weight, 12 per channel and key of each layer's window."""
+        matrices = sum(p.numel() for n, p in self.model.weights.items() if n.startswith(("transformer.h.", "lm_head")))
+        keys = sum(min(window, self.sequence_len) for window in self.model.windows)
         return {
             "depth": DEPTH,
-            "width": c,
+            "dim": self.model.dim,
             "heads": self.model.heads,
-            "tokens_per_step": max(1, TOTAL_BATCH_SIZE // t) * t,
-            "flops_per_token": 6 * matrices + 12 * c * keys,
+            "windows": list(self.model.windows),
+            "tokens_per_step": max(1, TOTAL_BATCH_SIZE // self.sequence_len) * self.sequence_len,
+            "flops_per_token": 6 * matrices + 12 * self.model.dim * keys,
         }
 
 
-def rate_at(progress: float) -> float:
-    """Learning-rate multiplier: up over WARMUP_RATIO, flat, down over WARMDOWN_RATIO."""
-    if progress < WARMUP_RATIO:
-        return progress / WARMUP_RATIO
-    left = min(1.0, (1.0 - progress) / WARMDOWN_RATIO) if WARMDOWN_RATIO > 0 else 1.0
-    return left + (1 - left) * FINAL_LR_FRAC
-
-
-def build(spec: Spec) -> Training:
-    return Training(spec)
+def build(spec: Spec) -> CpuTraining:
+    return CpuTraining(spec)
