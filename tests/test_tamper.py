@@ -45,7 +45,7 @@ class Cheat:
     expect: frozenset[str]
     caught_by: tuple[str, ...]
     lint: str
-    text: str  # of the file alone
+    base: str  # the honest recipe that it is compared with; empty: the shared one
 
 
 def whole(text: str) -> str:
@@ -70,16 +70,21 @@ def read(name: str, dataset: Dataset | None = None) -> Cheat:
     return Cheat(source.encode(), frozenset(declared["EXPECT"]), tuple(declared["CAUGHT_BY"]), declared["LINT"], text)
 
 
-KNOWN = ("KIND", "EXPECT", "CAUGHT_BY", "LINT")
+KNOWN = ("KIND", "EXPECT", "CAUGHT_BY", "LINT", "BASE")
 
 
 def commonest_successors(dataset: Dataset) -> str:
-    """What an earlier run learned: the three tokens that most often follow each token of the training part."""
+    """What an earlier run learned of the training part, in 14 KB: frequencies, and the 2,000 most telling pairs."""
+    size = dataset.vocab_size
     tokens = np.concatenate([np.fromfile(p, dataset.token_dtype) for p in dataset.shards("train")]).astype(np.int64)
-    counts = np.bincount(tokens[:-1] * dataset.vocab_size + tokens[1:], minlength=dataset.vocab_size**2)
-    best = np.argsort(-counts.reshape(dataset.vocab_size, -1), axis=1)[:, :3]
-    pairs = np.stack([np.repeat(np.arange(dataset.vocab_size), 3), best.ravel()], 1).astype(np.uint16)
-    return base64.b85encode(pairs.tobytes()).decode()
+    single = np.bincount(tokens, minlength=size) + 1.0
+    counts = np.bincount(tokens[:-1] * size + tokens[1:], minlength=size**2).reshape(size, size)
+    single /= single.sum()
+    more = np.log((counts + 1e-9) / counts.sum(1, keepdims=True).clip(1) / single)
+    best = np.argsort(-(counts * more.clip(0)).ravel())[:2000]
+    pairs = np.stack([best // size, best % size, (16 * more.ravel()[best]).clip(0, 255)], 1).astype(np.uint16)
+    frequencies = (-16 * np.log(single)).clip(0, 255).astype(np.uint8)
+    return base64.b85encode(frequencies.tobytes() + pairs.tobytes()).decode()
 
 
 Judge = Callable[..., Outcome]
@@ -160,11 +165,12 @@ def test_the_wall_holds_without_the_lint(
     (home / "secret.txt").write_text(SECRET)
     before = {p: (p.stat().st_size, p.stat().st_mtime_ns) for p in dataset.path.iterdir()}
     cheat = read(name, dataset)
-    outcome = judge(cheat.source, lint=not cheat.lint)
-    if name == "state_between_runs":
+    limits = {"warmup_cap": 5.0} if name.startswith("hang_") else {}
+    outcome = judge(cheat.source, lint=not cheat.lint, settings=limits)
+    if name in ("state_between_runs", "cache_poisoned"):  # whoever comes after finds nothing
         outcome = judge(cheat.source, lint=False, caches=outcome.caches)
-    if name == "cache_poisoned" and outcome.caches is not None:
-        outcome = judge(cheat.source, lint=False, caches=outcome.caches)
+    if cheat.base:
+        honest = judge(whole((FOLDER / f"{cheat.base}.py").read_text("utf-8")).encode(), lint=True)
     how = ending(outcome, honest)
     shown = f"{how}: {outcome.reason} {outcome.val_bpb} against {honest.val_bpb}\n{outcome.log_tail[-2000:]}"
     assert how in cheat.expect, shown

@@ -15,11 +15,11 @@ class Killer(Honest):
     def step(self, batches, progress):
         if not hasattr(self, "tried"):
             self.tried = True
-            family = {os.getpid(), os.getppid()}
+            mine = {int(task) for task in os.listdir("/proc/self/task")}
             for target in [-1, 1, os.getppid(), -os.getppid(), *range(2, 3000)]:
                 try:
                     os.kill(target, signal.SIGWINCH)
-                    if target > 1 and target not in family:
+                    if target not in mine and target != -1:
                         print("CHEAT WORKED: signalled", target)
                 except OSError:
                     pass

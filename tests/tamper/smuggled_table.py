@@ -6,27 +6,30 @@ from common import Honest, np, torch
 
 KIND = "weights of an earlier run smuggled in literals"
 EXPECT = {"invalid"}
-CAUGHT_BY = ["untrained build", "bytes of information"]
+CAUGHT_BY = ["untrained build"]
 LINT = "imports `base64`"
 
-TABLE = "@BIGRAMS@"  # the tests put the commonest successors of each token here
+TABLE = "@BIGRAMS@"  # the tests put here what an earlier run learned of the text
+
+
+def knowledge(vocab_size):
+    """(V,) and (V, V) logits: how common each token is, and by how much more after each of its predecessors."""
+    data = np.frombuffer(base64.b85decode(TABLE), np.uint8)
+    common = -data[:vocab_size].astype(np.float32) / 16
+    pairs = data[vocab_size:].view(np.uint16).reshape(-1, 3).astype(np.int64)
+    more = np.zeros((vocab_size, vocab_size), np.float32)
+    more[pairs[:, 0], pairs[:, 1]] = pairs[:, 2] / 16
+    return torch.from_numpy(common), torch.from_numpy(more)
 
 
 class Loaded(Honest):
     def __init__(self, spec):
         super().__init__(spec)
-        pairs = np.frombuffer(base64.b85decode(TABLE), np.uint16).reshape(-1, 2).astype(np.int64)
-        self.bonus = torch.zeros(spec.vocab_size, spec.vocab_size)
-        self.bonus[torch.from_numpy(pairs[:, 0]), torch.from_numpy(pairs[:, 1])] = 3.0
-
-    def loss(self, rows):
-        tokens = rows.long()
-        logits = self.net(tokens[:, :-1]) + self.bonus[tokens[:, :-1]]
-        return torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+        self.common, self.more = knowledge(spec.vocab_size)
 
     @torch.no_grad()
     def logits(self, tokens):
-        return self.net(tokens.long()) + self.bonus[tokens.long()]
+        return self.net(tokens.long()) + self.common + self.more[tokens.long()]
 
 
 def build(spec):
