@@ -430,6 +430,8 @@ class _Linter:
 
     def _getattr(self, node: ast.Call) -> None:
         wanted = node.args[1] if len(node.args) > 1 else None
+        if wanted is not None and _names_dtype(wanted) and self._path(node.args[0]) in ("torch", "mlx.core", "numpy"):
+            return  # `getattr(torch, spec.dtype)`
         if not isinstance(wanted, ast.Constant) or not isinstance(wanted.value, str):
             self._add(node, "builtin", "looks up a computed attribute name; write the attribute out: `x.name`")
             return
@@ -515,6 +517,12 @@ def _is_dunder(name: str) -> bool:
 
 def _constant_in(node: ast.expr, known: tuple[str, ...]) -> bool:
     return isinstance(node, ast.Constant) and node.value in known
+
+
+def _names_dtype(node: ast.expr) -> bool:
+    return (isinstance(node, ast.Attribute) and node.attr == "dtype") or (
+        isinstance(node, ast.Name) and node.id == "dtype"
+    )
 
 
 def _mentions_seed(node: ast.AST) -> bool:
