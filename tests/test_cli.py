@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from core.lab import Lab
+from core.settings import Settings
 
 ROOT = Path(__file__).resolve().parent.parent
 CLI = ROOT / "cli.py"
@@ -143,3 +148,206 @@ def test_unknown_names_leave_no_lab_behind(shell: Shell) -> None:
     assert "no folder" in shell("init", "--backend", "cpu", "--from", "nowhere", status=1).stderr
     assert "cannot name a lab" in shell("init", "--backend", "cpu", "--tag", "a/b", status=1).stderr
     assert not any((shell.cwd / "labs").glob("*")) if (shell.cwd / "labs").exists() else True
+
+
+# --- a whole small lab, with real training -------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory, home: Path, settings: Settings, tiny_recipe: str) -> Shell:
+    """A shell that stands beside ./labs/small: a tiny recipe with one second of training."""
+    cwd = tmp_path_factory.mktemp("small")
+    Lab.create(
+        cwd / "labs" / "small",
+        recipe=tiny_recipe.encode(),
+        program="# program\n",
+        settings=replace(settings, budget=1.0),
+        message="a tiny recipe",
+        history=[{"description": "an old idea", "claimed_bpb": 0.9979, "status": "keep", "commit": "a1b2c3d"}],
+    ).ledger.close()
+    return Shell(cwd, home)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+class TestASmallLab:
+    """One story, in this order: each test goes on where the one before ended."""
+
+    def test_before_the_first_run(self, small: Shell) -> None:
+        assert "not measured yet" in small("status", "small").stdout or "baseline" in small("status").stdout
+        assert small.json("log")["total"]["experiments"] == 0
+        assert "no best" in small("best", status=1).stderr
+        assert "no trained best" in small("sample", status=1).stderr
+        assert "nothing runs" in small("pause", status=1).stderr
+
+    def test_run_measures_a_baseline_and_goes_on(self, small: Shell) -> None:
+        events = small.lines("run", "--experiments", "2")
+        kinds = [event["event"] for event in events]
+        assert kinds[0] == "run" and kinds[-1] == "end" and kinds.count("experiment") == 2
+        first = next(e for e in events if e["event"] == "experiment")
+        assert first["status"] == "keep" and first["description"] == "baseline" and 1 < first["val_bpb"] < 8
+        assert any(e["event"] == "progress" and "loss" in e and "remaining" in e for e in events)
+        assert events[0]["lab"]["scale"] == {
+            "data": "kjv-v512", "context": 64, "budget_seconds": 1.0, "backend": "cpu", "device": "cpu",
+        }  # fmt: skip
+
+    def test_what_was_done_can_be_looked_at(self, small: Shell) -> None:
+        log = small.json("log", "small")
+        assert [e["number"] for e in log["experiments"]] == [1, 2]
+        assert {"number", "status", "val_bpb", "delta", "description", "seconds", "reason"} <= set(log["experiments"][0])
+        text = small("log").stdout
+        assert "last used" in text.splitlines()[0]
+        assert "kjv-v512, 64 tokens of context, 1 s of training" in text and "baseline" in text
+        best = small.json("best")
+        assert best["best"]["outcome"]["curve"] and best["kept"]
+        assert "def build(spec)" in small("best", "--source").stdout
+        shown = small("show", "1").stdout
+        assert "tokens/s" in shown and "training loss" in shown
+        assert small.json("show", "2")["diff"].startswith("--- ")
+        assert "+" in small("diff", "2").stdout
+        assert "1 to 2" in small("show", "9", status=1).stderr
+        status = small.json("status")
+        assert status["running"] is None and status["best"]["number"] == best["best"]["number"]
+
+    def test_standing_in_the_lab(self, small: Shell) -> None:
+        inside = Shell(small.cwd / "labs" / "small", small.home)
+        assert "you stand in it" in inside("status").stdout.splitlines()[0]
+
+    def test_a_changed_train_py_is_not_run_over(self, small: Shell) -> None:
+        file = small.cwd / "labs" / "small" / "train.py"
+        before = file.read_bytes()
+        file.write_bytes(before + b"# mine\n")
+        error = small("run", "--experiments", "1", status=1).stderr
+        assert "not judged" in error and "try" in error
+        assert file.read_bytes() == before + b"# mine\n"
+        file.write_bytes(before)
+
+    def test_other_settings_are_refused(self, small: Shell) -> None:
+        for option in (["--budget", "2"], ["--data", "tinystories"], ["--text", "x"], ["--backend", "cuda"]):
+            error = small("run", "small", *option, status=1).stderr
+            assert "locked" in error and option[0] in error
+        assert "exists and is not empty" in small("init", "small", status=1).stderr
+
+    def test_try_without_waiting_twice_is_one_experiment(self, small: Shell) -> None:
+        file = small.cwd / "labs" / "small" / "train.py"
+        file.write_bytes(file.read_bytes().replace(b"WIDTH = 32", b"WIDTH = 64"))
+        callers = [small.start("try", "-m", "wider", "--no-wait", "--json") for _ in range(2)]
+        answers = [caller.communicate(timeout=60) for caller in callers]
+        assert [caller.returncode for caller in callers] == [0, 0], answers
+        numbers = {json.loads(out)["number"] for out, _ in answers}
+        assert numbers == {3}
+        assert small("wait", "3", "--timeout", "0", status=124).stdout
+        again = small("try", "-m", "wider")
+        assert len(again.stdout.splitlines()) < 15 and "#3" in again.stdout
+        assert "64 tokens of context" in again.stdout
+        assert small.json("wait", "3")["experiment"]["number"] == 3
+        assert small.json("log")["total"]["experiments"] == 3
+
+    def test_try_tells_what_is_wrong(self, small: Shell) -> None:
+        file = small.cwd / "labs" / "small" / "train.py"
+        best = file.read_bytes()
+        assert "change it first" in small("try", "-m", "nothing").stdout
+        file.write_bytes(best + b"import os\n")
+        assert "os" in small("try", "-m", "look around", status=1).stderr
+        assert "empty" in small("try", "-m", "  ", status=1).stderr
+        file.write_bytes(best.replace(b"loss.backward()", b"raise RuntimeError('on purpose')"))
+        done = small("try", "-m", "raise an error", status=1)
+        assert "crash" in done.stdout and "on purpose" in done.stdout and len(done.stdout.splitlines()) < 15
+        assert file.read_bytes() == best
+        assert small.json("show", "4")["experiment"]["val_bpb"] is None
+
+    def test_ctrl_c_ends_at_once_and_resumably(self, small: Shell) -> None:
+        before = small.json("log")["total"]["experiments"]
+        running = small.start("run", "--json")
+        assert running.stdout is not None
+        for line in running.stdout:
+            if json.loads(line)["event"] == "progress":
+                break
+        other = small("run", status=1).stderr
+        assert str(running.pid) in other and "in use" in other
+        state = small.json("status")["running"]
+        assert state["pid"] == running.pid and state["number"] == before + 1
+        running.send_signal(signal.SIGINT)
+        rest, _ = running.communicate(timeout=30)
+        assert running.returncode == 130
+        assert json.loads(rest.splitlines()[-1])["signal"] == "Ctrl-C"
+        log = small.json("log")
+        assert log["total"]["experiments"] == before
+        assert small.json("status")["running"] is None
+
+    def test_pause_resume_and_stop_from_outside(self, small: Shell) -> None:
+        running = small.start("run", "--json")
+        assert running.stdout is not None
+        small_json = (json.loads(line) for line in running.stdout)
+        assert next(e for e in small_json if e["event"] == "start")
+        assert "pause" in small("pause").stdout
+        assert next(e for e in small_json if e["event"] == "waiting")
+        assert small.json("status")["running"]["state"] == "paused"
+        small("resume")
+        assert next(e for e in small_json if e["event"] == "start")
+        small("stop")
+        assert "dropped" in "".join(str(e) for e in small_json) or running.wait(30) == 0
+        assert running.wait(30) == 0
+
+    def test_report(self, small: Shell, tmp_path: Path) -> None:
+        made = small.json("report", "--out", str(tmp_path / "report"))
+        assert Path(made["html"]).read_text().startswith("<!doctype html>")
+        assert Path(made["png"]).read_bytes().startswith(b"\x89PNG")
+        assert "baseline" in small("report").stdout
+        assert (small.cwd / "labs" / "small" / "report.html").exists()
+
+    def test_sample_streams_text(self, small: Shell) -> None:
+        done = small.json("sample", "--prompt", "And God said", "--tokens", "12", "--seed", "3")
+        assert done["prompt"] == "And God said" and done["tokens"] <= 12
+        text = small("sample", "--prompt", "And God said", "--tokens", "12", "--seed", "3").stdout
+        assert "And God said" + done["text"] in text
+
+    def test_train_prints_upstreams_summary_and_exports(self, small: Shell, tmp_path: Path) -> None:
+        out = tmp_path / "model"
+        text = small("train", "--budget", "1", "--out", str(out)).stdout
+        names = [line.partition(":")[0] for line in text.partition("---\n")[2].splitlines()[:9]]
+        assert names == [
+            "val_bpb", "training_seconds", "total_seconds", "peak_vram_mb", "mfu_percent", "total_tokens_M", "num_steps",
+            "num_params_M", "depth",
+        ]  # fmt: skip
+        assert {p.name for p in out.iterdir()} >= {"weights.safetensors", "tokenizer.tiktoken", "train.py", "README.md"}
+        assert "not an empty folder" in small("train", "--out", str(out), status=1).stderr
+        assert "no file" in small("train", "--recipe", "nothing.py", status=1).stderr
+
+    def test_undo_and_clean(self, small: Shell) -> None:
+        kept = [e["number"] for e in small.json("log", "--kept")["experiments"]]
+        if len(kept) > 1:
+            undone = small.json("undo", str(kept[-1]))
+            assert undone["undone"] == [kept[-1]] and undone["best"]["number"] == kept[-2]
+        assert "baseline" in small("undo", str(kept[0]), status=1).stderr
+        assert {"items", "bytes", "freed"} <= set(small.json("clean"))
+        assert small.json("clean", "--yes")["freed"] is True
+
+    def test_a_read_only_place(self, small: Shell, tmp_path: Path) -> None:
+        place = tmp_path / "file"
+        place.write_text("not a folder")
+        for argv in (["report", "--out", str(place)], ["train", "--out", str(place)], ["init", str(place / "lab")]):
+            assert small(*argv, status=1).stderr.startswith("error: ")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_init_fits_commits_and_imports(shell: Shell, home: Path, tmp_path: Path) -> None:
+    """The shipped recipe on this machine, with constants of an upstream clone."""
+    clone = tmp_path / "clone"
+    clone.mkdir()
+    (clone / "train.py").write_text("MATRIX_LR = 2**-5\nDEPTH = 2\nASPECT_RATIO = 64\nTOTAL_BATCH_SIZE = 2**10\nZED = 1\n")
+    (clone / "results.tsv").write_text("commit\tval_bpb\tmemory_gb\tstatus\tdescription\nabc\t0.99\t4.0\tkeep\tbaseline\n")
+    (clone / "program.md").write_text("# their own strategy\n")
+    shell.env["AUTORESEARCH_HOME"] = str(home)
+    argv = ["init", "labs/one", "--backend", "cpu", "--budget", "2", "--vocab", "512", "--from", str(clone)]
+    made = shell.json(*argv)
+    lab = shell.cwd / "labs" / "one"
+    assert made["settings"]["budget"] == 2.0 and made["settings"]["vocab_size"] == 512
+    assert made["imported"]["carried"]["MATRIX_LR"] == 2**-5 and made["imported"]["unknown"] == {"ZED": 1}
+    assert "MATRIX_LR = 0.03125" in (lab / "train.py").read_text()
+    assert (lab / "program.md").read_text() == "# their own strategy\n"
+    git = subprocess.run(["git", "-C", str(lab), "status", "--porcelain"], capture_output=True, text=True, check=True)
+    assert git.stdout == ""
+    assert Lab.open(lab).ledger.meta("history")[0]["claimed_bpb"] == 0.99
+    assert "autoresearch run" in shell("status", "one").stdout
