@@ -322,34 +322,20 @@ class _Writer:
 
 
 def _seal(plan: Plan, work: Path, tokenizer: Tokenizer, surveyed: Survey, state: Progress) -> None:
-    """Hashes, counts and the manifest; checks that the tokens have exactly the text's bytes."""
-    dtype = token_dtype(tokenizer.vocab_size)
+    """Hashes, counts and the manifest, which comes last: where it is, all the rest is."""
     counts = np.zeros(tokenizer.vocab_size, dtype=np.int64)
     parts: dict[str, Any] = {}
     for part in PARTS:
-        entries, found = [], 0
-        for file in sorted(work.glob(f"{part}-*.bin")):
-            if file.stat().st_size == 0:  # opened for more, which did not come
-                file.unlink()
-                continue
-            occurring = _count(file, dtype, tokenizer.vocab_size)
-            found += int(occurring @ tokenizer.token_bytes.astype(np.int64))
-            counts += occurring if part == "train" else 0
-            tokens = file.stat().st_size // dtype.itemsize
-            entries.append({"file": file.name, "tokens": tokens, "sha256": file_sha256(file)})
-        expected = state.bytes[part]
-        if found != expected:
-            raise DataError(
-                f"the tokens of {part} have {found:,} bytes, its documents {expected:,}: a file was damaged meanwhile",
-                "run the same command again",
-            )
+        shards, occurring = _seal_part(work, part, tokenizer, state.bytes[part])
+        counts += occurring if part == "train" else 0
         parts[part] = {
-            "tokens": sum(e["tokens"] for e in entries),
-            "bytes": expected,
+            "tokens": sum(s["tokens"] for s in shards),
+            "bytes": state.bytes[part],
             "documents": state.documents[part],
-            "shards": entries,
+            "shards": shards,
         }
     write_file(work / "counts.bin", counts.astype("<i8").tobytes())
+    _write_json(work / ORIGIN, {"command": plan.command})
     manifest = {
         "schema": SCHEMA,
         "name": plan.corpus.name,
@@ -361,8 +347,27 @@ def _seal(plan: Plan, work: Path, tokenizer: Tokenizer, surveyed: Survey, state:
         "tokenizer": _entry(work / "tokenizer.tiktoken"),
         "counts": _entry(work / "counts.bin"),
     }
-    _write_json(work / ORIGIN, {"command": plan.command})
     _write_json(work / MANIFEST, manifest)
+
+
+def _seal_part(work: Path, part: str, tokenizer: Tokenizer, expected: int) -> tuple[list[dict[str, Any]], np.ndarray]:
+    """The shards as the manifest has them, and counts (V,); checks that the tokens have exactly the text's bytes."""
+    dtype = token_dtype(tokenizer.vocab_size)
+    counts = np.zeros(tokenizer.vocab_size, dtype=np.int64)
+    shards = []
+    for file in sorted(work.glob(f"{part}-*.bin")):
+        if file.stat().st_size == 0:  # opened for more, which did not come
+            file.unlink()
+            continue
+        counts += _count(file, dtype, tokenizer.vocab_size)
+        shards.append({"file": file.name, "tokens": file.stat().st_size // dtype.itemsize, "sha256": file_sha256(file)})
+    found = int(counts @ tokenizer.token_bytes.astype(np.int64))
+    if found != expected:
+        raise DataError(
+            f"the tokens of {part} have {found:,} bytes, its documents {expected:,}: a file was damaged meanwhile",
+            "run the same command again",
+        )
+    return shards, counts
 
 
 def _count(file: Path, dtype: np.dtype, vocab_size: int) -> np.ndarray:

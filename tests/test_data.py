@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks.loader import compare, packing
 from core.data import Dataset, TokenStream, token_dtype
 from core.errors import DataError, UserError
 from core.stream import Schedule, Text
@@ -474,6 +475,34 @@ def test_descriptors_are_read_only_and_none_is_left_open_on_an_error(home: Path)
     with pytest.raises(DataError, match="bytes"):
         dataset.open_files("train")
     assert open_descriptors() == before
+
+
+# --- the benchmark -------------------------------------------------------------------------------
+
+
+@given(sizes=st.lists(st.integers(1, 60), min_size=1, max_size=40), rows=st.integers(1, 5), length=st.integers(1, 50))
+@settings(max_examples=60, deadline=None)
+def test_the_peer_packs_whole_documents_and_crops_only_where_none_fits(
+    sizes: list[int], rows: int, length: int
+) -> None:
+    given_documents = [[0, *range(100 * i + 1, 100 * i + n)] for i, n in enumerate(sizes)]
+    source = ([*given_documents] for _ in range(10**6))
+    batch = next(packing(source, rows, length, buffer=8))
+    assert batch.shape == (rows, length + 1)
+    assert (batch[:, 0] == 0).all()
+    heads = {tuple(d[: length + 1]) for d in given_documents}
+    for row in batch:
+        for document in np.split(row, np.flatnonzero(row == 0)):
+            assert not len(document) or any(tuple(document) == h[: len(document)] for h in heads)
+            assert len(document) <= length + 1
+
+
+def test_the_benchmark_compares_both_sides_on_one_data_set(home: Path) -> None:
+    path = next((home / "data").glob("words-v400-*"))
+    found = compare(Dataset.open(path), rows=4, length=64, count=2, peer=None)
+    assert found["ours"]["cpu_ms"] > 0
+    assert set(found["peers"]) == {"packing alone", "packing and tokenizing"}
+    assert all(p["ours_to_peer"] > 0 for p in found["peers"].values())
 
 
 def test_nothing_heavy_is_imported() -> None:
