@@ -528,8 +528,9 @@ def _read_plain(path: Path) -> bytes:
         raise LabError(f"{path} is missing", f"put it back: git -C {path.parent} checkout {path.name}") from None
     except OSError as error:
         raise LabError(f"{path} cannot be read ({error.strerror})", "it has to be a plain file") from error
+    facts = os.fstat(fd)
+    if not stat.S_ISREG(facts.st_mode) or facts.st_size > RECIPE_BYTES:
+        os.close(fd)
+        raise LabError(f"{path} is no plain file of at most {RECIPE_BYTES} bytes", "put a recipe there")
     with os.fdopen(fd, "rb") as file:
-        facts = os.fstat(fd)
-        if not stat.S_ISREG(facts.st_mode) or facts.st_size > RECIPE_BYTES:
-            raise LabError(f"{path} is no plain file of at most {RECIPE_BYTES} bytes", "put a recipe there")
         return file.read()

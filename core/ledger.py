@@ -334,6 +334,8 @@ class Ledger:
             if (present, state) not in _MOVES:
                 raise ValueError(f"experiment {number} cannot go from {present} to {state}")
             self._set(number, state=state, **fields)
+            if fields.get("status") in FAILED:
+                self._connection.execute("DELETE FROM samples WHERE number = ?", (number,))
 
     def start(self, number: int) -> None:
         """proposed -> running."""

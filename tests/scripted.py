@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import ast
 import random
+import subprocess
 import sys
 import threading
 import time
@@ -26,6 +27,7 @@ from core.contract import Exhausted, Proposal, View
 from core.lab import Lab
 from core.loop import Limits, Loop
 from core.outcome import Event, Outcome, Request
+from core.settings import Settings
 
 
 def recipe(score: float | None = None, status: str = "crash", mark: str = "") -> bytes:
@@ -94,6 +96,48 @@ class Night:
 def _constants(source: bytes) -> dict[str, Any]:
     body = ast.parse(source).body
     return {n.targets[0].id: ast.literal_eval(n.value) for n in body if isinstance(n, ast.Assign)}  # type: ignore[attr-defined]
+
+
+def make_lab(path: Path, settings: Settings, first: bytes | None = None) -> Lab:
+    source = recipe(2.0) if first is None else first
+    return Lab.create(
+        path, recipe=source, program="# try things\n", settings=settings, message="night: the first recipe"
+    )
+
+
+def git(lab: Lab, *arguments: str) -> str:
+    """Plain git as a user would call it in the lab."""
+    done = subprocess.run(["git", *arguments], cwd=lab.path, capture_output=True, text=True, check=True)
+    return (done.stdout + done.stderr).strip()
+
+
+def check(lab: Lab) -> None:
+    """What holds whenever no process is between two writes, whatever happened before."""
+    experiments = lab.ledger.experiments()
+    assert [e.number for e in experiments] == list(range(1, len(experiments) + 1))
+    assert {e.state for e in experiments} <= {"proposed", "decided"}
+    descriptions = [e.description for e in experiments]
+    assert len(set(descriptions)) == len(descriptions), "an idea was counted twice"
+    for e in experiments:
+        scored = e.status in ("keep", "discard")
+        assert (e.val_bpb is not None) == scored, e
+        assert bool(lab.ledger.samples(e.number)) == scored, e
+        if e.status is not None:
+            assert git(lab, "rev-parse", lab.candidate_ref(e.number)) == e.commit
+            assert git(lab, "show", f"{e.commit}:train.py").encode() == lab.source(e.number).strip()
+    kept = [e.commit for e in experiments if e.is_kept]
+    assert git(lab, "rev-list", "--first-parent", lab.branch).split()[:-1] == kept[::-1]
+    assert git(lab, "fsck", "--strict", "--no-dangling", "--no-progress") == ""
+    assert git(lab, "status", "--porcelain") == ""
+    assert lab.working_source() == lab.best_source()
+    rows = [line.split("\t") for line in (lab.path / "results.tsv").read_text().splitlines()[1:]]
+    assert rows == [
+        [e.commit[:7], f"{e.val_bpb:.6f}" if e.val_bpb else "", *row[2:3], e.status, e.description]
+        for e, row in zip([e for e in experiments if e.status], rows, strict=True)
+    ]
+    best = lab.best()
+    assert lab.best_weights() is None if best is None else lab.best_weights().read_bytes() == lab.best_source()
+    assert list((lab.record / "work").glob("*")) == []
 
 
 def run(path: Path, experiments: int, seconds: float) -> None:
