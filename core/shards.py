@@ -190,6 +190,7 @@ def _tokenizer_once(plan: Plan, work: Path, surveyed: Survey, cut: Cut, say: Say
 
 def _training_texts(corpus: Corpus, cut: Cut, all_bytes: int, meter: Meter) -> Iterator[str]:
     learned = 0
+    meter("learning", 0, min(all_bytes, TOKENIZER_BYTES))
     for number, document in enumerate(corpus.documents(), start=1):
         if cut.part(document_key(document)) != "train":
             continue
