@@ -45,6 +45,7 @@ PASSED_ON = readable.words(
 )
 
 
+USER = "sandbox"  # what children are told
 PROGRAMS = ("/usr/local/bin", "/usr/bin", "/bin", "/opt/homebrew/bin")
 
 
@@ -100,8 +101,12 @@ def standard_policy(
     scratch = scratch.resolve()
     caches = (caches or scratch / "caches").resolve()
     temporary = scratch / "tmp"
-    for folder in (scratch, caches, temporary):
+    for folder in (scratch, caches / "headers", temporary):
         folder.mkdir(parents=True, exist_ok=True)
+    # torch.compile keeps its precompiled header (seconds of g++) under TMPDIR and a user's name, not in its cache.
+    headers = temporary / f"torchinductor_{USER}"
+    if not headers.is_symlink():
+        headers.symlink_to(caches / "headers", target_is_directory=True)
     return Policy(
         readable=tuple(Path(p).resolve() for p in readable),
         writable=(scratch, caches, *(Path(p).resolve() for p in writable)),
@@ -117,8 +122,8 @@ def environment(home: Path, temporary: Path, caches: Path) -> dict[str, str]:
         "PATH": os.pathsep.join(p for p in PROGRAMS if Path(p).is_dir()) or os.defpath,
         "LANG": "C.UTF-8",
         "HOME": str(home),
-        "USER": "sandbox",
-        "LOGNAME": "sandbox",
+        "USER": USER,
+        "LOGNAME": USER,
         "TMPDIR": str(temporary),
         "TMP": str(temporary),
         "TEMP": str(temporary),
