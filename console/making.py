@@ -77,11 +77,13 @@ def _settings(lab: Lab) -> dict[str, Any]:
 def make(screen: Screen, given: str | None, wishes: Wishes) -> tuple[Lab, Import | None]:
     """A new lab: says what is chosen and why, prepares missing data. Raises `UserError` before anything is written."""
     import backends
+    from core import guard
     from core.lab import Lab
 
     chosen = plan(given, wishes)
     backend = backends.load(chosen.choice.value)
     recipe = backends.fit(backend.recipe(), chosen.profile)
+    guard.require(recipe)
     taken = _take_over(screen, wishes.source, recipe) if wishes.source else None
     if taken:
         recipe = _replace(recipe, taken.constants)
@@ -122,7 +124,7 @@ def _fitted(screen: Screen, chosen: Plan, dataset: Dataset, recipe: bytes, keep_
     import backends
 
     backend = backends.load(chosen.choice.value)
-    profile = replace(chosen.profile, budget=chosen.budget)
+    profile = replace(chosen.profile, budget=chosen.budget, vocab_size=dataset.vocab_size)
     fast = {"avx512_bf16", "amx_bf16"} & set(chosen.hardware.flags)  # a guess that the device then confirms
     settings = _lock(chosen, dataset, "bfloat16" if fast or backend.name != "cpu" else "float32")
     screen.say("fitting: timing the recipe on this machine ...")

@@ -21,7 +21,9 @@ class Asked:
 
     @property
     def name(self) -> str:
-        return {signal.SIGINT: "Ctrl-C"}.get(self.signal) or signal.Signals(self.signal).name if self.signal else ""
+        if not self.signal:
+            return ""
+        return "Ctrl-C" if self.signal == signal.SIGINT else signal.Signals(self.signal).name
 
 
 @contextmanager

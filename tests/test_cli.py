@@ -18,9 +18,8 @@ from core.settings import Settings
 
 ROOT = Path(__file__).resolve().parent.parent
 CLI = ROOT / "cli.py"
-VERBS = (
-    "run log report doctor prepare init try wait train status best show diff sample pause resume stop undo clean"
-).split()
+VERBS = ["run", "log", "report", "doctor", "prepare", "init", "try", "wait", "train", "status", "best", "show", "diff",
+         "sample", "pause", "resume", "stop", "undo", "clean"]  # fmt: skip
 
 
 class Shell:
@@ -68,14 +67,15 @@ def test_help_groups_the_verbs_and_puts_three_first(shell: Shell) -> None:
 def test_help_loads_nothing_heavy(shell: Shell) -> None:
     code = (
         f"import sys; sys.path.insert(0, {str(ROOT)!r}); sys.argv = ['autoresearch', '--help']\n"
-        "import atexit; atexit.register(lambda: print(sorted(m for m in sys.modules if '.' not in m), file=sys.stderr))\n"
+        "import atexit\n"
+        "atexit.register(lambda: print(sorted(m for m in sys.modules if '.' not in m), file=sys.stderr))\n"
         "import cli; cli.main()"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=shell.env, check=True)
     loaded = set(eval(done.stderr.strip().splitlines()[-1]))
     assert "click" in loaded
-    assert not loaded & {"torch", "mlx", "numpy", "rich", "git", "optuna", "matplotlib", "anthropic", "psutil", "sqlite3",
-                         "platformdirs", "core", "kernels", "prepare", "tiktoken"}  # fmt: skip
+    heavy = {"torch", "mlx", "numpy", "rich", "git", "optuna", "matplotlib", "anthropic", "psutil", "sqlite3"}
+    assert not loaded & (heavy | {"platformdirs", "core", "kernels", "prepare", "tiktoken"})
 
 
 @pytest.mark.parametrize("verb", VERBS)
@@ -194,7 +194,8 @@ class TestASmallLab:
     def test_what_was_done_can_be_looked_at(self, small: Shell) -> None:
         log = small.json("log", "small")
         assert [e["number"] for e in log["experiments"]] == [1, 2]
-        assert {"number", "status", "val_bpb", "delta", "description", "seconds", "reason"} <= set(log["experiments"][0])
+        shape = {"number", "status", "val_bpb", "delta", "description", "seconds", "reason"}
+        assert shape <= set(log["experiments"][0])
         text = small("log").stdout
         assert "last used" in text.splitlines()[0]
         assert "kjv-v512, 64 tokens of context, 1 s of training" in text and "baseline" in text
@@ -307,8 +308,8 @@ class TestASmallLab:
         text = small("train", "--budget", "1", "--out", str(out)).stdout
         names = [line.partition(":")[0] for line in text.partition("---\n")[2].splitlines()[:9]]
         assert names == [
-            "val_bpb", "training_seconds", "total_seconds", "peak_vram_mb", "mfu_percent", "total_tokens_M", "num_steps",
-            "num_params_M", "depth",
+            "val_bpb", "training_seconds", "total_seconds", "peak_vram_mb", "mfu_percent", "total_tokens_M",
+            "num_steps", "num_params_M", "depth",
         ]  # fmt: skip
         assert {p.name for p in out.iterdir()} >= {"weights.safetensors", "tokenizer.tiktoken", "train.py", "README.md"}
         assert "not an empty folder" in small("train", "--out", str(out), status=1).stderr
@@ -336,8 +337,10 @@ def test_init_fits_commits_and_imports(shell: Shell, home: Path, tmp_path: Path)
     """The shipped recipe on this machine, with constants of an upstream clone."""
     clone = tmp_path / "clone"
     clone.mkdir()
-    (clone / "train.py").write_text("MATRIX_LR = 2**-5\nDEPTH = 2\nASPECT_RATIO = 64\nTOTAL_BATCH_SIZE = 2**10\nZED = 1\n")
-    (clone / "results.tsv").write_text("commit\tval_bpb\tmemory_gb\tstatus\tdescription\nabc\t0.99\t4.0\tkeep\tbaseline\n")
+    constants = ["MATRIX_LR = 2**-5", "DEPTH = 2", "ASPECT_RATIO = 64", "TOTAL_BATCH_SIZE = 2**10", "ZED = 1"]
+    (clone / "train.py").write_text("\n".join(constants))
+    results = ["commit\tval_bpb\tmemory_gb\tstatus\tdescription", "abc\t0.99\t4.0\tkeep\tbaseline"]
+    (clone / "results.tsv").write_text("\n".join(results))
     (clone / "program.md").write_text("# their own strategy\n")
     shell.env["AUTORESEARCH_HOME"] = str(home)
     argv = ["init", "labs/one", "--backend", "cpu", "--budget", "2", "--vocab", "512", "--from", str(clone)]
