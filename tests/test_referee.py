@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import socket
-import struct
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -19,8 +19,9 @@ import pytest
 from core import weights
 from core.data import Dataset
 from core.errors import UserError
-from core.outcome import Event, Outcome
-from core.referee import RecipeFailed, dry_build, measure, sample
+from core.outcome import Event, Outcome, Request
+from core.paths import project_root
+from core.referee import RecipeFailed, dry_build, execute, measure, sample
 from core.settings import Settings
 
 Run = Callable[..., Outcome]
@@ -51,9 +52,6 @@ def check_clean(workdir: Path) -> None:
 @pytest.fixture(scope="module")
 def honest(dataset: Dataset, settings: Settings, tiny_recipe: str, tmp_path_factory: pytest.TempPathFactory) -> tuple:
     """One experiment, looked at by several tests: outcome, events, work folder."""
-    from core.outcome import Request
-    from core.referee import execute
-
     workdir = tmp_path_factory.mktemp("honest")
     events: list[Event] = []
     request = Request(tiny_recipe.encode(), settings, dataset, settings.seed, "1", workdir, audit="always")
@@ -316,15 +314,43 @@ def test_stop_ends_it_soon(moment: str, run_recipe: Run, tiny_recipe: str, setti
     check_clean(tmp_path / "work")
 
 
-def test_a_dead_referee_takes_its_children_along(tmp_path: Path) -> None:
-    """The worker ends when its channel closes, whatever ends the referee."""
-    ours, theirs = socket.socketpair()
-    ours.sendall(struct.pack("<4sI", b"ARW1", 9))
-    ours.close()
-    from core.wire import Channel, ChannelClosed
+RUNNER = """
+import sys
+from pathlib import Path
+from core.data import Dataset
+from core.outcome import Request
+from core.referee import execute
+from core.settings import Settings
+data, settings, recipe, workdir = map(Path, sys.argv[1:])
+request = Request(recipe.read_bytes(), Settings.from_json(settings.read_text()), Dataset.open(data), 42, "1", workdir)
+execute(request, lambda event: print(event.data.get("phase"), flush=True))
+"""
 
-    with pytest.raises(ChannelClosed):
-        Channel(theirs, take_fds=True).receive()
+
+@pytest.mark.parametrize("moment", ["warm-up", "train"])
+def test_a_killed_referee_takes_its_children_along(
+    moment: str, dataset: Dataset, settings: Settings, tiny_recipe: str, tmp_path: Path
+) -> None:
+    (tmp_path / "settings").write_text(dataclasses.replace(settings, budget=60.0).to_json())
+    (tmp_path / "recipe").write_text(tiny_recipe)
+    command = [
+        sys.executable,
+        "-c",
+        RUNNER,
+        dataset.path,
+        tmp_path / "settings",
+        tmp_path / "recipe",
+        tmp_path / "work",
+    ]
+    referee = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=project_root())
+    assert referee.stdout is not None
+    assert any(line.strip() == moment for line in referee.stdout)
+    children = psutil.Process(referee.pid).children(recursive=True)
+    assert len(children) >= 3
+    referee.kill()
+    referee.wait()
+    _, alive = psutil.wait_procs(children, timeout=10)
+    assert alive == []
 
 
 # --- smaller questions ---------------------------------------------------------------------------------
