@@ -34,9 +34,9 @@ class CpuDevice:
         """Nothing to wait for: an operation has ended when its call returns."""
 
     def memory(self) -> Memory:
-        """Resident bytes of this process; the limit is what the machine has."""
+        """Resident bytes of this process; the limit is the machine's memory, or less where a cgroup says so."""
         used = psutil.Process().memory_info().rss
-        return Memory(used, max(used, _peak_resident()), psutil.virtual_memory().total)
+        return Memory(used, max(used, peak_resident()), memory_limit())
 
     @functools.cached_property
     def _measured_peak(self) -> Peak:
@@ -78,7 +78,7 @@ class CpuDevice:
 
 def open_device() -> CpuDevice:
     """Sets this process up for work on the CPU and says which dtype is faster here."""
-    torch.set_num_threads(_usable_cores())
+    torch.set_num_threads(usable_cores())
     _keep_freed_memory()
     return CpuDevice(choose_dtype(torch.cpu._is_avx512_bf16_supported(), torch.cpu._is_amx_tile_supported()))
 
@@ -92,10 +92,20 @@ def choose_dtype(avx512_bf16: bool, amx: bool) -> Choice:
     return Choice("float32", "this processor has no bfloat16 arithmetic")
 
 
-def _usable_cores() -> int:
-    """Physical cores that this process may run on: a second thread on a core slows matrix products down."""
+def usable_cores(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
+    """Physical cores that this process may run on: a second thread on a core slows matrix products down.
+
+    A container's quota counts too: more threads than it has would be stopped in the middle of every product.
+    """
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(allowed, psutil.cpu_count(logical=False) or allowed))
+    cores = [allowed, psutil.cpu_count(logical=False) or allowed]
+    try:
+        quota, period = (cgroup / "cpu.max").read_text().split()
+    except (OSError, ValueError):  # no such cgroup here, or none of our business
+        quota, period = "max", "1"
+    if quota.isdigit():
+        cores.append(math.ceil(int(quota) / int(period)))
+    return max(1, min(cores))
 
 
 def _keep_freed_memory() -> None:
@@ -110,7 +120,20 @@ def _keep_freed_memory() -> None:
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
-def _peak_resident() -> int:
+def memory_limit(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
+    """Bytes that this process may use: of the machine, or of the container (cgroup v2, then v1)."""
+    limits = [psutil.virtual_memory().total]
+    for name in ("memory.max", "memory/memory.limit_in_bytes"):
+        try:
+            text = (cgroup / name).read_text().strip()
+        except OSError:  # no such cgroup here, or none of our business
+            continue
+        if text.isdigit():  # v2 writes "max" for no limit
+            limits.append(int(text))
+    return min(limits)
+
+
+def peak_resident() -> int:
     """Bytes at the worst moment of this process, 0 where the system does not tell."""
     status = Path("/proc/self/status")
     if status.exists():

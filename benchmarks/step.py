@@ -1,0 +1,318 @@
+"""Speed of one training step of the CPU recipe, alone or against an upstream clone on the same machine.
+
+    python -m benchmarks.step
+    python -m benchmarks.step --peer ~/autoresearch      # a clone of karpathy/autoresearch
+
+Both train on the same shapes, on random tokens, each in a process of its own; with `--peer`, rounds alternate and the
+ratio is taken within each round, so that whatever else the machine does hits both. The peer is the model and the
+optimizer of its train.py as they stand, compiled and under bfloat16 autocast as there; only FlashAttention 3, which no
+CPU has, is replaced by PyTorch's scaled_dot_product_attention.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import gc
+import importlib
+import io
+import itertools
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import click
+
+from core.errors import UserError
+from core.paths import project_root
+
+WARM_STEPS = 5
+CHILD_SECONDS = 900  # a first compilation of the peer included
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """What both sides train. The defaults are those of the published figures."""
+
+    depth: int = 4
+    dim: int = 128
+    head_dim: int = 128
+    context: int = 256
+    vocab: int = 8192
+    tokens: int = 4096  # of one optimizer step
+    window_pattern: str = "SSSL"
+    steps: int = 20
+
+
+# --- one side, in a process of its own ----------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Side:
+    """A model that can be stepped."""
+
+    step: Callable[[Any], Any]  # (B, T + 1) tokens -> loss
+    peak_memory: Callable[[], int]
+    split: Callable[[Any], dict[str, float]] | None = None  # the same, with seconds of each part
+
+
+def measure(side: Side, shapes: Shapes) -> dict[str, Any]:
+    """Seconds of each step, the mean split of a step, peak bytes of this process."""
+    import torch
+
+    rng = torch.Generator().manual_seed(0)
+
+    def tokens() -> Any:
+        rows = shapes.tokens // shapes.context
+        return torch.randint(0, shapes.vocab, (rows, shapes.context + 1), generator=rng)
+
+    for _ in range(WARM_STEPS):
+        side.step(tokens())
+    gc.collect()
+    gc.freeze()
+    seconds = []
+    for _ in range(shapes.steps):
+        batch = tokens()
+        start = time.perf_counter()
+        loss = float(side.step(batch))
+        seconds.append(time.perf_counter() - start)
+    if loss != loss:
+        raise UserError("the loss is not a number", "the figures would mean nothing")
+    parts: list[dict[str, float]] = []
+    for _ in range(shapes.steps if side.split else 0):
+        start = time.perf_counter()
+        batch = tokens()
+        data = time.perf_counter() - start
+        parts.append({"data": data, **(side.split(batch) if side.split else {})})
+    split = {name: statistics.median(p[name] for p in parts) for name in (parts[0] if parts else {})}
+    return {"seconds": seconds, "split": split, "peak_memory": side.peak_memory()}
+
+
+def our_side(shapes: Shapes) -> Side:
+    """The shipped recipe with these shapes."""
+    from backends.cpu.device import open_device
+    from core.contract import Spec
+
+    recipe = importlib.import_module("backends.cpu.train")
+    values = {
+        "DEPTH": shapes.depth,
+        "ASPECT_RATIO": -(-shapes.dim // shapes.depth),
+        "HEAD_DIM": shapes.head_dim,
+        "WINDOW_PATTERN": shapes.window_pattern,
+        "TOTAL_BATCH_SIZE": shapes.tokens,
+        "DEVICE_BATCH_SIZE": shapes.tokens // shapes.context,
+    }
+    for name, value in values.items():
+        setattr(recipe, name, value)
+    device = open_device()
+    training = recipe.build(Spec(shapes.vocab, shapes.context, shapes.vocab - 1, "cpu", device.dtype.value, 42, 0))
+    if training.model.dim != shapes.dim:
+        raise UserError(f"a model of dim {shapes.dim} has no whole heads of {shapes.head_dim}", "give another --dim")
+
+    def step(tokens: Any) -> Any:
+        return training.step(SimpleNamespace(next=lambda rows, length: tokens), 0.0)
+
+    def split(tokens: Any) -> dict[str, float]:
+        times = [time.perf_counter()]
+        loss = training.model.loss(tokens)
+        times.append(time.perf_counter())
+        loss.backward()
+        times.append(time.perf_counter())
+        training.update(0.0)
+        times.append(time.perf_counter())
+        spent = [after - before for before, after in itertools.pairwise(times)]
+        return dict(zip(("forward and loss", "backward", "optimizer"), spent, strict=True))
+
+    return Side(step, lambda: device.memory().peak, split)
+
+
+def peer_side(shapes: Shapes, folder: Path, compiled: bool) -> Side:
+    """Model and optimizer of an upstream clone's train.py, on the CPU, with PyTorch as it is set by default."""
+    import torch
+
+    from backends.cpu.device import peak_resident
+
+    peer = load_peer(folder / "train.py")
+    config = peer["GPTConfig"](
+        sequence_len=shapes.context,
+        vocab_size=shapes.vocab,
+        n_layer=shapes.depth,
+        n_head=shapes.dim // shapes.head_dim,
+        n_kv_head=shapes.dim // shapes.head_dim,
+        n_embd=shapes.dim,
+        window_pattern=shapes.window_pattern,
+    )
+    torch.manual_seed(42)
+    with torch.device("meta"):
+        model = peer["GPT"](config)
+    model.to_empty(device="cpu")
+    model.init_weights()
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints a scaling factor
+        optimizer = model.setup_optimizer(
+            unembedding_lr=peer["UNEMBEDDING_LR"],
+            embedding_lr=peer["EMBEDDING_LR"],
+            scalar_lr=peer["SCALAR_LR"],
+            adam_betas=peer["ADAM_BETAS"],
+            matrix_lr=peer["MATRIX_LR"],
+            weight_decay=peer["WEIGHT_DECAY"],
+        )
+    forward = torch.compile(model, dynamic=False) if compiled else model
+
+    def step(tokens: Any) -> Any:
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = forward(tokens[:, :-1], tokens[:, 1:])
+        loss.backward()
+        optimizer.step()
+        model.zero_grad(set_to_none=True)
+        return loss.detach()
+
+    return Side(step, peak_resident)
+
+
+def load_peer(path: Path) -> dict[str, Any]:
+    """Names of the part of an upstream train.py that defines: imports, classes, functions and plain constants.
+
+    What needs a GPU or prepared data is left out: the probe of the card, the kernel's download, the training loop.
+    """
+    if not path.is_file():
+        raise UserError(f"{path} does not exist", "--peer takes the folder of an upstream clone")
+    body: list[ast.stmt] = []
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.ImportFrom) and node.module in ("kernels", "prepare"):
+            continue
+        if isinstance(node, ast.Assign):
+            calls = any(isinstance(part, ast.Call) for part in ast.walk(node))
+            names = {part.id for part in ast.walk(node.value) if isinstance(part, ast.Name)}
+            if calls or names:  # not a plain constant
+                continue
+        if isinstance(node, ast.Import | ast.ImportFrom | ast.ClassDef | ast.FunctionDef | ast.Assign):
+            body.append(node)
+    namespace: dict[str, Any] = {"__name__": "peer", "fa3": SimpleNamespace(flash_attn_func=windowed_sdpa)}
+    module = SimpleNamespace(__dict__=namespace)
+    sys.modules["peer"] = module  # type: ignore[assignment]  # dataclasses look their module up
+    exec(compile(ast.Module(body, []), str(path), "exec"), namespace)
+    wanted = ("GPT", "GPTConfig", "MATRIX_LR", "EMBEDDING_LR", "UNEMBEDDING_LR", "SCALAR_LR", "ADAM_BETAS")
+    missing = [name for name in wanted if name not in namespace]
+    if missing:
+        raise UserError(f"{path} does not define {', '.join(missing)}", "--peer takes an upstream clone or fork")
+    return namespace
+
+
+def windowed_sdpa(q: Any, k: Any, v: Any, causal: bool, window_size: tuple[int, int]) -> Any:
+    """FlashAttention 3's signature, (B, T, H, D), computed by scaled_dot_product_attention."""
+    import torch
+    import torch.nn.functional as F
+
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    T, back = q.size(2), window_size[0]
+    if back >= T or back < 0:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=causal).transpose(1, 2)
+    distance = torch.arange(T)[:, None] - torch.arange(T)
+    seen = (distance >= 0) & (distance <= back)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen).transpose(1, 2)
+
+
+# --- both sides, from outside ---------------------------------------------------------------------
+
+
+def in_process(side: str, shapes: Shapes, peer: Path | None, compiled: bool) -> dict[str, Any]:
+    """`measure` in a process of its own."""
+    order = json.dumps({"side": side, "shapes": asdict(shapes), "peer": str(peer or ""), "compiled": compiled})
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.step", "--child", order],
+        cwd=project_root(),
+        capture_output=True,
+        text=True,
+        timeout=CHILD_SECONDS,
+    )
+    if done.returncode:
+        lines = done.stderr.strip().splitlines() or ["no message"]
+        raise UserError(f"{side} ended with {done.returncode}: {lines[-1]}", "see that it runs by itself")
+    found = json.loads(done.stdout.splitlines()[-1])
+    found["tokens_per_second"] = shapes.tokens / statistics.median(found["seconds"])
+    return found
+
+
+def child(order: str) -> None:
+    given = json.loads(order)
+    shapes = Shapes(**given["shapes"])
+    side = our_side(shapes) if given["side"] == "ours" else peer_side(shapes, Path(given["peer"]), given["compiled"])
+    click.echo(json.dumps(measure(side, shapes)))
+
+
+def summary(rounds: list[dict[str, Any]]) -> dict[str, Any]:
+    """Over rounds: median tokens/s, lowest and highest, peak bytes, mean split."""
+    speeds = [r["tokens_per_second"] for r in rounds]
+    split = {name: statistics.median(r["split"][name] for r in rounds) for name in rounds[0]["split"]}
+    return {
+        "tokens_per_second": statistics.median(speeds),
+        "lowest": min(speeds),
+        "highest": max(speeds),
+        "peak_memory": max(r["peak_memory"] for r in rounds),
+        "split_seconds": split,
+    }
+
+
+def show(name: str, found: dict[str, Any]) -> None:
+    click.echo(
+        f"{name:6} {found['tokens_per_second']:9,.0f} tokens/s  ({found['lowest']:,.0f} to {found['highest']:,.0f})"
+        f"  peak {found['peak_memory'] / 2**20:,.0f} MiB"
+    )
+    for part, seconds in found["split_seconds"].items():
+        click.echo(f"         {part:17} {seconds * 1e3:7.1f} ms")
+
+
+@click.command()
+@click.option("--depth", default=Shapes.depth, show_default=True)
+@click.option("--dim", default=Shapes.dim, show_default=True)
+@click.option("--head-dim", default=Shapes.head_dim, show_default=True)
+@click.option("--context", default=Shapes.context, show_default=True)
+@click.option("--vocab", default=Shapes.vocab, show_default=True)
+@click.option("--tokens", default=Shapes.tokens, show_default=True, help="Tokens of one optimizer step.")
+@click.option("--window-pattern", default=Shapes.window_pattern, show_default=True)
+@click.option("--steps", default=Shapes.steps, show_default=True, help="Timed steps of one round.")
+@click.option("--rounds", default=3, show_default=True, help="Rounds; the sides alternate.")
+@click.option("--peer", type=click.Path(path_type=Path), help="Folder of an upstream clone to compare with.")
+@click.option("--peer-eager", is_flag=True, help="Do not compile the peer's model (its optimizer still is).")
+@click.option("--json", "as_json", is_flag=True)
+@click.option("--child", "order", hidden=True)
+def main(rounds: int, peer: Path | None, peer_eager: bool, as_json: bool, order: str | None, **shape: Any) -> None:
+    """Tokens per second of the CPU recipe, and where a step's time goes."""
+    if order:
+        child(order)
+        return
+    shapes = Shapes(**shape)
+    sides = ["ours"] + (["peer"] if peer else [])
+    found: dict[str, list[dict[str, Any]]] = {side: [] for side in sides}
+    try:
+        for _ in range(rounds):
+            for side in sides:
+                found[side].append(in_process(side, shapes, peer, not peer_eager))
+    except UserError as error:
+        raise click.ClickException(str(error)) from error
+    result: dict[str, Any] = {"shapes": asdict(shapes), **{side: summary(found[side]) for side in sides}}
+    if peer:
+        ratios = [
+            a["tokens_per_second"] / b["tokens_per_second"] for a, b in zip(found["ours"], found["peer"], strict=True)
+        ]
+        result["ratio"] = {"median": statistics.median(ratios), "lowest": min(ratios), "highest": max(ratios)}
+    if as_json:
+        click.echo(json.dumps(result, indent=1))
+        return
+    click.echo(", ".join(f"{name} {value}" for name, value in asdict(shapes).items()))
+    for side in sides:
+        show(side, result[side])
+    if peer:
+        ratio = result["ratio"]
+        click.echo(f"ratio  {ratio['median']:.2f}x  ({ratio['lowest']:.2f} to {ratio['highest']:.2f} by round)")
+
+
+if __name__ == "__main__":
+    main()
