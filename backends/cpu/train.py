@@ -384,7 +384,7 @@ class Muon:
 def lr_multiplier(progress: float) -> float:
     if progress < WARMUP_RATIO:
         return progress / WARMUP_RATIO
-    if progress < 1.0 - WARMDOWN_RATIO:
+    if progress <= 1.0 - WARMDOWN_RATIO:
         return 1.0
     left = (1.0 - progress) / WARMDOWN_RATIO
     return left + (1.0 - left) * FINAL_LR_FRAC
