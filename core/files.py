@@ -23,6 +23,14 @@ def replace_file(path: Path, content: bytes) -> None:
     sync_folder(path.parent)
 
 
+def remove_unfinished(folder: Path, *names: str) -> None:
+    """What `replace_file` left beside these files when it was killed."""
+    for name in names:
+        for path in folder.glob(f".{name}.*.tmp"):
+            if path.name[len(name) + 2 : -4].isdigit():  # the pid
+                path.unlink(missing_ok=True)
+
+
 def sync_folder(folder: Path) -> None:
     """Put a folder's entries on disk, where the system knows how."""
     if sys.platform == "win32":

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
@@ -21,6 +22,7 @@ from git.cmd import Git
 from core.errors import LabError
 
 ZERO = "0" * 40  # as an old value: the ref must not exist yet; as a new value: delete it
+FULL = 2**16  # bytes; with less room a failure of git is taken for a full disk
 IDENTITY = ("autoresearch", "autoresearch@localhost")
 
 # Command-line settings outvote every file. Each either switches off something that would run a program or
@@ -155,34 +157,41 @@ class GitStore:
         Written beside and renamed: no `index.lock` is taken, so that a stale one does not matter.
         """
         fresh = self.path / "index.autoresearch"
-        fresh.unlink(missing_ok=True)
+        for left in (fresh, fresh.with_name(f"{fresh.name}.lock")):  # of a git that was killed
+            left.unlink(missing_ok=True)
         self._run("read-tree", commit, env={"GIT_INDEX_FILE": str(fresh)})
         fresh.replace(self.path / "index")
 
-    def clear_stale_locks(self, names: Sequence[str], patience: float = 2.0) -> list[str]:
-        """Remove `<ref>.lock` files that no living git holds. The caller holds the lab's lock.
+    def clear_stale_locks(self, prefixes: Sequence[str], patience: float = 1.5) -> list[str]:
+        """Remove the `.lock` files of refs under `prefixes` that no living git holds. The caller holds the lab's lock.
 
-        A git that outlives its killed parent ends within milliseconds; `patience` (seconds) is for that.
+        A git of ours that outlives its killed parent ends within milliseconds, and so does any other that holds a
+        ref: `patience` (seconds) is for them. Then a lock is stale.
         """
-        candidates = [self.path / f"{name}.lock" for name in (*names, "HEAD", "packed-refs", "config")]
         give_up = time.monotonic() + patience
-        while (found := [lock for lock in candidates if lock.exists()]) and time.monotonic() < give_up:
-            if not self._git_is_running():
+        while self._git_is_running(self.path) or (self._locks(prefixes) and self._git_is_running(self.path.parent)):
+            if time.monotonic() >= give_up:
                 break
             time.sleep(0.05)
-        if not found or self._git_is_running():
-            return []
+        found = self._locks(prefixes)
         for lock in found:
             lock.unlink(missing_ok=True)
         return [str(lock.relative_to(self.path)) for lock in found]
 
+    def _locks(self, prefixes: Sequence[str]) -> list[Path]:
+        """Ends of refs are no folders' names, so that a prefix is a ref of its own or a folder of refs."""
+        found = [self.path / f"{name}.lock" for name in ("HEAD", "packed-refs", "config")]
+        for prefix in prefixes:
+            place = self.path / prefix
+            found += place.rglob("*.lock") if place.is_dir() else [place.with_name(f"{place.name}.lock")]
+        return [lock for lock in found if lock.is_file()]
+
     # --- running git -----------------------------------------------------------------------------
 
-    def _git_is_running(self) -> bool:
-        """Does any git of this machine work in this repository?"""
+    def _git_is_running(self, where: Path) -> bool:
+        """Does any git of this machine run in this folder? Ours run in the repository, a user's in the work tree."""
         for process in psutil.process_iter(["name", "cwd"]):
-            name, cwd = process.info["name"] or "", process.info["cwd"] or ""
-            if name.startswith("git") and (cwd == str(self.path) or cwd == str(self.path.parent)):
+            if (process.info["name"] or "").startswith("git") and process.info["cwd"] == str(where):
                 return True
         return False
 
@@ -249,5 +258,7 @@ def _explain(command: str, stderr: str, path: Path) -> GitError | OSError:
     for number in (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EDQUOT):
         if os.strerror(number) in stderr:
             return OSError(number, os.strerror(number), str(path))
+    if "Out of diskspace" in stderr or shutil.disk_usage(path).free < FULL:  # git does not always say why
+        return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
     last = stderr.splitlines()[-1] if stderr else "no message"
     return GitError(f"git {command} failed in {path}: {last}", "see `git fsck` there; the ledger holds every recipe")

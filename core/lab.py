@@ -29,7 +29,7 @@ from core import locks, paths
 from core.contract import Past, View
 from core.data import Dataset
 from core.errors import DataError, LabError
-from core.files import remove, replace_file, sync_folder
+from core.files import remove, remove_unfinished, replace_file, sync_folder
 from core.gitstore import GitStore
 from core.keeping import Products
 from core.ledger import Experiment, Ledger
@@ -335,6 +335,12 @@ class Lab:
     def _commit(self, recipe: str, program: str, parents: Sequence[str], message: str, when: str) -> str:
         blobs = {RECIPE: self.git.blob(self.ledger.source(recipe)), PROGRAM: self.git.blob(self.ledger.source(program))}
         return self.git.commit(self.git.tree(blobs), parents, message, when)
+
+    def clear_leftovers(self) -> list[str]:
+        """What killed processes of ours left: half-written files, locks of refs. Returns the locks' names."""
+        remove_unfinished(self.path, RECIPE, PROGRAM, RESULTS, POINTER)
+        remove_unfinished(self.record, "lab.json", "settings.json", ASK)
+        return self.git.clear_stale_locks([self.branch_ref, self.candidate_ref("").rstrip("/")])
 
     def publish(self) -> list[str]:
         """Make refs, index and results.tsv show what the ledger says; tells what had to be mended in git."""

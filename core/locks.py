@@ -17,6 +17,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from core.errors import Busy
 from core.paths import locks_root
 
@@ -44,6 +46,9 @@ else:
         return True
 
 
+LETTING_GO = 2.0  # seconds: a child that was just forked has its dead parent's lock until it executes its program
+
+
 @contextmanager
 def hold(path: Path, what: str, action: str, wait: float = 0.0) -> Iterator[None]:
     """Hold the lock file `path`. Raises `Busy` with the holder's pid after `wait` seconds without success.
@@ -52,11 +57,12 @@ def hold(path: Path, what: str, action: str, wait: float = 0.0) -> Iterator[None
     """
     fd = _open(path)
     try:
-        give_up = time.monotonic() + wait
+        started = time.monotonic()
         while not _try_lock(fd):
-            if time.monotonic() >= give_up:
+            patience = wait if _is_alive(_read(fd)) else max(wait, LETTING_GO)
+            if time.monotonic() - started >= patience:
                 raise Busy(f"{what} is in use by {_describe(_read(fd))}", action)
-            time.sleep(0.1)
+            time.sleep(0.05)
         _write(fd, {"pid": os.getpid(), "since": time.time(), "what": what})
         yield
     finally:
@@ -110,6 +116,12 @@ def _write(fd: int, content: dict[str, Any]) -> None:
     os.ftruncate(fd, 0)
     os.lseek(fd, 0, os.SEEK_SET)
     os.write(fd, json.dumps(content).encode())
+
+
+def _is_alive(content: dict[str, Any]) -> bool:
+    """Of what is unknown it is supposed."""
+    pid = content.get("pid")
+    return not isinstance(pid, int) or psutil.pid_exists(pid)
 
 
 def _describe(content: dict[str, Any]) -> str:

@@ -134,12 +134,11 @@ class Loop:
 
     def recover(self) -> list[str]:
         """Bring ledger, git and the lab's files together after whatever happened. The lab's lock must be held."""
-        git = self.lab.git
         says = []
-        if not git.is_whole():
+        if not self.lab.git.is_whole():
             self.lab.make_repository()
             says.append("the lab's repository was damaged and is made again from the ledger")
-        says += [f"removed stale {name}" for name in self.lab.git.clear_stale_locks([self.lab.branch_ref])]
+        says += [f"removed stale {name}" for name in self.lab.clear_leftovers()]
         says += [self._take_up(action, number) for action, number in unfinished(self.ledger.experiments())]
         says += self.lab.publish()
         best = self.lab.best()

@@ -11,6 +11,7 @@ As a process: `python scripted.py PROJECT LAB EXPERIMENTS SECONDS_EACH` runs a l
 from __future__ import annotations
 
 import ast
+import hashlib
 import random
 import subprocess
 import sys
@@ -105,9 +106,9 @@ def make_lab(path: Path, settings: Settings, first: bytes | None = None) -> Lab:
     )
 
 
-def git(lab: Lab, *arguments: str) -> str:
+def git(lab: Lab, *arguments: str, stdin: str = "") -> str:
     """Plain git as a user would call it in the lab."""
-    done = subprocess.run(["git", *arguments], cwd=lab.path, capture_output=True, text=True, check=True)
+    done = subprocess.run(["git", *arguments], cwd=lab.path, capture_output=True, text=True, check=True, input=stdin)
     return (done.stdout + done.stderr).strip()
 
 
@@ -118,13 +119,19 @@ def check(lab: Lab) -> None:
     assert {e.state for e in experiments} <= {"proposed", "decided"}
     descriptions = [e.description for e in experiments]
     assert len(set(descriptions)) == len(descriptions), "an idea was counted twice"
+    blobs = {}
     for e in experiments:
         scored = e.status in ("keep", "discard")
         assert (e.val_bpb is not None) == scored, e
         assert bool(lab.ledger.samples(e.number)) == scored, e
         if e.status is not None:
-            assert git(lab, "rev-parse", lab.candidate_ref(e.number)) == e.commit
-            assert git(lab, "show", f"{e.commit}:train.py").encode() == lab.source(e.number).strip()
+            source = lab.source(e.number)
+            blobs[f"{lab.candidate_ref(e.number)} {e.commit}"] = hashlib.sha1(b"blob %d\0" % len(source) + source)
+    refs = set(git(lab, "for-each-ref", "--format=%(refname) %(objectname)").splitlines())
+    assert blobs.keys() <= refs
+    names = "".join(f"{name.split()[0]}:train.py\n" for name in blobs)
+    found = git(lab, "cat-file", "--batch-check=%(objectname)", stdin=names).split()
+    assert found == [blob.hexdigest() for blob in blobs.values()]
     kept = [e.commit for e in experiments if e.is_kept]
     assert git(lab, "rev-list", "--first-parent", lab.branch).split()[:-1] == kept[::-1]
     assert git(lab, "fsck", "--strict", "--no-dangling", "--no-progress") == ""

@@ -373,10 +373,11 @@ def test_commits_of_others_on_the_branch_are_saved_and_the_branch_set_back(lab):
     check(lab)
 
 
-@pytest.mark.parametrize("name", ["index.lock", "HEAD.lock", "packed-refs.lock", "branch", "config.lock"])
+@pytest.mark.parametrize("name", ["index.lock", "HEAD.lock", "packed-refs.lock", "branch", "candidate", "config.lock"])
 def test_stale_locks_of_dead_processes(lab, name):
     run(lab, 2)
-    lock = lab.path / ".git" / (f"{lab.branch_ref}.lock" if name == "branch" else name)
+    refs = {"branch": f"{lab.branch_ref}.lock", "candidate": f"{lab.candidate_ref(3)}.lock"}
+    lock = lab.path / ".git" / refs.get(name, name)
     lock.write_bytes(b"")
     executor = Scripted()
     loop = Loop(lab, None, executor, lambda event: None)

@@ -14,7 +14,14 @@ import pytest
 from hypothesis import HealthCheck
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 from scripted import Limits, Loop, Night, Scripted, check, git, idea, make_lab, recipe
 
 from core import gitstore, lab, live
@@ -484,13 +491,12 @@ class AnyOrder(RuleBasedStateMachine):
         return file
 
 
+@pytest.mark.slow
 def test_nothing_is_lost_in_any_order(settings):
     AnyOrder.given_settings = settings
     profile = hypothesis_settings(
         max_examples=12, stateful_step_count=10, deadline=None, suppress_health_check=list(HealthCheck)
     )
-    from hypothesis.stateful import run_state_machine_as_test
-
     run_state_machine_as_test(AnyOrder, settings=profile)
 
 

@@ -1,0 +1,231 @@
+"""kill -9 at random instants; whatever it hit, the next start goes on and nothing is lost, counted twice or half kept.
+And, once, the order of writes on disk as the kernel saw it."""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from scripted import Limits, Loop, Night, Scripted, check, git, make_lab, recipe
+
+from core import paths
+from core.lab import Lab
+from core.loop import LocalExecutor
+
+if sys.platform == "win32":
+    pytest.skip("kill -9 and fork are POSIX", allow_module_level=True)
+
+
+def in_a_process(act) -> int:
+    """Run `act` in a forked process, leader of a group of its own. Returns its pid."""
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 1
+    try:
+        os.setpgid(0, 0)
+        act()
+        code = 0
+    finally:
+        os._exit(code)  # nothing of the test's own may run in here
+
+
+def kill(pid: int, tree: bool) -> None:
+    """The process alone, or with it all that it has started."""
+    if tree:
+        try:
+            os.killpg(pid, signal.SIGKILL)
+        except ProcessLookupError:  # it has not made its group yet, or is gone
+            os.kill(pid, signal.SIGKILL)
+    else:
+        os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+
+
+def start_again(path: Path) -> Lab:
+    """What every start does first; then everything has to hold."""
+    lab = Lab.open(path)
+    with lab.lock():
+        Loop(lab, None, Scripted(), lambda event: None).recover()
+    check(lab)
+    return lab
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(4))
+def test_killed_at_random_instants(tmp_path, settings, seed):
+    """12 kills in a lab, four labs; the loop, or the loop with the git that it has just called."""
+    dice = random.Random(seed)
+    lab = make_lab(tmp_path / "night", settings)
+    decided = 0
+    for _ in range(12):
+        lab.ledger.close()
+
+        def act(path=lab.path):
+            Loop(Lab.open(path), Night(), Scripted(seconds=0.005), lambda event: None).run(Limits())
+
+        pid = in_a_process(act)
+        time.sleep(dice.uniform(0.02, 0.4))
+        kill(pid, tree=dice.random() < 0.5)
+        lab = start_again(lab.path)
+        after = sum(e.status is not None for e in lab.ledger.experiments())
+        assert after >= decided
+        decided = after
+    Loop(lab, Night(), Scripted(), lambda event: None).run(Limits(experiments=3))
+    check(lab)
+    total = decided + 3
+    assert [e.description for e in lab.ledger.experiments()] == ["baseline", *(f"idea {k}" for k in range(1, total))]
+
+
+@pytest.mark.slow
+def test_an_undo_that_is_killed(tmp_path, settings):
+    dice = random.Random(7)
+    lab = make_lab(tmp_path / "night", settings)
+    for k in range(5):
+        Loop(lab, None, Scripted(), lambda event: None).judge(recipe(1.0 - k / 10), f"step {k}")
+    while len(keeps := [e.number for e in lab.ledger.experiments() if e.is_kept]) > 1:
+        lab.ledger.close()
+        pid = in_a_process(lambda: Lab.open(lab.path).undo(keeps[-1]))  # noqa: B023 - used before the next turn
+        time.sleep(dice.uniform(0.0, 0.06))
+        kill(pid, tree=True)
+        lab = Lab.open(lab.path)
+        with lab.lock():
+            Loop(lab, None, Scripted(), lambda event: None).recover()
+        left = [e for e in lab.ledger.experiments() if e.is_kept]
+        assert [e.number for e in left] in (keeps, keeps[:-1])
+        assert git(lab, "rev-list", "--first-parent", lab.branch).split()[:-1] == [e.commit for e in left][::-1]
+        assert lab.working_source() == lab.best_source()
+        assert git(lab, "fsck", "--strict", "--no-dangling", "--no-progress") == ""
+
+
+def test_a_killed_init_leaves_no_half_made_lab(tmp_path, settings):
+    dice = random.Random(3)
+    for k in range(12):
+        path = tmp_path / f"lab{k}"
+        pid = in_a_process(lambda: make_lab(path, settings))  # noqa: B023 - used before the next turn
+        time.sleep(dice.uniform(0.0, 0.12))
+        kill(pid, tree=dice.random() < 0.5)
+        if path.exists():
+            check(Lab.open(path))
+        else:
+            check(make_lab(path, settings))
+
+
+# --- with the real referee and its children ----------------------------------------------------------
+
+
+def descendants(pid: int) -> list[psutil.Process]:
+    try:
+        return psutil.Process(pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        return []
+
+
+@pytest.mark.slow
+def test_the_real_referee_killed(tmp_path, settings, tiny_recipe):
+    """During import, training and scoring; its children go with it, and the experiment keeps its number."""
+    lab = make_lab(tmp_path / "night", settings, first=tiny_recipe.encode())
+    dice = random.Random(5)
+    for seconds in (dice.uniform(0.1, 1.0), dice.uniform(2.0, 5.0)):
+        lab.ledger.close()
+
+        def act(path=lab.path):
+            Loop(Lab.open(path), None, LocalExecutor(), lambda event: None).judge_pending(1)
+
+        pid = in_a_process(act)
+        time.sleep(seconds)
+        children = descendants(pid)
+        kill(pid, tree=False)
+        _, alive = psutil.wait_procs(children, timeout=10)
+        assert not alive
+        lab = start_again(lab.path)
+        assert [(e.number, e.status) for e in lab.ledger.experiments()] in ([(1, None)], [(1, "keep")])
+        assert lab.ledger.get(1).attempts <= 2
+    found = Loop(lab, None, LocalExecutor(), lambda event: None).judge_pending(1)
+    assert found.status == "keep", found.reason
+    assert len(lab.ledger.samples(1)) == 1
+
+
+@pytest.mark.slow
+def test_its_children_killed(tmp_path, settings, tiny_recipe):
+    """The experiment fails without a number, and the next one runs."""
+    lab = make_lab(tmp_path / "night", settings, first=tiny_recipe.encode())
+    me = os.getpid()
+    trained = []
+
+    def on_event(event):
+        if event.kind == "progress" and not trained:
+            trained.append(True)
+            for child in descendants(me):
+                child.kill()
+
+    found = Loop(lab, None, LocalExecutor(), on_event).judge_pending(1)
+    assert trained
+    assert (found.status, found.val_bpb) == ("crash", None)
+    better = Loop(lab, None, LocalExecutor(), lambda event: None).judge(tiny_recipe.encode() + b"\n# again\n", "again")
+    assert better.status == "keep", better.reason
+
+
+# --- the order on disk -------------------------------------------------------------------------------
+
+CALL = re.compile(r"^(?:\[pid +)?(\d+)\]? +(\w+)\((.*)\) += 0")
+
+
+@pytest.mark.skipif(shutil.which("strace") is None, reason="strace is not installed")
+def test_the_order_of_writes_and_syncs(tmp_path, settings):
+    """Intent, objects, refs, decision, the lab's file: each synced before the next begins."""
+    lab = make_lab(tmp_path / "night", settings)
+    lab.ledger.close()
+    log = tmp_path / "strace"
+    traced = "trace=fsync,fdatasync,rename,renameat,renameat2,link,linkat"
+    script = Path(__file__).with_name("scripted.py")
+    argv = [sys.executable, str(script), str(paths.project_root()), str(lab.path), "1", "0"]
+    done = subprocess.run(["strace", "-f", "-y", "-o", str(log), "-e", traced, *argv], capture_output=True, text=True)
+    if "ptrace" in done.stderr.lower():
+        pytest.skip(f"strace is not allowed here: {done.stderr.strip().splitlines()[-1]}")
+    assert done.returncode == 0, done.stderr
+    steps = [step for line in log.read_text().splitlines() if (step := meaning(line, lab))]
+    story = [step for step, before in zip(steps, [None, *steps], strict=False) if step != before]
+    text = " ".join(story)
+    # one experiment: started; measured; its objects; both refs, each synced before it is renamed into place; decided
+    assert re.search(
+        r"ledger (?:file )*ledger (?:synced-object object )+(?:ref-synced )+(?:ref )+ledger", text
+    ) or re.search(
+        r"ledger (?:(?:synced-object|object|ref-synced|file) )*ref-synced (?:ref )+(?:file )*ledger", text
+    ), text
+    first_ref, last_object = text.index(" ref "), text.rindex("object", 0, text.index(" ref "))
+    assert last_object < first_ref
+    assert "recipe" not in text.split(" ref ")[0].split()  # the lab's own file is not written before the refs
+    objects = steps.count("object")
+    assert objects >= 1
+    assert steps.count("synced-object") >= objects, "an object was put in place before it was on disk"
+
+
+def meaning(line: str, lab: Lab) -> str:
+    """One traced call as a word; "" for what is of no matter."""
+    found = CALL.match(line.strip())
+    if not found:
+        return ""
+    call, arguments = found.group(2), found.group(3)
+    git_dir = str(lab.path / ".git")
+    if call in ("fsync", "fdatasync"):
+        if "ledger.sqlite" in arguments:
+            return "ledger"
+        if f"{git_dir}/objects" in arguments:
+            return "synced-object"
+        return "ref-synced" if f"{git_dir}/refs" in arguments else ""
+    target = arguments.rsplit('"', 2)[1]
+    if target.endswith("/train.py"):
+        return "recipe"
+    if "/objects/" in target or target.startswith("objects/"):
+        return "object"
+    return "ref" if "refs/" in target else ""
