@@ -67,7 +67,13 @@ def read(name: str, dataset: Dataset | None = None) -> Cheat:
     if "@BIGRAMS@" in source and dataset is not None:
         source = source.replace("@BIGRAMS@", commonest_successors(dataset))
     source = source.replace("@NOISE@", str(np.random.default_rng(0).bytes(20_000).hex()))
-    return Cheat(source.encode(), frozenset(declared["EXPECT"]), tuple(declared["CAUGHT_BY"]), declared["LINT"], text)
+    return Cheat(
+        source=source.encode(),
+        expect=frozenset(declared["EXPECT"]),
+        caught_by=tuple(declared["CAUGHT_BY"]),
+        lint=declared["LINT"],
+        base=declared.get("BASE", ""),
+    )
 
 
 KNOWN = ("KIND", "EXPECT", "CAUGHT_BY", "LINT", "BASE")
