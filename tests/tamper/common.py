@@ -57,15 +57,19 @@ class Adam:
     @torch.no_grad()
     def step(self, rate=1e-3):
         self.steps += 1
-        gradients = [p.grad for p in self.parameters]
-        torch._foreach_lerp_(self.first, gradients, 1 - self.beta1)
-        torch._foreach_mul_(self.second, self.beta2)
-        torch._foreach_addcmul_(self.second, gradients, gradients, 1 - self.beta2)
-        scale = torch._foreach_div(self.second, 1 - self.beta2**self.steps)
+        used = [
+            (p, m, v) for p, m, v in zip(self.parameters, self.first, self.second, strict=True) if p.grad is not None
+        ]
+        parameters, first, second = ([row[i] for row in used] for i in range(3))
+        gradients = [p.grad for p in parameters]
+        torch._foreach_lerp_(first, gradients, 1 - self.beta1)
+        torch._foreach_mul_(second, self.beta2)
+        torch._foreach_addcmul_(second, gradients, gradients, 1 - self.beta2)
+        scale = torch._foreach_div(second, 1 - self.beta2**self.steps)
         torch._foreach_sqrt_(scale)
         torch._foreach_add_(scale, 1e-8)
-        torch._foreach_addcdiv_(self.parameters, self.first, scale, -rate)
-        for p in self.parameters:
+        torch._foreach_addcdiv_(parameters, first, scale, -rate)
+        for p in parameters:
             p.grad = None
 
 

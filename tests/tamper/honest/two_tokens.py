@@ -25,15 +25,6 @@ class Training(Honest):
         second = F.cross_entropy(self.net.second(hidden[:, :-1]).flatten(0, 1), rows[:, 2:].flatten())
         return first + 0.2 * second
 
-    def step(self, batches, progress):
-        for p in self.net.qkv.weight, self.net.out.weight:
-            p.requires_grad_(False)
-        self.optimizer.parameters = [p for p in self.net.parameters() if p.requires_grad]
-        if len(self.optimizer.first) != len(self.optimizer.parameters):
-            self.optimizer.first = [p.detach() * 0 for p in self.optimizer.parameters]
-            self.optimizer.second = [p.detach() * 0 for p in self.optimizer.parameters]
-        return super().step(batches, progress)
-
 
 def build(spec):
     return Training(spec, TwoTokens)
