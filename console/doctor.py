@@ -42,7 +42,7 @@ def _walls() -> list[Check]:
     from core.doctor import Check
     from core.sandbox import self_check
 
-    return [Check(f"sandbox: {c.name}", c.ok, c.detail, getattr(c, "action", "")) for c in self_check()]
+    return [Check(c.name, c.ok, c.detail, getattr(c, "action", "")) for c in self_check()]
 
 
 def _show(screen: Screen, checks: Sequence[Check]) -> None:

@@ -37,6 +37,8 @@ def log_verb(screen: Screen, given: str | None, follow: bool, limit: int | None,
         return
     screen.show(tables.log_table(chosen, view.scale, screen))
     screen.say(tables.tally_line(view.total))
+    if any(r.tainted for r in chosen):
+        screen.say(tables.TAINTED)
 
 
 def _chosen(all_rows: list[Row], limit: int | None, kept: bool) -> list[Row]:
@@ -96,7 +98,8 @@ def status_verb(screen: Screen, given: str | None) -> None:
     screen.say(_running_line(state))
     for line in _progress_lines(state, screen):
         screen.say(line)
-    screen.say(f"experiments  {tables.tally_line(view.total)}")
+    done = tables.tally_line(view.total) if view.total.experiments else "none yet: the first is the baseline"
+    screen.say(f"experiments  {done}")
     if view.best:
         screen.say(f"best         {bpb(view.best.val_bpb)}  #{view.best.number}  {view.best.description}")
         screen.say(f"             ({view.scale})")
@@ -137,7 +140,7 @@ def progress_parts(state: dict[str, Any]) -> list[str]:
     parts += [f"step {state['step']}"] if state.get("step") is not None else []
     parts += [f"loss {state['loss']:.3f}"] if isinstance(state.get("loss"), float) else []
     parts += [f"{count(rate)} tokens/s"] if rate else []
-    parts += [f"MFU {100 * mfu:.0f} %"] if mfu else []
+    parts += [f"MFU {100 * mfu:.2g} %"] if mfu else []
     parts += [f"{duration(state['remaining'])} left"] if isinstance(state.get("remaining"), int | float) else []
     return parts
 

@@ -273,7 +273,7 @@ def passes_line(tokens: int, per_second: float | None, budget: float) -> str:
     if not per_second:
         return ""
     passes = per_second * budget / tokens
-    text = f"{count(per_second * budget)} tokens in a budget, {passes:.1f} passes over the text"
+    text = f"{count(per_second * budget)} tokens in a budget, {passes:.2g} passes over the text"
     return f"{text}: more than 4, so it learns by heart; more text would help" if passes > 4 else text
 
 

@@ -21,10 +21,14 @@ class Scale:
     backend: str = ""
     device: str = ""
 
-    def __str__(self) -> str:
+    @property
+    def conditions(self) -> str:
         from console.words import duration
 
-        return f"val_bpb on {self.data}, {self.context} tokens of context, {duration(self.budget)} of training"
+        return f"{self.data}, {self.context} tokens of context, {duration(self.budget)} of training"
+
+    def __str__(self) -> str:
+        return f"val_bpb on {self.conditions}"
 
     def to_json(self) -> dict[str, Any]:
         return {"data": self.data, "context": self.context, "budget_seconds": self.budget, "backend": self.backend,

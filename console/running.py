@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any
 from console import places, tables
 from console.awake import awake
 from console.display import Ticker, expected, finish_line
+from console.looking import running_state
 from console.making import Wishes, free_disk, make, passes_line
 from console.output import Screen
 from console.rows import Row, row
 from console.signals import Asked, ends
 from console.words import bpb, clock, count, delta, duration, plural
-from core.errors import UserError
+from core.errors import Busy, UserError
 
 if TYPE_CHECKING:
     from core.lab import Lab
@@ -123,6 +124,7 @@ def _run(screen: Screen, lab: Lab, who: Any, limits: Limits, demo: bool) -> int:
     from core.loop import Limits as LoopLimits
     from core.loop import LocalExecutor, Loop
 
+    _must_be_free(lab)
     before = {e.number for e in lab.ledger.experiments() if e.status is not None}
     with awake() as sleep, Ticker(screen, events=True) as ticker:
         loop = Loop(lab, who, LocalExecutor(), _Narrator(screen, ticker, lab))
@@ -130,6 +132,17 @@ def _run(screen: Screen, lab: Lab, who: Any, limits: Limits, demo: bool) -> int:
             _banner(screen, lab, who.name, limits, sleep)
             summary = loop.run(LoopLimits(experiments=limits.experiments, deadline=limits.deadline))
     return _ending(screen, lab, before, asked, summary, demo)
+
+
+def _must_be_free(lab: Lab) -> None:
+    """Before the banner: the loop refuses the same, but a banner followed by an error would mislead."""
+    state = running_state(lab)
+    if state is not None:
+        doing = f" with experiment {state['number']}" if state.get("number") else ""
+        raise Busy(
+            f"lab {lab.tag} is in use by process {state['pid']}{doing}",
+            f"see `autoresearch status {places.spelled(lab.path)}`, or end it with `autoresearch stop`",
+        )
 
 
 class _Narrator:
@@ -223,9 +236,11 @@ def _kept(screen: Screen, view: places.Picture, new: list[Row]) -> None:
     )
     for r in kept[-10:]:
         screen.say(f"  #{r.number:<4} {bpb(r.val_bpb)}  {delta(r.delta)}  {r.description}")
+    if any(r.tainted for r in new):
+        screen.say(tables.TAINTED)
     if view.best and view.total.baseline and view.total.gain:
         first = view.total.baseline
-        screen.say(f"val_bpb {bpb(first.val_bpb)} -> {bpb(view.best.val_bpb)} ({view.scale})")
+        screen.say(f"val_bpb {bpb(first.val_bpb)} -> {bpb(view.best.val_bpb)} on {view.scale.conditions}")
 
 
 def _next(screen: Screen, lab: Lab, view: places.Picture, asked: Asked, demo: bool) -> None:
@@ -234,12 +249,11 @@ def _next(screen: Screen, lab: Lab, view: places.Picture, asked: Asked, demo: bo
     if asked.signal:
         commands.append((f"autoresearch run{' --demo' if demo else ''}", "go on"))
     if view.best:
-        commands += [
-            (f"autoresearch log {where}", "everything that was tried"),
-            (f"autoresearch diff {view.best.number}", "what the best changed"),
-            ('autoresearch sample --prompt "In the beginning"', "let it write"),
-            ("autoresearch report", "the picture"),
-        ]
+        commands.append((f"autoresearch log {where}", "everything that was tried"))
+        if view.total.kept:
+            commands.append((f"autoresearch diff {view.best.number}", "what the best changed"))
+        commands.append(('autoresearch sample --prompt "In the beginning"', "let it write"))
+        commands.append(("autoresearch report", "the picture"))
     if demo:
         tag = places.free_tag(places.default_tag())
         commands.append((f"autoresearch run {tag} --hours 8", "a real night, fitted to this machine"))

@@ -22,8 +22,11 @@ def sample_verb(screen: Screen, given: str | None, prompt: str, tokens: int, tem
     lab = places.find(screen, given)
     best = lab.best()
     weights = lab.best_weights()
-    if best is None or weights is None:
+    if best is None:
         raise UserError(f"lab {lab.tag} has no trained best yet", "autoresearch run")
+    if weights is None:
+        fact = f"the weights of #{best.number} are not there any more: only those of the latest best are kept"
+        raise UserError(fact, "autoresearch train --out DIR makes them again, for use elsewhere; or `run` on")
     tokenizer = lab.dataset().tokenizer()
     start = tokenizer.encode(prompt)
     screen.say(f"#{best.number}, {bpb(best.val_bpb)} ({places.scale(lab)})")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from console import places
 from console.output import Screen
 from console.words import bpb, plural, size
@@ -51,8 +53,11 @@ def clean_verb(screen: Screen, given: str | None, yes: bool) -> None:
         "lab": places.about(lab), "freed": yes, "bytes": total,
         "items": [{"what": str(what), "bytes": freed} for what, freed in found],
     })  # fmt: skip
+    folders: dict[str, list[int]] = {}
     for what, freed in found:
-        screen.say(f"  {size(freed):>10}  {what}")
+        folders.setdefault(str(Path(what).parent), []).append(freed)
+    for folder, sizes in folders.items():
+        screen.say(f"  {size(sum(sizes)):>10}  {plural(len(sizes), 'item')} in {folder}")
     if not found:
         screen.say("nothing to free: only the best's weights, the ledger and what the lab needs are kept")
     elif yes:

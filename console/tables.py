@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from rich.box import Box
     from rich.table import Table
 
+TAINTED = "tainted: something else used the machine meanwhile, so the score may be worse than it would be alone"
 STYLES = {"keep": "bold green", "simplify": "bold green", "crash": "dark_orange3", "timeout": "dark_orange3",
           "invalid": "dark_orange3"}  # fmt: skip
 
@@ -91,6 +92,6 @@ def card(r: Row, scale: Scale, screen: Screen) -> list[str]:
     if tail and r.failed:
         lines += [
             "  what it last printed:",
-            *(f"    {shorten(line, max(40, screen.width - 6))}" for line in tail[-12:]),
+            *(f"    {line[: max(40, screen.width - 6)]}" for line in tail[-12:]),
         ]
     return [plain(line) for line in lines]

@@ -15,7 +15,7 @@ from console.awake import awake
 from console.display import Ticker
 from console.output import Screen
 from console.signals import ends
-from console.words import bpb, count, duration, shorten, size
+from console.words import bpb, count, duration, size
 from core.errors import UserError
 
 if TYPE_CHECKING:
@@ -104,7 +104,7 @@ def _summary(screen: Screen, lab: Lab, outcome: Outcome, total: float, budget: f
     if outcome.status != "scored" or outcome.val_bpb is None:
         screen.say(f"{outcome.status}: {outcome.reason}")
         for line in (outcome.log_tail or "").strip().splitlines()[-12:]:
-            screen.say(f"  | {shorten(line, 110)}")
+            screen.say(f"  | {line[:110]}")
         return
     described = outcome.describe or {}
     figures = [

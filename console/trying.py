@@ -13,7 +13,7 @@ from console import places, tables
 from console.looking import progress_parts, running_state
 from console.output import Screen
 from console.rows import Row, row
-from console.words import bpb, duration, shorten
+from console.words import bpb, duration
 from core.errors import Busy, UserError
 
 if TYPE_CHECKING:
@@ -162,7 +162,8 @@ def _wait(screen: Screen, lab: Lab, number: int, timeout: float | None) -> int:
 
 def _phase(screen: Screen, state: dict[str, Any], number: int, shown: str) -> str:
     """Say it when the phase changes: a handful of lines in all."""
-    phase = str(state.get("phase") or "") if state.get("number") == number else f"waits for #{state.get('number')}"
+    other = state.get("number")
+    phase = str(state.get("phase") or "") if other == number else f"waits for #{other}" if other else ""
     if phase and phase != shown:
         screen.say(f"#{number} {phase}")
     return phase or shown
@@ -191,7 +192,7 @@ def _told(screen: Screen, lab: Lab, found: Row, again: bool) -> int:
     if found.failed:
         tail = (found.outcome.get("log_tail") or "").strip().splitlines()
         for line in tail[-6:]:
-            screen.say(f"  | {shorten(line, 110)}")
+            screen.say(f"  | {line[:110]}")
     if not again:
         says = "kept: train.py is committed and is the best now" if found.kept else "train.py is the best again"
         screen.say(f"  {says}; `autoresearch show {found.number}` tells all")
