@@ -1,6 +1,6 @@
 """Git as a store of objects and refs, and nothing else: no hook, filter, alias, attribute or user setting acts.
 
-Only plumbing is called (hash-object, mktree, commit-tree, update-ref, cat-file, for-each-ref), through GitPython.
+Only plumbing is called (hash-object, commit-tree, update-ref, cat-file, for-each-ref), through GitPython.
 Porcelain such as `index.commit` runs planted hooks. What lies in the lab's `.git/config` is outvoted by `-c`
 or never looked at by these commands.
 """
@@ -84,9 +84,12 @@ class GitStore:
         return self._text("hash-object", "-w", "-t", "blob", "--stdin", "--no-filters", stdin=content)
 
     def tree(self, files: Mapping[str, str]) -> str:
-        """`files`: name -> blob, all in one folder."""
-        lines = "".join(f"100644 blob {sha}\t{name}\0" for name, sha in sorted(files.items()))
-        return self._text("mktree", "-z", stdin=lines.encode())
+        """`files`: name -> blob, all in one folder.
+
+        Not by `git mktree`: it reads no settings, core.fsync neither, and leaves the tree unsynced (git 2.39).
+        """
+        entries = (b"100644 %s\0" % name.encode() + bytes.fromhex(sha) for name, sha in sorted(files.items()))
+        return self._text("hash-object", "-w", "-t", "tree", "--stdin", stdin=b"".join(entries))
 
     def commit(self, tree: str, parents: Sequence[str], message: str, when: str) -> str:
         """Equal arguments give the equal commit: `when` is its date ("2026-01-31T12:00:00+00:00")."""

@@ -177,55 +177,49 @@ def test_its_children_killed(tmp_path, settings, tiny_recipe):
 
 # --- the order on disk -------------------------------------------------------------------------------
 
-CALL = re.compile(r"^(?:\[pid +)?(\d+)\]? +(\w+)\((.*)\) += 0")
+# fsync(3</path/of/file>)   rename("from", "to")   link("from", "to")
+CALL = re.compile(r"(\w+)\((?:\d+<(?P<synced>[^>]*)>|\"(?P<source>[^\"]*)\", \"(?P<target>[^\"]*)\")")
 
 
 @pytest.mark.skipif(shutil.which("strace") is None, reason="strace is not installed")
 def test_the_order_of_writes_and_syncs(tmp_path, settings):
-    """Intent, objects, refs, decision, the lab's file: each synced before the next begins."""
+    """Intent, objects, refs, decision, the lab's file: each on disk before the next begins."""
     lab = make_lab(tmp_path / "night", settings)
+    Loop(lab, Night(), Scripted(), lambda event: None).run(Limits(experiments=1))
     lab.ledger.close()
     log = tmp_path / "strace"
-    traced = "trace=fsync,fdatasync,rename,renameat,renameat2,link,linkat"
-    script = Path(__file__).with_name("scripted.py")
-    argv = [sys.executable, str(script), str(paths.project_root()), str(lab.path), "1", "0"]
-    done = subprocess.run(["strace", "-f", "-y", "-o", str(log), "-e", traced, *argv], capture_output=True, text=True)
+    calls = "trace=fsync,fdatasync,rename,renameat,renameat2,link,linkat"
+    code = (
+        f"import sys; sys.path[:0] = [{str(paths.project_root())!r}, {str(Path(__file__).parent)!r}]\n"
+        "from pathlib import Path; from scripted import *\n"
+        f"lab = Lab.open(Path({str(lab.path)!r}))\n"
+        "Loop(lab, None, Scripted(), lambda event: None).judge(recipe(1.0), 'better')\n"
+    )
+    argv = ["strace", "-f", "-y", "-o", str(log), "-e", calls, sys.executable, "-c", code]
+    done = subprocess.run(argv, capture_output=True, text=True)
     if "ptrace" in done.stderr.lower():
         pytest.skip(f"strace is not allowed here: {done.stderr.strip().splitlines()[-1]}")
     assert done.returncode == 0, done.stderr
-    steps = [step for line in log.read_text().splitlines() if (step := meaning(line, lab))]
-    story = [step for step, before in zip(steps, [None, *steps], strict=False) if step != before]
-    text = " ".join(story)
-    # one experiment: started; measured; its objects; both refs, each synced before it is renamed into place; decided
-    assert re.search(
-        r"ledger (?:file )*ledger (?:synced-object object )+(?:ref-synced )+(?:ref )+ledger", text
-    ) or re.search(
-        r"ledger (?:(?:synced-object|object|ref-synced|file) )*ref-synced (?:ref )+(?:file )*ledger", text
-    ), text
-    first_ref, last_object = text.index(" ref "), text.rindex("object", 0, text.index(" ref "))
-    assert last_object < first_ref
-    assert "recipe" not in text.split(" ref ")[0].split()  # the lab's own file is not written before the refs
-    objects = steps.count("object")
-    assert objects >= 1
-    assert steps.count("synced-object") >= objects, "an object was put in place before it was on disk"
+    steps = [found for line in log.read_text().splitlines() if (found := CALL.search(line))]
+    syncs = [(k, f["synced"]) for k, f in enumerate(steps) if f["synced"]]
+    moves = [(k, f["source"], f["target"]) for k, f in enumerate(steps) if f["target"]]
 
+    def moved_to(part: str) -> list[int]:
+        """Positions of the renames and links into place; what was moved was synced before."""
+        found = [(k, source) for k, source, target in moves if part in target]
+        for k, source in found:
+            assert any(at < k and Path(name).name == Path(source).name for at, name in syncs), source
+        return [k for k, _ in found]
 
-def meaning(line: str, lab: Lab) -> str:
-    """One traced call as a word; "" for what is of no matter."""
-    found = CALL.match(line.strip())
-    if not found:
-        return ""
-    call, arguments = found.group(2), found.group(3)
-    git_dir = str(lab.path / ".git")
-    if call in ("fsync", "fdatasync"):
-        if "ledger.sqlite" in arguments:
-            return "ledger"
-        if f"{git_dir}/objects" in arguments:
-            return "synced-object"
-        return "ref-synced" if f"{git_dir}/refs" in arguments else ""
-    target = arguments.rsplit('"', 2)[1]
-    if target.endswith("/train.py"):
-        return "recipe"
-    if "/objects/" in target or target.startswith("objects/"):
-        return "object"
-    return "ref" if "refs/" in target else ""
+    ledger = [k for k, name in syncs if "ledger.sqlite" in name]
+    objects = moved_to("/.git/objects/")
+    candidate, branch = moved_to(f"refs/autoresearch/{lab.tag}/2"), moved_to(lab.branch_ref)
+    [recipe_file] = moved_to("/train.py")
+    assert len(objects) == 3  # blob, tree, commit
+    assert len(candidate) == len(branch) == 1
+    refs = candidate + branch
+    assert len([k for k in ledger if k < objects[0]]) >= 3  # proposed, started, measured
+    assert max(objects) < min(refs)
+    assert not [k for k in ledger if min(objects) < k < max(refs)]
+    assert any(max(refs) < k < recipe_file for k in ledger)  # decided
+    assert not [k for k in ledger if k > recipe_file]
