@@ -31,12 +31,12 @@ from core.contract import Batches, Spec
 
 # --- constants: `# search:` gives the range that the offline search may try --------------------
 
-DEPTH = 4  # search: 1..8; transformer layers
+DEPTH = 4  # search: 1..12; transformer layers
 ASPECT_RATIO = 32  # search: 16..128; model dim = DEPTH * ASPECT_RATIO, rounded up to whole heads
 HEAD_DIM = 128  # search: 32 | 64 | 128; channels of one attention head
 WINDOW_PATTERN = "SSSL"  # search: L | SL | SSL | SSSL; per layer: L whole context, S half; the last is always L
 
-TOTAL_BATCH_SIZE = 2**12  # search: 2**10..2**14 pow2; tokens of one optimizer step
+TOTAL_BATCH_SIZE = 2**12  # search: 2**9..2**16 pow2; tokens of one optimizer step
 DEVICE_BATCH_SIZE = 16  # rows that go through the model at once; more of them only cost memory
 EMBEDDING_LR = 0.6  # search: 0.05..4 log; token and value embeddings (AdamW)
 UNEMBEDDING_LR = 0.004  # search: 0.0005..0.05 log; lm_head (AdamW)
@@ -278,15 +278,15 @@ def head_weight(head: Tensor, dtype: torch.dtype) -> Tensor:
     return (head * (2 / SOFTCAP)).to(dtype)
 
 
-HEAD_ROWS = 512  # tokens whose logits exist at one time
-LOSS_ROWS = 32  # tokens whose logits are worked on at one time: two float32 buffers of 1 MiB at V = 8192
+HEAD_ROWS = 512  # tokens whose logits exist at one time: enough for fast matrix products
+LOSS_LOGITS = 2**18  # logits that are worked on at one time: two float32 buffers of 1 MiB
 
 
 class SoftcappedLoss(torch.autograd.Function):
     """Mean cross-entropy of the softcapped logits, with its gradients, a few rows at a time.
 
-    All N*V logits never exist: HEAD_ROWS tokens' are made, and LOSS_ROWS of them at a time go through the
-    softmax while they are in the cache. With s = sigmoid(u) the logits are 2*SOFTCAP*s up to a constant,
+    All N*V logits never exist: those of HEAD_ROWS tokens are made, and LOSS_LOGITS of them at a time go through
+    the softmax while they are in the cache. With s = sigmoid(u) the logits are 2*SOFTCAP*s up to a constant,
     which a softmax ignores:
     p = softmax(2*SOFTCAP*s), loss = -log p[target], d loss/du = 2*SOFTCAP * (p - onehot) * s * (1 - s).
     Logits span 30 at most, so p[target] > e^-30/V: its logarithm is safe in float32.
@@ -298,12 +298,13 @@ class SoftcappedLoss(torch.autograd.Function):
         weight = head_weight(head, x.dtype)
         picked = torch.empty(len(x))  # probability of each target
         dx, dhead = torch.empty_like(x), torch.zeros_like(head)
-        minus_one = x.new_full((LOSS_ROWS, 1), -1.0, dtype=torch.float32)
+        loss_rows = max(1, LOSS_LOGITS // len(head))
+        minus_one = torch.full((loss_rows, 1), -1.0)
         for start in range(0, len(x), HEAD_ROWS):
             part = slice(start, start + HEAD_ROWS)
             u = x[part] @ weight.T  # becomes d loss/du, in place
-            for i in range(0, len(u), LOSS_ROWS):
-                rows = u[i : i + LOSS_ROWS]
+            for i in range(0, len(u), loss_rows):
+                rows = u[i : i + loss_rows]
                 index = targets[start + i : start + i + len(rows), None]
                 s = rows.float().sigmoid_()
                 p = torch.softmax(s * (2 * SOFTCAP), dim=-1)
