@@ -11,6 +11,7 @@ trainer, so that loading the backend's library overlaps; they get the recipe whe
 from __future__ import annotations
 
 import os
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -158,6 +159,8 @@ class _Experiment:
             return
         target = self.request.workdir / f"caches-{worker.role}"
         caches.copy(worker.caches, target)
+        if self.outcome.caches is not None:  # an earlier child's, of which this one had a copy
+            shutil.rmtree(self.outcome.caches)
         self.compiled = self.outcome.caches = target
 
     def _wants_audit(self, bpb: float) -> bool:

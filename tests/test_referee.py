@@ -126,6 +126,25 @@ def test_sampling_continues_a_text(
     assert left_behind() == []
 
 
+@pytest.mark.slow
+def test_compile_caches_are_kept_and_found_again(
+    run_recipe: Run, tiny_recipe: str, settings: Settings, tmp_path: Path
+) -> None:
+    source = changed(
+        tiny_recipe,
+        ("        self.steps = 0\n", "        self.steps = 0\n        self.model = torch.compile(self.model)\n"),
+    )
+    patient = dataclasses.replace(settings, warmup_cap=200.0, budget=1.0)
+    first = run_recipe(source, settings=patient, audit="never", workdir=tmp_path / "first")
+    assert first.status == "scored" and first.describe["compiled"], first.reason
+    assert first.caches is not None
+    assert [p.name for p in (tmp_path / "first").glob("caches*")] == [first.caches.name]
+    again = run_recipe(source, settings=patient, audit="never", workdir=tmp_path / "again", caches=first.caches)
+    assert again.status == "scored" and again.caches is not None
+    kernels = [{p.relative_to(o.caches) for p in o.caches.rglob("*.so")} for o in (first, again)]
+    assert kernels[0] and kernels[0] == kernels[1], "nothing was compiled again"
+
+
 # --- budgets -------------------------------------------------------------------------------------------
 
 
