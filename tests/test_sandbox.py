@@ -194,6 +194,21 @@ def test_environment_is_made_not_inherited(scratch: Path, monkeypatch: pytest.Mo
     assert Path(environment["TMPDIR"]).parent == scratch
 
 
+def test_precompiled_header_goes_to_the_caches(scratch: Path, tmp_path: Path) -> None:
+    """torch.compile puts it below TMPDIR, which is thrown away; it takes seconds to make."""
+    policy = sandbox.standard_policy(scratch, "cpu", caches=tmp_path / "caches")
+    code = """
+import getpass, os, tempfile
+folder = os.path.join(tempfile.gettempdir(), "torchinductor_" + getpass.getuser(), "precompiled_headers")
+os.makedirs(folder)
+open(os.path.join(folder, "x.gch"), "w").write("header")
+"""
+    child = sandbox.launch([sys.executable, "-c", code], policy, cwd=scratch, log=tmp_path / "log")
+    assert child.wait(20) == 0, child.log_tail()
+    child.channel.close()
+    assert (tmp_path / "caches/headers/precompiled_headers/x.gch").read_text() == "header"
+
+
 def test_file_is_handed_over_the_channel(scratch: Path, tmp_path: Path) -> None:
     """By descriptor only: the path stays closed, and so does a second opening through /proc/self/fd."""
     data = tmp_path / "shard"
