@@ -108,7 +108,7 @@ def self_check() -> list[Check]:
         for child in children.values():
             child.kill()
             child.channel.close()
-    return checks
+    return checks + [Check("sandbox: lacks", None, lack, "see docs/sandbox.md") for lack in able.missing]
 
 
 def attacks_checked(child: sandbox.Child, able: sandbox.Abilities) -> list[Check]:

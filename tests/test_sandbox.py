@@ -141,7 +141,7 @@ def test_doctor_shows_every_attack() -> None:
 def test_self_check_passes_here() -> None:
     need(sandbox.Layers(namespaces=False))
     checks = sandbox.self_check()
-    assert [c for c in checks if not c.ok] == []
+    assert [c for c in checks if c.ok is False] == []
     assert {"sandbox: network", "sandbox: files", "sandbox: limit of memory"} <= {c.name for c in checks}
 
 
