@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
+from core import processes
+
 
 @dataclass(frozen=True)
 class Place:
@@ -74,7 +76,20 @@ def places() -> tuple[Place, ...]:
                 break
     if "" in mounted and not found:
         found += unified(mounted[""][0], own.get("", "/"))
+    for place in found:
+        remove_stale(place.folder)
     return tuple(found)
+
+
+def remove_stale(folder: Path) -> None:
+    """Take away the groups of referees that were killed; a group that still has members stays, the kernel refuses."""
+    for group in folder.glob("autoresearch-*-*"):
+        pid = group.name.split("-")[1]
+        if pid.isdigit() and not processes.alive(int(pid)):
+            try:
+                group.rmdir()
+            except OSError:
+                continue
 
 
 def unified(point: Path, path: str) -> list[Place]:

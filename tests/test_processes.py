@@ -120,6 +120,10 @@ def test_tree_ends_with_the_referee(name: str, referee: Any) -> None:
     assert len(still_alive(tree)) == len(tree) >= 5
     process.kill()
     assert wait_until(lambda: not still_alive(tree)), still_alive(tree)
+    process.wait()
+    for place in cgroups.places():  # its groups are taken away by the next process that makes some
+        cgroups.remove_stale(place.folder)
+        assert list(place.folder.glob(f"autoresearch-{process.pid}-*")) == []
 
 
 @linux
