@@ -7,6 +7,9 @@ import os
 import signal
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +25,19 @@ VERBS = ["run", "log", "report", "doctor", "prepare", "init", "try", "wait", "tr
          "sample", "pause", "resume", "stop", "undo", "clean"]  # fmt: skip
 
 
+class Running(subprocess.Popen[str]):
+    """A verb with --json that still runs."""
+
+    def until(self, event: str) -> dict[str, Any]:
+        """The next event of this kind."""
+        assert self.stdout is not None
+        return next(found for line in self.stdout if (found := json.loads(line))["event"] == event)
+
+    def rest(self) -> list[dict[str, Any]]:
+        assert self.stdout is not None
+        return [json.loads(line) for line in self.stdout]
+
+
 class Shell:
     """Runs `autoresearch` in a folder of its own with a home of its own."""
 
@@ -29,10 +45,20 @@ class Shell:
         self.cwd, self.home = cwd, home
         self.env = {**os.environ, "AUTORESEARCH_HOME": str(home), "COLUMNS": "100", "NO_COLOR": "1"}
 
-    def start(self, *argv: str, **more: Any) -> subprocess.Popen[str]:
+    def start(self, *argv: str, **more: Any) -> Running:
         pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-        return subprocess.Popen([sys.executable, str(CLI), *argv], cwd=self.cwd, env=self.env, text=True,
+        return Running([sys.executable, str(CLI), *argv], cwd=self.cwd, env=self.env, text=True,
                                 **{**pipes, **more})  # fmt: skip
+
+    @contextmanager
+    def running(self, *argv: str) -> Iterator[Running]:
+        """Ended at the end of the block, whatever happens in it."""
+        child = self.start(*argv, stderr=subprocess.DEVNULL)
+        try:
+            yield child
+        finally:
+            child.kill()
+            child.communicate(timeout=30)
 
     def __call__(self, *argv: str, status: int = 0, timeout: float = 240) -> subprocess.CompletedProcess[str]:
         child = self.start(*argv)
@@ -259,36 +285,36 @@ class TestASmallLab:
 
     def test_ctrl_c_ends_at_once_and_resumably(self, small: Shell) -> None:
         before = small.json("log")["total"]["experiments"]
-        running = small.start("run", "--json")
-        assert running.stdout is not None
-        for line in running.stdout:
-            if json.loads(line)["event"] == "progress":
-                break
-        other = small("run", status=1).stderr
-        assert str(running.pid) in other and "in use" in other
-        state = small.json("status")["running"]
-        assert state["pid"] == running.pid and state["number"] == before + 1
-        running.send_signal(signal.SIGINT)
-        rest, _ = running.communicate(timeout=30)
-        assert running.returncode == 130
-        assert json.loads(rest.splitlines()[-1])["signal"] == "Ctrl-C"
+        with small.running("run", "--json") as running:
+            seen = [running.until("progress")]
+            error = small("run", status=1).stderr
+            assert str(running.pid) in error and "in use" in error
+            state = small.json("status")["running"]
+            assert state["pid"] == running.pid
+            running.send_signal(signal.SIGINT)
+            seen += running.rest()
+            assert running.wait(30) == 130
+        assert seen[-1]["event"] == "end" and seen[-1]["signal"] == "Ctrl-C"
         log = small.json("log")
-        assert log["total"]["experiments"] == before
+        assert log["total"]["experiments"] == before + seen[-1]["new"]  # what ran is not counted
         assert small.json("status")["running"] is None
 
     def test_pause_resume_and_stop_from_outside(self, small: Shell) -> None:
-        running = small.start("run", "--json")
-        assert running.stdout is not None
-        small_json = (json.loads(line) for line in running.stdout)
-        assert next(e for e in small_json if e["event"] == "start")
-        assert "pause" in small("pause").stdout
-        assert next(e for e in small_json if e["event"] == "waiting")
-        assert small.json("status")["running"]["state"] == "paused"
-        small("resume")
-        assert next(e for e in small_json if e["event"] == "start")
-        small("stop")
-        assert "dropped" in "".join(str(e) for e in small_json) or running.wait(30) == 0
-        assert running.wait(30) == 0
+        with small.running("run", "--json") as running:
+            running.until("start")
+            assert "pause" in small("pause").stdout
+            running.until("waiting")
+            for _ in range(50):  # the live state is published once a second
+                state = small.json("status")["running"]["state"]
+                if state == "paused":
+                    break
+                time.sleep(0.1)
+            assert state == "paused"
+            small("resume")
+            running.until("start")
+            small("stop")
+            assert running.rest()[-1]["event"] == "end"
+            assert running.wait(30) == 0
 
     def test_report(self, small: Shell, tmp_path: Path) -> None:
         made = small.json("report", "--out", str(tmp_path / "report"))
