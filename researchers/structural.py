@@ -72,7 +72,10 @@ def _depth_against_width(found: Mapping[str, Constant]) -> Iterator[Edit]:
         if new_aspect < 1 or math.ceil(new_depth * new_aspect / multiple) * multiple != new_dim:
             continue
         ratio = new_depth * new_dim**2 / (depth * dim**2)
-        reason = f"{new_depth} layers of {new_dim} in place of {depth} of {dim}, {ratio:.2f} of the matrix parameters"
+        if not 0.7 <= ratio <= 1.4:
+            continue  # whole heads are too coarse here: it would be another size, not another shape
+        layers = f"{new_depth} layer{'s' if new_depth > 1 else ''}"
+        reason = f"{layers} of {new_dim} in place of {depth} of {dim}, {ratio:.2f} of the matrix parameters"
         yield Edit({"DEPTH": new_depth, "ASPECT_RATIO": new_aspect}, reason)
 
 

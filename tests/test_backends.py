@@ -94,9 +94,10 @@ def test_scaling_gives_hundreds_of_steps_where_that_is_possible(seconds, cores):
     scaled = cpu.scale(profile, seconds)
     old, new = (cpu.cost(p.constants, p.vocab_size) for p in (profile, scaled))
     steps = profile.budget / seconds * old / new
-    batch, depth = scaled.constants["TOTAL_BATCH_SIZE"], scaled.constants["DEPTH"]
-    assert steps > 0.99 * cpu.FEWEST_STEPS or (batch, depth) == (cpu.SMALLEST_BATCH, cpu.LEAST_DEPTH)
-    assert steps < 2.01 * cpu.MOST_STEPS or (batch, depth) == (cpu.LARGEST_BATCH, cpu.MOST_DEPTH)
+    batch = scaled.constants["TOTAL_BATCH_SIZE"]
+    shapes = [cpu.cost({**scaled.constants, **shape}, scaled.vocab_size) for shape in cpu._shapes()]
+    assert steps > 0.99 * cpu.FEWEST_STEPS or (batch == cpu.SMALLEST_BATCH and new == min(shapes))
+    assert steps < 1.01 * cpu.MOST_STEPS or (batch == cpu.LARGEST_BATCH and new == max(shapes))
     assert batch % scaled.sequence_len == 0
     if cpu.FEWEST_STEPS <= profile.budget / seconds <= cpu.MOST_STEPS:
         assert scaled is profile

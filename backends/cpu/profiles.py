@@ -14,14 +14,15 @@ from typing import Any
 from core.hardware import GIB, Hardware
 from core.settings import Profile
 
-FEWEST_STEPS = 300  # within a budget; below that the optimizer has hardly begun
+FEWEST_STEPS = 250  # within a budget; below that the optimizer has hardly begun
 MOST_STEPS = 6000  # above that larger steps or a larger model learn more
 SMALLEST_BATCH, LARGEST_BATCH = 2**10, 2**14  # tokens a step, as the recipe's range
-LEAST_DEPTH, MOST_DEPTH = 1, 8
+LEAST_DEPTH, MOST_DEPTH = 2, 8
+_ASPECTS = (16, 24, 32, 48)  # width per layer
 SMALL_MEMORY = 3 * GIB
 EVAL_TOKENS = 2**17
 
-_SMALL: Mapping[str, Any] = {"DEPTH": 4, "ASPECT_RATIO": 32, "HEAD_DIM": 64, "TOTAL_BATCH_SIZE": 2**12}
+_SMALL: Mapping[str, Any] = {"DEPTH": 4, "ASPECT_RATIO": 32, "HEAD_DIM": 64, "TOTAL_BATCH_SIZE": 2**11}
 _MIDDLE: Mapping[str, Any] = {"DEPTH": 6, "ASPECT_RATIO": 32, "HEAD_DIM": 64, "TOTAL_BATCH_SIZE": 2**12}
 _LARGE: Mapping[str, Any] = {"DEPTH": 8, "ASPECT_RATIO": 32, "HEAD_DIM": 64, "TOTAL_BATCH_SIZE": 2**13}
 
@@ -58,29 +59,35 @@ def _profile(name: str, constants: Mapping[str, Any], reason: str) -> Profile:
 def scale(profile: Profile, seconds_per_step: float) -> Profile:
     """The profile refitted so that a budget holds FEWEST_STEPS to MOST_STEPS steps.
 
-    A step's time is taken as proportional to its tokens and to `cost`. The batch is changed first, then the depth
-    (and with it the width, as DEPTH * ASPECT_RATIO).
+    A step's time is taken as proportional to `cost`. The batch is changed first; where that is not enough, the
+    largest model that leaves enough steps is taken, or the smallest that leaves few enough.
     """
     if not seconds_per_step > 0:
         raise ValueError(f"a step cannot take {seconds_per_step} s")
     start = profile.budget / seconds_per_step
     now = dict(profile.constants)
 
-    def steps() -> float:
-        return start * cost(profile.constants, profile.vocab_size) / cost(now, profile.vocab_size)
+    def steps(changed: Mapping[str, Any]) -> float:
+        return start * cost(profile.constants, profile.vocab_size) / cost({**now, **changed}, profile.vocab_size)
 
-    while steps() < FEWEST_STEPS and now["TOTAL_BATCH_SIZE"] > max(SMALLEST_BATCH, profile.sequence_len):
+    while steps({}) < FEWEST_STEPS and now["TOTAL_BATCH_SIZE"] > max(SMALLEST_BATCH, profile.sequence_len):
         now["TOTAL_BATCH_SIZE"] //= 2
-    while steps() < FEWEST_STEPS and now["DEPTH"] > LEAST_DEPTH:
-        now["DEPTH"] -= 1
-    while steps() > MOST_STEPS and now["TOTAL_BATCH_SIZE"] < LARGEST_BATCH:
+    while steps({}) > MOST_STEPS and now["TOTAL_BATCH_SIZE"] < LARGEST_BATCH:
         now["TOTAL_BATCH_SIZE"] *= 2
-    while steps() > 2 * MOST_STEPS and now["DEPTH"] < MOST_DEPTH:
-        now["DEPTH"] += 1
+    if steps({}) < FEWEST_STEPS:
+        shapes = sorted(_shapes(), key=steps)  # the slowest first
+        now.update(next((s for s in shapes if steps(s) >= FEWEST_STEPS), shapes[-1]))
+    elif steps({}) > MOST_STEPS:
+        shapes = sorted(_shapes(), key=steps, reverse=True)
+        now.update(next((s for s in shapes if steps(s) <= MOST_STEPS), shapes[-1]))
     if now == profile.constants:
         return profile
-    why = f"about {start:.0f} steps in {profile.budget:g} s were measured; refitted to about {steps():.0f}"
+    why = f"about {start:.0f} steps in {profile.budget:g} s were measured; refitted to about {steps({}):.0f}"
     return replace(profile, constants=now, reason=f"{profile.reason}; {why}")
+
+
+def _shapes() -> list[dict[str, Any]]:
+    return [{"DEPTH": d, "ASPECT_RATIO": a} for d in range(LEAST_DEPTH, MOST_DEPTH + 1) for a in _ASPECTS]
 
 
 def cost(constants: Mapping[str, Any], vocab_size: int) -> float:
