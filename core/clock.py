@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
-SCHEDULING_SLACK = 0.25  # seconds that a loaded machine may take to wake the trainer, and the referee
+SCHEDULING_SLACK = 0.5  # seconds that a loaded machine may take to wake the trainer, and the referee
 OVERRUN_SHARE = 0.01  # of the budget
 LONG_STEP_SHARE = 0.05  # of the budget: the most that "one median step" may add
 HANDOVER_BASE = 0.5  # seconds for weights() whatever their size

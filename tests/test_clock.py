@@ -58,7 +58,7 @@ def test_no_claim_buys_more_than_five_percent(budget: float, claimed: float) -> 
     limit = Limit(budget)
     allowed = limit.overrun(claimed)
     assert allowed >= 0.01 * budget
-    assert allowed <= max(0.05 * budget, 0.25) * (1 + 1e-9)
+    assert allowed <= max(0.05 * budget, 0.5) * (1 + 1e-9)
     assert budget + allowed <= limit.longest() * (1 + 1e-9)
     assert limit.overrun(claimed) >= min(claimed, 0.05 * budget)
 
