@@ -11,6 +11,7 @@ import os
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,8 @@ class Live:
         self._path = record / FILE
         self._on_tick = on_tick
         self._state: dict[str, Any] = {"pid": os.getpid(), "since": time.time(), "state": "starting"}
-        self._lock = threading.Lock()
+        self._lock = threading.Lock()  # of the state
+        self._writing = threading.Lock()  # of the file
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._publish, name="live", daemon=True)
 
@@ -51,11 +53,13 @@ class Live:
         self._ended.set()
         self._thread.join()
         self.update(state="ended", number=None, phase=None)
-        self._write()
 
     def update(self, **fields: Any) -> None:
+        """Progress waits for the next version of the file; another `state` is published at once."""
         with self._lock:
             self._state.update(fields)
+        if "state" in fields:
+            self._write()
 
     def begin(self, number: int, description: str) -> None:
         """A new experiment: what was said of the one before is gone."""
@@ -68,6 +72,7 @@ class Live:
                 "description": description,
                 "started": time.time(),
             }
+        self._write()
 
     def _publish(self) -> None:
         while not self._ended.wait(PERIOD):
@@ -75,11 +80,13 @@ class Live:
             self._write()
 
     def _write(self) -> None:
-        with self._lock:
-            text = json.dumps({**self._state, "updated": time.time()}, default=str)
         beside = self._path.with_suffix(".tmp")
-        try:
-            beside.write_text(text)
-            beside.replace(self._path)
-        except OSError:  # a full disk must not end an experiment because of its progress line
-            beside.unlink(missing_ok=True)
+        with self._writing:
+            with self._lock:
+                text = json.dumps({**self._state, "updated": time.time()}, default=str)
+            try:
+                beside.write_text(text)
+                beside.replace(self._path)
+            except OSError:  # a full disk must not end an experiment because of its progress line
+                with suppress(OSError):
+                    beside.unlink(missing_ok=True)

@@ -443,7 +443,9 @@ class Loop:
 
     def _look(self) -> None:
         """Once a second, by the publishing thread: what another process asked for."""
-        asked = self.lab.take_ask()
+        asked = None
+        with suppress(OSError):  # a disk that fails is told by the loop itself, which writes as well
+            asked = self.lab.take_ask()
         if asked == "stop":
             self._stop.set()
         elif asked == "pause":
