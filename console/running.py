@@ -87,6 +87,9 @@ def _decided(given: str) -> int:
 def _lab(screen: Screen, given: str | None, wishes: Wishes) -> Lab:
     """The lab that is meant, made where it is not there."""
     found = places.find_or_none(given) if wishes.tag is None else None
+    if found is not None and given is None and _is_demo(*found):
+        screen.say("the last used lab is the demo; this run gets a lab of its own, fitted to this machine")
+        found = None
     if found is None:
         lab, _ = make(screen, given, wishes)
         screen.say(f"lab {lab.tag} (new): {places.spelled(lab.path)}")
@@ -95,6 +98,11 @@ def _lab(screen: Screen, given: str | None, wishes: Wishes) -> Lab:
     _check_locked(lab, wishes)
     screen.say(f"lab {lab.tag} ({how}): {places.spelled(lab.path)}")
     return lab
+
+
+def _is_demo(lab: Lab, how: str) -> bool:
+    """A night does not go on in the demo's lab, with its short budget, unless one names it or stands in it."""
+    return lab.settings.profile == DEMO_TAG and how == "last used"
 
 
 def _check_locked(lab: Lab, wishes: Wishes) -> None:

@@ -47,7 +47,11 @@ def try_verb(screen: Screen, given: str | None, message: str, wait: bool, timeou
         return 0
     if known is not None:
         screen.say(f"#{number} is being judged already; waiting for it")
-    return _wait(screen, lab, number, timeout)
+    try:
+        return _wait(screen, lab, number, timeout)
+    except KeyboardInterrupt:
+        screen.say(f"#{number} goes on by itself; see: autoresearch wait {number}")
+        raise
 
 
 def wait_verb(screen: Screen, given: str | None, number: int, timeout: float | None) -> int:

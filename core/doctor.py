@@ -310,7 +310,7 @@ def _sleep_check(hardware: Hardware) -> Check:
     tool = {"darwin": "caffeinate", "linux": "systemd-inhibit"}.get(hardware.os)
     if tool is None:
         return Check("sleep", True, "`run` asks Windows to stay awake")
-    if shutil.which(tool):
+    if shutil.which(tool) and (tool != "systemd-inhibit" or Path("/run/systemd/system").is_dir()):
         return Check("sleep", True, f"`run` holds it off with {tool}")
     if hardware.container or hardware.power.plugged is None:
         return Check("sleep", True, "no battery: a machine that does not sleep by itself")
