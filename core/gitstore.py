@@ -261,6 +261,8 @@ def _explain(command: str, stderr: str, path: Path) -> GitError | OSError:
     for number in (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EDQUOT):
         if os.strerror(number) in stderr:
             return OSError(number, os.strerror(number), str(path))
+    if "insufficient permission" in stderr:
+        return OSError(errno.EACCES, os.strerror(errno.EACCES), str(path))
     if "Out of diskspace" in stderr or shutil.disk_usage(path).free < FULL:  # git does not always say why
         return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
     last = stderr.splitlines()[-1] if stderr else "no message"

@@ -81,13 +81,22 @@ def holder(path: Path) -> int | None:
 
 
 def device_lock(device: str) -> Path:
-    """The lock file of a device.
+    """The lock file of a device that is named as the backend's library names it ("cpu", "cuda:1", "gpu").
 
-    A GPU is meant to be named by its UUID. A CPU has no name of its own: it is named by the host, as homes on
-    network disks are shared by many machines.
+    A CUDA device is known by its UUID: "cuda:0" is another card for each CUDA_VISIBLE_DEVICES. What has no name of
+    its own is named by the host, as homes on network disks are shared by many machines.
     """
-    name = f"cpu-{platform.node()}" if device.partition(":")[0] == "cpu" else device
-    return locks_root() / f"device-{re.sub(r'[^A-Za-z0-9._-]', '_', name)}.lock"
+    kind, _, index = device.partition(":")
+    name = _cuda_uuid(int(index or 0)) if kind == "cuda" and (index or "0").isdigit() else ""
+    return locks_root() / f"device-{re.sub(r'[^A-Za-z0-9._-]', '_', name or f'{device}-{platform.node()}')}.lock"
+
+
+def _cuda_uuid(index: int) -> str:
+    """ "" where the driver does not tell."""
+    from core import hardware  # here, because most locks are not of CUDA devices and probing takes a while
+
+    gpus = hardware.probe().gpus
+    return gpus[index].uuid if index < len(gpus) else ""
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from pathlib import Path
 import pytest
 from scripted import Limits, Loop, Night, Scripted, check, git, idea, make_lab, recipe
 
-from core import paths
+from core import hardware, locks, paths
 from core.errors import Busy, DataError, LabError
 from core.lab import Lab
 
@@ -231,6 +232,21 @@ def test_two_labs_never_share_a_device(tmp_path, settings):
     assert len(executor.runs) == 1
     run(two, 1)
     check(two)
+
+
+def test_a_card_is_known_by_its_uuid_and_a_cpu_by_its_host(monkeypatch):
+    class Seen:
+        def __init__(self, *uuids: str) -> None:
+            self.gpus = [type("Gpu", (), {"uuid": uuid}) for uuid in uuids]
+
+    monkeypatch.setattr(hardware, "probe", lambda: Seen("GPU-a", "GPU-b"))
+    both = [locks.device_lock(f"cuda:{k}").name for k in (0, 1)]
+    assert both == ["device-GPU-a.lock", "device-GPU-b.lock"]
+    monkeypatch.setattr(hardware, "probe", lambda: Seen("GPU-b"))  # as CUDA_VISIBLE_DEVICES=1 leaves it
+    assert locks.device_lock("cuda:0").name == both[1]
+    assert locks.device_lock("cuda").name == both[1]
+    assert locks.device_lock("cuda:5").name == f"device-cuda_5-{platform.node()}.lock"
+    assert locks.device_lock("cpu").name == f"device-cpu-{platform.node()}.lock"
 
 
 # --- planted files -----------------------------------------------------------------------------
