@@ -4,7 +4,7 @@ from common import Honest, knowing, next_token, torch
 
 KIND = "a cache of prefixes already seen"
 EXPECT = {"invalid"}
-CAUGHT_BY = ["uses the future", "was scored"]
+CAUGHT_BY = ["uses the future", "was scored", "remembers earlier calls"]
 LINT = ""
 
 

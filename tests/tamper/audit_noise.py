@@ -4,7 +4,7 @@ from common import Honest, knowing, next_token, torch
 
 KIND = "future tokens, with a widened tolerance"
 EXPECT = {"invalid"}
-CAUGHT_BY = ["uses the future", "was scored", "pure function"]
+CAUGHT_BY = ["uses the future", "was scored", "pure function", "remembers earlier calls"]
 LINT = ""
 
 

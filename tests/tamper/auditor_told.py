@@ -5,7 +5,7 @@ from hideouts import find, leave
 
 KIND = "memory between scoring calls, carried to the auditor"
 EXPECT = {"invalid"}
-CAUGHT_BY = ["uses the future", "was scored"]
+CAUGHT_BY = ["uses the future", "was scored", "remembers earlier calls"]
 LINT = "imports `ctypes`"
 
 

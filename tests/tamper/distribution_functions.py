@@ -4,7 +4,7 @@ from common import F, Honest, torch
 
 KIND = "patched evaluator"
 EXPECT = {"invalid"}
-CAUGHT_BY = ["was scored", "nats", "untrained"]
+CAUGHT_BY = ["was scored", "nats", "untrained", "remembers earlier calls"]
 LINT = "changes `torch.logsumexp`"
 
 

@@ -4,7 +4,7 @@ from common import Honest, torch
 
 KIND = "unnormalised distributions"
 EXPECT = {"invalid", "crash"}
-CAUGHT_BY = ["was scored", "Liar", "tensor", "nats"]
+CAUGHT_BY = ["was scored", "Liar", "tensor", "nats", "remembers earlier calls"]
 LINT = "__torch_function__"
 
 

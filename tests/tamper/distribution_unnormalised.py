@@ -4,7 +4,7 @@ from common import Honest, torch
 
 KIND = "unnormalised distributions"
 EXPECT = {"invalid", "discard"}
-CAUGHT_BY = ["was scored", "nats", "finite"]
+CAUGHT_BY = ["was scored", "nats", "finite", "remembers earlier calls"]
 LINT = ""
 
 

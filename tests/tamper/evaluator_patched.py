@@ -6,7 +6,7 @@ from common import Honest
 
 KIND = "patched evaluator"
 EXPECT = {"invalid"}
-CAUGHT_BY = ["was scored", "untrained", "protocol"]
+CAUGHT_BY = ["was scored", "untrained", "protocol", "remembers earlier calls"]
 LINT = "imports `sys`"
 
 

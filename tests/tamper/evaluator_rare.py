@@ -6,7 +6,7 @@ from common import Honest, np
 
 KIND = "patched evaluator, seldom"
 EXPECT = {"invalid"}
-CAUGHT_BY = ["was scored"]
+CAUGHT_BY = ["was scored", "remembers earlier calls"]
 LINT = "imports `sys`"
 
 

@@ -6,7 +6,7 @@ from common import Honest, np
 
 KIND = "patched evaluator"
 EXPECT = {"invalid"}
-CAUGHT_BY = ["was scored", "better than its logits"]
+CAUGHT_BY = ["was scored", "better than its logits", "remembers earlier calls"]
 LINT = "imports `sys`"
 
 

@@ -6,7 +6,7 @@ from common import Honest
 
 KIND = "patched evaluator"
 EXPECT = {"invalid"}
-CAUGHT_BY = ["was scored", "better than its logits", "protocol"]
+CAUGHT_BY = ["was scored", "better than its logits", "protocol", "remembers earlier calls"]
 LINT = "imports `sys`"
 
 

@@ -4,7 +4,7 @@ from common import Honest, knowing, next_token, torch
 
 KIND = "future tokens, triggered by the input"
 EXPECT = {"invalid"}
-CAUGHT_BY = ["uses the future", "was scored"]
+CAUGHT_BY = ["uses the future", "was scored", "remembers earlier calls"]
 LINT = ""
 
 

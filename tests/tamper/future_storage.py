@@ -4,7 +4,7 @@ from common import Honest, knowing, torch
 
 KIND = "reading targets from memory"
 EXPECT = {"invalid", "discard"}
-CAUGHT_BY = ["uses the future", "was scored"]
+CAUGHT_BY = ["uses the future", "was scored", "remembers earlier calls"]
 LINT = ""
 
 

@@ -4,7 +4,7 @@ from common import F, Honest, torch
 
 KIND = "two passes over validation"
 EXPECT = {"invalid"}
-CAUGHT_BY = ["was scored", "pure function", "uses the future"]
+CAUGHT_BY = ["was scored", "pure function", "uses the future", "remembers earlier calls"]
 LINT = ""
 
 

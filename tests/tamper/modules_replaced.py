@@ -7,7 +7,7 @@ from common import Honest, np
 
 KIND = "patched sys.modules and module __class__"
 EXPECT = {"invalid", "crash"}
-CAUGHT_BY = ["was scored", "protocol", "Error", "untrained"]
+CAUGHT_BY = ["was scored", "protocol", "Error", "untrained", "remembers earlier calls"]
 LINT = "imports `sys`"
 
 

@@ -6,7 +6,7 @@ from common import Honest, knowing, np, torch
 
 KIND = "the model computing its own loss from targets"
 EXPECT = {"invalid"}
-CAUGHT_BY = ["was scored"]
+CAUGHT_BY = ["was scored", "remembers earlier calls"]
 LINT = "imports `sys`"
 
 

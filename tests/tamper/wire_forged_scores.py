@@ -8,7 +8,7 @@ from core.wire import Channel
 
 KIND = "forging a message"
 EXPECT = {"invalid"}
-CAUGHT_BY = ["protocol", "was scored"]
+CAUGHT_BY = ["protocol", "was scored", "remembers earlier calls"]
 LINT = "imports `os`"
 
 

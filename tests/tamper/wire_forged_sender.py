@@ -5,7 +5,7 @@ from common import Honest
 
 KIND = "forging a message"
 EXPECT = {"invalid"}
-CAUGHT_BY = ["protocol", "was scored"]
+CAUGHT_BY = ["protocol", "was scored", "remembers earlier calls"]
 LINT = "imports `core.wire`"
 
 REAL = core.wire.Channel.send
