@@ -246,6 +246,7 @@ def cli() -> None:
 @click.option("--until", type=Moment(), metavar="HH:MM", help="Stop at this time of day.")
 @click.option("--researcher", metavar="NAME", default="search", show_default=True, help="Who proposes.")
 @click.option("--demo", is_flag=True, help="About five minutes on two cores: small text, short budgets.")
+@click.option("--strict", is_flag=True, help="Refuse to run where the sandbox lacks anything.")
 @_making_options
 def run(lab: str | None, as_json: bool, **options: Any) -> int:
     """Research until told to stop. Makes the lab and the data where they are missing.

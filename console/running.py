@@ -44,9 +44,18 @@ def run_verb(
     until: float | None,
     researcher: str,
     demo: bool,
+    strict: bool,
     **making: Any,
 ) -> int:
     import researchers
+    from core.sandbox import abilities
+
+    lacks = abilities().missing
+    if strict and lacks:
+        raise UserError(
+            f"the sandbox of this machine lacks {plural(len(lacks), 'thing')}: {'; '.join(lacks)}",
+            "mend them (autoresearch doctor tells how), or run without --strict",
+        )
 
     wishes = Wishes(**making)
     deadline = until if until is not None else time.time() + hours * 3600 if hours is not None else None
@@ -182,6 +191,8 @@ class _Narrator:
 
 
 def _banner(screen: Screen, lab: Lab, researcher: str, limits: Limits, sleep: str) -> None:
+    from core.sandbox import abilities
+
     view = places.look(lab)
     s = lab.settings
     train = lab.dataset().part("train")
@@ -209,6 +220,8 @@ def _banner(screen: Screen, lab: Lab, researcher: str, limits: Limits, sleep: st
     so_far = tables.tally_line(view.total) if view.total.experiments else "none yet: the first is the baseline"
     screen.say(f"  so far      {so_far}")
     screen.say(f"  disk        {free_disk(lab.record)} free at {lab.record.parent.parent}")
+    for lack in abilities().missing:
+        screen.say(f"  sandbox     lacks {lack}")
     screen.say(f"  sleep       {sleep}")
     screen.say("  to stop     Ctrl-C: ends at once, `autoresearch run` continues")
     screen.say("              autoresearch pause | stop, from another terminal")
