@@ -166,8 +166,9 @@ def peer_side(shapes: Shapes, folder: Path, compiled: bool) -> Side:
     forward = torch.compile(model, dynamic=False) if compiled else model
 
     def step(tokens: Any) -> Any:
+        inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()  # as its loader gives them
         with torch.autocast("cpu", torch.bfloat16):
-            loss = forward(tokens[:, :-1], tokens[:, 1:])
+            loss = forward(inputs, targets)
         loss.backward()
         optimizer.step()
         model.zero_grad(set_to_none=True)
@@ -233,8 +234,9 @@ def in_process(side: str, shapes: Shapes, peer: Path | None, compiled: bool) -> 
         timeout=CHILD_SECONDS,
     )
     if done.returncode:
-        lines = done.stderr.strip().splitlines() or ["no message"]
-        raise UserError(f"{side} ended with {done.returncode}: {lines[-1]}", "see that it runs by itself")
+        lines = done.stderr.strip().splitlines()
+        reason = next((line for line in reversed(lines) if "Error" in line), lines[-1] if lines else "no message")
+        raise UserError(f"{side} ended with {done.returncode}: {reason.strip()}", "see that it runs by itself")
     found = json.loads(done.stdout.splitlines()[-1])
     found["tokens_per_second"] = shapes.tokens / statistics.median(found["seconds"])
     return found
