@@ -391,7 +391,8 @@ class Lab:
                 continue
             score = f"{e.val_bpb:.6f}" if e.val_bpb is not None else ""
             memory = f"{((e.outcome or {}).get('peak_memory') or 0) / 2**30:.1f}"
-            row = ((e.commit or "")[:7], score, memory, e.status, " ".join(e.description.split()))
+            status = "discard" if e.undone else e.status  # what was taken back is no keep for whoever reads this
+            row = ((e.commit or "")[:7], score, memory, status, " ".join(e.description.split()))
             lines.append("\t".join(row))
         replace_file(self.path / RESULTS, ("\n".join(lines) + "\n").encode())
 

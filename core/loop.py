@@ -164,13 +164,14 @@ class Loop:
         self._decide(self.ledger.get(number))
         return f"#{number}: {reason}"
 
-    def _restore_recipe(self) -> None:
-        """The best's train.py goes back unless something lies there that was not judged yet."""
+    def _restore_recipe(self) -> bool:
+        """The best's train.py goes back, unless something lies there that was not judged yet. Did it?"""
         if self.lab.is_dirty():
             lies_there = hashlib.sha256(self.lab.working_source()).hexdigest()
             if not self.ledger.is_decided(lies_there):
-                return
+                return False
         self.lab.restore_recipe()
+        return True
 
     @contextmanager
     def _session(self, patient: bool) -> Iterator[None]:
@@ -371,7 +372,10 @@ class Loop:
             products.keep(e.number, outcome.weights, outcome.caches)
         products.clear_work({e.number})
         self.lab.publish()
-        self._restore_recipe()
+        if not self._restore_recipe() and e.is_kept:
+            self._note(
+                f"train.py was edited meanwhile and stays; #{e.number} is the best now: autoresearch best --source"
+            )
         self._decided.append(e)
         told = {"number": e.number, "status": e.status, "val_bpb": e.val_bpb, "reason": e.reason}
         self.on_event(Event("decided", told))

@@ -139,7 +139,13 @@ def check(lab: Lab) -> None:
     assert lab.working_source() == lab.best_source()
     rows = [line.split("\t") for line in (lab.path / "results.tsv").read_text().splitlines()[1:]]
     assert rows == [
-        [e.commit[:7], f"{e.val_bpb:.6f}" if e.val_bpb else "", *row[2:3], e.status, e.description]
+        [
+            e.commit[:7],
+            f"{e.val_bpb:.6f}" if e.val_bpb else "",
+            *row[2:3],
+            "discard" if e.undone else e.status,
+            e.description,
+        ]
         for e, row in zip([e for e in experiments if e.status], rows, strict=True)
     ]
     best = lab.best()

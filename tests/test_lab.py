@@ -435,9 +435,11 @@ def test_a_file_that_is_edited_while_another_is_judged_stays(lab):
             return super().execute(request, on_event, stop)
 
     (lab.path / "train.py").write_bytes(recipe(1.0))
-    loop = Loop(lab, None, Editing(), lambda event: None)
+    told = []
+    loop = Loop(lab, None, Editing(), told.append)
     assert loop.judge(recipe(1.0), "better").status == "keep"
     assert lab.working_source() == b"# the next idea\n"
+    assert [e.data["text"] for e in told if e.kind == "note"][-1].startswith("train.py was edited meanwhile and stays")
 
 
 @pytest.mark.parametrize("kind", ["missing", "folder", "link", "fifo", "huge"])
@@ -479,6 +481,8 @@ def test_undo_takes_back_a_keep_and_what_builds_on_it(lab):
     check_after_undo(lab, [1, 2])
     assert [git(lab, "cat-file", "-t", lab.candidate_ref(n)) for n in (3, 4, 5)] == ["commit"] * 3  # nothing is lost
     assert [e.status for e in lab.ledger.experiments()] == ["keep"] * 5
+    rows = (lab.path / "results.tsv").read_text().splitlines()[1:]
+    assert [row.split("\t")[3] for row in rows] == ["keep", "keep", "discard", "discard", "discard"]
     assert judge(lab, recipe(0.95), "another way").status == "keep"
     check_after_undo(lab, [1, 2, 6], weights=True)
 

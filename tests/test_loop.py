@@ -29,6 +29,7 @@ from core.contract import Proposal
 from core.errors import Busy, DataError, LabError, UserError
 from core.ledger import Ledger
 from core.loop import LocalExecutor
+from core.versions import code_hash
 
 
 @pytest.fixture
@@ -360,6 +361,19 @@ def _worse_by(executor, delta):
     return execute
 
 
+def test_code_that_measures_counts_and_other_code_does_not(tmp_path):
+    for name in ("core", "backends/cpu"):
+        (tmp_path / name).mkdir(parents=True)
+    before = code_hash(tmp_path, "cpu")
+    for name in ("core/ledger.py", "core/loop.py", "backends/cpu/train.py", "cli.py"):
+        (tmp_path / name).write_text("A = 1\n")
+        assert code_hash(tmp_path, "cpu") == before, name
+    for name in ("core/evaluate.py", "core/some_new_part.py", "backends/worker.py", "backends/cpu/device.py"):
+        (tmp_path / name).write_text("A = 1\n")
+        assert code_hash(tmp_path, "cpu") != before, name
+        before = code_hash(tmp_path, "cpu")
+
+
 def test_a_best_that_does_not_run_any_more_is_a_clear_error(night):
     loop_of(night, measured_with=lambda s: {"torch": "1"}).run(Limits(experiments=1))
     broken = Scripted(status="crash", reason="no such operator", val_bpb=None)
@@ -495,7 +509,7 @@ class AnyOrder(RuleBasedStateMachine):
 def test_nothing_is_lost_in_any_order(settings):
     AnyOrder.given_settings = settings
     profile = hypothesis_settings(
-        max_examples=12, stateful_step_count=10, deadline=None, suppress_health_check=list(HealthCheck)
+        max_examples=10, stateful_step_count=8, deadline=None, suppress_health_check=list(HealthCheck)
     )
     run_state_machine_as_test(AnyOrder, settings=profile)
 
