@@ -257,8 +257,11 @@ class GPT:
 
     def logits(self, tokens: Tensor) -> Tensor:
         """(B, T) -> (B, T, V) float32 logits within -SOFTCAP..SOFTCAP."""
-        u = F.linear(self.stream(tokens), head_weight(self.weights["lm_head.weight"], self.dtype)).float()
-        return u.sigmoid_().mul_(2 * SOFTCAP).sub_(SOFTCAP)
+        x, head = self.stream(tokens).flatten(0, 1), head_weight(self.weights["lm_head.weight"], self.dtype)
+        found = torch.empty(len(x), len(head))
+        for rows, out in zip(x.split(HEAD_ROWS), found.split(HEAD_ROWS)):
+            out.copy_(F.linear(rows, head)).sigmoid_().mul_(2 * SOFTCAP).sub_(SOFTCAP)
+        return found.view(*tokens.shape, -1)
 
     def loss(self, tokens: Tensor) -> Tensor:
         """(B, T + 1) -> mean nats per token."""
@@ -380,6 +383,36 @@ class Muon:
         torch._foreach_copy_([p.data for p in self.params], list(weights.unbind(0)))
 
 
+class AdamW:
+    """Adam without decay, fused (Kingma & Ba 2015). torch.optim would first load torch's compiler, for a second."""
+
+    def __init__(self, groups: list[dict[str, Any]]) -> None:
+        self.groups = groups
+        for group in groups:
+            group["moments"] = [(torch.zeros_like(p), torch.zeros_like(p), torch.zeros(())) for p in group["params"]]
+
+    def step(self) -> None:
+        for group in self.groups:
+            first, second, steps = (list(kind) for kind in zip(*group["moments"]))
+            torch._foreach_add_(steps, 1)
+            beta1, beta2 = group["betas"]
+            torch._fused_adamw_(
+                [p.data for p in group["params"]],
+                [p.grad for p in group["params"]],
+                first,
+                second,
+                [],
+                steps,
+                lr=group["lr"],
+                beta1=beta1,
+                beta2=beta2,
+                weight_decay=0.0,
+                eps=1e-10,
+                amsgrad=False,
+                maximize=False,
+            )
+
+
 # --- schedules: functions of progress, the used share of the budget ----------------------------
 
 
@@ -414,19 +447,15 @@ class CpuTraining:
         w = model.weights
         narrow = (model.dim / 768) ** -0.5  # AdamW's rates were tuned at dim 768
         embeddings = [p for name, p in w.items() if "wte" in name or "value_embeds" in name]
-        self.adam = torch.optim.AdamW(
+        self.adam = AdamW(
             [
-                {"params": [w["lm_head.weight"]], "lr": UNEMBEDDING_LR * narrow},
-                {"params": embeddings, "lr": EMBEDDING_LR * narrow},
-                {"params": [w["resid_lambdas"]], "lr": SCALAR_LR * 0.01},
+                {"params": [w["lm_head.weight"]], "lr": UNEMBEDDING_LR * narrow, "betas": ADAM_BETAS},
+                {"params": embeddings, "lr": EMBEDDING_LR * narrow, "betas": ADAM_BETAS},
+                {"params": [w["resid_lambdas"]], "lr": SCALAR_LR * 0.01, "betas": ADAM_BETAS},
                 {"params": [w["x0_lambdas"]], "lr": SCALAR_LR, "betas": (0.96, 0.95)},
-            ],
-            betas=ADAM_BETAS,
-            eps=1e-10,
-            weight_decay=0.0,
-            fused=True,
+            ]
         )
-        self.adam_rates = [group["lr"] for group in self.adam.param_groups]
+        self.adam_rates = [group["lr"] for group in self.adam.groups]
         shapes: dict[torch.Size, list[Tensor]] = {}
         for name, p in w.items():
             if name.startswith("transformer.h."):
@@ -448,7 +477,7 @@ class CpuTraining:
     def update(self, progress: float) -> None:
         """One optimizer step from the gradients at hand, which are then dropped."""
         rate = lr_multiplier(progress)
-        for group, base in zip(self.adam.param_groups, self.adam_rates, strict=True):
+        for group, base in zip(self.adam.groups, self.adam_rates, strict=True):
             group["lr"] = base * rate
         self.adam.step()
         for muon in self.muons:
