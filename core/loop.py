@@ -208,7 +208,7 @@ class Loop:
             if self._stop.is_set():
                 return "stopped"
             if limits.experiments is not None and len(self._decided) >= limits.experiments:
-                return f"{limits.experiments} experiments are done"
+                return "the asked number of experiments is done"
             if limits.deadline is not None and time.time() + self._seconds_each() > limits.deadline:
                 return "the next experiment would not end in time"
             if self._paused.is_set():

@@ -107,6 +107,11 @@ class Outcome:
         return found
 
 
+def printable(text: str) -> str:
+    """Text of a recipe, safe to show: control characters could rewrite what a terminal shows, so they are marked."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
+
+
 def source_sha256(source: bytes) -> str:
     return hashlib.sha256(source).hexdigest()
 

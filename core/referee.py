@@ -25,7 +25,7 @@ from core import weights as weight_files
 from core.child import Ended, Place, Worker
 from core.clock import Limit
 from core.health import Watch
-from core.outcome import Event, Outcome, Request, Status, ignore, source_sha256
+from core.outcome import Event, Outcome, Request, Status, ignore, printable, source_sha256
 from core.sandbox import abilities
 from core.settings import Settings
 from core.versions import versions
@@ -75,8 +75,7 @@ class _Experiment:
         self.weights = -1  # descriptor
 
     def go(self) -> None:
-        if self.request.lint:
-            self._lint()
+        self._lint()
         self.outcome.versions = versions(self.settings)
         self.outcome.sandbox = {"abilities": abilities().to_dict()}
         self._phase("start")
@@ -113,16 +112,17 @@ class _Experiment:
             worker.close()
         if self.weights >= 0:
             os.close(self.weights)
-        self.outcome.log_tail = "\n".join("\n".join(tails).splitlines()[-LOG_LINES:])
+        self.outcome.log_tail = printable("\n".join("\n".join(tails).splitlines()[-LOG_LINES:]))
         self.outcome.timings["total"] = round(time.monotonic() - self.started, 3)
 
     # --- phases ------------------------------------------------------------------------------------
 
     def _lint(self) -> None:
-        try:
-            guard.require(self.request.source)
-        except guard.GuardError as error:
-            raise Ended("invalid", str(error)) from None
+        """The lint may be switched off; the bounds on size hold always, as they limit what can be smuggled in."""
+        source = self.request.source
+        findings = guard.check(source) if self.request.lint else guard.limits(source)
+        if findings:
+            raise Ended("invalid", str(guard.GuardError(findings)))
 
     def _score(self, text: scoring.Text) -> scoring.Score:
         self._phase("score")
@@ -340,7 +340,9 @@ def _plain(message: Message) -> dict[str, Any]:
         return {}
     kept = list(given.items())[:64]
     return {
-        str(k)[:80]: v[:400] if isinstance(v, str) else v for k, v in kept if isinstance(v, (str, int, float, bool))
+        printable(str(k)[:80]): printable(v[:400]) if isinstance(v, str) else v
+        for k, v in kept
+        if isinstance(v, (str, int, float, bool))
     }
 
 

@@ -7,7 +7,7 @@ from common import Honest, np
 
 KIND = "replacing the file that is handed over"
 EXPECT = {"discard", "invalid", "crash"}
-CAUGHT_BY = ["weights"]
+CAUGHT_BY = ["weight"]
 LINT = "imports `os`"
 
 
