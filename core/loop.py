@@ -208,7 +208,8 @@ class Loop:
             if self._stop.is_set():
                 return "stopped"
             if limits.experiments is not None and len(self._decided) >= limits.experiments:
-                return "the asked number of experiments is done"
+                done = limits.experiments
+                return "1 experiment is done" if done == 1 else f"{done} experiments are done"
             if limits.deadline is not None and time.time() + self._seconds_each() > limits.deadline:
                 return "the next experiment would not end in time"
             if self._paused.is_set():
