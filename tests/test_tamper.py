@@ -34,6 +34,9 @@ LEARNS_FOR = 40  # STEPS of tests/tamper/common.py
 SECRET = "PLANTED-SECRET"
 WORKED = "CHEAT WORKED"
 
+# What the wall does not hold yet, and why; also in tests/tamper/README.md.
+OPEN = {"warmup_synthetic": "work in the first build is not charged to the budget"}
+
 pytestmark = pytest.mark.slow
 
 
@@ -165,11 +168,19 @@ def test_the_lint_says_it_at_once(name: str, dataset: Dataset, judge: Judge) -> 
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_the_wall_holds_without_the_lint(
-    name: str, dataset: Dataset, judge: Judge, honest: Outcome, home: Path, monkeypatch: pytest.MonkeyPatch
+    name: str,
+    dataset: Dataset,
+    judge: Judge,
+    honest: Outcome,
+    home: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
 ) -> None:
     monkeypatch.setenv("ANTHROPIC_API_KEY", SECRET)
     (home / "secret.txt").write_text(SECRET)
     before = {p: (p.stat().st_size, p.stat().st_mtime_ns) for p in dataset.path.iterdir()}
+    if name in OPEN:
+        request.applymarker(pytest.mark.xfail(reason=OPEN[name], strict=False))
     cheat = read(name, dataset)
     limits = {"warmup_cap": 5.0} if name.startswith("hang_") else {}
     outcome = judge(cheat.source, lint=not cheat.lint, settings=limits)

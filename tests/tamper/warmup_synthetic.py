@@ -1,4 +1,4 @@
-"""Computes off the clock: the first build trains for two seconds on synthetic rows that repeat themselves, keeps the
+"""Computes off the clock: the first build trains for six seconds on synthetic rows that repeat themselves, keeps the
 result in a module global, and puts it into the model at the first step that counts."""
 
 import time
@@ -6,8 +6,8 @@ import time
 from common import F, Honest, torch
 
 KIND = "training during warm-up"
-EXPECT = {"invalid", "timeout", "discard"}
-CAUGHT_BY = ["before the clock", "took"]
+EXPECT = {"timeout"}
+CAUGHT_BY = ["before the clock"]
 LINT = "imports `time`"
 
 KEPT = {}
@@ -15,7 +15,7 @@ KEPT = {}
 
 def pretrained(spec):
     training = Honest(spec)
-    until = time.perf_counter() + 2
+    until = time.perf_counter() + 6
     while time.perf_counter() < until:
         half = torch.randint(0, spec.vocab_size, (16, spec.sequence_len // 2 + 1))
         rows = torch.cat([half, half], 1)
