@@ -23,7 +23,6 @@ import numpy as np
 from core.data import MANIFEST, ORIGIN, PARTS, SCHEMA, Dataset, file_sha256, token_dtype
 from core.documents import Corpus, document_key
 from core.errors import DataError
-from core.files import sync_folder
 from core.tokenizer import SPLIT_PATTERN, Tokenizer, train
 
 SHARD_TOKENS = 2**26
@@ -396,6 +395,17 @@ def _put(work: Path, final: Path) -> None:
     work.rename(final)
     sync_folder(final.parent)
     shutil.rmtree(aside, ignore_errors=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """Names in a folder survive a power cut only after this. Windows has no such call."""
+    if os.name == "nt":
+        return
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
 
 
 def write_file(file: Path, data: bytes) -> None:
