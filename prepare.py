@@ -322,8 +322,7 @@ def main(name: str | None, text: Path | None, vocab: int | None, files: int | No
     except UserError as error:
         if not as_json:
             raise click.ClickException(str(error)) from None
-        told = {"kind": type(error).__name__, "fact": error.fact, "action": error.action}
-        click.echo(json.dumps({"error": told}), err=True)
+        click.echo(json.dumps({"error": error.fact, "action": error.action}))
         raise click.exceptions.Exit(1) from None
     click.echo(json.dumps(summary(dataset), indent=1) if as_json else _table(dataset))
 
