@@ -60,6 +60,7 @@ class Side:
 
     step: Callable[[Any], Any]  # (B, T + 1) tokens -> loss
     peak_memory: Callable[[], int]
+    note: str = ""  # what differs from the side as it is published
     split: Callable[[Any], dict[str, float]] | None = None  # the same, with seconds of each part
 
 
@@ -92,7 +93,7 @@ def measure(side: Side, shapes: Shapes) -> dict[str, Any]:
         data = time.perf_counter() - start
         parts.append({"data": data, **(side.split(batch) if side.split else {})})
     split = {name: statistics.median(p[name] for p in parts) for name in (parts[0] if parts else {})}
-    return {"seconds": seconds, "split": split, "peak_memory": side.peak_memory()}
+    return {"seconds": seconds, "split": split, "peak_memory": side.peak_memory(), "note": side.note}
 
 
 def our_side(shapes: Shapes) -> Side:
@@ -130,7 +131,7 @@ def our_side(shapes: Shapes) -> Side:
         spent = [after - before for before, after in itertools.pairwise(times)]
         return dict(zip(("forward and loss", "backward", "optimizer"), spent, strict=True))
 
-    return Side(step, lambda: device.memory().peak, split)
+    return Side(step, lambda: device.memory().peak, split=split)
 
 
 def peer_side(shapes: Shapes, folder: Path, compiled: bool) -> Side:
@@ -174,7 +175,35 @@ def peer_side(shapes: Shapes, folder: Path, compiled: bool) -> Side:
         model.zero_grad(set_to_none=True)
         return loss.detach()
 
-    return Side(step, peak_resident)
+    note = uncompiled_where_it_fails(peer, lambda: optimizer.step(), model)
+    return Side(step, peak_resident, note)
+
+
+def uncompiled_where_it_fails(peer: dict[str, Any], optimizer_step: Callable[[], Any], model: Any) -> str:
+    """Runs the optimizer once on zero gradients; fused functions run as plain Python where they do not compile.
+
+    PyTorch 2.13 and 2.14 cannot compile upstream's `muon_step_fused` for a CPU (InductorError: KeyError 'buf10').
+    """
+    import torch
+    from torch._inductor.exc import InductorError
+
+    fused = {name: f for name, f in peer.items() if hasattr(f, "_torchdynamo_orig_callable")}
+    before = [p.detach().clone() for p in model.parameters()]
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    note = ""
+    try:
+        optimizer_step()
+    except InductorError as error:
+        failing = [name for name in fused if "muon" in name]
+        peer.update({name: fused[name]._torchdynamo_orig_callable for name in failing})
+        note = f"{', '.join(failing)} not compiled, as PyTorch {torch.__version__} fails on it: {error}".splitlines()[0]
+        optimizer_step()
+    with torch.no_grad():
+        for p, old in zip(model.parameters(), before, strict=True):
+            p.copy_(old)
+            p.grad = None
+    return note
 
 
 def load_peer(path: Path) -> dict[str, Any]:
@@ -259,6 +288,7 @@ def summary(rounds: list[dict[str, Any]]) -> dict[str, Any]:
         "highest": max(speeds),
         "peak_memory": max(r["peak_memory"] for r in rounds),
         "split_seconds": split,
+        "note": rounds[0]["note"],
     }
 
 
@@ -267,6 +297,8 @@ def show(name: str, found: dict[str, Any]) -> None:
         f"{name:6} {found['tokens_per_second']:9,.0f} tokens/s  ({found['lowest']:,.0f} to {found['highest']:,.0f})"
         f"  peak {found['peak_memory'] / 2**20:,.0f} MiB"
     )
+    if found["note"]:
+        click.echo(f"         {found['note']}")
     for part, seconds in found["split_seconds"].items():
         click.echo(f"         {part:17} {seconds * 1e3:7.1f} ms")
 

@@ -59,6 +59,12 @@ VE_GATE_CHANNELS = 32  # the first channels of the stream, which set the gates o
 EPSILON = 2.0**-23  # added to the mean square by every norm: float32's machine epsilon
 
 
+def inverse_rms(x: Tensor) -> Tensor:
+    """(..., D) float32 -> (..., 1): 1 / sqrt(mean(x^2) + EPSILON)."""
+    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)  # one pass, without a tensor of squares
+    return length.square_().mul_(1 / x.size(-1)).add_(EPSILON).rsqrt_()
+
+
 class Norm(torch.autograd.Function):
     """RMS norm over the last axis, without weights: y = x * r, r = 1 / sqrt(mean(x^2) + EPSILON).
 
@@ -67,7 +73,7 @@ class Norm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, dtype: torch.dtype) -> Tensor:
-        r = x.square().mean(dim=-1, keepdim=True).add_(EPSILON).rsqrt_()
+        r = inverse_rms(x)
         y = x * r
         ctx.save_for_backward(y, r)
         return y.to(dtype)
@@ -80,21 +86,23 @@ class Norm(torch.autograd.Function):
 
 
 class RotatedNorm(torch.autograd.Function):
-    """RoPE, then RMS norm, then times D^-0.25, of queries and keys: q.k comes out divided by sqrt(D).
+    """RMS norm, then RoPE, of queries and keys; D^-0.25 is in cos and sin, so that q.k comes out divided by sqrt(D).
 
-    RoPE pairs the halves of a head: channel i turns together with channel i + D/2. Its gradient turns back.
+    RoPE pairs the halves of a head: channel i turns together with channel i + D/2. Its gradient turns back. Turning
+    changes no length, so the norm may come first, as here, or last.
     (B, T, 2H, D), queries first -> q, k (B*H, T, D) each, in x's dtype; float32 in between. cos, sin (T, 2H, D).
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
         B, T, _, D = x.shape
-        y = rotate(x.float(), cos, sin)
-        r = y.square().mean(dim=-1, keepdim=True).add_(EPSILON).rsqrt_()
-        y.mul_(r)
+        y = x.float()
+        r = inverse_rms(y)
+        y = y * r  # not in place: a float32 x is its own float()
         ctx.save_for_backward(y, r, cos, sin)
-        out = (y * D**-0.25).to(x.dtype).view(B, T, 2, -1, D)
-        return tuple(out.permute(2, 0, 3, 1, 4).reshape(2, -1, T, D).unbind(0))
+        out = torch.empty(2, B, x.size(2) // 2, T, D, dtype=x.dtype)
+        out.copy_(rotate(y, cos, sin).view(B, T, 2, -1, D).permute(2, 0, 3, 1, 4))
+        return tuple(out.view(2, -1, T, D).unbind(0))
 
     @staticmethod
     def backward(ctx: Any, dq: Tensor, dk: Tensor) -> tuple[Tensor, None, None]:
@@ -103,15 +111,15 @@ class RotatedNorm(torch.autograd.Function):
         dy = torch.empty(B, T, 2, y.size(2) // 2, D)
         for i, d in enumerate((dq, dk)):
             dy[:, :, i] = d.view(B, -1, T, D).transpose(1, 2)
-        dy = dy.view_as(y)
-        dx = torch.addcmul(dy, y, (dy * y).mean(dim=-1, keepdim=True), value=-1).mul_(r * D**-0.25)
-        return rotate(dx, cos, sin, -1.0).to(dq.dtype), None, None
+        dy = rotate(dy.view_as(y), cos, sin, -1.0)
+        dx = torch.addcmul(dy, y, (dy * y).mean(dim=-1, keepdim=True), value=-1).mul_(r)
+        return dx.to(dq.dtype), None, None
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, direction: float = 1.0) -> Tensor:
     """(B, T, 2H, D) turned by the angles of each position, forth or back (-1.0)."""
     a, b = x.chunk(2, dim=-1)
-    return torch.addcmul(x * cos, torch.cat((b, a), dim=-1), sin, value=direction)
+    return (x * cos).addcmul_(torch.cat((b, a), dim=-1), sin, value=direction)
 
 
 class SquaredReLU(torch.autograd.Function):
@@ -135,14 +143,15 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def rotations(length: int, heads: int) -> tuple[Tensor, Tensor]:
-    """cos and sin of RoPE's angles (base 10000) as `rotate` wants them: (length, heads, D), float32.
+    """cos and sin of RoPE's angles (base 10000), times D^-0.25, as `rotate` wants them: (length, heads, D), float32.
 
     Written out for every head and both halves, the sign of the second half included: a product of long rows is
     faster than one of many short rows.
     """
     frequency = 10000.0 ** (-torch.arange(0, HEAD_DIM, 2, dtype=torch.float32) / HEAD_DIM)
     angle = torch.outer(torch.arange(length, dtype=torch.float32), frequency)[:, None, :].repeat(1, heads, 1)
-    return torch.cat((angle.cos(), angle.cos()), dim=-1), torch.cat((angle.sin(), -angle.sin()), dim=-1)
+    cos, sin = angle.cos() * HEAD_DIM**-0.25, angle.sin() * HEAD_DIM**-0.25
+    return torch.cat((cos, cos), dim=-1), torch.cat((sin, -sin), dim=-1)
 
 
 def has_value_embedding(layer: int) -> bool:
@@ -168,19 +177,43 @@ def band(window: int, dtype: torch.dtype) -> Tensor:
     return torch.zeros(distance.shape, dtype=dtype).masked_fill_((distance < 0) | (distance > window), -torch.inf)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, window: int, mask: Tensor) -> Tensor:
+class Attention(torch.autograd.Function):
     """Causal attention in which a token sees itself and the `window` tokens before it. (B*H, T, D) each.
 
     q and k come scaled. Each block of queries meets only the slice of keys that it can see.
     """
-    outputs = []
-    for start in range(0, q.size(1), QUERY_BLOCK):
-        end = min(start + QUERY_BLOCK, q.size(1))
-        first = max(0, start - window)
-        bias = mask[: end - start, window - (start - first) : window + (end - start)]
-        scores = torch.baddbmm(bias, q[:, start:end], k[:, first:end].mT)
-        outputs.append(torch.bmm(scores.softmax(dim=-1), v[:, first:end]))
-    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, window: int, mask: Tensor) -> Tensor:
+        ctx.window, probabilities = window, []
+        y = torch.empty_like(v)
+        for block, seen in blocks(q.size(1), window):
+            offset = window - (block.start - seen.start)
+            bias = mask[: block.stop - block.start, offset : offset + seen.stop - seen.start]
+            p = torch.bmm(q[:, block], k[:, seen].mT).add_(bias)
+            torch.softmax(p, dim=-1, out=p)
+            probabilities.append(p)
+            y[:, block] = torch.bmm(p, v[:, seen])
+        ctx.save_for_backward(q, k, v, *probabilities)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, *probabilities = ctx.saved_tensors
+        dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        for (block, seen), p in zip(blocks(q.size(1), ctx.window), probabilities):
+            dv[:, seen] += p.mT @ dy[:, block]
+            dp = torch.bmm(dy[:, block], v[:, seen].mT)
+            ds = torch._softmax_backward_data(dp, p, -1, p.dtype, grad_input=dp)
+            dq[:, block] = ds @ k[:, seen]
+            dk[:, seen] += ds.mT @ q[:, block]
+        return dq, dk, dv, None, None
+
+
+def blocks(length: int, window: int) -> list[tuple[slice, slice]]:
+    """Of each block of queries: its positions, and those of the keys that it can see."""
+    ends = [(i, min(i + QUERY_BLOCK, length)) for i in range(0, length, QUERY_BLOCK)]
+    return [(slice(start, end), slice(max(0, start - window), end)) for start, end in ends]
 
 
 def initial_weights(vocab_size: int, dim: int, seed: int) -> dict[str, Tensor]:
@@ -234,7 +267,7 @@ class GPT:
             v = (v + 2 * torch.sigmoid(gate.float()).unsqueeze(-1) * ve).to(x.dtype)
         q, k = RotatedNorm.apply(qk, self.cos[:T], self.sin[:T])
         v = v.transpose(1, 2).reshape(q.shape)
-        y = attend(q, k, v, self.windows[layer], self.masks[self.windows[layer]])
+        y = Attention.apply(q, k, v, self.windows[layer], self.masks[self.windows[layer]])
         return linear(y.view(B, -1, T, HEAD_DIM).transpose(1, 2).reshape(B, T, C), w["c_proj"])
 
     def mlp(self, x: Tensor, layer: int) -> Tensor:
@@ -282,15 +315,14 @@ def head_weight(head: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 HEAD_ROWS = 512  # tokens whose logits exist at one time: enough for fast matrix products
-LOSS_LOGITS = 2**18  # logits that are worked on at one time: two float32 buffers of 1 MiB
+LOSS_LOGITS = 2**20  # logits that are worked on at one time: fewer cost more in calls than they gain in cache
 
 
 class SoftcappedLoss(torch.autograd.Function):
     """Mean cross-entropy of the softcapped logits, with its gradients, a few rows at a time.
 
     All N*V logits never exist: those of HEAD_ROWS tokens are made, and LOSS_LOGITS of them at a time go through
-    the softmax while they are in the cache. With s = sigmoid(u) the logits are 2*SOFTCAP*s up to a constant,
-    which a softmax ignores:
+    the softmax. With s = sigmoid(u) the logits are 2*SOFTCAP*s up to a constant, which a softmax ignores:
     p = softmax(2*SOFTCAP*s), loss = -log p[target], d loss/du = 2*SOFTCAP * (p - onehot) * s * (1 - s).
     Logits span 30 at most, so p[target] > e^-30/V: its logarithm is safe in float32.
     """
@@ -299,21 +331,22 @@ class SoftcappedLoss(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, head: Tensor, targets: Tensor) -> Tensor:
         """x (N, C), head (V, C) float32, targets (N,)."""
         weight = head_weight(head, x.dtype)
-        picked = torch.empty(len(x))  # probability of each target
+        across = weight.T.contiguous()
+        picked = torch.empty(len(x), 1)  # probability of each target
         dx, dhead = torch.empty_like(x), torch.zeros_like(head)
-        loss_rows = max(1, LOSS_LOGITS // len(head))
-        minus_one = torch.full((loss_rows, 1), -1.0)
+        logits = torch.empty(min(HEAD_ROWS, len(x)), len(head), dtype=x.dtype)
+        s, p = torch.empty(2, max(1, LOSS_LOGITS // len(head)), len(head))
+        minus_one = torch.full((len(s), 1), -1.0)
         for start in range(0, len(x), HEAD_ROWS):
             part = slice(start, start + HEAD_ROWS)
-            u = x[part] @ weight.T  # becomes d loss/du, in place
-            for i in range(0, len(u), loss_rows):
-                rows = u[i : i + loss_rows]
-                index = targets[start + i : start + i + len(rows), None]
-                s = rows.float().sigmoid_()
-                p = torch.softmax(s * (2 * SOFTCAP), dim=-1)
-                picked[start + i : start + i + len(rows)] = p.gather(1, index)[:, 0]
-                p.scatter_add_(1, index, minus_one[: len(rows)])
-                rows.copy_(torch.ops.aten.sigmoid_backward(p, s))
+            u = torch.mm(x[part], across, out=logits[: len(x[part])])  # becomes d loss/du, in place
+            for rows, target, found in zip(*(y.split(len(s)) for y in (u, targets[part, None], picked[part]))):
+                n = len(rows)
+                torch.mul(s[:n].copy_(rows).sigmoid_(), 2 * SOFTCAP, out=p[:n])
+                torch.softmax(p[:n], dim=-1, out=p[:n])
+                torch.gather(p[:n], 1, target, out=found)
+                p[:n].scatter_add_(1, target, minus_one[:n])
+                rows.copy_(torch.ops.aten.sigmoid_backward(p[:n], s[:n], grad_input=p[:n]))
             torch.mm(u, weight, out=dx[part])
             dhead += u.T @ x[part]
         scale = 2 * SOFTCAP / len(x)
