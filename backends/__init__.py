@@ -85,6 +85,13 @@ def load(name: str) -> Backend:
     return Backend(name, Path(__file__).resolve().parent / name)
 
 
+def device_name(backend: str, hardware: Hardware) -> str:
+    """What `Spec.device` says for this backend on this machine, as the backend's library names it."""
+    if backend in ("cuda", "rtx"):
+        return "cuda:0"
+    return "gpu" if backend == "mlx" and (hardware.chip or hardware.gpus) else "cpu"
+
+
 def fit(source: bytes, profile: Profile) -> bytes:
     """The recipe with the profile's constants; UserError names a constant that the recipe does not have."""
     return _recipe.replace(source.decode("utf-8"), profile.constants).encode("utf-8")

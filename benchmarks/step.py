@@ -1,7 +1,8 @@
-"""Speed of one training step of the CPU recipe, alone or against an upstream clone on the same machine.
+"""Speed of one training step of a recipe, alone or against a peer's clone on the same machine.
 
     python -m benchmarks.step
     python -m benchmarks.step --peer ~/autoresearch      # a clone of karpathy/autoresearch
+    python -m benchmarks.step --backend mlx --peer ~/autoresearch-mlx    # a clone of trevin-creator/autoresearch-mlx
 
 Both train on the same shapes, on random tokens, each in a process of its own; with `--peer`, rounds alternate and the
 ratio is taken within each round, so that whatever else the machine does hits both. The peer is the model and the
@@ -11,68 +12,45 @@ CPU has, is replaced by PyTorch's scaled_dot_product_attention.
 
 from __future__ import annotations
 
-import ast
 import contextlib
 import gc
 import importlib
 import io
 import itertools
 import json
+import os
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import click
+import numpy as np
 
+from benchmarks.peers import PEER_NAMES, load_peer
+from benchmarks.shapes import Shapes, Side
 from core.errors import UserError
 from core.paths import project_root
+from core.sandbox import preloaded
 
 WARM_STEPS = 5
 CHILD_SECONDS = 900  # a first compilation of the peer included
 
 
-@dataclass(frozen=True)
-class Shapes:
-    """What both sides train. The defaults are those of the published figures."""
-
-    depth: int = 4
-    dim: int = 128
-    head_dim: int = 128
-    context: int = 256
-    vocab: int = 8192
-    tokens: int = 4096  # of one optimizer step
-    window_pattern: str = "SSSL"
-    steps: int = 20
-
-
 # --- one side, in a process of its own ----------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Side:
-    """A model that can be stepped."""
-
-    step: Callable[[Any], Any]  # (B, T + 1) tokens -> loss
-    peak_memory: Callable[[], int]
-    note: str = ""  # what differs from the side as it is published
-    split: Callable[[Any], dict[str, float]] | None = None  # the same, with seconds of each part
 
 
 def measure(side: Side, shapes: Shapes) -> dict[str, Any]:
     """Seconds of each step, the mean split of a step, peak bytes of this process."""
-    import torch
+    rng = np.random.default_rng(0)
 
-    rng = torch.Generator().manual_seed(0)
-
-    def tokens() -> Any:
-        rows = shapes.tokens // shapes.context
-        return torch.randint(0, shapes.vocab, (rows, shapes.context + 1), generator=rng)
+    def tokens() -> np.ndarray:
+        return rng.integers(0, shapes.vocab, (shapes.tokens // shapes.context, shapes.context + 1))
 
     for _ in range(WARM_STEPS):
         side.step(tokens())
@@ -82,7 +60,7 @@ def measure(side: Side, shapes: Shapes) -> dict[str, Any]:
     for _ in range(shapes.steps):
         batch = tokens()
         start = time.perf_counter()
-        loss = float(side.step(batch))
+        loss = side.step(batch)
         seconds.append(time.perf_counter() - start)
     if loss != loss:
         raise UserError("the loss is not a number", "the figures would mean nothing")
@@ -98,31 +76,26 @@ def measure(side: Side, shapes: Shapes) -> dict[str, Any]:
 
 def our_side(shapes: Shapes) -> Side:
     """The shipped recipe with these shapes."""
+    import torch
+
     from backends.cpu.device import open_device
     from core.contract import Spec
 
     recipe = importlib.import_module("backends.cpu.train")
-    values = {
-        "DEPTH": shapes.depth,
-        "ASPECT_RATIO": -(-shapes.dim // shapes.depth),
-        "HEAD_DIM": shapes.head_dim,
-        "WINDOW_PATTERN": shapes.window_pattern,
-        "TOTAL_BATCH_SIZE": shapes.tokens,
-        "DEVICE_BATCH_SIZE": shapes.tokens // shapes.context,
-    }
-    for name, value in values.items():
+    for name, value in shapes.constants().items():
         setattr(recipe, name, value)
     device = open_device()
     training = recipe.build(Spec(shapes.vocab, shapes.context, shapes.vocab - 1, "cpu", device.dtype.value, 42, 0))
     if training.model.dim != shapes.dim:
         raise UserError(f"a model of dim {shapes.dim} has no whole heads of {shapes.head_dim}", "give another --dim")
 
-    def step(tokens: Any) -> Any:
-        return training.step(SimpleNamespace(next=lambda rows, length: tokens), 0.0)
+    def step(tokens: np.ndarray) -> float:
+        batch = torch.from_numpy(tokens)
+        return float(training.step(SimpleNamespace(next=lambda rows, length: batch), 0.0))
 
-    def split(tokens: Any) -> dict[str, float]:
+    def split(tokens: np.ndarray) -> dict[str, float]:
         times = [time.perf_counter()]
-        loss = training.model.loss(tokens)
+        loss = training.model.loss(torch.from_numpy(tokens))
         times.append(time.perf_counter())
         loss.backward()
         times.append(time.perf_counter())
@@ -140,7 +113,8 @@ def peer_side(shapes: Shapes, folder: Path, compiled: bool) -> Side:
 
     from backends.cpu.device import peak_resident
 
-    peer = load_peer(folder / "train.py")
+    attention = {"fa3": SimpleNamespace(flash_attn_func=windowed_sdpa)}
+    peer = load_peer(folder / "train.py", attention, ("GPT", "GPTConfig", *PEER_NAMES))
     config = peer["GPTConfig"](
         sequence_len=shapes.context,
         vocab_size=shapes.vocab,
@@ -166,14 +140,15 @@ def peer_side(shapes: Shapes, folder: Path, compiled: bool) -> Side:
         )
     forward = torch.compile(model, dynamic=False) if compiled else model
 
-    def step(tokens: Any) -> Any:
-        inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()  # as its loader gives them
+    def step(tokens: np.ndarray) -> float:
+        batch = torch.from_numpy(tokens)
+        inputs, targets = batch[:, :-1].contiguous(), batch[:, 1:].contiguous()  # as its loader gives them
         with torch.autocast("cpu", torch.bfloat16):
             loss = forward(inputs, targets)
         loss.backward()
         optimizer.step()
         model.zero_grad(set_to_none=True)
-        return loss.detach()
+        return float(loss.detach())
 
     note = uncompiled_where_it_fails(peer, lambda: optimizer.step(), model)
     return Side(step, peak_resident, note)
@@ -206,35 +181,6 @@ def uncompiled_where_it_fails(peer: dict[str, Any], optimizer_step: Callable[[],
     return note
 
 
-def load_peer(path: Path) -> dict[str, Any]:
-    """Names of the part of an upstream train.py that defines: imports, classes, functions and plain constants.
-
-    What needs a GPU or prepared data is left out: the probe of the card, the kernel's download, the training loop.
-    """
-    if not path.is_file():
-        raise UserError(f"{path} does not exist", "--peer takes the folder of an upstream clone")
-    body: list[ast.stmt] = []
-    for node in ast.parse(path.read_text()).body:
-        if isinstance(node, ast.ImportFrom) and node.module in ("kernels", "prepare"):
-            continue
-        if isinstance(node, ast.Assign):
-            calls = any(isinstance(part, ast.Call) for part in ast.walk(node))
-            names = {part.id for part in ast.walk(node.value) if isinstance(part, ast.Name)}
-            if calls or names:  # not a plain constant
-                continue
-        if isinstance(node, ast.Import | ast.ImportFrom | ast.ClassDef | ast.FunctionDef | ast.Assign):
-            body.append(node)
-    namespace: dict[str, Any] = {"__name__": "peer", "fa3": SimpleNamespace(flash_attn_func=windowed_sdpa)}
-    module = SimpleNamespace(__dict__=namespace)
-    sys.modules["peer"] = module  # type: ignore[assignment]  # dataclasses look their module up
-    exec(compile(ast.Module(body, []), str(path), "exec"), namespace)
-    wanted = ("GPT", "GPTConfig", "MATRIX_LR", "EMBEDDING_LR", "UNEMBEDDING_LR", "SCALAR_LR", "ADAM_BETAS")
-    missing = [name for name in wanted if name not in namespace]
-    if missing:
-        raise UserError(f"{path} does not define {', '.join(missing)}", "--peer takes an upstream clone or fork")
-    return namespace
-
-
 def windowed_sdpa(q: Any, k: Any, v: Any, causal: bool, window_size: tuple[int, int]) -> Any:
     """FlashAttention 3's signature, (B, T, H, D), computed by scaled_dot_product_attention."""
     import torch
@@ -252,15 +198,16 @@ def windowed_sdpa(q: Any, k: Any, v: Any, causal: bool, window_size: tuple[int, 
 # --- both sides, from outside ---------------------------------------------------------------------
 
 
-def in_process(side: str, shapes: Shapes, peer: Path | None, compiled: bool) -> dict[str, Any]:
-    """`measure` in a process of its own."""
-    order = json.dumps({"side": side, "shapes": asdict(shapes), "peer": str(peer or ""), "compiled": compiled})
+def in_process(side: str, shapes: Shapes, peer: Path | None, how: Mapping[str, Any]) -> dict[str, Any]:
+    """`measure` in a process of its own. `how`: backend, compiled, dtype."""
+    order = json.dumps({"side": side, "shapes": asdict(shapes), "peer": str(peer or ""), **how})
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.step", "--child", order],
         cwd=project_root(),
         capture_output=True,
         text=True,
         timeout=CHILD_SECONDS,
+        env={**os.environ, **preloaded(how["backend"])},
     )
     if done.returncode:
         lines = done.stderr.strip().splitlines()
@@ -274,7 +221,14 @@ def in_process(side: str, shapes: Shapes, peer: Path | None, compiled: bool) -> 
 def child(order: str) -> None:
     given = json.loads(order)
     shapes = Shapes(**given["shapes"])
-    side = our_side(shapes) if given["side"] == "ours" else peer_side(shapes, Path(given["peer"]), given["compiled"])
+    folder, ours = Path(given["peer"]), given["side"] == "ours"
+    if given["backend"] == "mlx":
+        from benchmarks import mlx_step
+
+        dtype = given["dtype"]
+        side = mlx_step.our_side(shapes, dtype) if ours else mlx_step.peer_side(shapes, folder, dtype)
+    else:
+        side = our_side(shapes) if ours else peer_side(shapes, folder, given["compiled"])
     click.echo(json.dumps(measure(side, shapes)))
 
 
@@ -315,20 +269,32 @@ def show(name: str, found: dict[str, Any]) -> None:
 @click.option("--rounds", default=3, show_default=True, help="Rounds; the sides alternate.")
 @click.option("--peer", type=click.Path(path_type=Path), help="Folder of an upstream clone to compare with.")
 @click.option("--peer-eager", is_flag=True, help="Do not compile the peer's model (its optimizer still is).")
+@click.option("--backend", type=click.Choice(["cpu", "mlx"]), default="cpu", show_default=True)
+@click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), help="With mlx: of both sides; else their own.")
 @click.option("--json", "as_json", is_flag=True)
 @click.option("--child", "order", hidden=True)
-def main(rounds: int, peer: Path | None, peer_eager: bool, as_json: bool, order: str | None, **shape: Any) -> None:
-    """Tokens per second of the CPU recipe, and where a step's time goes."""
+def main(
+    rounds: int,
+    peer: Path | None,
+    peer_eager: bool,
+    backend: str,
+    dtype: str | None,
+    as_json: bool,
+    order: str | None,
+    **shape: Any,
+) -> None:
+    """Tokens per second of a recipe, and where a step's time goes."""
     if order:
         child(order)
         return
     shapes = Shapes(**shape)
+    how = {"backend": backend, "compiled": not peer_eager, "dtype": dtype or ""}
     sides = ["ours"] + (["peer"] if peer else [])
     found: dict[str, list[dict[str, Any]]] = {side: [] for side in sides}
     try:
         for _ in range(rounds):
             for side in sides:
-                found[side].append(in_process(side, shapes, peer, not peer_eager))
+                found[side].append(in_process(side, shapes, peer, how))
     except UserError as error:
         raise click.ClickException(str(error)) from error
     result: dict[str, Any] = {"shapes": asdict(shapes), **{side: summary(found[side]) for side in sides}}

@@ -21,7 +21,13 @@ def command(platform: str = sys.platform, pid: int | None = None) -> tuple[list[
     """The helper for this platform, and what to say: what holds sleep off, or why nothing does."""
     if platform == "darwin":
         if shutil.which("caffeinate"):
-            return ["caffeinate", "-i", "-s", "-w", str(pid or os.getpid())], "sleep is held off (caffeinate)"
+            return [
+                "caffeinate",
+                "-i",
+                "-s",
+                "-w",
+                str(pid or os.getpid()),
+            ], "sleep is held off (caffeinate); keep the lid open and the plug in"
         return None, "sleep is not held off: caffeinate is missing"
     if platform == "win32":
         return [sys.executable, "-c", _WINDOWS], "sleep is held off (SetThreadExecutionState)"

@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from core.settings import Profile, Settings
 
 OWN_PROGRAM = "program.md"
-DEVICES = {"cpu": "cpu", "mlx": "gpu", "cuda": "cuda:0", "rtx": "cuda:0"}  # as the backends' libraries name them
 FEW_STEPS = 200
 
 
@@ -126,7 +125,9 @@ def _fitted(screen: Screen, chosen: Plan, dataset: Dataset, recipe: bytes, keep_
     backend = backends.load(chosen.choice.value)
     profile = replace(chosen.profile, budget=chosen.budget, vocab_size=dataset.vocab_size)
     fast = {"avx512_bf16", "amx_bf16"} & set(chosen.hardware.flags)  # a guess that the device then confirms
-    settings = _lock(chosen, dataset, "bfloat16" if fast or backend.name != "cpu" else "float32")
+    on_cpu = backends.device_name(backend.name, chosen.hardware) == "cpu"
+    guess = "bfloat16" if not on_cpu or (fast and backend.name == "cpu") else "float32"
+    settings = _lock(chosen, dataset, guess)
     screen.say("fitting: timing the recipe on this machine ...")
     facts = _measure(recipe, settings)
     if facts["dtype"] != settings.dtype:
@@ -161,6 +162,7 @@ def _measure(recipe: bytes, settings: Settings) -> dict[str, Any]:
 
 
 def _lock(chosen: Plan, dataset: Dataset, dtype: str) -> Settings:
+    import backends
     from core.settings import Settings
 
     return Settings(
@@ -174,7 +176,7 @@ def _lock(chosen: Plan, dataset: Dataset, dtype: str) -> Settings:
         budget=chosen.budget,
         eval_tokens=chosen.profile.eval_tokens,
         dtype=dtype,
-        device=DEVICES[chosen.choice.value],
+        device=backends.device_name(chosen.choice.value, chosen.hardware),
     )
 
 

@@ -134,7 +134,7 @@ def parent_in_proc(t: Targets) -> str | None:
 
 def all_of_proc(t: Targets) -> str | None:
     """The secret in any process's environment or arguments."""
-    pids = [name for name in listed("/proc") if name.isdigit()] or [str(pid) for pid in range(1, 40000)]
+    pids = [name for name in listed("/proc") if name.isdecimal()] or [str(pid) for pid in range(1, 40000)]
     return opened(
         [f"/proc/{p}/{f}" for p in pids if p != str(os.getpid()) for f in ("environ", "cmdline")], t["secret"]
     )

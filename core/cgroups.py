@@ -85,7 +85,7 @@ def remove_stale(folder: Path) -> None:
     """Take away the groups of referees that were killed; a group that still has members stays, the kernel refuses."""
     for group in folder.glob("autoresearch-*-*"):
         pid = group.name.split("-")[1]
-        if pid.isdigit() and not processes.alive(int(pid)):
+        if pid.isdecimal() and not processes.alive(int(pid)):
             try:
                 group.rmdir()
             except OSError:

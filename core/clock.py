@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 SCHEDULING_SLACK = 0.5  # seconds that a loaded machine may take to wake the trainer, and the referee
 OVERRUN_SHARE = 0.01  # of the budget
-LONG_STEP_SHARE = 0.05  # of the budget: the most that "one median step" may add
+LONG_STEP_SHARE = 0.02  # of the budget: the most that "one median step" may add
 HANDOVER_BASE = 0.5  # seconds for weights() whatever their size
 HANDOVER_RATE = 200e6  # bytes per second, device to file
 HANDOVER_SHARE = 0.02  # of the budget: the most that size may add, so that padding the weights buys no training
@@ -74,7 +74,7 @@ class Limit:
     def overrun(self, median_step: float) -> float:
         """1 % of the budget or one median step, whichever is more.
 
-        The median is the trainer's claim, so it counts for 5 % of the budget at most: with two steps of 0.49 and
+        The median is the trainer's claim, so it counts for 2 % of the budget at most: with two steps of 0.49 and
         0.99 budgets a recipe would otherwise train for half as long again.
         """
         step = min(max(0.0, median_step), LONG_STEP_SHARE * self.budget)

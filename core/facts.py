@@ -5,6 +5,7 @@ Nothing here interprets: `core.hardware` does. No torch, no mlx; every method is
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import platform
 import shutil
@@ -78,6 +79,9 @@ class Facts(Protocol):
 
     def power(self) -> Power: ...
 
+    def installed(self, module: str) -> bool:
+        """Whether a Python module could be imported; it is not."""
+
     def nvidia(self) -> Sequence[Gpu]:
         """All NVIDIA devices, whatever CUDA_VISIBLE_DEVICES says. Raises GpuProblem."""
 
@@ -137,6 +141,9 @@ class LocalFacts:
         except (OSError, RuntimeError):  # psutil on machines whose power supply files are odd
             return Power()
         return Power() if battery is None else Power(battery.power_plugged, battery.percent)
+
+    def installed(self, module: str) -> bool:
+        return importlib.util.find_spec(module) is not None
 
     def nvidia(self) -> Sequence[Gpu]:
         return _nvml()

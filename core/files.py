@@ -27,7 +27,7 @@ def remove_unfinished(folder: Path, *names: str) -> None:
     """What `replace_file` left beside these files when it was killed."""
     for name in names:
         for path in folder.glob(f".{name}.*.tmp"):
-            if path.name[len(name) + 2 : -4].isdigit():  # the pid
+            if path.name[len(name) + 2 : -4].isdecimal():  # the pid
                 path.unlink(missing_ok=True)
 
 

@@ -208,7 +208,16 @@ _DENIED = {
     _RANDOM: "torch.seed torch.random.seed torch.cuda.seed torch.cuda.seed_all torch.set_rng_state",
 }
 _DENIED_PATHS = {name: why for why, names in _DENIED.items() for name in names.split()}
-_PRIVATE_OK = ("_foreach_", "_scaled_", "_grouped_", "_int_mm", "_fused_", "_softmax_", "_log_softmax_", "_assert", "_check")
+_PRIVATE_OK = (
+    "_foreach_",
+    "_scaled_",
+    "_grouped_",
+    "_int_mm",
+    "_fused_",
+    "_softmax_",
+    "_assert",
+    "_check",
+)
 _PRIVATE_TREES_OK = ("torch._dynamo.config", "torch._inductor.config")
 _SETTABLE = ("torch.backends.", "torch._dynamo.config.", "torch._inductor.config.")
 _CONFIG_DENIED = re.compile(

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from core.apple import Apple, identify
 from core.contract import Choice
 from core.errors import UserError
 from core.facts import Facts, Gpu, GpuProblem, LocalFacts, Power
@@ -27,6 +29,8 @@ BACKENDS: Mapping[str, str] = {  # in the order of detection
 _DATACENTRE = {(8, 0), (9, 0), (10, 0), (10, 3)}
 _MIN_CAPABILITY = (7, 5)
 _MIN_GPU_MEMORY = 4 * GIB
+_OLDEST_DARWIN = 23  # the kernel of macOS 14, which MLX's wheels ask for
+_MIN_UNIFIED = 7 * GIB  # macOS keeps about a third of it from the GPU
 _MEMORY_TOLERANCE = 0.93  # a "4 GB" card reports a little less: 3.8 GiB
 
 
@@ -49,9 +53,11 @@ class Hardware:
     gpus: tuple[Gpu, ...] = ()  # those that CUDA_VISIBLE_DEVICES leaves, in CUDA's order
     gpu_problem: str = ""  # why a GPU that seems to be there cannot be used
     chip: str = ""  # "Apple M4 Max"
+    apple: Apple = field(default=Apple())  # what is particular to such a chip
     emulated: bool = False  # an x86 Python on an Apple chip (Rosetta)
     wsl: bool = False
     container: bool = False
+    mlx: bool = False  # the library is installed
     git: str = ""  # version; empty: none found
     power: Power = field(default=Power())
 
@@ -62,6 +68,7 @@ class Hardware:
         """One line for banners: "AMD EPYC, 2 cores, 24 GiB"."""
         parts = [g.name for g in self.gpus[:1]]
         parts += [self.chip or self.cpu, f"{self.cores} core{'s' if self.cores > 1 else ''}", _gib(self.memory)]
+        parts += [self.apple.summary()]
         return ", ".join(p for p in parts if p)
 
 
@@ -90,9 +97,11 @@ def probe(source: Facts | None = None) -> Hardware:
         gpus=gpus,
         gpu_problem=problem,
         chip=chip,
+        apple=identify(chip, facts) if chip and not emulated else Apple(),
         emulated=emulated,
         wsl="microsoft" in release.lower(),
         container=_in_container(facts),
+        mlx=facts.installed("mlx"),
         git=_git(facts),
         power=facts.power(),
     )
@@ -227,7 +236,7 @@ def _memory(facts: Facts) -> tuple[int, int, str]:
 
 def _whole(text: str) -> int:
     text = text.strip()
-    return int(text) if text.isdigit() else 0
+    return int(text) if text.isdecimal() else 0
 
 
 def _in_container(facts: Facts) -> bool:
@@ -283,7 +292,7 @@ def _visible(listed: Sequence[Gpu], chosen: str | None, order: str) -> list[Gpu]
         return flat
     found: list[Gpu] = []
     for item in (word.strip() for word in chosen.split(",")):
-        if item.isdigit() and int(item) < len(gpus):
+        if item.isdecimal() and int(item) < len(gpus):
             gpu: Gpu | None = (gpus[int(item)].parts or (gpus[int(item)],))[0]
         elif item.startswith(("GPU-", "MIG-")):
             matches = [g for g in (*flat, *gpus) if g.uuid.startswith(item)]
@@ -328,11 +337,23 @@ def suits(hardware: Hardware, name: str) -> tuple[bool, str]:
 def _suits_mlx(hardware: Hardware) -> tuple[bool, str]:
     if hardware.os != "darwin":
         return False, f"this is {hardware.os}, not macOS on Apple Silicon"
+    darwin = _whole(hardware.release.split(".")[0])
+    if hardware.chip and not hardware.emulated and 0 < darwin < _OLDEST_DARWIN:
+        return False, f"macOS {darwin - 9} is too old for MLX, which asks for macOS 14: update the system"
     if hardware.emulated:
         return False, f"this Python is built for Intel and runs under Rosetta on {hardware.chip or 'an Apple chip'}"
     if not hardware.chip:
         return False, f"{hardware.cpu} is no Apple Silicon"
-    return True, f"{hardware.chip}, {_gib(hardware.memory)}"
+    if 0 < hardware.memory < _MIN_UNIFIED:
+        return False, f"{hardware.chip} with {_gib(hardware.memory)} of unified memory, below {_gib(_MIN_UNIFIED)}"
+    if not hardware.mlx:
+        return False, f"MLX is not installed on this {hardware.chip}: {sys.executable} -m pip install mlx"
+    return True, ", ".join(part for part in (hardware.chip, _gib(hardware.memory), hardware.apple.summary()) if part)
+
+
+def _on_linux(hardware: Hardware) -> bool:
+    """MLX's builds for Linux serve to try the backend out: used when asked for, never by themselves."""
+    return hardware.os == "linux" and hardware.mlx
 
 
 def choose(hardware: Hardware, wanted: str | None = None, available: Sequence[str] | None = None) -> Choice:
@@ -365,6 +386,10 @@ def _chosen(hardware: Hardware, wanted: str, present: Sequence[str]) -> Choice:
             f"choose --backend {' or '.join(present) or 'none'}",
         )
     ok, fact = suits(hardware, wanted)
+    if wanted == "mlx" and _on_linux(hardware):
+        return Choice(wanted, f"as asked with --backend mlx: MLX's build for Linux, {hardware.summary()}")
+    if wanted == "mlx" and hardware.os == "linux":
+        fact += "; to try MLX's build for Linux: pip install -e '.[mlx]'"
     if not ok:
         possible = [name for name in present if suits(hardware, name)[0]]
         raise UserError(f"the backend {wanted} cannot run here: {fact}", f"choose --backend {' or '.join(possible)}")

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import psutil
+
+from core.apple import conditions
+from core.facts import LocalFacts
 
 
 class Watch:
@@ -17,15 +21,18 @@ class Watch:
         """`pid`: root of the process tree that is ours."""
         self._pid = pid
         self._started = time.monotonic()
-        self._ours = _tree_seconds(pid)
+        self._ours = _tree_seconds(pid) or 0.0
         self._all = _busy_seconds()
         self._clock = _clock()
 
     def report(self) -> dict[str, Any]:
-        """JSON. `others_cores`: how many cores other processes kept busy on average; must be asked while ours live."""
+        """JSON. `others_cores`: how many cores other processes kept busy on average; empty when ours is gone."""
         wall = max(1e-3, time.monotonic() - self._started)
         busy = _busy_seconds() - self._all
-        ours = _tree_seconds(self._pid) - self._ours
+        seconds = _tree_seconds(self._pid)
+        if seconds is None:
+            return {}
+        ours = seconds - self._ours
         return {
             "others_cores": round(max(0.0, busy - ours) / wall, 3),
             "our_cores": round(ours / wall, 3),
@@ -33,6 +40,7 @@ class Watch:
             "cpu_mhz_before": self._clock,
             "cpu_mhz_after": _clock(),
             "temperature_c": _temperature(),
+            **({"conditions": conditions(LocalFacts())} if sys.platform == "darwin" else {}),
         }
 
 
@@ -41,13 +49,13 @@ def _busy_seconds() -> float:
     return t.user + t.system + getattr(t, "nice", 0.0) + getattr(t, "irq", 0.0) + getattr(t, "softirq", 0.0)
 
 
-def _tree_seconds(pid: int) -> float:
-    """User and system time of the processes below and including `pid`."""
+def _tree_seconds(pid: int) -> float | None:
+    """User and system time of the processes below and including `pid`; None when it is gone."""
     try:
         root = psutil.Process(pid)
         tree = [root, *root.children(recursive=True)]
     except psutil.Error:
-        return 0.0
+        return None
     total = 0.0
     for process in tree:
         try:

@@ -364,7 +364,9 @@ class Ledger:
         """running -> scored, and on to audited if it was. A number is taken from a scored outcome only."""
         score = outcome.get("val_bpb") if outcome.get("status") == "scored" else None
         usable = isinstance(score, float) and math.isfinite(score) and score > 0
-        tainted = bool(taint(outcome.get("health") or {}))
+        first = next((e for e in self.experiments() if e.val_bpb is not None), None)
+        steady = ((first.outcome or {}).get("health") or {}) if first else None
+        tainted = bool(taint(outcome.get("health") or {}, steady))
         with self.transaction():
             self.advance(
                 number,

@@ -87,7 +87,7 @@ def device_lock(device: str) -> Path:
     its own is named by the host, as homes on network disks are shared by many machines.
     """
     kind, _, index = device.partition(":")
-    name = _cuda_uuid(int(index or 0)) if kind == "cuda" and (index or "0").isdigit() else ""
+    name = _cuda_uuid(int(index or 0)) if kind == "cuda" and (index or "0").isdecimal() else ""
     return locks_root() / f"device-{re.sub(r'[^A-Za-z0-9._-]', '_', name or f'{device}-{platform.node()}')}.lock"
 
 

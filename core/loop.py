@@ -385,7 +385,11 @@ class Loop:
         """(status, reason); None as status: measure it again."""
         outcome = e.outcome or {}
         if outcome.get("status") != "scored":
-            return str(outcome.get("status", "crash")), str(outcome.get("reason", ""))
+            status, reason = str(outcome.get("status", "crash")), str(outcome.get("reason", ""))
+            disturbed = verdict.taint(outcome.get("health") or {})
+            if status == "timeout" and disturbed and e.attempts < ATTEMPTS:
+                return None, f"{reason}, while {disturbed}"
+            return status, reason
         samples = self.ledger.samples(e.number)
         if e.val_bpb is None or not samples:
             return "invalid", "the score is not a positive, finite number"

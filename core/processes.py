@@ -44,7 +44,7 @@ def children(pid: int) -> list[int]:
 def parents() -> Iterator[tuple[int, int]]:
     """(pid, parent's pid) of every process: for kernels without `children` files."""
     for name in os.listdir("/proc"):
-        if name.isdigit():
+        if name.isdecimal():
             fields = read(f"/proc/{name}/stat").rpartition(b")")[2].split()
             if len(fields) > 1:
                 yield int(name), int(fields[1])

@@ -36,6 +36,7 @@ __all__ = ["Event", "Outcome", "Request", "Status", "dry_build", "execute", "ign
 
 WEIGHTS_BYTES = 64 * 2**30  # the most that a recipe may hand over
 LOG_LINES = 50
+FREE_WARMUP = 3.0  # seconds for import, build and warm-up that cost nothing where nothing is compiled
 
 
 def execute(
@@ -186,6 +187,7 @@ class _Trainer:
         self.limit = Limit(run.request.seconds())
         self.weights_file = worker.scratch / "weights.safetensors"
         self._clock = 0.0  # when the training started
+        self._charged = 0.0  # seconds of the budget that were used up before it
         self._declared = 0  # bytes of weights
         self._last = (0.0, 0)  # seconds and tokens at the last progress
 
@@ -194,7 +196,8 @@ class _Trainer:
         cap = self.run.settings.warmup_cap
         self.run._phase("warm-up")
         self.worker.begin(self.run.request.source, self.run.request.seed, self.run.compiled, measure_peak=True)
-        deadline = time.monotonic() + cap
+        began = time.monotonic()
+        deadline = began + cap
         built = self.worker.expect("built", cap, "import and build")
         self.run._lap("startup")
         warm = self.worker.expect("warm", max(0.1, deadline - time.monotonic()), "warm-up (import, build, compile)")
@@ -214,6 +217,19 @@ class _Trainer:
         self.outcome.flops_per_token = _flops(self.outcome.describe)
         if self.outcome.describe["compiled"]:
             self.run.keep_caches(self.worker)
+        else:
+            self._charge(time.monotonic() - began)
+
+    def _charge(self, seconds: float) -> None:
+        """Without a compiler there is little to do before the clock starts. A first build that computes for long, and
+        keeps the result for the second, would train for free: so what is beyond FREE_WARMUP counts as training."""
+        self._charged = max(0.0, seconds - FREE_WARMUP)
+        if self._charged >= self.limit.budget:
+            raise Ended(
+                "timeout",
+                f"{seconds:.1f} s of work before the clock; {FREE_WARMUP:g} s are free where nothing is compiled, "
+                f"and the rest is more than the budget of {self.limit.budget:g} s",
+            )
 
     def train(self) -> None:
         """From the start of the clock to `trained`; timed here, whatever the trainer says."""
@@ -221,8 +237,11 @@ class _Trainer:
         self.worker.on_progress = self._progress
         self._send_start()
         doing = f"training ({self.limit.budget:g} s budget)"
-        message = self.worker.expect("trained", self._clock + self.limit.longest() - time.monotonic(), doing)
-        seconds = time.monotonic() - self._clock
+        try:
+            message = self.worker.expect("trained", self._clock + self.limit.longest() - time.monotonic(), doing)
+        finally:
+            seconds = time.monotonic() - self._clock
+            self.outcome.health |= self._watch.report()
         self.outcome.training_seconds = round(seconds, 3)
         self._take_facts(message)
         try:
@@ -245,11 +264,10 @@ class _Trainer:
             "handed", allowed, f"weights() of {self._declared / 1e6:.1f} MB after the training"
         )
         took = time.monotonic() - began
-        self.outcome.health |= self._watch.report()
         self.worker.kill()
         peak = message.fields.get("peak_memory")
         reported = peak if isinstance(peak, int) and not isinstance(peak, bool) and 0 < peak < 2**50 else 0
-        self.outcome.peak_memory = reported or self.worker.child.peak_memory()
+        self.outcome.peak_memory = max(reported, self.worker.child.peak_memory())
         try:
             return self._open(took)
         except WeightsError as error:
@@ -277,7 +295,7 @@ class _Trainer:
         fds = dataset.open_files("train")
         self._watch = Watch(self.worker.child.pid)
         try:
-            self._clock = time.monotonic()
+            self._clock = time.monotonic() - self._charged
             fields = {
                 "budget": self.limit.budget,
                 "started": self._clock,

@@ -111,9 +111,23 @@ def standard_policy(
         readable=tuple(Path(p).resolve() for p in readable),
         writable=(scratch, caches, *(Path(p).resolve() for p in writable)),
         memory_bytes=memory_bytes,
-        env=environment(scratch, temporary, caches),
+        env=environment(scratch, temporary, caches) | preloaded(backend),
         backend=backend,
     )
+
+
+OPENBLAS = ("x86_64-linux-gnu/openblas-pthread", "aarch64-linux-gnu/openblas-pthread", "openblas-pthread", "openblas")
+
+
+def preloaded(backend: str) -> dict[str, str]:
+    """MLX's wheel for Linux brings a BLAS that runs at a tenth of OpenBLAS's speed: where that is installed it is used.
+
+    (Debian and Ubuntu: libopenblas0-pthread.)
+    """
+    if backend != "mlx" or sys.platform != "linux":
+        return {}
+    found = [p for place in OPENBLAS if (p := Path("/usr/lib") / place / "libblas.so.3").is_file()]
+    return {"LD_PRELOAD": str(found[0])} if found else {}
 
 
 def environment(home: Path, temporary: Path, caches: Path) -> dict[str, str]:
@@ -133,6 +147,10 @@ def environment(home: Path, temporary: Path, caches: Path) -> dict[str, str]:
         "CUDA_CACHE_PATH": str(caches / "cuda"),
         # Compiled in the process itself: a pool of compilers needs /dev/shm, and two cores gain nothing by it.
         "TORCHINDUCTOR_COMPILE_THREADS": "1",
+        # A GNU OpenMP thread that waits at a barrier spins before it sleeps. Beside one busy process the default of
+        # 300,000 rounds makes steps 4 times as long; 6,000 make them 3 times as long there, and 1 % longer on an idle
+        # machine (docs/verified.md).
+        "GOMP_SPINCOUNT": "6000",
         "PYTHONHASHSEED": "0",  # equal code from equal recipes, so that caches are found again
         "PYTHONSAFEPATH": "1",
         "PYTHONDONTWRITEBYTECODE": "1",

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from core.apple import departure
+
 TAINTING_SHARE = 0.25  # of our own cores' time, taken by other processes: steps and so the score suffer
 
 
@@ -44,9 +46,11 @@ def decide(best: Sequence[float], candidate: Sequence[float], min_delta: float) 
     return Verdict("discard", f"{new:.6f} is {-gain:.6f} worse than the best, {old:.6f}")
 
 
-def taint(health: Mapping[str, Any]) -> str:
-    """Why a measurement is to be taken again, "" if it is not. `health`: what the referee saw beside the training."""
+def taint(health: Mapping[str, Any], steady: Mapping[str, Any] | None = None) -> str:
+    """Why a measurement is to be taken again, "" if it is not. `health`: what the referee saw beside the training;
+    `steady`: the same of the lab's baseline, from which a Mac's conditions may not depart."""
     others, ours = float(health.get("others_cores") or 0.0), float(health.get("our_cores") or 0.0)
     if others > TAINTING_SHARE * max(1.0, ours):
         return f"other processes kept {others:.1f} cores busy beside our {ours:.1f}"
-    return str(health.get("tainted") or "")
+    changed = departure(health.get("conditions") or {}, (steady or {}).get("conditions") or {}) if steady else ""
+    return changed or str(health.get("tainted") or "")

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import backends
+from backends import scaling
 from backends.cpu import profiles as cpu
 from core.errors import UserError
 from core.guard import require
@@ -92,10 +93,10 @@ def test_a_profile_with_an_unknown_constant_is_refused():
 def test_scaling_gives_hundreds_of_steps_where_that_is_possible(seconds, cores):
     profile = cpu.profiles(replace(HERE, cores=cores))[0]
     scaled = cpu.scale(profile, seconds)
-    old, new = (cpu.cost(p.constants, p.vocab_size) for p in (profile, scaled))
+    old, new = (scaling.cost(p.constants, p.vocab_size) for p in (profile, scaled))
     steps = profile.budget / seconds * old / new
     batch = scaled.constants["TOTAL_BATCH_SIZE"]
-    shapes = [cpu.cost({**scaled.constants, **shape}, scaled.vocab_size) for shape in cpu._shapes()]
+    shapes = [scaling.cost({**scaled.constants, **shape}, scaled.vocab_size) for shape in cpu.SHAPES]
     assert steps > 0.99 * cpu.FEWEST_STEPS or (batch == cpu.SMALLEST_BATCH and new == min(shapes))
     assert steps < 1.01 * cpu.MOST_STEPS or (batch == cpu.LARGEST_BATCH and new == max(shapes))
     assert batch % scaled.sequence_len == 0

@@ -54,13 +54,13 @@ def test_several_steps_must_fit_together() -> None:
 
 
 @given(budget=st.floats(0.1, 1e5), claimed=st.floats(0, 1e9))
-def test_no_claim_buys_more_than_five_percent(budget: float, claimed: float) -> None:
+def test_no_claim_buys_more_than_two_percent(budget: float, claimed: float) -> None:
     limit = Limit(budget)
     allowed = limit.overrun(claimed)
     assert allowed >= 0.01 * budget
-    assert allowed <= max(0.05 * budget, 0.5) * (1 + 1e-9)
+    assert allowed <= max(0.02 * budget, 0.5) * (1 + 1e-9)
     assert budget + allowed <= limit.longest() * (1 + 1e-9)
-    assert limit.overrun(claimed) >= min(claimed, 0.05 * budget)
+    assert limit.overrun(claimed) >= min(claimed, 0.02 * budget)
 
 
 @given(budget=st.floats(0.1, 1e5), size=st.integers(0, 2**50))

@@ -460,10 +460,12 @@ raise SystemExit("the training loop was run")
 
 
 def test_the_benchmark_takes_definitions_of_a_peer_and_replaces_its_attention(tmp_path):
-    from benchmarks.step import load_peer
+    from benchmarks.peers import load_peer
+    from benchmarks.step import windowed_sdpa
 
     (tmp_path / "train.py").write_text(PEER)
-    peer = load_peer(tmp_path / "train.py")
+    given = {"fa3": SimpleNamespace(flash_attn_func=windowed_sdpa)}
+    peer = load_peer(tmp_path / "train.py", given, ("GPT", "GPTConfig"))
     assert peer["GPTConfig"]().n_layer == 1
     rng = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, 20, 3, 8, generator=rng, dtype=torch.float64) for _ in range(3))
@@ -476,14 +478,14 @@ def test_the_benchmark_takes_definitions_of_a_peer_and_replaces_its_attention(tm
 
 
 def test_the_benchmark_names_what_a_peer_lacks(tmp_path):
-    from benchmarks.step import load_peer
+    from benchmarks.peers import load_peer
     from core.errors import UserError
 
     with pytest.raises(UserError, match="does not exist"):
-        load_peer(tmp_path / "train.py")
+        load_peer(tmp_path / "train.py", {}, ("GPT", "GPTConfig"))
     (tmp_path / "train.py").write_text("X = 1\n")
     with pytest.raises(UserError, match="GPTConfig"):
-        load_peer(tmp_path / "train.py")
+        load_peer(tmp_path / "train.py", {}, ("GPT", "GPTConfig"))
 
 
 def test_the_benchmark_measures_its_own_side():

@@ -35,7 +35,7 @@ SECRET = "PLANTED-SECRET"
 WORKED = "CHEAT WORKED"
 
 # What the wall does not hold yet, and why; also in tests/tamper/README.md.
-OPEN = {"warmup_synthetic": "work in the first build is not charged to the budget"}
+OPEN: dict[str, str] = {}
 
 pytestmark = pytest.mark.slow
 

@@ -103,7 +103,7 @@ def usable_cores(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
         quota, period = (cgroup / "cpu.max").read_text().split()
     except (OSError, ValueError):  # no such cgroup here, or none of our business
         quota, period = "max", "1"
-    if quota.isdigit():
+    if quota.isdecimal():
         cores.append(math.ceil(int(quota) / int(period)))
     return max(1, min(cores))
 
@@ -128,7 +128,7 @@ def memory_limit(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
             text = (cgroup / name).read_text().strip()
         except OSError:  # no such cgroup here, or none of our business
             continue
-        if text.isdigit():  # v2 writes "max" for no limit
+        if text.isdecimal():  # v2 writes "max" for no limit
             limits.append(int(text))
     return min(limits)
 

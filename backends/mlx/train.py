@@ -1,0 +1,500 @@
+"""The training file for Apple Silicon (MLX): the whole reference model and its optimizer, to be read and rewritten.
+
+What it is: the only file that is researched. Everything in it is fair game - the constants, the model,
+the optimizer, the schedules, the batch. It is measured by what the trained weights then predict.
+
+What it is not: it holds no clock, reads and writes no files, prints nothing and scores nothing. The
+program around it hands over training text (`batches`) and the used share of the time budget
+(`progress`, 0..1), and it alone computes the score.
+
+Shapes in comments: B rows, T tokens of context, N = B*T, C = model dim, H heads of D channels,
+V vocabulary entries.
+
+Where the numbers are rounded ("compute dtype" is what the device chose: bfloat16 on a GPU, float32 on a CPU):
+- masters of all weights, their gradients and the optimizer's moments are float32;
+- the residual stream, matrix products and attention are in the compute dtype, softmax and norms float32 inside;
+- softcap, softmax and loss are float32; every norm adds float32's epsilon to the mean square.
+
+What is particular to MLX: arrays are lazy, so one whole optimizer step is one compiled function whose state
+(weights, moments) is captured as its inputs and outputs; everything that changes from step to step comes in as an
+array, as a Python number would be compiled in as a constant.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from core.contract import Batches, Spec
+from kernels.qk_norm_rope import qk_norm_rope
+
+# --- constants: `# search:` gives the range that the offline search may try --------------------
+
+DEPTH = 4  # search: 1..16; transformer layers
+ASPECT_RATIO = 64  # search: 16..128; model dim = DEPTH * ASPECT_RATIO, rounded up to whole heads
+HEAD_DIM = 128  # search: 32 | 64 | 128; channels of one attention head
+WINDOW_PATTERN = "SSSL"  # search: L | SL | SSL | SSSL; per layer: L whole context, S half; the last is always L
+
+TOTAL_BATCH_SIZE = 2**14  # search: 2**10..2**18 pow2; tokens of one optimizer step
+DEVICE_BATCH_SIZE = 16  # rows that go through the model at once; more of them only cost memory
+EMBEDDING_LR = 0.6  # search: 0.05..4 log; token and value embeddings (AdamW)
+UNEMBEDDING_LR = 0.004  # search: 0.0005..0.05 log; lm_head (AdamW)
+MATRIX_LR = 0.04  # search: 0.005..0.2 log; all matrices of the layers (Muon)
+SCALAR_LR = 0.5  # search: 0.05..2 log; per-layer scalars (AdamW)
+WEIGHT_DECAY = 0.2  # search: 0..0.5; cautious, matrices only, falls to 0 with progress
+ADAM_BETAS = (0.8, 0.95)
+WARMUP_RATIO = 0.0  # search: 0..0.2; share of the budget in which learning rates rise from 0
+WARMDOWN_RATIO = 0.5  # search: 0.1..1; share of the budget in which they fall to FINAL_LR_FRAC
+FINAL_LR_FRAC = 0.0  # search: 0..0.2
+
+SOFTCAP = 15.0  # logits stay within -15..15
+ADAM_EPSILON = 1e-10
+MUON_BETA2 = 0.95  # decay of NorMuon's second moment
+MUON_STEPS = 5  # iterations of the orthogonalisation, at most 5
+VE_GATE_CHANNELS = 32  # the first channels of the stream, which set the gates of value embeddings
+
+# --- model ------------------------------------------------------------------------------------
+
+EPSILON = 2.0**-23  # added to the mean square by every norm: float32's machine epsilon
+
+
+def norm(x: mx.array) -> mx.array:
+    """RMS norm over the last axis, without weights, in x's dtype; float32 inside."""
+    return mx.fast.rms_norm(x, None, EPSILON)
+
+
+def linear(x: mx.array, weight: mx.array) -> mx.array:
+    """x @ weight.T in x's dtype; the master weight is float32 and so is its gradient."""
+    return x @ weight.astype(x.dtype).T
+
+
+def rotations(length: int) -> tuple[mx.array, mx.array]:
+    """cos and sin of RoPE's angles (base 10000), (length, D/2) each, float32."""
+    frequency = 10000.0 ** (-mx.arange(0, HEAD_DIM, 2, dtype=mx.float32) / HEAD_DIM)
+    angle = mx.arange(length, dtype=mx.float32)[:, None] * frequency
+    return mx.cos(angle), mx.sin(angle)
+
+
+def has_value_embedding(layer: int) -> bool:
+    """Every second layer, and always the last."""
+    return layer % 2 == (DEPTH - 1) % 2
+
+
+def window_sizes(sequence_len: int) -> list[int]:
+    """How many tokens each layer looks back, itself not counted."""
+    sizes = [sequence_len if c == "L" else sequence_len // 2 for c in WINDOW_PATTERN.upper()]
+    return [sizes[i % len(sizes)] for i in range(DEPTH - 1)] + [sequence_len]
+
+
+# --- attention: no fused backward exists for it in MLX, and scores of size T^2 would fill the memory -----------
+
+QUERY_BLOCK = 128  # queries that share one slice of keys
+
+
+def blocks(length: int, window: int) -> list[tuple[slice, slice, mx.array]]:
+    """Of each block of queries: its positions, those of the keys that it meets (whole blocks), and which it may see.
+
+    A token sees itself and the `window` tokens before it. Masks are additive, float32: 0 or -inf.
+    """
+    found = []
+    for start in range(0, length, QUERY_BLOCK):
+        end = min(start + QUERY_BLOCK, length)
+        first = max(0, start - window) // QUERY_BLOCK * QUERY_BLOCK
+        distance = mx.arange(start, end)[:, None] - mx.arange(first, end)
+        seen = (distance >= 0) & (distance <= window)
+        found.append((slice(start, end), slice(first, end), mx.where(seen, 0.0, -mx.inf)))
+    return found
+
+
+def make_attention(length: int, window: int) -> Any:
+    """Causal windowed attention of (B, H, T, D) queries, keys and values, T = length -> (B, H, T, D).
+
+    q and k come scaled. Each block of queries meets only the slice of keys that it can see. Only the logarithm of each
+    query's sum of exponentials is kept for the backward, which makes the probabilities again (Dao et al. 2022).
+    """
+    parts = blocks(length, window)
+
+    def scores(q: mx.array, k: mx.array, part: tuple[slice, slice, mx.array]) -> mx.array:
+        queries, keys, mask = part
+        return (q[:, :, queries] @ k[:, :, keys].swapaxes(-1, -2)).astype(mx.float32) + mask
+
+    @mx.custom_function  # type: ignore[untyped-decorator]
+    def attend(q: mx.array, k: mx.array, v: mx.array) -> tuple[mx.array, mx.array]:
+        outputs, sums = [], []
+        for part in parts:
+            s = scores(q, k, part)
+            sums.append(mx.logsumexp(s, axis=-1, keepdims=True))
+            outputs.append(mx.exp(s - sums[-1]).astype(v.dtype) @ v[:, :, part[1]])
+        return mx.concatenate(outputs, axis=2), mx.concatenate(sums, axis=2)
+
+    @attend.vjp  # type: ignore[untyped-decorator]
+    def backward(primals: Any, cotangents: Any, outputs: Any) -> tuple[mx.array, mx.array, mx.array]:
+        (q, k, v), dy, (y, sums) = primals, cotangents[0], outputs
+        shift = (dy * y).astype(mx.float32).sum(axis=-1, keepdims=True)
+        dq, dk, dv = [], Blocks(length), Blocks(length)
+        for part in parts:
+            queries, keys, _ = part
+            p = mx.exp(scores(q, k, part) - sums[:, :, queries])
+            dp = (dy[:, :, queries] @ v[:, :, keys].swapaxes(-1, -2)).astype(mx.float32)
+            ds = (p * (dp - shift[:, :, queries])).astype(q.dtype)
+            dq.append(ds @ k[:, :, keys])
+            dk.add(keys, ds.swapaxes(-1, -2) @ q[:, :, queries])
+            dv.add(keys, p.astype(v.dtype).swapaxes(-1, -2) @ dy[:, :, queries])
+        return mx.concatenate(dq, axis=2), dk.whole(), dv.whole()
+
+    return lambda q, k, v: attend(q, k, v)[0]  # type: ignore[index]
+
+
+class Blocks:
+    """Sums of slices (B, H, ., D) that start and end at blocks: without a zero-filled whole for each slice."""
+
+    def __init__(self, length: int) -> None:
+        self.parts: list[mx.array | None] = [None] * -(-length // QUERY_BLOCK)
+
+    def add(self, where: slice, x: mx.array) -> None:
+        for start in range(0, x.shape[2], QUERY_BLOCK):
+            i, part = (where.start + start) // QUERY_BLOCK, x[:, :, start : start + QUERY_BLOCK]
+            old = self.parts[i]
+            self.parts[i] = part if old is None else old + part
+
+    def whole(self) -> mx.array:
+        return mx.concatenate([part for part in self.parts if part is not None], axis=2)
+
+
+# --- weights and layers -----------------------------------------------------------------------------
+
+
+def initial_weights(vocab_size: int, dim: int, seed: int) -> dict[str, mx.array]:
+    """All weights, float32, under upstream's names. What writes into the stream, and all gates, start at zero."""
+    reach = (3 / dim) ** 0.5  # of a uniform distribution with variance 1/dim
+    keys = iter(mx.random.split(mx.random.key(seed), 2 + 6 * DEPTH))
+
+    def uniform(*shape: int) -> mx.array:
+        return mx.random.uniform(-reach, reach, shape, key=next(keys))
+
+    weights = {
+        "transformer.wte.weight": mx.random.normal((vocab_size, dim), key=next(keys)),
+        "lm_head.weight": 0.001 * mx.random.normal((vocab_size, dim), key=next(keys)),
+        "resid_lambdas": mx.ones(DEPTH),
+        "x0_lambdas": mx.full(DEPTH, 0.1),
+    }
+    for i in range(DEPTH):
+        layer = f"transformer.h.{i}."
+        for name in ("c_q", "c_k", "c_v"):
+            weights[f"{layer}attn.{name}.weight"] = uniform(dim, dim)
+        weights[f"{layer}attn.c_proj.weight"] = mx.zeros((dim, dim))
+        weights[f"{layer}mlp.c_fc.weight"] = uniform(4 * dim, dim)
+        weights[f"{layer}mlp.c_proj.weight"] = mx.zeros((dim, 4 * dim))
+        if has_value_embedding(i):
+            weights[f"{layer}attn.ve_gate.weight"] = mx.zeros((dim // HEAD_DIM, VE_GATE_CHANNELS))
+            weights[f"value_embeds.{i}.weight"] = uniform(vocab_size, dim)
+    return weights
+
+
+class GPT:
+    """The reference model: functions of a dictionary of weights."""
+
+    def __init__(self, spec: Spec) -> None:
+        self.dtype = getattr(mx, spec.dtype)
+        self.heads = -(-DEPTH * ASPECT_RATIO // HEAD_DIM)
+        self.dim = self.heads * HEAD_DIM
+        self.windows = window_sizes(spec.sequence_len)
+        self.tables: dict[int, tuple[mx.array, mx.array]] = {}  # of rotations, by length
+        self.attentions: dict[tuple[int, int], Any] = {}  # by length and window
+        self.prepare(spec.sequence_len)
+
+    def prepare(self, length: int) -> None:
+        """What depends on the length of the rows only."""
+        if length not in self.tables:
+            self.tables[length] = rotations(length)
+            self.attentions.update({(length, window): make_attention(length, window) for window in set(self.windows)})
+
+    def attention(self, w: Mapping[str, mx.array], x: mx.array, layer: int, tokens: mx.array) -> mx.array:
+        """(B, T, C) -> same."""
+        B, T, C = x.shape
+        name = f"transformer.h.{layer}.attn."
+        qkv = linear(x, mx.concatenate([w[f"{name}{n}.weight"] for n in ("c_q", "c_k", "c_v")]))
+        q, k, v = mx.split(qkv.reshape(B, T, 3 * self.heads, HEAD_DIM), 3, axis=2)
+        if has_value_embedding(layer):  # value residual: the token's own vector, gated per head by the stream
+            gate = 2 * mx.sigmoid(linear(x[..., :VE_GATE_CHANNELS], w[f"{name}ve_gate.weight"]))
+            v = v + gate[..., None] * w[f"value_embeds.{layer}.weight"][tokens].astype(x.dtype).reshape(v.shape)
+        cos, sin = self.tables[T]
+        q, k = qk_norm_rope(q, cos, sin, EPSILON), qk_norm_rope(k, cos, sin, EPSILON)  # (B, H, T, D)
+        y = self.attentions[T, self.windows[layer]](q, k, v.swapaxes(1, 2))
+        return linear(y.swapaxes(1, 2).reshape(B, T, C), w[f"{name}c_proj.weight"])
+
+    def mlp(self, w: Mapping[str, mx.array], x: mx.array, layer: int) -> mx.array:
+        """(B, T, C) -> same."""
+        name = f"transformer.h.{layer}.mlp."
+        return linear(mx.square(mx.maximum(linear(x, w[f"{name}c_fc.weight"]), 0)), w[f"{name}c_proj.weight"])
+
+    def stream(self, w: Mapping[str, mx.array], tokens: mx.array) -> mx.array:
+        """(B, T) integers -> (B, T, C): the last state of each position, in the compute dtype."""
+        self.prepare(tokens.shape[1])
+        x = x0 = norm(w["transformer.wte.weight"][tokens].astype(self.dtype))
+        resid, skip = w["resid_lambdas"].astype(self.dtype), w["x0_lambdas"].astype(self.dtype)
+        for i in range(DEPTH):
+            x = resid[i] * x + skip[i] * x0
+            x = x + self.attention(w, norm(x), i, tokens)
+            x = x + self.mlp(w, norm(x), i)
+        return norm(x)
+
+    def logits(self, w: Mapping[str, mx.array], tokens: mx.array) -> mx.array:
+        """(B, T) -> (B, T, V) float32 logits within -SOFTCAP..SOFTCAP."""
+        z = linear(self.stream(w, tokens), w["lm_head.weight"]).astype(mx.float32)
+        return SOFTCAP * mx.tanh(z / SOFTCAP)
+
+    def loss(self, w: Mapping[str, mx.array], tokens: mx.array) -> mx.array:
+        """(B, T + 1) -> mean nats per token."""
+        x = self.stream(w, tokens[:, :-1]).reshape(-1, self.dim)
+        loss: mx.array = softcapped_loss(x, w["lm_head.weight"], tokens[:, 1:].reshape(-1))[0]  # type: ignore[index]
+        return loss
+
+
+# --- loss -------------------------------------------------------------------------------------
+
+LOGITS_BYTES = 2**26  # memory that one part of the float32 logits may take
+
+
+@mx.custom_function  # type: ignore[untyped-decorator]
+def softcapped_loss(x: mx.array, head: mx.array, targets: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+    """Mean cross-entropy of the softcapped logits, and its gradients by x and head, a part of the rows at a time.
+
+    x (N, C), head (V, C) float32, targets (N,). All N*V logits never exist. With s = sigmoid(2u/SOFTCAP) the logits
+    SOFTCAP * tanh(u/SOFTCAP) are z = 2*SOFTCAP*s up to a constant, which a softmax ignores:
+    p = softmax(z), loss = -log p[target], d loss/du = 4 * (p - onehot) * s * (1 - s).
+    """
+    count, weight = len(x), head.astype(x.dtype)
+    rows = max(1, LOGITS_BYTES // (4 * len(head)))
+    total, dx, dhead = mx.array(0.0), [], mx.zeros_like(head)
+    for start in range(0, count, rows):
+        part, target = x[start : start + rows], targets[start : start + rows, None]
+        s = mx.sigmoid((part @ weight.T).astype(mx.float32) * (2 / SOFTCAP))
+        z = 2 * SOFTCAP * s
+        sums = mx.logsumexp(z, axis=-1, keepdims=True)
+        total = total + (sums - mx.take_along_axis(z, target, axis=-1)).sum()
+        hit = mx.arange(len(head), dtype=target.dtype) == target
+        du = ((mx.exp(z - sums) - hit) * (s * (1 - s)) * (4 / count)).astype(x.dtype)
+        dx.append(du @ weight)
+        dhead = dhead + (du.T @ part).astype(mx.float32)
+    return total / count, mx.concatenate(dx), dhead
+
+
+@softcapped_loss.vjp  # type: ignore[untyped-decorator]
+def softcapped_loss_backward(primals: Any, cotangents: Any, outputs: Any) -> tuple[mx.array, mx.array, mx.array]:
+    grad, (_, dx, dhead) = cotangents[0], outputs
+    return dx * grad.astype(dx.dtype), dhead * grad, mx.zeros_like(primals[2])
+
+
+# --- optimizer --------------------------------------------------------------------------------
+
+POLAR_EXPRESS = (  # (a, b, c) of each iteration X <- aX + (bA + cA^2)X, A = XX^T: all singular values go to 1
+    (8.156554524902461, -22.48329292557795, 15.878769915207462),
+    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
+)
+
+
+def orthogonalise(g: mx.array, dtype: Any) -> mx.array:
+    """The nearest semi-orthogonal matrices, about, of a stack (L, m, n); float32 in and out."""
+    x = g.swapaxes(-1, -2) if g.shape[-2] > g.shape[-1] else g  # the small side first: A is as small as can be
+    length = mx.sqrt(mx.square(x).sum(axis=(-2, -1), keepdims=True))
+    x = (x / (length * 1.02 + 1e-6)).astype(dtype)
+    for a, b, c in POLAR_EXPRESS[:MUON_STEPS]:
+        A = x @ x.swapaxes(-1, -2)
+        x = a * x + (b * A + c * (A @ A)) @ x
+    return (x.swapaxes(-1, -2) if g.shape[-2] > g.shape[-1] else x).astype(mx.float32)
+
+
+class Muon:
+    """Muon over all matrices of one shape (m, n), stacked, with NorMuon's scaling and cautious decay.
+
+    Momentum (Nesterov) -> orthogonalise -> divide each row (column of a wide matrix) by its running RMS
+    and restore the length of the whole -> decay only entries that the update already shrinks.
+    """
+
+    def __init__(self, names: list[str], shape: tuple[int, int], dtype: Any) -> None:
+        m, n = shape
+        self.names, self.dtype = names, dtype
+        self.axis = -1 if m >= n else -2  # the axis that the second moment averages over
+        self.boost = max(1.0, m / n) ** 0.5  # tall matrices take longer steps
+        self.state = {
+            "momentum": mx.zeros((len(names), m, n)),
+            "second": mx.zeros((len(names), m, 1) if m >= n else (len(names), 1, n)),
+        }
+
+    def step(self, weights: dict[str, mx.array], grads: Mapping[str, mx.array], rates: Mapping[str, mx.array]) -> None:
+        lr, state = rates["matrix"] * self.boost, self.state
+        g = mx.stack([grads[name] for name in self.names])
+        state["momentum"] = state["momentum"] + (g - state["momentum"]) * (1 - rates["momentum"])
+        g = orthogonalise(g + (state["momentum"] - g) * rates["momentum"], self.dtype)
+
+        mean = mx.square(g).mean(axis=self.axis, keepdims=True)
+        state["second"] = state["second"] + (mean - state["second"]) * (1 - MUON_BETA2)
+        scale = mx.rsqrt(mx.maximum(state["second"], 1e-10))
+        length = mx.sqrt(mean.sum(axis=(-2, -1), keepdims=True))
+        rescaled = mx.sqrt((mean * mx.square(scale)).sum(axis=(-2, -1), keepdims=True))
+        g = g * scale * (length / mx.maximum(rescaled, 1e-10))
+
+        w = mx.stack([weights[name] for name in self.names])
+        w = w - (lr * g + lr * rates["decay"] * w * (g * w >= 0))
+        weights.update(zip(self.names, w, strict=True))
+
+
+class AdamW:
+    """Adam without decay (Kingma & Ba 2015) over weights of one rate."""
+
+    def __init__(
+        self, weights: Mapping[str, mx.array], names: list[str], lr: float, betas: tuple[float, float]
+    ) -> None:
+        self.names, self.lr, self.betas = names, lr, betas
+        self.state = {
+            kind: {name: mx.zeros_like(weights[name]) for name in names} for kind in ("first moment", "second moment")
+        }
+
+    def step(self, weights: dict[str, mx.array], grads: Mapping[str, mx.array], rates: Mapping[str, mx.array]) -> None:
+        beta1, beta2 = self.betas
+        size = rates["adam"] * self.lr / (1 - beta1 ** rates["step"])
+        correction = mx.rsqrt(1 - beta2 ** rates["step"])
+        first, second = self.state["first moment"], self.state["second moment"]
+        for name in self.names:
+            g = grads[name]
+            first[name] = first[name] + (g - first[name]) * (1 - beta1)
+            second[name] = beta2 * second[name] + (1 - beta2) * mx.square(g)
+            weights[name] = weights[name] - size * first[name] / (mx.sqrt(second[name]) * correction + ADAM_EPSILON)
+
+
+# --- schedules: functions of progress, the used share of the budget ----------------------------
+
+
+def lr_multiplier(progress: float) -> float:
+    if progress < WARMUP_RATIO:
+        return progress / WARMUP_RATIO
+    if progress <= 1.0 - WARMDOWN_RATIO:
+        return 1.0
+    left = (1.0 - progress) / WARMDOWN_RATIO
+    return left + (1.0 - left) * FINAL_LR_FRAC
+
+
+def muon_momentum(step: int) -> float:
+    """0.85 rising to 0.95 over the first 300 steps."""
+    return 0.85 + 0.10 * min(step / 300, 1.0)
+
+
+def weight_decay(progress: float) -> float:
+    return WEIGHT_DECAY * (1.0 - progress)
+
+
+# --- training ---------------------------------------------------------------------------------
+
+
+class MlxTraining:
+    """See core.contract.Training for what each method promises."""
+
+    def __init__(self, spec: Spec) -> None:
+        self.sequence_len = spec.sequence_len
+        self.model = model = GPT(spec)
+        self.steps = 0
+        self.w = w = initial_weights(spec.vocab_size, model.dim, spec.seed)
+        self.optimizers = optimizers(w, model)
+        self.state = [self.w, [o.state for o in self.optimizers]]
+        mx.eval(self.state)
+        self.compiled = mx.compile(self.whole_step, inputs=self.state, outputs=self.state)
+
+    def step(self, batches: Batches, progress: float) -> mx.array:
+        rows = max(1, TOTAL_BATCH_SIZE // self.sequence_len)
+        loss: mx.array = self.compiled(batches.next(rows, self.sequence_len), self.rates(progress))
+        mx.async_eval(loss, self.state)  # the device works on it while the next step is prepared
+        self.steps += 1
+        return loss
+
+    def rates(self, progress: float) -> dict[str, mx.array]:
+        """All that differs from step to step, as arrays."""
+        rate = lr_multiplier(progress)
+        found = {
+            "adam": rate,
+            "matrix": MATRIX_LR * rate,
+            "momentum": muon_momentum(self.steps),
+            "decay": weight_decay(progress),
+            "step": float(self.steps + 1),
+        }
+        return {name: mx.array(value) for name, value in found.items()}
+
+    def whole_step(self, tokens: mx.array, rates: Mapping[str, mx.array]) -> mx.array:
+        """(rows, T + 1), rates -> mean loss; weights and moments are replaced."""
+        loss, grads = self.gradient(tokens)
+        for optimizer in self.optimizers:
+            optimizer.step(self.w, grads, rates)
+        return loss
+
+    def gradient(self, tokens: mx.array) -> tuple[mx.array, dict[str, mx.array]]:
+        """Mean loss of all rows and its gradients, DEVICE_BATCH_SIZE rows at a time."""
+        loss, grads = mx.array(0.0), {name: mx.zeros_like(w) for name, w in self.w.items()}
+        for first in range(0, len(tokens), DEVICE_BATCH_SIZE):
+            part = tokens[first : first + DEVICE_BATCH_SIZE]
+            share = len(part) / len(tokens)
+            if first:  # the next part starts when this one is done, or the activations of all would exist together
+                part = mx.depends([part], list(grads.values()))[0]
+            part_loss, found = mx.value_and_grad(self.model.loss)(self.w, part)
+            loss = loss + part_loss * share
+            grads = (
+                {name: old + found[name] * share for name, old in grads.items()} if len(part) < len(tokens) else found
+            )
+        return loss, grads
+
+    def logits(self, tokens: mx.array) -> mx.array:
+        return self.model.logits(self.w, tokens)
+
+    def gradients(self, tokens: mx.array) -> dict[str, np.ndarray]:
+        """(B, T + 1) integers -> d(mean loss)/d(weight) of each weight, float32. For tests of parity."""
+        found = mx.grad(self.model.loss)(self.w, tokens)
+        return {name: np.array(g) for name, g in found.items()}
+
+    def weights(self) -> dict[str, np.ndarray]:
+        return {name: np.array(w) for name, w in self.w.items()}
+
+    def load_weights(self, weights: Mapping[str, np.ndarray]) -> None:
+        if self.w.keys() != weights.keys():
+            raise ValueError(f"these weights are missing or unknown: {sorted(self.w.keys() ^ weights.keys())[:5]}")
+        for name, old in self.w.items():
+            if old.shape != weights[name].shape:
+                raise ValueError(f"{name} has shape {weights[name].shape}, the model's is {old.shape}")
+            self.w[name] = mx.array(np.asarray(weights[name], dtype=np.float32))
+
+    def describe(self) -> dict[str, Any]:
+        """FLOPs as upstream counts them: 6 per matrix weight, 12 per channel and key of each layer's window."""
+        matrices = sum(w.size for n, w in self.w.items() if n.startswith(("transformer.h.", "lm_head")))
+        keys = sum(min(window, self.sequence_len) for window in self.model.windows)
+        return {
+            "depth": DEPTH,
+            "dim": self.model.dim,
+            "heads": self.model.heads,
+            "windows": list(self.model.windows),
+            "tokens_per_step": max(1, TOTAL_BATCH_SIZE // self.sequence_len) * self.sequence_len,
+            "flops_per_token": 6 * matrices + 12 * self.model.dim * keys,
+        }
+
+
+def optimizers(w: Mapping[str, mx.array], model: GPT) -> list[AdamW | Muon]:
+    narrow = (model.dim / 768) ** -0.5  # AdamW's rates were tuned at dim 768
+    embeddings = [name for name in w if "wte" in name or "value_embeds" in name]
+    adam = [
+        AdamW(w, ["lm_head.weight"], UNEMBEDDING_LR * narrow, ADAM_BETAS),
+        AdamW(w, embeddings, EMBEDDING_LR * narrow, ADAM_BETAS),
+        AdamW(w, ["resid_lambdas"], SCALAR_LR * 0.01, ADAM_BETAS),
+        AdamW(w, ["x0_lambdas"], SCALAR_LR, (0.96, 0.95)),
+    ]
+    shapes: dict[Any, list[str]] = {}
+    for name, p in w.items():
+        if name.startswith("transformer.h."):
+            shapes.setdefault(p.shape, []).append(name)
+    return [*adam, *(Muon(names, shape, model.dtype) for shape, names in shapes.items())]
+
+
+def build(spec: Spec) -> MlxTraining:
+    return MlxTraining(spec)

@@ -1,0 +1,43 @@
+"""Definitions out of a peer's train.py, without running its training."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from core.errors import UserError
+
+PEER_NAMES = ("MATRIX_LR", "EMBEDDING_LR", "UNEMBEDDING_LR", "SCALAR_LR", "WEIGHT_DECAY", "ADAM_BETAS")
+
+
+def load_peer(path: Path, given: Mapping[str, Any], wanted: Sequence[str]) -> dict[str, Any]:
+    """Names of the part of an upstream train.py that defines: imports, classes, functions and plain constants.
+
+    What needs a GPU or prepared data is left out: the probe of the card, the kernel's download, the training loop.
+    `given`: names that stand for what is left out; `wanted`: names that must then be there.
+    """
+    if not path.is_file():
+        raise UserError(f"{path} does not exist", "--peer takes the folder of an upstream clone")
+    body: list[ast.stmt] = []
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.ImportFrom) and node.module in ("kernels", "prepare"):
+            continue
+        if isinstance(node, ast.Assign):
+            calls = any(isinstance(part, ast.Call) for part in ast.walk(node))
+            names = {part.id for part in ast.walk(node.value) if isinstance(part, ast.Name)}
+            if calls or names:  # not a plain constant
+                continue
+        if isinstance(node, ast.Import | ast.ImportFrom | ast.ClassDef | ast.FunctionDef | ast.Assign):
+            body.append(node)
+    namespace: dict[str, Any] = {"__name__": "peer", **given}
+    module = SimpleNamespace(__dict__=namespace)
+    sys.modules["peer"] = module  # type: ignore[assignment]  # dataclasses look their module up
+    exec(compile(ast.Module(body, []), str(path), "exec"), namespace)
+    missing = [name for name in wanted if name not in namespace]
+    if missing:
+        raise UserError(f"{path} does not define {', '.join(missing)}", "--peer takes an upstream clone or fork")
+    return namespace

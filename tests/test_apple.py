@@ -1,0 +1,162 @@
+"""Macs that are not here, through the facts interface: chip, GPU, limits, and what makes them slow."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from test_hardware import GIB, M4, Machine
+
+from backends.mlx import profiles
+from core.apple import CHIPS, conditions, departure, identify
+from core.errors import UserError
+from core.hardware import choose, probe
+from core.verdict import taint
+
+IOREG = "ioreg -rc AGXAccelerator -d 1"
+
+
+def mac(chip="Apple M4 Max", cores=40, gib=64, darwin="24.1.0", **more):
+    commands = {
+        **M4,
+        "sysctl -n machdep.cpu.brand_string": chip,
+        IOREG: f'  | "gpu-core-count" = {cores}\n',
+        **more.pop("commands", {}),
+    }
+    return Machine(os=("Darwin", darwin, "arm64"), commands=commands, ram=(gib * GIB, gib * GIB // 2), **more)
+
+
+def test_an_m4_max_says_what_it_is():
+    hardware = probe(mac())
+    assert hardware.apple.gpu_cores == 40
+    assert hardware.apple.bandwidth == 546e9
+    assert "40 GPU cores, 546 GB/s" in hardware.summary()
+    choice = choose(hardware, None, ("mlx", "cpu"))
+    assert (choice.value, "546 GB/s" in choice.reason) == ("mlx", True)
+
+
+def test_a_wired_limit_that_was_set_is_told():
+    hardware = probe(mac(commands={"sysctl -n iogpu.wired_limit_mb": "49152"}))
+    assert hardware.apple.wired_limit == 48 * GIB
+    assert "wired limit 48 GiB" in hardware.summary()
+
+
+@pytest.mark.parametrize("model", ["MacBookAir10,1", "Mac16,13"])
+def test_an_air_has_no_fan(model):
+    assert probe(mac("Apple M4", 10, 16, commands={"sysctl -n hw.model": model})).apple.fanless
+    assert not probe(mac("Apple M4", 10, 16, commands={"sysctl -n hw.model": "Mac16,1"})).apple.fanless
+
+
+def test_a_mac_that_tells_nothing_is_still_a_mac():
+    machine = Machine(os=("Darwin", "24.1.0", "arm64"), commands=M4)
+    assert identify("Apple M9 Omega", machine).summary() == ""
+    assert choose(probe(machine), None, ("mlx", "cpu")).value == "mlx"
+
+
+@pytest.mark.parametrize(
+    ("machine", "fact"),
+    [
+        (mac("Intel(R) Core(TM) i7-9750H", 0), "no Apple Silicon"),
+        (mac(darwin="22.6.0"), "macOS 13 is too old for MLX"),
+        (mac("Apple M1", 8, 4), "4.0 GiB of unified memory"),
+        (mac(modules=()), "-m pip install mlx"),
+    ],
+)
+def test_what_mlx_lacks_is_said_with_the_next_step(machine, fact):
+    hardware = probe(machine)
+    with pytest.raises(UserError) as error:
+        choose(hardware, "mlx", ("mlx", "cpu"))
+    assert fact in str(error.value)
+    choice = choose(hardware, None, ("mlx", "cpu"))
+    assert choice.value == "cpu"
+    assert fact in choice.reason
+
+
+def test_linux_takes_mlx_only_when_it_is_asked_for():
+    here = probe(Machine())
+    assert choose(here, None, ("mlx", "cpu")).value == "cpu"
+    assert "MLX's build for Linux" in choose(here, "mlx", ("mlx", "cpu")).reason
+    with pytest.raises(UserError, match=r"pip install -e '\.\[mlx\]'"):
+        choose(probe(Machine(modules=())), "mlx", ("mlx", "cpu"))
+
+
+# --- profiles -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("chip", "gib", "name"),
+    [
+        ("Apple M1", 8, "mlx-base"),
+        ("Apple M2 Pro", 32, "mlx-pro"),
+        ("Apple M4 Max", 64, "mlx-max"),
+        ("Apple M3 Ultra", 256, "mlx-ultra"),
+        ("Apple M3 Max", 8, "mlx-base"),
+    ],
+)
+def test_profiles_follow_chip_and_memory(chip, gib, name):
+    found = profiles.profiles(probe(mac(chip, 10, gib)))
+    assert found[0].name == name
+    assert found[-1].name == "demo"
+    sizes = [p.constants["DEPTH"] * p.constants["TOTAL_BATCH_SIZE"] for p in found]
+    assert sizes == sorted(sizes, reverse=True)
+
+
+@given(st.floats(1e-3, 60.0))
+def test_a_budget_holds_hundreds_of_steps_where_that_is_possible(seconds):
+    profile = profiles.profiles(probe(mac()))[0]
+    scaled = profiles.scale(profile, seconds)
+    batch = scaled.constants["TOTAL_BATCH_SIZE"]
+    assert profiles.SMALLEST_BATCH <= batch <= profiles.LARGEST_BATCH
+    assert batch % scaled.sequence_len == 0
+    if profiles.FEWEST_STEPS <= profile.budget / seconds <= profiles.MOST_STEPS:
+        assert scaled is profile
+
+
+# --- what slows a Mac down ------------------------------------------------------------------------------
+
+STATES = {
+    "notifyutil -g com.apple.system.thermalpressurelevel": "com.apple.system.thermalpressurelevel 1",
+    "sysctl -n kern.memorystatus_vm_pressure_level": "2",
+    "pmset -g": "System-wide power settings:\nCurrently in use:\n lowpowermode         1\n sleep  1\n",
+    "pmset -g batt": "Now drawing from 'Battery Power'\n -InternalBattery-0 (id=1) 80%; discharging;",
+}
+
+
+def test_conditions_are_read():
+    assert conditions(mac(commands=STATES)) == {
+        "thermal": 1,
+        "memory_pressure": 1,
+        "low_power": True,
+        "battery": True,
+    }
+    assert conditions(mac()) == {}
+
+
+def test_only_a_departure_from_the_steady_state_taints():
+    warm = {"conditions": {"thermal": 1, "memory_pressure": 0, "low_power": False, "battery": False}}
+    assert taint(warm, warm) == ""
+    assert taint({"conditions": {**warm["conditions"], "thermal": 0}}, warm) == ""
+    for name, value, said in (
+        ("thermal", 2, "hotter than at the baseline: heavy, was moderate"),
+        ("memory_pressure", 3, "more pressure than at the baseline: critical, was normal"),
+        ("low_power", True, "low-power mode"),
+        ("battery", True, "battery"),
+    ):
+        assert said in taint({"conditions": {**warm["conditions"], name: value}}, warm)
+    assert taint({"conditions": {"thermal": 4}}, None) == "", "the baseline itself has nothing to depart from"
+
+
+def test_a_throttling_night_still_keeps():
+    """Warm from the baseline on: every later experiment is as warm, so none is tainted."""
+    steady = {"conditions": {"thermal": 2}}
+    assert [taint(steady, steady) for _ in range(20)] == [""] * 20
+    assert departure({"thermal": 99}, {"thermal": 0}).endswith("sleeping, was nominal")
+
+
+def test_the_table_is_ordered():
+    for chip in CHIPS:
+        assert list(chip.bandwidth) == sorted(chip.bandwidth)
+        assert all(60e9 < b < 1000e9 for b in chip.bandwidth.values())
+    assert replace(probe(mac()).apple, gpu_cores=0).summary() == "546 GB/s"
