@@ -42,7 +42,7 @@ def attacks(orders: dict[str, Any], folder: Path) -> dict[str, Any]:
     with selfcheck.surroundings(outside, orders["secret"]) as targets:
         targets["readable"] += orders.get("planted", [])
         child = start(orders, folder, "-m", "core.attacks", json.dumps(targets), *orders.get("attacks", []))
-        code = child.wait(60)
+        code = child.wait(240)
         child.kill()
         (outside / "socket").unlink()
     return {"code": code, "log": child.log_tail(), "enforced": child.enforced}

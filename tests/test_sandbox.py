@@ -73,7 +73,7 @@ def referee(orders: dict[str, Any], secret: str) -> dict[str, Any]:
     bystander = subprocess.Popen([sys.executable, "-c", "input()", secret], stdin=subprocess.PIPE, env=environment)
     command = [sys.executable, str(REFEREE), str(paths.project_root()), json.dumps(orders), secret]
     try:
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr
     finally:
         bystander.communicate(b"\n")
