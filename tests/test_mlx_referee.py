@@ -122,6 +122,8 @@ CHEATS = {
     "seed_time": ("mx.random.key(spec.seed)", "mx.random.key(time.monotonic_ns() % 2**31)", {"invalid"}, "two builds"),
     "hang_logits": (LOGITS, "        while True:\n            time.sleep(1)\n", {"timeout"}, "scorer"),
     "read_files": (LOGITS, "        open('/etc/passwd').read()\n" + LOGITS, {"crash"}, "PermissionError"),
+    "memory_eaten": (LOGITS, "        self.big = mx.ones((3 * 2**28, 4))\n        mx.eval(self.big)\n" + LOGITS,
+                     {"crash", "invalid", "timeout"}, ""),
 }  # fmt: skip
 
 
