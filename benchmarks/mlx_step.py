@@ -13,9 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.peers import PEER_NAMES, load_peer
+from benchmarks.peers import PEER_NAMES, load_peer, rates
 from benchmarks.shapes import Shapes, Side
-from core.errors import UserError
 
 
 def our_side(shapes: Shapes, dtype: str = "") -> Side:
@@ -32,8 +31,7 @@ def our_side(shapes: Shapes, dtype: str = "") -> Side:
     training = recipe.build(
         Spec(shapes.vocab, shapes.context, shapes.vocab - 1, device.name, dtype or device.dtype.value, 42, 0)
     )
-    if training.model.dim != shapes.dim:
-        raise UserError(f"a model of dim {shapes.dim} has no whole heads of {shapes.head_dim}", "give another --dim")
+    shapes.require_dim(training.model.dim)
 
     def step(tokens: np.ndarray) -> float:
         batch = device.from_numpy(tokens)
@@ -62,12 +60,7 @@ def peer_side(shapes: Shapes, folder: Path, dtype: str = "") -> Side:
     mx.eval(model.parameters())
     optimizer = peer["AdamW"](
         model,
-        unembedding_lr=peer["UNEMBEDDING_LR"],
-        embedding_lr=peer["EMBEDDING_LR"],
-        matrix_lr=peer["MATRIX_LR"],
-        weight_decay=peer["WEIGHT_DECAY"],
-        adam_betas=peer["ADAM_BETAS"],
-        scalar_lr=peer["SCALAR_LR"],
+        **rates(peer),
     )
     loss_and_grad = nn.value_and_grad(model, lambda model, inputs, targets: model(inputs, targets=targets))
 

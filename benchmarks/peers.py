@@ -14,6 +14,11 @@ from core.errors import UserError
 PEER_NAMES = ("MATRIX_LR", "EMBEDDING_LR", "UNEMBEDDING_LR", "SCALAR_LR", "WEIGHT_DECAY", "ADAM_BETAS")
 
 
+def rates(peer: Mapping[str, Any]) -> dict[str, Any]:
+    """A peer's constants under the names that its optimizer takes them by."""
+    return {name.lower(): peer[name] for name in PEER_NAMES}
+
+
 def load_peer(path: Path, given: Mapping[str, Any], wanted: Sequence[str]) -> dict[str, Any]:
     """Names of the part of an upstream train.py that defines: imports, classes, functions and plain constants.
 

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from core.errors import UserError
+
 
 @dataclass(frozen=True)
 class Shapes:
@@ -30,6 +32,11 @@ class Shapes:
             "TOTAL_BATCH_SIZE": self.tokens,
             "DEVICE_BATCH_SIZE": self.tokens // self.context,
         }
+
+    def require_dim(self, found: int) -> None:
+        """UserError where a recipe had to round the dim up to whole heads."""
+        if found != self.dim:
+            raise UserError(f"a model of dim {self.dim} has no whole heads of {self.head_dim}", "give another --dim")
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ from typing import Any
 import click
 import numpy as np
 
-from benchmarks.peers import PEER_NAMES, load_peer
+from benchmarks.peers import PEER_NAMES, load_peer, rates
 from benchmarks.shapes import Shapes, Side
 from core.errors import UserError
 from core.paths import project_root
@@ -86,8 +86,7 @@ def our_side(shapes: Shapes) -> Side:
         setattr(recipe, name, value)
     device = open_device()
     training = recipe.build(Spec(shapes.vocab, shapes.context, shapes.vocab - 1, "cpu", device.dtype.value, 42, 0))
-    if training.model.dim != shapes.dim:
-        raise UserError(f"a model of dim {shapes.dim} has no whole heads of {shapes.head_dim}", "give another --dim")
+    shapes.require_dim(training.model.dim)
 
     def step(tokens: np.ndarray) -> float:
         batch = torch.from_numpy(tokens)
@@ -131,12 +130,7 @@ def peer_side(shapes: Shapes, folder: Path, compiled: bool) -> Side:
     model.init_weights()
     with contextlib.redirect_stdout(io.StringIO()):  # it prints a scaling factor
         optimizer = model.setup_optimizer(
-            unembedding_lr=peer["UNEMBEDDING_LR"],
-            embedding_lr=peer["EMBEDDING_LR"],
-            scalar_lr=peer["SCALAR_LR"],
-            adam_betas=peer["ADAM_BETAS"],
-            matrix_lr=peer["MATRIX_LR"],
-            weight_decay=peer["WEIGHT_DECAY"],
+            **rates(peer),
         )
     forward = torch.compile(model, dynamic=False) if compiled else model
 

@@ -8,13 +8,11 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
+
+from core.facts import Facts
 
 GIB = 2**30
-
-
-class Asks(Protocol):
-    def run(self, *argv: str) -> str | None: ...
 
 
 @dataclass(frozen=True)
@@ -66,36 +64,36 @@ class Apple:
         return ", ".join(parts)
 
 
-def identify(chip: str, asks: Asks) -> Apple:
+def identify(chip: str, facts: Facts) -> Apple:
     """`chip`: sysctl's machdep.cpu.brand_string."""
-    cores = _number(r'"gpu-core-count"\s*=\s*(\d+)', asks.run("ioreg", "-rc", "AGXAccelerator", "-d", "1"))
+    cores = _number(r'"gpu-core-count"\s*=\s*(\d+)', facts.run("ioreg", "-rc", "AGXAccelerator", "-d", "1"))
     known = next((c for c in CHIPS if c.name == chip), None)
     widths = known.bandwidth if known else {}
     least = min(widths.values(), default=0.0)  # of the smaller GPU, where the cores are not known
-    limit = _number(r"(\d+)", asks.run("sysctl", "-n", "iogpu.wired_limit_mb")) * 2**20
-    return Apple(cores, widths.get(cores, least), limit, (asks.run("sysctl", "-n", "hw.model") or "") in FANLESS)
+    limit = _number(r"(\d+)", facts.run("sysctl", "-n", "iogpu.wired_limit_mb")) * 2**20
+    return Apple(cores, widths.get(cores, least), limit, (facts.run("sysctl", "-n", "hw.model") or "") in FANLESS)
 
 
 THERMAL = ("nominal", "moderate", "heavy", "trapping", "sleeping")
 MEMORY = {1: "normal", 2: "warning", 4: "critical"}
 
 
-def conditions(asks: Asks) -> dict[str, Any]:
+def conditions(facts: Facts) -> dict[str, Any]:
     """What slows a Mac down, now: `thermal` and `memory_pressure` as numbers (0 is best), `low_power`, `battery`.
 
     What the system does not tell is left out.
     """
     found: dict[str, Any] = {}
-    level = asks.run("notifyutil", "-g", "com.apple.system.thermalpressurelevel")
+    level = facts.run("notifyutil", "-g", "com.apple.system.thermalpressurelevel")
     if level and (match := re.search(r"(\d+)\s*$", level)):
         found["thermal"] = int(match[1])
-    pressure = asks.run("sysctl", "-n", "kern.memorystatus_vm_pressure_level")
+    pressure = facts.run("sysctl", "-n", "kern.memorystatus_vm_pressure_level")
     if pressure and pressure.strip().isdecimal():
         found["memory_pressure"] = int(pressure) - 1
-    settings = asks.run("pmset", "-g")
+    settings = facts.run("pmset", "-g")
     if settings and (match := re.search(r"^\s*lowpowermode\s+(\d)", settings, re.M)):
         found["low_power"] = match[1] == "1"
-    source = asks.run("pmset", "-g", "batt")
+    source = facts.run("pmset", "-g", "batt")
     if source and (match := re.search(r"drawing from '(\w+)", source)):
         found["battery"] = match[1] == "Battery"
     return found

@@ -52,5 +52,5 @@ def taint(health: Mapping[str, Any], steady: Mapping[str, Any] | None = None) ->
     others, ours = float(health.get("others_cores") or 0.0), float(health.get("our_cores") or 0.0)
     if others > TAINTING_SHARE * max(1.0, ours):
         return f"other processes kept {others:.1f} cores busy beside our {ours:.1f}"
-    changed = departure(health.get("conditions") or {}, (steady or {}).get("conditions") or {}) if steady else ""
+    changed = departure(health.get("conditions") or {}, steady.get("conditions") or {}) if steady else ""
     return changed or str(health.get("tainted") or "")

@@ -104,8 +104,7 @@ def test_names_and_shapes_are_those_of_the_cpu_recipe():
 def test_logits_are_those_of_the_cpu_recipe(pattern, length):
     ours, theirs = both(WINDOW_PATTERN=pattern)
     x = tokens(length=length)
-    found = ours.model.logits(ours.w, to_mlx(x))  # not compiled: that takes a second for every length
-    close(np.array(found), theirs.logits(torch.from_numpy(x)).numpy())
+    close(np.array(ours.logits(to_mlx(x))), theirs.logits(torch.from_numpy(x)).numpy())
 
 
 @pytest.mark.parametrize(("pattern", "depth"), [("L", 1), ("SSSL", 4), ("SL", 3)])
@@ -254,7 +253,7 @@ def test_weights_go_there_and_back_bit_for_bit_and_are_used():
     weights = training.weights()
     other = load("mlx").build(spec(seed=9))
     x = to_mlx(tokens())
-    first = np.array(other.logits(x))  # compiled with its own weights
+    first = np.array(other.logits(x))
     other.load_weights(weights)
     assert all(np.array_equal(w, weights[name]) for name, w in other.weights().items())
     assert np.array_equal(np.array(other.logits(x)), np.array(training.logits(x)))
