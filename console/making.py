@@ -129,10 +129,10 @@ def _fitted(screen: Screen, chosen: Plan, dataset: Dataset, recipe: bytes, keep_
     guess = "bfloat16" if not on_cpu or (fast and backend.name == "cpu") else "float32"
     settings = _lock(chosen, dataset, guess)
     screen.say("fitting: timing the recipe on this machine ...")
-    facts = _measure(recipe, settings)
+    facts = _measure(screen, recipe, settings)
     if facts["dtype"] != settings.dtype:
         settings = replace(settings, dtype=facts["dtype"])
-        facts = _measure(recipe, settings)
+        facts = _measure(screen, recipe, settings)
     fitted = profile if keep_shape else backend.scale(profile, facts["seconds_per_step"])
     steps = chosen.budget / facts["seconds_per_step"]
     if fitted.constants != profile.constants:
@@ -147,18 +147,22 @@ def _fitted(screen: Screen, chosen: Plan, dataset: Dataset, recipe: bytes, keep_
     return recipe, settings
 
 
-def _measure(recipe: bytes, settings: Settings) -> dict[str, Any]:
-    from core import locks, paths, referee
+def _measure(screen: Screen, recipe: bytes, settings: Settings) -> dict[str, Any]:
+    from core import locks, paths, referee, verdict
 
     folder = paths.home() / "tmp"
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="fit-", dir=folder) as workdir, locks.hold_device(settings.device):
         try:
-            return referee.measure(recipe, settings, Path(workdir), seconds=1.0)
+            facts = referee.measure(recipe, settings, Path(workdir), seconds=1.0)
         except referee.RecipeFailed as failed:
             raise UserError(
                 f"the recipe does not run on this machine ({failed.status}): {failed.reason}", "autoresearch doctor"
             ) from None
+        if disturbed := verdict.taint(facts["health"]):
+            screen.say(f"  {disturbed}: this machine is measured slower than it is, and the model may be too small;")
+            screen.say("  end what else is running and make the lab again, or choose the constants yourself")
+    return facts
 
 
 def _lock(chosen: Plan, dataset: Dataset, dtype: str) -> Settings:

@@ -138,6 +138,7 @@ class Past:
     log_tail: str
     detail: Mapping[str, Any]
     facts: Mapping[str, Any]  # steps, tokens, peak memory, params, seconds
+    tainted: bool = False  # something disturbed the measurement: the score may be worse than it should be
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from typing import Any
 
 from core.data import file_sha256
 from core.errors import DataError, UserError
-from core.shards import sync_folder, write_file
+from core.files import replace_file, sync_folder
 
 Say = Callable[[str], None]
 Meter = Callable[[str, int, int], None]
@@ -212,7 +212,7 @@ def _fetch_file(wanted: Wanted, remote: Remote, count: Callable[[int], None], sa
             note = Note(remote.size, sha256, remote.etag, remote.commit)
             part.replace(target)
             sync_folder(target.parent)
-            write_file(_note_file(target), json.dumps(asdict(note)).encode())
+            replace_file(_note_file(target), json.dumps(asdict(note)).encode())
             return
         part.unlink()
         if attempt == 1:

@@ -313,6 +313,7 @@ class Lab:
             log_tail=str(outcome.get("log_tail", "")),
             detail=e.detail,
             facts={name: outcome[name] for name in facts if name in outcome},
+            tainted=e.tainted,
         )
 
     # --- git ---------------------------------------------------------------------------------------

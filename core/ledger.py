@@ -364,9 +364,7 @@ class Ledger:
         """running -> scored, and on to audited if it was. A number is taken from a scored outcome only."""
         score = outcome.get("val_bpb") if outcome.get("status") == "scored" else None
         usable = isinstance(score, float) and math.isfinite(score) and score > 0
-        first = next((e for e in self.experiments() if e.val_bpb is not None), None)
-        steady = ((first.outcome or {}).get("health") or {}) if first else None
-        tainted = bool(taint(outcome.get("health") or {}, steady))
+        tainted = bool(self.disturbance(outcome.get("health") or {}))
         with self.transaction():
             self.advance(
                 number,
@@ -380,6 +378,11 @@ class Ledger:
                 self.add_sample(number, seed, float(score), tainted, versions)  # type: ignore[arg-type]
                 if outcome.get("audited"):
                     self.advance(number, "audited")
+
+    def disturbance(self, health: Mapping[str, Any]) -> str:
+        """Why a measurement with this health cannot be trusted beside the lab's first, "" if it can."""
+        first = next((e for e in self.experiments() if e.val_bpb is not None), None)
+        return taint(health, ((first.outcome or {}).get("health") or {}) if first else None)
 
     def add_sample(self, number: int, seed: int, val_bpb: float, tainted: bool, versions: Mapping[str, Any]) -> None:
         with self.transaction():

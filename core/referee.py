@@ -376,7 +376,8 @@ def measure(
     source: bytes, settings: Settings, workdir: Path, *, seconds: float = 3.0, stop: threading.Event | None = None
 ) -> dict[str, Any]:
     """How fast a recipe trains here: seconds_per_step, tokens_per_step, steps, warmup, compiled, params, peak_memory,
-    peak_flops, peak_source, describe. Random tokens, no data. `RecipeFailed` when it does not get that far."""
+    peak_flops, peak_source, describe, health (of `core.health.Watch`). Random tokens, no data. `RecipeFailed` when it
+    does not get that far."""
     return _ask(source, settings, workdir, "measure", "measured", stop, seconds=seconds)
 
 
@@ -410,8 +411,10 @@ def _ask(
     worker = Worker(role, Place(settings, workdir, stop or threading.Event()))
     try:
         worker.begin(source, settings.seed, None, **fields)
+        watch = Watch(worker.child.pid)
         message = worker.expect(answer, settings.warmup_cap + 30.0, "import, build and steps")
-        return {k: v for k, v in message.fields.items() if k != "describe"} | {"describe": _plain(message)}
+        found = {k: v for k, v in message.fields.items() if k not in ("describe", "health")}
+        return found | {"describe": _plain(message), "health": watch.report()}
     except Ended as end:
         raise RecipeFailed(end, worker.child.log_tail(LOG_LINES)) from None
     finally:

@@ -23,6 +23,7 @@ import numpy as np
 from core.data import MANIFEST, ORIGIN, PARTS, SCHEMA, Dataset, file_sha256, token_dtype
 from core.documents import Corpus, document_key
 from core.errors import DataError
+from core.files import remove_unfinished, replace_file, sync_folder
 from core.tokenizer import SPLIT_PATTERN, Tokenizer, train
 
 SHARD_TOKENS = 2**26
@@ -184,7 +185,7 @@ def _tokenizer_once(plan: Plan, work: Path, surveyed: Survey, cut: Cut, say: Say
     say(f"learning a vocabulary of {plan.vocab_size:,} from the training part")
     texts = _training_texts(plan.corpus, cut, surveyed.bytes, meter)
     tokenizer = train(texts, plan.vocab_size, plan.pattern)
-    write_file(file, tokenizer.dumps())
+    replace_file(file, tokenizer.dumps())
     return tokenizer
 
 
@@ -335,7 +336,7 @@ def _seal(plan: Plan, work: Path, tokenizer: Tokenizer, surveyed: Survey, state:
             "documents": state.documents[part],
             "shards": shards,
         }
-    write_file(work / "counts.bin", counts.astype("<i8").tobytes())
+    replace_file(work / "counts.bin", counts.astype("<i8").tobytes())
     _write_json(work / ORIGIN, {"command": plan.command})
     manifest = {
         "schema": SCHEMA,
@@ -387,6 +388,7 @@ def _put(work: Path, final: Path) -> None:
     """Move the finished folder to its place; a damaged data set there is set aside first, then removed."""
     for name in ("survey.json", "progress.json"):
         (work / name).unlink(missing_ok=True)
+    remove_unfinished(work, "survey.json", "progress.json", "tokenizer.tiktoken", "counts.bin", ORIGIN, MANIFEST)
     sync_folder(work)
     aside = final.parent / f".{final.name}.damaged"
     shutil.rmtree(aside, ignore_errors=True)
@@ -397,29 +399,8 @@ def _put(work: Path, final: Path) -> None:
     shutil.rmtree(aside, ignore_errors=True)
 
 
-def sync_folder(folder: Path) -> None:
-    """Names in a folder survive a power cut only after this. Windows has no such call."""
-    if os.name == "nt":
-        return
-    fd = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def write_file(file: Path, data: bytes) -> None:
-    """Replace a file so that it is old or new, never half."""
-    temporary = file.with_name(f".{file.name}.new")
-    with temporary.open("wb") as f:
-        f.write(data)
-        f.flush()
-        os.fsync(f.fileno())
-    temporary.replace(file)
-
-
 def _write_json(file: Path, content: dict[str, Any]) -> None:
-    write_file(file, json.dumps(content, indent=1, sort_keys=True).encode())
+    replace_file(file, json.dumps(content, indent=1, sort_keys=True).encode())
 
 
 def _read_json(file: Path) -> dict[str, Any] | None:

@@ -76,20 +76,25 @@ class Search:
         raise Exhausted(f"all values within the `# search:` ranges of {len(space)} constants were tried ({tried} runs)")
 
     def _past(self, past: Sequence[Past]) -> list[Trial]:
-        """Oldest first, each with its gain over the best of its time. What ended otherwise (undecided) is left out."""
+        """Oldest first, each with its gain over the best of its time.
+
+        Left out is what says nothing: what ended otherwise (undecided), and losses of a disturbed measurement.
+        """
         best: Read | None = None
         best_bpb = math.inf
         trials = []
         for p in past:
             read = self._reader.read(p.source)
-            failed = p.status in FAILED
+            failed, kept = p.status in FAILED, p.status in ("keep", "simplify")
+            if p.tainted and best and not kept:
+                continue
             score = None if failed or p.val_bpb is None or not math.isfinite(p.val_bpb) else p.val_bpb
             if score is None and not (failed and best):
                 continue
             base = best or read
             gain = None if score is None else best_bpb - score if best else 0.0
             trials.append(Trial(p.number, read.values, read.skeleton, score, gain, base.values, base.skeleton))
-            if score is not None and (best is None or p.status in ("keep", "simplify")):
+            if score is not None and (best is None or kept):
                 best, best_bpb = read, score
         return trials
 

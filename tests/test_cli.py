@@ -380,3 +380,12 @@ def test_init_fits_commits_and_imports(shell: Shell, home: Path, tmp_path: Path)
     assert git.stdout == ""
     assert Lab.open(lab).ledger.meta("history")[0]["claimed_bpb"] == 0.99
     assert "autoresearch run" in shell("status", "one").stdout
+    burning = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(os.cpu_count() or 1)]
+    try:
+        said = shell("init", "labs/two", "--backend", "cpu", "--budget", "2", "--vocab", "512").stdout
+    finally:
+        for process in burning:
+            process.kill()
+            process.wait()
+    assert "cores busy beside our" in said and "the model may be too small" in said
+    assert "our 0.0" not in said

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 import subprocess
@@ -194,6 +195,21 @@ def test_where_a_constant_failed_it_goes_no_further(status):
     moved = [p for p in proposals if p.detail["kind"] == "move"]
     assert moved
     assert all(constants(p.source.decode())["DEPTH"].value < 6 for p in moved)
+
+
+@pytest.mark.parametrize("tainted", [False, True])
+def test_a_loss_is_learned_from_unless_its_measurement_was_disturbed(tainted):
+    source = b"".join(b"RATE%d = 0.1  # search: 0.001..10.0 log\n" % i for i in range(3))
+
+    def proposals(loss: float) -> list[bytes]:
+        night = Night(lambda v: 1.0, source=source)
+        for i, rate in itertools.product(range(3), (0.03, 0.3)):
+            tried = replace(source.decode(), {f"RATE{i}": rate}).encode()
+            score = loss if rate > 0.1 else 1.01
+            night.past.append(Past(len(night.past) + 1, "discard", score, "", tried, "", "", {}, {}, tainted))
+        return [Search(seed=seed).propose(night.view()).source for seed in range(20)]
+
+    assert (proposals(1.001) == proposals(5.0)) == tainted
 
 
 def test_a_win_is_followed_up():
