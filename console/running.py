@@ -138,8 +138,9 @@ def _check_locked(lab: Lab, wishes: Wishes) -> None:
 
 
 def _run(screen: Screen, lab: Lab, who: Any, limits: Limits, demo: bool) -> int:
+    from core.executor import LocalExecutor
     from core.loop import Limits as LoopLimits
-    from core.loop import LocalExecutor, Loop
+    from core.loop import Loop
 
     _must_be_free(lab)
     before = {e.number for e in lab.ledger.experiments() if e.status is not None}

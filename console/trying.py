@@ -63,8 +63,9 @@ def wait_verb(screen: Screen, given: str | None, number: int, timeout: float | N
 def judge(path: str, number: int) -> int:
     """What the detached process does, also for what is handed in meanwhile. Ends quietly where another one does it."""
     from console.signals import ends
+    from core.executor import LocalExecutor
     from core.lab import Lab
-    from core.loop import LocalExecutor, Loop
+    from core.loop import Loop
 
     lab = Lab.open(Path(path))
     wanted: int | None = number

@@ -19,14 +19,16 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
+from datetime import datetime
 from pathlib import Path
 from statistics import median
-from typing import Any, Protocol
+from typing import Any
 
 from core import locks, verdict
 from core.contract import Exhausted, Proposal, Researcher
 from core.data import Dataset
 from core.errors import Busy, LabError, UserError
+from core.executor import Executor
 from core.files import remove
 from core.lab import Lab
 from core.ledger import Experiment, Sample
@@ -41,22 +43,8 @@ from core.versions import changes, versions
 REFUSALS = 20  # proposals in a row that were tried before, after which the researcher counts as exhausted
 REPAIRS = 2  # failed experiments that a researcher may answer with a repair of the same idea, one after another
 PERIOD = 0.5  # seconds between two looks at what was asked while it waits
+COOLS_IN = 300.0  # seconds after which a machine has cooled down, and settles again before it measures
 DESCRIPTION = 500  # characters of a description that are kept
-
-
-class Executor(Protocol):
-    """Runs one experiment somewhere. Raises `UserError` when the experiment is not to blame."""
-
-    def execute(self, request: Request, on_event: Callable[[RefereeEvent], None], stop: threading.Event) -> Outcome: ...
-
-
-class LocalExecutor:
-    """This machine."""
-
-    def execute(self, request: Request, on_event: Callable[[RefereeEvent], None], stop: threading.Event) -> Outcome:
-        from core import referee  # here, because it loads what only an experiment needs
-
-        return referee.execute(request, on_event, stop)
 
 
 @dataclass(frozen=True)
@@ -301,9 +289,10 @@ class Loop:
         """From proposed to decided; back to proposed after a stop."""
         self.lab.check_settings()
         dataset = self.lab.dataset()
-        if not self._measure_best_again(dataset):
-            return
         e = self.ledger.get(number)
+        self._settle(e, dataset)
+        if self._stop.is_set() or not self._measure_best_again(dataset):
+            return
         self.ledger.start(number)
         self._live.begin(number, e.description)
         self.on_event(Event("start", {"number": number, "description": e.description}))
@@ -318,6 +307,20 @@ class Loop:
             return
         self._record(number, _slim(outcome))
         self._decide(self.ledger.get(number))
+
+    def _settle(self, e: Experiment, dataset: Dataset) -> None:
+        """After a pause a machine is cooler, and so faster, than it was all night."""
+        finished = [datetime.fromisoformat(x.finished).timestamp() for x in self.ledger.experiments() if x.finished]
+        if time.time() - max(finished, default=0.0) < COOLS_IN:
+            return
+
+        def say(text: str) -> None:
+            self._live.update(state="waiting", number=None, phase=text)
+            self.on_event(Event("waiting", {"text": text}))
+
+        done = self.executor.settle(self._request(self.lab.best() or e, dataset), say, self._stop)
+        if done:
+            self._note(done)
 
     def _request(self, e: Experiment, dataset: Dataset) -> Request:
         workdir = self.lab.products.workdir(e.number)
@@ -386,7 +389,7 @@ class Loop:
         outcome = e.outcome or {}
         if outcome.get("status") != "scored":
             status, reason = str(outcome.get("status", "crash")), str(outcome.get("reason", ""))
-            disturbed = verdict.taint(outcome.get("health") or {})
+            disturbed = self.ledger.disturbance(outcome.get("health") or {})
             if status == "timeout" and disturbed and e.attempts < ATTEMPTS:
                 return None, f"{reason}, while {disturbed}"
             return status, reason
@@ -431,7 +434,7 @@ class Loop:
             )
         text = f"#{best.number} measured again: {outcome.val_bpb:.6f}, was {self.lab.best_bpb():.6f}; {why}"
         with self.ledger.transaction():
-            tainted = bool(verdict.taint(outcome.health))
+            tainted = bool(self.ledger.disturbance(outcome.health))
             self.ledger.add_sample(best.number, self.lab.settings.seed, outcome.val_bpb, tainted, self.measured_with)
             self.ledger.event("remeasured", text, best.number)
         self.lab.products.keep(best.number, outcome.weights, outcome.caches)

@@ -53,6 +53,9 @@ class Scripted:
         self.changes = changes  # fields of every outcome
         self.runs: list[str] = []
 
+    def settle(self, request: Request, say: Callable[[str], None], stop: threading.Event) -> str:
+        return ""
+
     def execute(self, request: Request, on_event: Callable[[Event], None], stop: threading.Event) -> Outcome:
         self.runs.append(request.experiment)
         said = _constants(request.source)

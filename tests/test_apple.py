@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import math
+import threading
 from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scripted import Limits, Loop, Scripted, make_lab, recipe
 from test_hardware import GIB, M4, Machine
 
 from backends.mlx import profiles
 from core.apple import CHIPS, conditions, departure, identify
+from core.contract import Proposal
 from core.errors import UserError
+from core.executor import LocalExecutor, settled
 from core.hardware import choose, probe
+from core.outcome import Request
 from core.verdict import taint
 
 IOREG = "ioreg -rc AGXAccelerator -d 1"
@@ -148,11 +154,61 @@ def test_only_a_departure_from_the_steady_state_taints():
     assert taint({"conditions": {"thermal": 4}}, None) == "", "the baseline itself has nothing to depart from"
 
 
-def test_a_throttling_night_still_keeps():
-    """Warm from the baseline on: every later experiment is as warm, so none is tainted."""
-    steady = {"conditions": {"thermal": 2}}
-    assert [taint(steady, steady) for _ in range(20)] == [""] * 20
+def test_an_unknown_thermal_state_counts_as_the_worst():
     assert departure({"thermal": 99}, {"thermal": 0}).endswith("sleeping, was nominal")
+
+
+class Air(Scripted):
+    """A Mac without a fan: work heats it, and heat slows it to 60 %. What a recipe reaches depends on its speed."""
+
+    def __init__(self, settles: bool) -> None:
+        super().__init__()
+        self.heat, self.settles = 0.0, settles
+
+    def work(self, minutes: float) -> float:
+        """The mean speed meanwhile."""
+        before = self.heat
+        self.heat = 1 - (1 - self.heat) * math.exp(-minutes / 4)
+        return 1 - 0.4 * (before + self.heat) / 2
+
+    def execute(self, request, on_event, stop):
+        outcome = super().execute(request, on_event, stop)
+        speed = self.work(5.0)
+        if outcome.val_bpb is not None:
+            outcome.val_bpb += 0.1 / speed
+            outcome.audited = True
+        outcome.health = {"our_cores": 1.0, "conditions": {"thermal": round(2 * self.heat)}}
+        return outcome
+
+    def settle(self, request, say, stop):
+        return settled(lambda: self.work(1 / 3), say, stop) if self.settles else ""
+
+
+class Alternating:
+    """Proposes what is 0.01 better than the best, then what is 0.01 worse, and so on."""
+
+    name = "alternating"
+
+    def propose(self, view):
+        better = len(view.past) % 2 == 1
+        best = float(view.best_source.split()[2])
+        score = best - 0.01 if better else best + 0.01
+        return Proposal(recipe(score, mark=str(len(view.past))), f"idea {len(view.past)}")
+
+
+@pytest.mark.parametrize("settles", [True, False])
+def test_a_night_without_a_fan_keeps_what_is_better_because_it_settles_first(settles, tmp_path, settings):
+    lab = make_lab(tmp_path / "lab", settings, first=recipe(1.0))
+    told = []
+    Loop(lab, Alternating(), Air(settles), told.append).run(Limits(experiments=9))
+    experiments = lab.ledger.experiments()
+    kept = [e.number for e in experiments[1:] if e.is_kept]
+    if settles:
+        assert not any(e.tainted for e in experiments)
+        assert kept == [2, 4, 6, 8], "each second idea is 0.01 better, the others are as much worse"
+        assert any("settled at" in str(e.data.get("text")) for e in told)
+    else:
+        assert 2 not in kept, "the cold baseline is faster than anything after it"
 
 
 def test_the_table_is_ordered():
@@ -160,3 +216,26 @@ def test_the_table_is_ordered():
         assert list(chip.bandwidth) == sorted(chip.bandwidth)
         assert all(60e9 < b < 1000e9 for b in chip.bandwidth.values())
     assert replace(probe(mac()).apple, gpu_cores=0).summary() == "546 GB/s"
+
+
+def test_readings_are_taken_until_they_stay_the_same():
+    rates = iter([10.0, 8.0, 7.0, 6.6, 6.4, 6.5, 6.4, 6.4, 6.5, 6.4, 99.0])
+    said: list[str] = []
+    assert settled(lambda: next(rates), said.append, threading.Event()).startswith(
+        "settled at 6.4 steps/s, 64% of the first of 10 readings"
+    )
+    assert len(said) == 10
+    rising = iter(range(1, 1000))
+    assert "did not settle" in settled(lambda: float(next(rising)), said.append, threading.Event())
+
+
+@pytest.mark.slow
+def test_this_machine_settles_when_it_is_told_that_it_has_no_fan(tmp_path, settings, dataset, tiny_recipe):
+    """The real children; only the facts are those of a MacBook Air."""
+    air = mac("Apple M4", 10, 16, commands={"sysctl -n hw.model": "Mac16,13"})
+    request = Request(tiny_recipe.encode(), settings, dataset, settings.seed, "1", tmp_path / "1")
+    said: list[str] = []
+    done = LocalExecutor(air, settle_seconds=0.2).settle(request, said.append, threading.Event())
+    assert "settle" in done and "no fan" in said[0] and "steps/s at reading 6" in said[6]
+    assert list(tmp_path.iterdir()) == []
+    assert LocalExecutor(mac(), settle_seconds=0.2).settle(request, said.append, threading.Event()) == ""

@@ -18,8 +18,8 @@ import pytest
 from scripted import Limits, Loop, Night, Scripted, check, git, make_lab, recipe
 
 from core import paths
+from core.executor import LocalExecutor
 from core.lab import Lab
-from core.loop import LocalExecutor
 
 if sys.platform == "win32":
     pytest.skip("kill -9 and fork are POSIX", allow_module_level=True)

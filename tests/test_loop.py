@@ -27,8 +27,8 @@ from scripted import Limits, Loop, Night, Scripted, check, git, idea, make_lab, 
 from core import gitstore, lab, live
 from core.contract import Proposal
 from core.errors import Busy, DataError, LabError, UserError
+from core.executor import LocalExecutor
 from core.ledger import Ledger
-from core.loop import LocalExecutor
 from core.versions import code_hash
 
 

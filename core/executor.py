@@ -1,0 +1,82 @@
+"""Where experiments run. The loop asks an executor; this machine is the only one so far."""
+
+from __future__ import annotations
+
+import tempfile
+import threading
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+from statistics import fmean
+from typing import Protocol
+
+from core.facts import Facts
+from core.outcome import Event, Outcome, Request
+
+SETTLE_SECONDS = 20.0  # of training whose step rate is one reading
+SETTLE_READINGS = 3  # whose mean is compared with that of as many before, as single readings are noisy
+SETTLED_WITHIN = 0.01
+SETTLE_MOST = 45  # readings; a quarter of an hour
+
+
+class Executor(Protocol):
+    """Runs one experiment somewhere. Both raise `UserError` when the experiment is not to blame."""
+
+    def execute(self, request: Request, on_event: Callable[[Event], None], stop: threading.Event) -> Outcome: ...
+
+    def settle(self, request: Request, say: Callable[[str], None], stop: threading.Event) -> str:
+        """Bring the machine into the state that it will have all night. What was done, "" if nothing was needed."""
+        ...
+
+
+class LocalExecutor:
+    """This machine. `facts`: where its hardware is looked up."""
+
+    def __init__(self, facts: Facts | None = None, settle_seconds: float = SETTLE_SECONDS) -> None:
+        self._facts = facts
+        self._settle_seconds = settle_seconds
+
+    def execute(self, request: Request, on_event: Callable[[Event], None], stop: threading.Event) -> Outcome:
+        from core import referee  # here, because it loads what only an experiment needs
+
+        return referee.execute(request, on_event, stop)
+
+    def settle(self, request: Request, say: Callable[[str], None], stop: threading.Event) -> str:
+        """A Mac without a fan slows down for minutes under load: it trains until its step rate stays the same."""
+        from core import hardware, referee
+
+        if not hardware.probe(self._facts).apple.fanless:
+            return ""
+        say("this machine has no fan: it trains until its speed stays the same, 15 min at most")
+        workdir = request.workdir.with_name(f"{request.workdir.name}-settle")
+
+        def rate() -> float:
+            with tempfile.TemporaryDirectory(prefix="settle-", dir=workdir) as folder:
+                facts = referee.measure(
+                    request.source, request.settings, Path(folder), seconds=self._settle_seconds, stop=stop
+                )
+            return 1.0 / float(facts["seconds_per_step"])
+
+        workdir.mkdir(parents=True, exist_ok=True)
+        try:
+            return settled(rate, say, stop)
+        except referee.RecipeFailed:
+            return ""  # the experiment that follows will tell why
+        finally:
+            workdir.rmdir()
+
+
+def settled(rate: Callable[[], float], say: Callable[[str], None], stop: threading.Event) -> str:
+    """Take readings of `rate` (steps per second) until they no longer fall or rise. Says how it ended."""
+    last: deque[float] = deque(maxlen=2 * SETTLE_READINGS)
+    first = 0.0
+    for number in range(1, SETTLE_MOST + 1):
+        if stop.is_set():
+            return ""
+        last.append(rate())
+        first = first or last[0]
+        say(f"{last[-1]:.3g} steps/s at reading {number}")
+        before, now = fmean(list(last)[:-SETTLE_READINGS] or [0.0]), fmean(list(last)[-SETTLE_READINGS:])
+        if len(last) == last.maxlen and abs(now - before) <= SETTLED_WITHIN * before:
+            return f"settled at {last[-1]:.3g} steps/s, {last[-1] / first:.0%} of the first of {number} readings"
+    return f"the speed did not settle in {SETTLE_MOST} readings; the last was {last[-1]:.3g} steps/s"
