@@ -22,13 +22,16 @@ SMALL_MEMORY = 3 * GIB
 EVAL_TOKENS = 2**17
 
 # The small class was fitted in 60 s runs on two cores (docs/verified.md). An odd depth gives the first layer value
-# embeddings; 128 tokens of context leave time for more steps; so few steps want no weight decay.
+# embeddings; 128 tokens of context leave time for more steps; so few steps want no weight decay, and Adam's second
+# moment a long memory, as most rows of an embedding have a gradient in few of them only.
 _SMALL: Mapping[str, Any] = {
     "DEPTH": 3,
     "ASPECT_RATIO": 42,
     "HEAD_DIM": 64,
     "TOTAL_BATCH_SIZE": 2**11,
     "WEIGHT_DECAY": 0.0,
+    "EMBEDDING_LR": 1.5,
+    "ADAM_BETAS": (0.8, 0.99),
 }
 _MIDDLE: Mapping[str, Any] = {"DEPTH": 6, "ASPECT_RATIO": 32, "HEAD_DIM": 64, "TOTAL_BATCH_SIZE": 2**12}
 _LARGE: Mapping[str, Any] = {"DEPTH": 8, "ASPECT_RATIO": 32, "HEAD_DIM": 64, "TOTAL_BATCH_SIZE": 2**13}
