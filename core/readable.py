@@ -31,7 +31,7 @@ BACKENDS = {
         "torch torchgen functorch torch.libs triton pytorch_triton triton_windows nvidia cuda cuda_bindings "
         "cuda_pathfinder cusparselt cusparselt_cu12 intel_openmp mkl tbb umf tcmlib opt_einsum expecttest"
     ),
-    "mlx": words("mlx mlx.libs mlx_metal mlx_cpu mlx_cuda"),
+    "mlx": words("mlx mlx.libs mlx_metal mlx_cpu mlx_cuda nvidia"),
 }
 LIBRARIES = {"cpu": ("torch",), "cuda": ("torch",), "rtx": ("torch",), "mlx": ("mlx",)}
 
@@ -132,7 +132,7 @@ def project() -> Rules:
 
 def devices(backend: str) -> Rules:
     found = [(path, landlock.DEVICE) for path in ("/dev/null",)]
-    if backend in ("cuda", "rtx"):
+    if backend != "cpu":  # also for `mlx[cuda]`; elsewhere there are none
         found += [(path, landlock.READ) for path in GPU_KERNEL]
         found += [(str(p), landlock.DEVICE) for pattern in GPU_DEVICES for p in Path("/dev").glob(pattern)]
     return found

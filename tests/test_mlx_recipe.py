@@ -107,6 +107,17 @@ def test_logits_are_those_of_the_cpu_recipe(pattern, length):
     close(np.array(ours.logits(to_mlx(x))), theirs.logits(torch.from_numpy(x)).numpy())
 
 
+@pytest.mark.parametrize("pattern", ["L", "SSSL"])
+@pytest.mark.parametrize("length", [1, 129, CONTEXT, CONTEXT + 70])
+def test_fused_attention_for_scoring_sees_what_training_sees(pattern, length):
+    """On Metal scoring takes MLX's fused attention; elsewhere the same call is not fused, and says the same."""
+    ours, _ = both(WINDOW_PATTERN=pattern)
+    x = to_mlx(tokens(length=length))
+    blocks = np.array(ours.logits(x))
+    ours.model.fused = True
+    close(np.array(ours.logits(x)), blocks)
+
+
 @pytest.mark.parametrize(("pattern", "depth"), [("L", 1), ("SSSL", 4), ("SL", 3)])
 def test_gradients_are_those_of_the_cpu_recipe(pattern, depth):
     ours, theirs = both(WINDOW_PATTERN=pattern, DEPTH=depth)
@@ -190,7 +201,7 @@ def test_nothing_is_promoted_to_float32(dtype):
     t = to_mlx(tokens(rows=1, length=200))
     model.prepare(200)
     for layer in range(recipe.DEPTH):
-        assert model.attention(w, x, layer, t).dtype == wanted
+        assert model.attention(w, x, layer, t, False).dtype == wanted
         assert model.mlp(w, x, layer).dtype == wanted
     assert recipe.norm(x).dtype == wanted
     assert model.stream(w, t).dtype == wanted
@@ -230,7 +241,7 @@ def test_the_loss_in_pieces_is_the_loss(n):
         return (mx.logsumexp(z, axis=-1) - mx.take_along_axis(z, target[:, None], axis=-1)[:, 0]).mean()
 
     def pieces(x, head):
-        return recipe.softcapped_loss(x, head, target)[0]
+        return recipe.make_loss([mx.default_stream(mx.cpu), mx.new_stream(mx.cpu)])(x, head, target)
 
     close(np.array(pieces(x, head)), np.array(plain(x, head)))
     for a, b in zip(mx.grad(pieces, argnums=(0, 1))(x, head), mx.grad(plain, argnums=(0, 1))(x, head), strict=True):

@@ -1,4 +1,4 @@
-"""The MLX backend through the real referee, sandbox and loop, on the CPU; and the kinds of cheating, as MLX recipes."""
+"""The MLX backend through the real referee, sandbox and loop, on the CPU. Cheats: tests/test_tamper_mlx.py."""
 
 from __future__ import annotations
 
@@ -84,48 +84,6 @@ def build(spec):
     return Training(spec)
 '''
 
-LOGITS = "        return self.model(self.w, tokens)\n"
-# name -> (what is replaced, by what, how it may end, what the reason says)
-CHEATS = {
-    "inf_logits": (LOGITS, "        z = self.model(self.w, tokens)\n        return z.at[..., 7].add(mx.inf)\n",
-                   {"invalid", "crash"}, "not finite"),
-    "nan_logits": (LOGITS, "        return self.model(self.w, tokens) * mx.nan\n", {"invalid", "crash"}, "not finite"),
-    "nan_loss": ("        return loss\n", "        return loss * mx.nan\n", {"crash"}, "loss is nan"),
-    "vocabulary_narrow": (LOGITS, "        return self.model(self.w, tokens)[..., :-1]\n", {"invalid"}, "shape"),
-    "future_shifted": (
-        LOGITS,
-        "        z = self.model(self.w, tokens)\n"
-        "        nexts = mx.concatenate([tokens[:, 1:], tokens[:, -1:]], axis=1)\n"
-        "        return z + 20.0 * (mx.arange(z.shape[-1]) == nexts[..., None])\n",
-        {"invalid"}, "future"),
-    "future_mean": (
-        LOGITS,
-        "        e = self.w['embed'][tokens].mean(axis=1, keepdims=True)\n"
-        "        return self.model(self.w, tokens) + 5.0 * (e @ self.w['embed'].T)\n",
-        {"invalid"}, "future"),
-    "memory_two_passes": (
-        LOGITS,
-        "        self.seen = getattr(self, 'seen', 0) + 1\n"
-        "        return self.model(self.w, tokens) * (1 + 0.5 * (self.seen % 2))\n",
-        {"invalid"}, ""),
-    "weights_hidden": (
-        "        return {n: np.array(w) for n, w in self.w.items()}\n",
-        "        return {n: np.array(w) * 0 for n, w in self.w.items()}\n",
-        {"discard", "invalid", "crash"}, ""),
-    "step_overrun": ("        self.steps += 1\n",
-                     "        self.steps += 1\n        time.sleep(0.0 if progress < 0.5 else 60)\n",
-                     {"timeout"}, "s"),
-    "weights_training": (
-        "        return {n: np.array(w) for n, w in self.w.items()}\n",
-        "        time.sleep(8 if self.steps else 0)\n        return {n: np.array(w) for n, w in self.w.items()}\n",
-        {"timeout"}, "weights()"),
-    "seed_time": ("mx.random.key(spec.seed)", "mx.random.key(time.monotonic_ns() % 2**31)", {"invalid"}, "two builds"),
-    "hang_logits": (LOGITS, "        while True:\n            time.sleep(1)\n", {"timeout"}, "scorer"),
-    "read_files": (LOGITS, "        open('/etc/passwd').read()\n" + LOGITS, {"crash"}, "PermissionError"),
-    "memory_eaten": (LOGITS, "        self.big = mx.ones((3 * 2**28, 4))\n        mx.eval(self.big)\n" + LOGITS,
-                     {"crash", "invalid", "timeout"}, ""),
-}  # fmt: skip
-
 
 @pytest.fixture(scope="module")
 def judge(dataset, settings, tmp_path_factory):
@@ -163,20 +121,6 @@ def test_an_honest_recipe_is_scored_and_audited(honest):
     assert 1.0 < honest.val_bpb < 4.0
     assert honest.steps > 20
     assert honest.peak_memory > 2**20
-
-
-@pytest.mark.parametrize("name", CHEATS)
-def test_the_wall_holds_for_mlx(name, judge, honest):
-    old, new, endings, fragment = CHEATS[name]
-    assert HONEST.count(old) == 1
-    outcome = judge("import time\n" + HONEST.replace(old, new))
-    status = outcome.status
-    if status == "scored":
-        assert outcome.audited
-        status = "discard" if outcome.val_bpb > honest.val_bpb - 0.02 else "keep"
-    assert status in endings, f"{status}: {outcome.reason} {outcome.val_bpb} {outcome.log_tail[-500:]}"
-    if status != "discard":
-        assert fragment in outcome.reason, outcome.reason
 
 
 def test_the_lint_knows_mlx_ways_to_files():

@@ -13,6 +13,7 @@ import psutil
 from core.contract import Choice, Memory, Peak
 
 NATS_BYTES = 2**24  # memory of the float32 logits that are turned into nats at a time
+CPU_STREAMS = 2
 PEAK_SIZE = {"gpu": 4096, "cpu": 1024}  # side of the square matrices of which the peak is measured
 
 
@@ -23,6 +24,9 @@ class MlxDevice:
         self.name = name
         self.dtype = dtype
         self._limit = limit
+        self._streams = [mx.default_stream(mx.default_device())]
+        if name == "cpu":  # MLX gives each stream of a CPU one thread
+            self._streams += [mx.new_stream(mx.cpu) for _ in range(CPU_STREAMS - 1)]
 
     def fence(self) -> None:
         mx.synchronize()
@@ -63,15 +67,23 @@ class MlxDevice:
         wanted = self.from_numpy(targets.reshape(-1, 1))
         rows = max(1, NATS_BYTES // (4 * flat.shape[1]))
         found = []
-        for i in range(0, len(flat), rows):
-            part = flat[i : i + rows].astype(mx.float32)
-            nats = mx.logsumexp(part, axis=-1) - mx.take_along_axis(part, wanted[i : i + rows], axis=-1)[:, 0]
-            fine = mx.isfinite(part).all()
-            mx.eval(nats, fine)
-            if not fine.item():
+        for i in range(0, len(flat), rows * len(self._streams)):
+            waiting = []
+            for start, stream in zip(range(i, len(flat), rows), self._streams):
+                part = slice(start, start + rows)
+                with mx.stream(stream):
+                    waiting.append(_nats(flat[part].astype(mx.float32), wanted[part]))
+            mx.eval(waiting)
+            if not all(fine.item() for _, fine in waiting):
                 raise ValueError("logits that are not finite")
-            found.append(np.array(nats))
+            found += [np.array(nats) for nats, _ in waiting]
         return np.concatenate(found).reshape(targets.shape)
+
+
+def _nats(logits: mx.array, targets: mx.array) -> tuple[mx.array, mx.array]:
+    """(n, V) float32 logits, (n, 1) targets -> (n,) nats, and whether all logits are finite."""
+    nats = mx.logsumexp(logits, axis=-1) - mx.take_along_axis(logits, targets, axis=-1)[:, 0]
+    return nats, mx.isfinite(logits).all()
 
 
 def open_device() -> MlxDevice:
@@ -82,5 +94,7 @@ def open_device() -> MlxDevice:
             # More than this cannot stay resident for the GPU: macOS would page the weights out in mid-step.
             limit = int(mx.device_info()["max_recommended_working_set_size"])
             mx.set_wired_limit(limit)
+        else:
+            limit = int(mx.device_info().get("total_memory", limit))  # the card's own, with `mlx[cuda]`
         return MlxDevice("gpu", Choice("bfloat16", "half the memory traffic of float32, with its range"), limit)
     return MlxDevice("cpu", Choice("float32", "MLX multiplies bfloat16 on a CPU many times slower than float32"), limit)

@@ -29,7 +29,7 @@ import mlx.core as mx
 import numpy as np
 
 from core.contract import Batches, Spec
-from kernels.qk_norm_rope import qk_norm_rope
+from kernels.qk_norm_rope import metal, qk_norm_rope
 
 # --- constants: `# search:` gives the range that the offline search may try --------------------
 
@@ -112,40 +112,47 @@ def blocks(length: int, window: int) -> list[tuple[slice, slice, mx.array]]:
 def make_attention(length: int, window: int) -> Any:
     """Causal windowed attention of (B, H, T, D) queries, keys and values, T = length -> (B, H, T, D).
 
-    q and k come scaled. Each block of queries meets only the slice of keys that it can see. Only the logarithm of each
-    query's sum of exponentials is kept for the backward, which makes the probabilities again (Dao et al. 2022).
+    q and k come scaled. Each block of queries meets only the slice of keys that it can see; the probabilities of these
+    slices are kept for the backward, in the compute dtype.
     """
     parts = blocks(length, window)
 
-    def scores(q: mx.array, k: mx.array, part: tuple[slice, slice, mx.array]) -> mx.array:
-        queries, keys, mask = part
-        return (q[:, :, queries] @ k[:, :, keys].swapaxes(-1, -2)).astype(mx.float32) + mask
-
     @mx.custom_function  # type: ignore[untyped-decorator]
-    def attend(q: mx.array, k: mx.array, v: mx.array) -> tuple[mx.array, mx.array]:
-        outputs, sums = [], []
-        for part in parts:
-            s = scores(q, k, part)
-            sums.append(mx.logsumexp(s, axis=-1, keepdims=True))
-            outputs.append(mx.exp(s - sums[-1]).astype(v.dtype) @ v[:, :, part[1]])
-        return mx.concatenate(outputs, axis=2), mx.concatenate(sums, axis=2)
+    def attend(q: mx.array, k: mx.array, v: mx.array) -> tuple[mx.array, ...]:
+        outputs, kept = [], []
+        for queries, keys, mask in parts:
+            scores = mx.addmm(mask.astype(q.dtype), q[:, :, queries], k[:, :, keys].swapaxes(-1, -2))
+            kept.append(mx.softmax(scores, axis=-1, precise=True))
+            outputs.append(kept[-1] @ v[:, :, keys])
+        return mx.concatenate(outputs, axis=2), *kept
 
     @attend.vjp  # type: ignore[untyped-decorator]
     def backward(primals: Any, cotangents: Any, outputs: Any) -> tuple[mx.array, mx.array, mx.array]:
-        (q, k, v), dy, (y, sums) = primals, cotangents[0], outputs
+        (q, k, v), dy, (y, *kept) = primals, cotangents[0], outputs
         shift = (dy * y).astype(mx.float32).sum(axis=-1, keepdims=True)
         dq, dk, dv = [], Blocks(length), Blocks(length)
-        for part in parts:
-            queries, keys, _ = part
-            p = mx.exp(scores(q, k, part) - sums[:, :, queries])
-            dp = (dy[:, :, queries] @ v[:, :, keys].swapaxes(-1, -2)).astype(mx.float32)
+        before: list[mx.array] = []
+        for (queries, keys, _), p in zip(parts, kept, strict=True):
+            d = dy[:, :, queries]
+            if before:  # one block after the other, or the scores of all would exist together
+                d = mx.depends([d], before)[0]
+            dp = d @ v[:, :, keys].swapaxes(-1, -2)
             ds = (p * (dp - shift[:, :, queries])).astype(q.dtype)
-            dq.append(ds @ k[:, :, keys])
-            dk.add(keys, ds.swapaxes(-1, -2) @ q[:, :, queries])
-            dv.add(keys, p.astype(v.dtype).swapaxes(-1, -2) @ dy[:, :, queries])
+            before = [ds @ k[:, :, keys], ds.swapaxes(-1, -2) @ q[:, :, queries], p.swapaxes(-1, -2) @ d]
+            dq.append(before[0])
+            dk.add(keys, before[1])
+            dv.add(keys, before[2])
         return mx.concatenate(dq, axis=2), dk.whole(), dv.whole()
 
     return lambda q, k, v: attend(q, k, v)[0]  # type: ignore[index]
+
+
+def fused_attention(q: mx.array, k: mx.array, v: mx.array, window: int) -> mx.array:
+    """The same for scoring, which needs no backward: on Metal MLX's fused kernel makes no scores of size T^2."""
+    T = q.shape[2]
+    distance = mx.arange(T)[:, None] - mx.arange(T)
+    mask = "causal" if window >= T - 1 else (distance >= 0) & (distance <= window)
+    return mx.fast.scaled_dot_product_attention(q, k, v, scale=1.0, mask=mask)
 
 
 class Blocks:
@@ -202,6 +209,11 @@ class GPT:
         self.heads = -(-DEPTH * ASPECT_RATIO // HEAD_DIM)
         self.dim = self.heads * HEAD_DIM
         self.windows = window_sizes(spec.sequence_len)
+        self.fused = spec.device == "gpu" and metal()  # attention, where no gradient is asked for
+        self.streams = [mx.default_stream(mx.default_device())]
+        if spec.device == "cpu":
+            self.streams += [mx.new_stream(mx.cpu) for _ in range(CPU_STREAMS - 1)]
+        self.softcapped_loss = make_loss(self.streams)
         self.tables: dict[int, tuple[mx.array, mx.array]] = {}  # of rotations, by length
         self.attentions: dict[tuple[int, int], Any] = {}  # by length and window
         self.prepare(spec.sequence_len)
@@ -212,7 +224,7 @@ class GPT:
             self.tables[length] = rotations(length)
             self.attentions.update({(length, window): make_attention(length, window) for window in set(self.windows)})
 
-    def attention(self, w: Mapping[str, mx.array], x: mx.array, layer: int, tokens: mx.array) -> mx.array:
+    def attention(self, w: Mapping[str, mx.array], x: mx.array, layer: int, tokens: mx.array, fused: bool) -> mx.array:
         """(B, T, C) -> same."""
         B, T, C = x.shape
         name = f"transformer.h.{layer}.attn."
@@ -223,7 +235,8 @@ class GPT:
             v = v + gate[..., None] * w[f"value_embeds.{layer}.weight"][tokens].astype(x.dtype).reshape(v.shape)
         cos, sin = self.tables[T]
         q, k = qk_norm_rope(q, cos, sin, EPSILON), qk_norm_rope(k, cos, sin, EPSILON)  # (B, H, T, D)
-        y = self.attentions[T, self.windows[layer]](q, k, v.swapaxes(1, 2))
+        v, window = v.swapaxes(1, 2), self.windows[layer]
+        y = fused_attention(q, k, v, window) if fused else self.attentions[T, window](q, k, v)
         return linear(y.swapaxes(1, 2).reshape(B, T, C), w[f"{name}c_proj.weight"])
 
     def mlp(self, w: Mapping[str, mx.array], x: mx.array, layer: int) -> mx.array:
@@ -231,62 +244,81 @@ class GPT:
         name = f"transformer.h.{layer}.mlp."
         return linear(mx.square(mx.maximum(linear(x, w[f"{name}c_fc.weight"]), 0)), w[f"{name}c_proj.weight"])
 
-    def stream(self, w: Mapping[str, mx.array], tokens: mx.array) -> mx.array:
+    def stream(self, w: Mapping[str, mx.array], tokens: mx.array, fused: bool = False) -> mx.array:
         """(B, T) integers -> (B, T, C): the last state of each position, in the compute dtype."""
         self.prepare(tokens.shape[1])
         x = x0 = norm(w["transformer.wte.weight"][tokens].astype(self.dtype))
         resid, skip = w["resid_lambdas"].astype(self.dtype), w["x0_lambdas"].astype(self.dtype)
         for i in range(DEPTH):
             x = resid[i] * x + skip[i] * x0
-            x = x + self.attention(w, norm(x), i, tokens)
+            x = x + self.attention(w, norm(x), i, tokens, fused)
             x = x + self.mlp(w, norm(x), i)
         return norm(x)
 
     def logits(self, w: Mapping[str, mx.array], tokens: mx.array) -> mx.array:
         """(B, T) -> (B, T, V) float32 logits within -SOFTCAP..SOFTCAP."""
-        z = linear(self.stream(w, tokens), w["lm_head.weight"]).astype(mx.float32)
-        return SOFTCAP * mx.tanh(z / SOFTCAP)
+        x, head = self.stream(w, tokens, self.fused), w["lm_head.weight"]
+        found, share = [], -(-len(x) // len(self.streams))
+        for start in range(0, len(x), share):
+            with mx.stream(self.streams[start // share]):
+                found.append(2 * SOFTCAP * squash(linear(x[start : start + share], head)) - SOFTCAP)
+        return mx.concatenate(found)
 
     def loss(self, w: Mapping[str, mx.array], tokens: mx.array) -> mx.array:
         """(B, T + 1) -> mean nats per token."""
         x = self.stream(w, tokens[:, :-1]).reshape(-1, self.dim)
-        loss: mx.array = softcapped_loss(x, w["lm_head.weight"], tokens[:, 1:].reshape(-1))[0]  # type: ignore[index]
+        loss: mx.array = self.softcapped_loss(x, w["lm_head.weight"], tokens[:, 1:].reshape(-1))
         return loss
 
 
 # --- loss -------------------------------------------------------------------------------------
 
-LOGITS_BYTES = 2**26  # memory that one part of the float32 logits may take
+LOGITS_BYTES = 2**24  # memory that one part of the float32 logits may take
+CPU_STREAMS = 2  # MLX gives each stream of a CPU one thread, which exponentials keep busy; a GPU needs one only
 
 
-@mx.custom_function  # type: ignore[untyped-decorator]
-def softcapped_loss(x: mx.array, head: mx.array, targets: mx.array) -> tuple[mx.array, mx.array, mx.array]:
-    """Mean cross-entropy of the softcapped logits, and its gradients by x and head, a part of the rows at a time.
-
-    x (N, C), head (V, C) float32, targets (N,). All N*V logits never exist. With s = sigmoid(2u/SOFTCAP) the logits
-    SOFTCAP * tanh(u/SOFTCAP) are z = 2*SOFTCAP*s up to a constant, which a softmax ignores:
-    p = softmax(z), loss = -log p[target], d loss/du = 4 * (p - onehot) * s * (1 - s).
-    """
-    count, weight = len(x), head.astype(x.dtype)
-    rows = max(1, LOGITS_BYTES // (4 * len(head)))
-    total, dx, dhead = mx.array(0.0), [], mx.zeros_like(head)
-    for start in range(0, count, rows):
-        part, target = x[start : start + rows], targets[start : start + rows, None]
-        s = mx.sigmoid((part @ weight.T).astype(mx.float32) * (2 / SOFTCAP))
-        z = 2 * SOFTCAP * s
-        sums = mx.logsumexp(z, axis=-1, keepdims=True)
-        total = total + (sums - mx.take_along_axis(z, target, axis=-1)).sum()
-        hit = mx.arange(len(head), dtype=target.dtype) == target
-        du = ((mx.exp(z - sums) - hit) * (s * (1 - s)) * (4 / count)).astype(x.dtype)
-        dx.append(du @ weight)
-        dhead = dhead + (du.T @ part).astype(mx.float32)
-    return total / count, mx.concatenate(dx), dhead
+def squash(u: mx.array) -> mx.array:
+    """sigmoid(2u / SOFTCAP), float32: SOFTCAP * tanh(u / SOFTCAP) = 2 * SOFTCAP * squash(u) - SOFTCAP, but faster."""
+    return 1 / (1 + mx.exp(u.astype(mx.float32) * (-2 / SOFTCAP)))
 
 
-@softcapped_loss.vjp  # type: ignore[untyped-decorator]
-def softcapped_loss_backward(primals: Any, cotangents: Any, outputs: Any) -> tuple[mx.array, mx.array, mx.array]:
-    grad, (_, dx, dhead) = cotangents[0], outputs
-    return dx * grad.astype(dx.dtype), dhead * grad, mx.zeros_like(primals[2])
+def make_loss(streams: list[mx.Stream]) -> Any:
+    """Softcapped cross-entropy with its gradients, a part of the rows at a time; parts take turns on the streams."""
+
+    @mx.custom_function  # type: ignore[untyped-decorator]
+    def softcapped_loss(x: mx.array, head: mx.array, targets: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+        """Mean loss, and its gradients by x and head.
+
+        x (N, C), head (V, C) float32, targets (N,). All N*V logits never exist. With s = squash(u) the logits
+        SOFTCAP * tanh(u/SOFTCAP) are z = 2*SOFTCAP*(s - 1) up to a constant, which a softmax ignores; as z lies in
+        -2*SOFTCAP..0, exp(z) needs no maximum taken off: p = exp(z) / sum, loss = -log p[target] and
+        d loss/du = 4 * (p - onehot) * s * (1 - s). What divides a whole row, and the one hot column, are applied to the
+        products with C columns instead of the V of the logits.
+        """
+        count, weight = len(x), head.astype(x.dtype)
+        rows = max(1, LOGITS_BYTES // (4 * len(head)))
+        losses, dx, dhead = [], [], [mx.zeros_like(head) for _ in streams]
+        for turn, start in enumerate(range(0, count, rows)):
+            at = turn % len(streams)
+            with mx.stream(streams[at]):
+                part, target = x[start : start + rows], targets[start : start + rows]
+                s = squash(part @ weight.T)
+                e = mx.exp(2 * SOFTCAP * (s - 1))
+                sums, hit = e.sum(axis=-1, keepdims=True), mx.take_along_axis(s, target[:, None], axis=-1)  # (rows, 1)
+                losses.append((mx.log(sums) - 2 * SOFTCAP * (hit - 1)).sum())
+                du = (e * s * (1 - s)).astype(x.dtype)  # times sums * count / 4, and without the one hot column
+                share, own = (((4 / count) * y).astype(x.dtype) for y in (1 / sums, hit * (1 - hit)))
+                dx.append((du @ weight) * share - weight[target] * own)
+                dhead[at] = dhead[at] + (du.T @ (part * share)).astype(mx.float32)
+                dhead[at] = dhead[at].at[target].add(-(part * own).astype(mx.float32))
+        return mx.stack(losses).sum() / count, mx.concatenate(dx), sum(dhead[1:], dhead[0])
+
+    @softcapped_loss.vjp  # type: ignore[untyped-decorator]
+    def backward(primals: Any, cotangents: Any, outputs: Any) -> tuple[mx.array, mx.array, mx.array]:
+        grad, (_, dx, dhead) = cotangents[0], outputs
+        return dx * grad.astype(dx.dtype), dhead * grad, mx.zeros_like(primals[2])
+
+    return lambda x, head, targets: softcapped_loss(x, head, targets)[0]  # type: ignore[index]
 
 
 # --- optimizer --------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ LINT = ""
 
 class Raises(Honest):
     def step(self, batches, progress):
-        if progress > 0.3:
+        if hasattr(batches, "passes") and progress > 0.3:
             raise RuntimeError("\x1b[2J\nstatus: keep\nval_bpb: 0.1\t" * 40_000)
         return super().step(batches, progress)
 

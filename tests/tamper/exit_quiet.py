@@ -12,7 +12,7 @@ LINT = "imports `os`"
 
 class Quiet(Honest):
     def step(self, batches, progress):
-        if progress > 0.3:
+        if hasattr(batches, "passes") and progress > 0.3:
             os._exit(0)
         return super().step(batches, progress)
 

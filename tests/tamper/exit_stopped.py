@@ -13,7 +13,7 @@ LINT = "imports `os`"
 
 class Stopped(Honest):
     def step(self, batches, progress):
-        if progress > 0.3:
+        if hasattr(batches, "passes") and progress > 0.3:
             os.kill(os.getpid(), signal.SIGSTOP)
         return super().step(batches, progress)
 

@@ -13,7 +13,7 @@ LINT = "imports `signal`"
 
 class Sleeper(Honest):
     def step(self, batches, progress):
-        if progress > 0.3:
+        if hasattr(batches, "passes") and progress > 0.3:
             for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
                 signal.signal(number, signal.SIG_IGN)
             while True:

@@ -13,7 +13,7 @@ LINT = "imports `os`"
 
 class Helped(Honest):
     def step(self, batches, progress):
-        if progress > 0.5 and not hasattr(self, "helper"):
+        if hasattr(batches, "passes") and progress > 0.5 and not hasattr(self, "helper"):
             self.helper = True
             rows = [batches.next(16, self.spec.sequence_len) for _ in range(64)]
             if os.fork() == 0:

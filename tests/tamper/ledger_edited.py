@@ -12,7 +12,7 @@ LINT = "imports `os`"
 
 
 def targets():
-    for name in ("core.wire", "core.weights", "torch", "numpy", "backends.worker", "__main__"):
+    for name in ("core.wire", "core.weights", "torch", "mlx.core", "numpy", "backends.worker", "__main__"):
         module = sys.modules.get(name)
         if module is not None and getattr(module, "__file__", None):
             yield module.__file__

@@ -21,6 +21,7 @@ class Planter(Honest):
             for folder in filter(None, folders):
                 for name in (
                     "torch.py",
+                    "mlx/core.py",
                     "sitecustomize.py",
                     "usercustomize.py",
                     "json.py",

@@ -11,7 +11,7 @@ LINT = ""
 class Diverges(Honest):
     def step(self, batches, progress):
         loss = super().step(batches, progress)
-        return loss * float("nan") if progress > 0.3 else loss
+        return loss * float("nan") if hasattr(batches, "passes") and progress > 0.3 else loss
 
 
 def build(spec):

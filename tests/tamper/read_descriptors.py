@@ -2,7 +2,7 @@
 
 import os
 
-from common import Honest, torch
+from common import Honest
 
 KIND = "reading validation data through descriptors and /proc"
 EXPECT = {"discard", "crash"}
@@ -45,7 +45,6 @@ class Searcher(Honest):
             search()
         return super().step(batches, progress)
 
-    @torch.no_grad()
     def logits(self, tokens):
         if not hasattr(self, "looked"):
             self.looked = True

@@ -13,7 +13,7 @@ LINT = "imports `time`"
 class LastStep(Honest):
     def step(self, batches, progress):
         loss = super().step(batches, progress)
-        if progress > 0.8:
+        if hasattr(batches, "passes") and progress > 0.8:
             until = time.perf_counter() + 3
             while time.perf_counter() < until:
                 loss = super().step(batches, progress)

@@ -17,7 +17,7 @@ class Threaded(Honest):
 
     def step(self, batches, progress):
         loss = super().step(batches, progress)
-        if progress > 0.7 and self.thread is None:
+        if hasattr(batches, "passes") and progress > 0.7 and self.thread is None:
             self.rows = batches.next(256, self.spec.sequence_len)
             self.other = copy.deepcopy(self.net)
             self.thread = threading.Thread(target=self.more)

@@ -14,7 +14,7 @@ LINT = "imports `os`"
 
 class Flood(Honest):
     def step(self, batches, progress):
-        if progress > 0.2:
+        if hasattr(batches, "passes") and progress > 0.2:
             channel = Channel(socket.socket(fileno=os.dup(int(os.environ["AUTORESEARCH_CHANNEL"]))))
             while True:
                 channel.send("progress", {"step": 2**62, "loss": 1e308, "tokens": 2**62, "x": "y" * 1000})

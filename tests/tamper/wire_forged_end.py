@@ -16,7 +16,7 @@ class Forger(Honest):
     told = False
 
     def step(self, batches, progress):
-        if progress > 0.3 and not self.told:
+        if hasattr(batches, "passes") and progress > 0.3 and not self.told:
             self.told = True
             end = socket.socket(fileno=os.dup(int(os.environ["AUTORESEARCH_CHANNEL"])))
             facts = {"steps": 10**6, "tokens": 10**9, "passes": 0.1, "loss": 0.1, "median_step": 1e-6, "seconds": 0.5}

@@ -3,7 +3,7 @@
 import os
 import socket
 
-from common import Honest, np, torch
+from common import Honest, np
 from core.wire import Channel
 
 KIND = "forging a message"
@@ -19,7 +19,6 @@ class Forger(Honest):
         super().load_weights(weights)
         self.loaded = True
 
-    @torch.no_grad()
     def logits(self, tokens):
         if self.loaded:
             end = socket.socket(fileno=os.dup(int(os.environ["AUTORESEARCH_CHANNEL"])))

@@ -13,7 +13,7 @@ LINT = "imports `os`"
 
 class Garbage(Honest):
     def step(self, batches, progress):
-        if progress > 0.3:
+        if hasattr(batches, "passes") and progress > 0.3:
             deep = b"[" * 100_000
             channel = int(os.environ["AUTORESEARCH_CHANNEL"])
             os.write(channel, struct.pack("<4sIQI", b"ARW1", len(deep), 0, 0) + deep)

@@ -14,7 +14,7 @@ LINT = "imports `os`"
 
 class Half(Honest):
     def step(self, batches, progress):
-        if progress > 0.3:
+        if hasattr(batches, "passes") and progress > 0.3:
             os.write(int(os.environ["AUTORESEARCH_CHANNEL"]), struct.pack("<4sIQI", b"ARW1", 1000, 0, 0) + b'{"kind')
             while True:
                 time.sleep(1)
