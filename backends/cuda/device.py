@@ -1,0 +1,146 @@
+"""An NVIDIA card as a device: dtype and why, memory, peak by a named table, two pinned slots for tokens, nats."""
+
+from __future__ import annotations
+
+import functools
+import math
+import os
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from core.contract import Choice, Memory, Peak
+
+NATS_BYTES = 2**28  # memory of the float32 logits that are turned into nats at a time
+PEAK_SIZE = 8192  # side of the square matrices of which an unknown card's peak is measured
+PEAK_SOURCE = "NVIDIA's data sheet: dense bfloat16 with float32 accumulation"
+PEAKS = {  # FLOP/s without sparsity; the longest name that a card's name contains counts
+    "A100": 312e12,
+    "A800": 312e12,
+    "H100": 989.4e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H800": 989.4e12,
+    "H200": 989.4e12,
+    "H200 NVL": 835e12,
+    "GH200": 989.4e12,
+    "B100": 1750e12,
+    "B200": 2250e12,
+    "GB200": 2500e12,
+}
+
+
+class PinnedSlots:
+    """Copies tokens to the card without stopping the host: pinned buffers in turn, each free when its copy is done.
+
+    One buffer alone would be written again while the card still reads it.
+    """
+
+    def __init__(self, device: torch.device, slots: int = 2) -> None:
+        self._device = device
+        self._slots: list[tuple[torch.Tensor, torch.cuda.Event] | None] = [None] * slots
+        self._turn = 0
+
+    def send(self, x: np.ndarray) -> torch.Tensor:
+        """Integers of any shape -> int64 on the device."""
+        self._turn = (self._turn + 1) % len(self._slots)
+        slot = self._slots[self._turn]
+        if slot is None or slot[0].numel() < x.size:
+            slot = (torch.empty(x.size, dtype=torch.int32, pin_memory=True), torch.cuda.Event())
+            self._slots[self._turn] = slot
+        else:
+            slot[1].synchronize()
+        buffer, event = slot
+        staged = buffer[: x.size].view(x.shape)
+        staged.numpy()[...] = x
+        found = staged.to(self._device, non_blocking=True).long()
+        event.record()
+        return found
+
+
+class CudaDevice:
+    """See core.contract.Device."""
+
+    def __init__(self, dtype: Choice) -> None:
+        self.name = "cuda:0"
+        self.dtype = dtype
+        self._device = torch.device(self.name)
+        self._slots = PinnedSlots(self._device)
+
+    def fence(self) -> None:
+        torch.cuda.synchronize()
+
+    def memory(self) -> Memory:
+        """What PyTorch's allocator took from the card (its cache included, which others cannot use), and the card's."""
+        used, peak = torch.cuda.memory_reserved(), torch.cuda.max_memory_reserved()
+        return Memory(used, peak, torch.cuda.get_device_properties(self._device).total_memory)
+
+    @functools.cached_property
+    def _peak(self) -> Peak:
+        name = torch.cuda.get_device_name()
+        known = known_peak(name)
+        return known or self._measure(name)
+
+    def _measure(self, name: str) -> Peak:
+        dtype = getattr(torch, self.dtype.value)
+        a, b = (torch.randn(PEAK_SIZE, PEAK_SIZE, dtype=dtype, device=self._device) for _ in range(2))
+        best = math.inf
+        for _ in range(8):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            torch.mm(a, b)
+            end.record()
+            end.synchronize()
+            best = min(best, start.elapsed_time(end) / 1e3)
+        what = f"best of 8 {self.dtype.value} products of {PEAK_SIZE} x {PEAK_SIZE} matrices"
+        return Peak(2 * PEAK_SIZE**3 / best, f"measured, as {name} is in no table: {what}")
+
+    def peak(self) -> Peak:
+        return self._peak
+
+    def to_numpy(self, x: torch.Tensor) -> np.ndarray:
+        x = x.detach()
+        return (x.float() if x.dtype in (torch.bfloat16, torch.float16) else x).cpu().numpy()
+
+    def from_numpy(self, x: np.ndarray) -> torch.Tensor:
+        return self._slots.send(x)
+
+    def nats(self, logits: torch.Tensor, targets: np.ndarray) -> np.ndarray:
+        """(B, T, V) logits, (B, T) targets -> (B, T) float32 nats of each target, a part of the rows at a time."""
+        if tuple(logits.shape[:-1]) != tuple(targets.shape):
+            raise ValueError(f"logits of shape {tuple(logits.shape)} for targets of shape {tuple(targets.shape)}")
+        flat, wanted = logits.detach().reshape(-1, logits.shape[-1]), self.from_numpy(targets).reshape(-1)
+        found = torch.empty(len(flat), device=flat.device)
+        fine = torch.ones((), dtype=torch.bool, device=flat.device)
+        rows = max(1, NATS_BYTES // (4 * flat.shape[1]))
+        for i in range(0, len(flat), rows):
+            part = flat[i : i + rows].float()
+            fine &= torch.isfinite(part).all()
+            found[i : i + rows] = F.cross_entropy(part, wanted[i : i + rows], reduction="none")
+        if not bool(fine):  # read once, so that the card is not waited for at every part
+            raise ValueError("logits that are not finite")
+        return found.view(targets.shape).cpu().numpy()
+
+
+def known_peak(name: str) -> Peak | None:
+    """The data sheet's figure for a card's name ("NVIDIA H100 80GB HBM3"); None for one that is in no table."""
+    words = name.replace("-", " ").split()
+    fitting = [known for known in PEAKS if all(word in words for word in known.split())]
+    if not fitting:
+        return None
+    return Peak(PEAKS[max(fitting, key=len)], PEAK_SOURCE)
+
+
+def choose_dtype(capability: tuple[int, int]) -> Choice:
+    if capability >= (8, 0):
+        return Choice("bfloat16", "tensor cores multiply bfloat16 as fast as float16, with float32's range")
+    return Choice("float16", f"compute capability {capability[0]}.{capability[1]} only emulates bfloat16")
+
+
+def open_device() -> CudaDevice:
+    """Sets this process up for work on the card. Memory grows in segments, so that changing shapes do not strew it."""
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    torch.cuda.set_device(0)
+    torch.set_float32_matmul_precision("high")
+    return CudaDevice(choose_dtype(torch.cuda.get_device_capability()))

@@ -1,0 +1,174 @@
+"""Every configuration of the kernels that is shipped, as what `benchmarks.compiled` takes: attention apart."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import triton
+import triton.language as tl
+
+from benchmarks.compiled import Compiled, compiled
+from kernels import linear_relu2, muon, residual_norm, softcapped_loss
+from kernels.targets import TARGETS
+
+ACC = {"ACC": tl.float32}
+WARPS, STAGES = 4, 3  # Triton's own, where a launch says nothing
+
+
+@dataclass(frozen=True)
+class Case:
+    """One kernel with one configuration for one target."""
+
+    label: str
+    kernel: Any  # under @triton.jit
+    target: int  # compute capability
+    types: Mapping[str, str]  # of the arguments that are no constants
+    constants: Mapping[str, Any]
+    warps: int
+    stages: int
+    aligned: tuple[str, ...] = ()  # integers that are multiples of 16
+    expected: str = ""  # an instruction that must be there: a product that misses the tensor cores is useless
+
+    def compile(self) -> Compiled:
+        signature = dict(self.types) | dict.fromkeys(self.constants, "constexpr")
+        return compiled(
+            self.kernel, signature, self.constants, self.warps, self.stages, self.target, aligned=self.aligned
+        )
+
+
+def product(target: int, odd: bool) -> str:
+    """The tensor cores' instruction; where sizes are odd, that of any of them will do."""
+    if odd:
+        return "mma.sync or wgmma.mma_async or tcgen05.mma"
+    return {90: "wgmma.mma_async", 100: "tcgen05.mma"}.get(target, "mma.sync")
+
+
+def mlp(target: int, dtype: str) -> Iterator[Case]:
+    """Forward and backward, and what stands in where the sizes do not divide."""
+    for name, table in (("forward", linear_relu2.FORWARD), ("backward", linear_relu2.BACKWARD)):
+        if (shipped := table.get(target)) is None:
+            continue
+        backward = name == "backward"
+        for tiles in (shipped, linear_relu2.ODD):
+            constants = {"BACKWARD": backward, **ACC, "WIDEN": False, **linear_relu2.constants(tiles)}
+            sizes = dict.fromkeys(("M", "N", "K"), "i32")
+            if tiles.tma:
+                kernel = linear_relu2._by_tma
+                right = (tiles.k, tiles.n) if backward else (tiles.n, tiles.k)
+                blocks = {"A": (tiles.m, tiles.k), "B": right, "Y": (tiles.m, tiles.n), "OUT": (tiles.m, tiles.n)}
+                types = {n: f"tensordesc<{dtype}[{rows}, {columns}]>" for n, (rows, columns) in blocks.items()}
+            else:
+                kernel = linear_relu2._by_pointers
+                types = dict.fromkeys(("A", "B", "Y", "OUT"), f"*{dtype}")
+                constants["EVEN_K"] = tiles is shipped
+            label = f"mlp {name} {dtype}{'' if tiles is shipped else ' odd'}"
+            aligned = ("M", "N", "K") if tiles is shipped else ()
+            at = (tiles.warps, tiles.stages, aligned, product(target, odd=tiles is not shipped))
+            yield Case(label, kernel, target, types | sizes, constants, *at)
+
+
+def loss(target: int, dtype: str) -> Iterator[Case]:
+    """A row in registers at the usual vocabulary and at the widest, and one in blocks."""
+    row = softcapped_loss.ROWS[target]
+    types = {"Z": f"*{dtype}", "TARGETS": "*i64", "LOSSES": "*fp32", "cap": "fp32"}
+    for vocab in sorted({8192, row.held, 50257, 65536}):
+        block, held, warps = softcapped_loss.shape(vocab, row)
+        constants = {"V": vocab, "SCALE": 256.0 if dtype == "fp16" else 1.0, **ACC, "BLOCK": block, "HELD": held}
+        yield Case(f"loss of {vocab} {dtype}", softcapped_loss._chunk, target, types, constants, warps, 2)
+
+
+def norm(target: int, stream: str) -> Iterator[Case]:
+    """The weighted sum over a stream of this type, and the plain one with a branch in bfloat16."""
+    for channels in (128, 768, residual_norm.WIDEST):
+        for scaled in (True, False):
+            inner = stream if scaled else ("fp16" if target == 75 else "bf16")
+            scalars = dict.fromkeys(("A", "B"), "*fp32") if scaled else {}
+            none = {} if scaled else {"A": None, "B": None}
+            sizes = {"N": "i32", "C": "i32", "eps": "fp32"}
+            label = f"{'weighted' if scaled else 'plain'} norm of {channels} {stream}"
+            options = residual_norm.constants(channels, residual_norm.FORWARD[target])
+            warps = options.pop("num_warps")
+            arrays = {"X": f"*{stream}", "X0": f"*{inner}", "OUT": f"*{stream}", "Y": "*bf16"}
+            constants = {"SCALED": scaled, **ACC, **options, **none}
+            yield Case(label, residual_norm._forward, target, arrays | scalars | sizes, constants, warps, 3, ("C",))
+            options = residual_norm.constants(channels, residual_norm.BACKWARD[target])
+            warps = options.pop("num_warps")
+            arrays = dict.fromkeys(("D", "X", "DX"), f"*{stream}") | {"DY": "*bf16", "DX0": f"*{inner}"}
+            arrays |= {"SUMS": "*fp32"} | ({"X0": f"*{inner}"} if scaled else {})
+            constants = {"SCALED": scaled, "BOTH": stream != inner or scaled, **ACC, **options, **none}
+            constants |= {} if scaled else {"X0": None}
+            yield Case(
+                label + " backward", residual_norm._backward, target, arrays | scalars | sizes, constants, warps, 3,
+                ("C",),
+            )  # fmt: skip
+
+
+def symmetric(target: int, dtype: str, tiles: muon.Tiles, odd: bool) -> Iterator[Case]:
+    """X X^T of a wide and of a tall matrix, and b A + c A A. A stride of 1 is a constant to Triton."""
+    sizes = dict.fromkeys(("m", "n", "stride_l"), "i32") | {"alpha": "fp32", "beta": "fp32"}
+    kinds = (("", False, "stride_n", "stride_m"), (" of a transpose", False, "stride_m", "stride_n"))
+    for kind, add, fixed, free in (*kinds, (" plus", True, "stride_n", "stride_m")):
+        types = dict.fromkeys(("X", "D", "OUT") if add else ("X", "OUT"), f"*{dtype}") | sizes | {free: "i32"}
+        constants = {"ADD": add, "EVEN_K": not odd, **ACC, "WIDEN": False, fixed: 1} | ({} if add else {"D": None})
+        constants |= {"SIDE": tiles.side, "BLOCK_K": tiles.k}
+        aligned = () if odd else ("m", "n", "stride_l", free)
+        label = f"symmetric{kind} {dtype}{' odd' if odd else ''}"
+        at = (tiles.warps, tiles.stages, aligned, product(target, odd))
+        yield Case(label, muon._symmetric, target, types, constants, *at)
+
+
+def optimizer(target: int, dtype: str) -> Iterator[Case]:
+    """The symmetric products and what stands around them."""
+    if (shipped := muon.SYMMETRIC.get(target)) is not None:
+        for tiles in (shipped, muon.ODD):
+            yield from symmetric(target, dtype, tiles, odd=tiles is not shipped)
+    types = dict.fromkeys(("G", "M", "SQUARES", "RATES"), "*fp32") | {"size": "i32"}
+    yield Case("momentum", muon._momentum, target, types, {**ACC, "BLOCK": muon.FLAT}, WARPS, STAGES, ("size",))
+    strides = dict.fromkeys(("stride_l", "stride_r", "stride_d"), "i32")
+    types = {"X": f"*{dtype}", "MEANS": "*fp32", "SECOND": "*fp32", "R": "i32", "D": "i32"} | strides
+    types |= {"beta2": "fp32"}
+    constants = {**ACC, "BLOCK_R": muon.KEPT, "BLOCK_D": muon.REDUCED}
+    yield Case(
+        "means of squares", muon._means, target, types, constants, WARPS, STAGES, ("R", "D", "stride_l", "stride_r")
+    )
+    types = dict.fromkeys(("MEANS", "SECOND", "LENGTHS"), "*fp32") | {"R": "i32", "floor": "fp32"}
+    yield Case("length", muon._length, target, types, {**ACC, "BLOCK": 1024}, WARPS, STAGES, ("R",))
+    types = {"W": "*fp32", "X": f"*{dtype}"} | dict.fromkeys(("SECOND", "LENGTHS", "RATES"), "*fp32")
+    types |= dict.fromkeys(("m", "n", "stride_l", "stride_m", "stride_n"), "i32") | {"boost": "fp32", "floor": "fp32"}
+    for per_row in (True, False):
+        constants = {"PER_ROW": per_row, **ACC, "BLOCK_M": muon.UPDATED[0], "BLOCK_N": muon.UPDATED[1]}
+        yield Case("update", muon._update, target, types, constants, WARPS, STAGES, ("m", "n", "stride_l", "stride_m"))
+
+
+def cases(target: int) -> list[Case]:
+    """All for one of `kernels.targets.TARGETS`."""
+    narrow = "fp16" if target == 75 else "bf16"
+    found = [*mlp(target, narrow), *loss(target, narrow), *norm(target, narrow), *optimizer(target, narrow)]
+    if narrow == "bf16":
+        found += mlp(target, "fp16")
+    return found + list(norm(target, "fp32"))
+
+
+def main() -> None:
+    """A line for each: registers, spills and shared memory."""
+    print(f"Triton {triton.__version__}: registers a thread, spilled bytes a thread, shared bytes a block")
+    for target in TARGETS:
+        for case in cases(target):
+            found = case.compile()
+            note = "; ".join(found.problems()) or ("no " + case.expected if missing(case, found) else "")
+            print(
+                f"sm_{target:<4}{case.label:36}{case.warps:3} warps {case.stages} stages "
+                f"{found.registers:4} {found.spills:5} {found.shared:7}  {note}",
+                flush=True,
+            )
+
+
+def missing(case: Case, found: Compiled) -> bool:
+    """Whether an instruction that must be there is not."""
+    return bool(case.expected) and not any(map(found.count, case.expected.split(" or ")))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,253 @@
+"""Causal sliding-window attention with QK-norm, RoPE and grouped heads, forward and backward, in Triton.
+
+With q^ and k^ the RMS-normalised and turned queries and keys (kernels/rotated_norm.py; QK-norm: Henry et al. 2020,
+RoPE: Su et al. 2021), for the query at i and the keys j with i - window <= j <= i:
+
+    s_ij = scale * q^_i . k^_j        y_i = sum_j exp(s_ij - c) v_j / sum_j exp(s_ij - c)
+
+tile by tile, without the matrix of scores in memory (Dao et al. 2022; Dao 2023). What is particular here:
+
+- |q^|, |k^| <= sqrt(D), so |s| <= scale * D =: bound. The constant c = max(0, bound - 11) takes the place of the
+  running maximum and of the rescaling that it needs: exp(s - c) stays below e^11, which fp16 still holds, and above
+  e^(11 - 2 bound). Any c gives the same y.
+- The keys of a block of queries fall into three ranges: those at the window's far edge, those that every query of
+  the block sees, those at the diagonal. The middle one has a loop of its own, which knows no mask; the other two share
+  one that skips it (a third loop would only cost registers).
+- Queries are normalised and turned in the prologue, keys by a pass before (many blocks of queries read one key).
+- Kept for the backward (kernels/attention_backward.py): the inputs, y, and one float32 per query and head.
+
+Shapes: B rows, T tokens, H query heads in groups of G over Hkv = H / G key heads, D channels of a head, DP the padded
+D. A window counts the tokens before a query, itself not counted: FlashAttention's (window, 0).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.attention_backward import LOG2E, gradients
+from kernels.attention_reference import reference
+from kernels.attention_tiles import FORWARD, padded, tile
+from kernels.rotated_norm import halves, rotated
+
+__all__ = ["attention", "obstacle", "reference"]
+
+HEADROOM = 11.0  # log of the largest exp(s - c): e^11 = 59,874, fp16 ends at 65,504
+# Largest bound = scale * D per dtype, by the smallest exp(s - c) that must still be told from 0. fp16: e^-13, half a
+# unit of its subnormals is then 1.3 %. Else float32's range, in which sums are kept: e^-85.
+BOUND_LIMIT = {torch.float16: 12.0, torch.bfloat16: 48.0, torch.float32: 48.0}
+HEAD_SIZES = range(32, 129, 2)
+
+
+@triton.jit
+def over_keys(
+    acc, total, q, rows,  # (M, DP) float32, (M,) float32, (M, DP), (M,)
+    K, V,  # of this head: k^ (T, DP), v (T, D)
+    first, last, whole, gap, T, window, scale2, shift2,
+    vt: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, N: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Add the keys first..last (in steps of N) to acc = sum exp(s - c) v and total = sum exp(s - c).
+
+    MASKED: whole..whole+gap are left out.
+    """
+    for j in tl.range(first, last, N):
+        if MASKED:
+            j = tl.where(j < whole, j, j + gap)
+        j = tl.multiple_of(j, N)
+        steps, columns = tl.arange(0, N), tl.arange(0, DP)
+        here = steps[:, None] * DP + columns[None, :]
+        there = j * vt + (steps[:, None] * vt + columns[None, :])
+        if MASKED:
+            inside = (j + steps < T)[:, None]
+            k = tl.load(K + j * DP + here, mask=inside, other=0.0)
+            v = tl.load(V + there, mask=inside & (columns < D)[None, :], other=0.0)
+        else:
+            k = tl.load(K + j * DP + here)
+            v = tl.load(V + there) if D == DP else tl.load(V + there, mask=(columns < D)[None, :], other=0.0)
+        p = tl.exp2(tl.dot(q, k.T, input_precision="ieee") * scale2 - shift2)  # (M, N)
+        if MASKED:
+            distance = rows[:, None] - (j + steps)[None, :]
+            p = tl.where((distance >= 0) & (distance <= window), p, 0.0)
+        total += tl.sum(p, axis=1)
+        acc = tl.dot(p.to(v.dtype), v, acc, input_precision="ieee")
+    return acc, total
+
+
+@triton.jit
+def forward_kernel(
+    Q, Kr, V, Cos, Sin,  # q (B, T, H, D), k^ (B, Hkv, T, DP), v (B, T, Hkv, D), (T, D/2) float32 twice
+    Y, Lse,  # (B, T, H, D), (B, H, T) float32
+    qb, qt, qh, vb, vh, yb, yt, yh,  # strides of Q, V and Y
+    T, H, G, window, scale2, shift2,  # scale and c, both times log2(e)
+    vt: tl.constexpr,  # tokens of V lie this far apart
+    D: tl.constexpr, DP: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
+    """Program: M queries of one head. The last queries, which see most, are started first."""
+    b, h = (tl.program_id(1) // H).to(tl.int64), tl.program_id(1) % H
+    start = (tl.num_programs(0) - 1 - tl.program_id(0)) * M
+    rows = start + tl.arange(0, M)
+    columns = tl.arange(0, DP)
+    a, e, c, s, r = halves(Q + b * qb + h * qh, Cos, Sin, qt, rows, T, D, DP)
+    kind: tl.constexpr = Q.dtype.element_ty
+    pair = tl.join((r * (a * c + e * s)).to(kind), (r * (e * c - a * s)).to(kind))  # (M, DP/2, 2)
+    q = tl.reshape(tl.permute(pair, (0, 2, 1)), (M, DP))
+    k = Kr + (b * (H // G) + h // G) * T * DP
+    v = V + b * vb + (h // G) * vh
+    acc = tl.zeros((M, DP), tl.float32)
+    total = tl.zeros((M,), tl.float32)
+    # query i sees the keys i-window..i; all queries of the block see start+M-1-window..start
+    first = tl.maximum(0, start - window) // N * N
+    last = tl.minimum(T, start + M)
+    whole = tl.cdiv(tl.maximum(0, start + M - 1 - window), N) * N
+    gap = tl.maximum(0, (start + 1) // N * N - whole)
+    acc, total = over_keys(
+        acc, total, q, rows, k, v, first, last - gap, whole, gap, T, window, scale2, shift2, vt, D, DP, N, True
+    )
+    acc, total = over_keys(
+        acc, total, q, rows, k, v, whole, whole + gap, whole, gap, T, window, scale2, shift2, vt, D, DP, N, False
+    )
+    # rows past T see no key: their total of 0 is divided by, but not stored
+    tl.store(Lse + tl.program_id(1).to(tl.int64) * T + rows, shift2 + tl.log2(total), mask=rows < T)
+    y = Y + b * yb + h * yh + rows[:, None] * yt + columns[None, :]
+    tl.store(y, (acc / total[:, None]).to(kind), mask=(rows < T)[:, None] & (columns < D)[None, :])
+
+
+@torch.library.custom_op("autoresearch::attention_forward", mutates_args=())
+def attention_forward(
+    q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, window: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    """y (B, T, H, D) and, for the backward, log2 of the sum of exp(scores) (B, H, T) float32."""
+    B, T, H, D = q.shape
+    shape, DP = tile(FORWARD, q.device, q.dtype, D), padded(D)
+    q, v = rows_of(q), rows_of(v)
+    y = torch.empty(B, T, H, D, dtype=q.dtype, device=q.device)
+    lse = torch.empty(B, H, T, dtype=torch.float32, device=q.device)
+    bound = scale * D
+    with torch.cuda.device_of(q):  # Triton launches on the current device
+        turned = rotated(rows_of(k), cos, sin)
+        forward_kernel[(triton.cdiv(T, shape.queries), B * H)](
+            q, turned, v, cos, sin, y, lse,
+            *q.stride()[:3], v.stride(0), v.stride(2), *y.stride()[:3],
+            T, H, H // k.size(2), window, scale * LOG2E, max(0.0, bound - HEADROOM) * LOG2E,
+            v.stride(1), D, DP, shape.queries, shape.keys, num_warps=shape.warps, num_stages=shape.stages,
+        )  # fmt: skip
+    return y, lse
+
+
+@attention_forward.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, window: int, scale: float) -> tuple[Tensor, Tensor]:
+    B, T, H, _ = q.shape
+    return q.new_empty(q.shape), q.new_empty((B, H, T), dtype=torch.float32)
+
+
+@torch.library.custom_op("autoresearch::attention_backward", mutates_args=())
+def attention_backward(
+    dy: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    y: Tensor,
+    lse: Tensor,
+    window: int,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk, dv, contiguous."""
+    with torch.cuda.device_of(q):
+        return gradients(rows_of(dy), rows_of(q), rows_of(k), rows_of(v), cos, sin, y, lse, window, scale)
+
+
+@attention_backward.register_fake
+def _(
+    dy: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    y: Tensor,
+    lse: Tensor,
+    window: int,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, cos, sin, ctx.window, ctx.scale = inputs
+    ctx.save_for_backward(q, k, v, cos, sin, *output)
+
+
+def _differentiate(ctx: Any, dy: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    q, k, v, cos, sin, y, lse = ctx.saved_tensors
+    return (*attention_backward(dy, q, k, v, cos, sin, y, lse, ctx.window, ctx.scale), None, None, None, None)
+
+
+attention_forward.register_autograd(_differentiate, setup_context=_keep)
+
+
+def rows_of(x: Tensor) -> Tensor:
+    """x, copied if the channels of a head do not lie side by side."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def attention(
+    q: Tensor,  # (B, T, H, D) bf16, fp16, or float32 for tests; slices of a larger tensor are read where they lie
+    k: Tensor,  # (B, T, Hkv, D)
+    v: Tensor,  # (B, T, Hkv, D)
+    cos: Tensor,  # (T or more, D/2) float32
+    sin: Tensor,
+    window: int,  # tokens seen before a query; T - 1 and more: all
+    scale: float | None = None,  # of the scores; D^-0.5 if not given
+) -> Tensor:
+    """y (B, T, H, D) in q's dtype. Gradients for q, k and v."""
+    check(q, k, v, cos, sin, window)
+    T, D = q.size(1), q.size(3)
+    scale = D**-0.5 if scale is None else float(scale)
+    limit = BOUND_LIMIT[q.dtype]
+    if not 0 < scale * D <= limit:
+        raise ValueError(f"scale x head size is {scale * D:g}; in {q.dtype} it must lie within 0..{limit:g}")
+    y: Tensor = attention_forward(q, k, v, cos[:T].contiguous(), sin[:T].contiguous(), min(window, T), scale)[0]
+    return y
+
+
+def check(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, window: int) -> None:
+    """ValueError with the fact where the arguments do not fit together or the kernel cannot take them."""
+    if q.dim() != 4 or k.dim() != 4 or k.shape != v.shape or q.shape[:2] != k.shape[:2] or q.size(3) != k.size(3):
+        raise ValueError(f"q (B, T, H, D), k and v (B, T, Hkv, D) wanted, not {_shapes(q, k, v)}")
+    T, H, D = q.shape[1:]
+    if {k.dtype, v.dtype} != {q.dtype}:
+        raise ValueError(f"q, k, v of one dtype wanted, not {q.dtype}, {k.dtype}, {v.dtype}")
+    if found := obstacle(0, H, k.size(2), D, q.dtype):
+        raise ValueError(found)
+    if max(T * x.stride(1) for x in (q, k, v)) >= 2**31:
+        raise ValueError(f"a row of {T} tokens spans more than 2^31 elements of its tensor; copy it to its own")
+    tables = all(
+        x.dim() == 2 and x.size(0) >= T and x.size(1) == D // 2 and x.dtype == torch.float32 for x in (cos, sin)
+    )
+    if not tables:
+        raise ValueError(f"cos and sin ({T} or more, {D // 2}) float32 wanted, not {_shapes(cos, sin)} {cos.dtype}")
+    if window < 0:
+        raise ValueError(f"window {window}; 0 sees only the token itself, {T - 1} all")
+
+
+def obstacle(capability: int, heads: int, key_heads: int, head: int, dtype: torch.dtype) -> str:
+    """Why the kernel cannot do this, or "". capability: 90 for sm_90, 0 not to ask about the card."""
+    if key_heads == 0 or heads % key_heads:
+        return f"{heads} query heads do not divide into groups over {key_heads} key heads"
+    if head not in HEAD_SIZES:
+        return f"head size {head}; this kernel takes even ones from {HEAD_SIZES[0]} to {HEAD_SIZES[-1]}"
+    if dtype not in BOUND_LIMIT:
+        return f"{dtype}; this kernel takes bf16, fp16 and, for tests, float32"
+    if capability and capability < min(FORWARD):
+        return f"sm_{capability}; this kernel needs sm_{min(FORWARD)} or newer: Triton uses no older tensor cores"
+    return ""
+
+
+def _shapes(*tensors: Tensor) -> str:
+    return ", ".join(str(tuple(x.shape)) for x in tensors)

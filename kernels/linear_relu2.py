@@ -1,0 +1,227 @@
+"""The MLP of a transformer block, its squared ReLU fused into the matrix products on both sides of it.
+
+With x (N, C), w1 (F, C), w2 (C, F), all contiguous and in one compute dtype:
+
+    h = x w1^T        y = max(h, 0)^2        out = y w2^T
+    dy = dout w2      dh = 2 max(h, 0) dy    dx = dh w1    dw1 = dh^T x    dw2 = dout^T y
+
+y comes out of the first product's epilogue and dh out of the product that makes dy: h and dy are never in memory.
+Only y is kept for backward, because max(h, 0) = sqrt(y); rounding y and then taking its root costs half the error of
+rounding h. (In float16 a y below 2^-24 is lost, and with it the gradient of an h below 2^-12.) The squared ReLU is
+Primer's (So et al. 2021). The three plain products are torch's.
+
+On sm_90 and sm_100, operands come by TMA and each program works through several tiles; elsewhere, and where the sizes
+do not divide, by pointers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from kernels.targets import choose, dot, interpreted, processors
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """One program makes (m, n) of the product at a time, k of the inner dimension per step."""
+
+    m: int
+    n: int
+    k: int
+    warps: int
+    stages: int  # steps whose operands are in flight
+    group: int = 8  # rows of tiles that share columns while these are in the cache
+    tma: bool = False  # operands by tensor descriptors; as many programs as processors, each with many tiles
+
+
+# sm_75 has no entry: Triton (3.8) makes no use of that card's tensor cores, so its products are torch's.
+FORWARD = {
+    80: Tiles(128, 256, 64, warps=8, stages=3),
+    86: Tiles(128, 128, 32, warps=4, stages=4),
+    89: Tiles(128, 128, 32, warps=4, stages=4),
+    90: Tiles(128, 256, 64, warps=8, stages=3, tma=True),
+    100: Tiles(128, 256, 64, warps=8, stages=3, tma=True),
+    120: Tiles(128, 128, 32, warps=4, stages=4),
+}
+BACKWARD = {
+    80: Tiles(128, 128, 64, warps=8, stages=3),
+    86: Tiles(128, 128, 32, warps=8, stages=4),
+    89: Tiles(128, 128, 32, warps=8, stages=4),
+    90: Tiles(128, 256, 64, warps=8, stages=3, tma=True),
+    100: Tiles(128, 128, 64, warps=8, stages=4, tma=True),
+    120: Tiles(128, 128, 32, warps=8, stages=4),
+}
+ODD = Tiles(64, 64, 32, warps=4, stages=2)  # for sizes that do not divide: larger tiles would spill on every card
+
+
+@triton.jit
+def _place(tile, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr):
+    """Row and column of tile number `tile`: down GROUP rows of tiles, then one column on."""
+    down = tl.cdiv(M, BLOCK_M)
+    per_group = GROUP * tl.cdiv(N, BLOCK_N)
+    first = tile // per_group * GROUP
+    height = tl.minimum(down - first, GROUP)
+    within = tile % per_group
+    return (first + within % height) * BLOCK_M, within // height * BLOCK_N
+
+
+@triton.jit
+def _by_pointers(
+    A, B, Y, OUT, M, N, K,
+    BACKWARD: tl.constexpr, EVEN_K: tl.constexpr, ACC: tl.constexpr, WIDEN: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """Forward: OUT (M, N) = max(A B^T, 0)^2, B (N, K). Backward: OUT = 2 sqrt(Y) (A B), B (K, N). A is (M, K)."""
+    row, column = _place(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP)
+    rows = row + tl.arange(0, BLOCK_M)
+    columns = column + tl.arange(0, BLOCK_N)
+    inner = tl.arange(0, BLOCK_K)
+    inside = (rows < M)[:, None] & (columns < N)[None, :]
+    m = (rows % M).to(tl.int64)  # rows and columns beyond the end read what is there, and are not stored
+    n = (columns % N).to(tl.int64)
+    a = A + m[:, None] * K + inner[None, :]
+    b = B + n[None, :] * K + inner[:, None]
+    if BACKWARD:
+        b = B + inner.to(tl.int64)[:, None] * N + n[None, :]
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC)
+    for k in range(0, K, BLOCK_K):
+        if EVEN_K:
+            left = tl.load(a)
+            right = tl.load(b)
+        else:
+            left = tl.load(a, mask=inner[None, :] < K - k, other=0.0)
+            right = tl.load(b, mask=inner[:, None] < K - k, other=0.0)
+        acc = dot(left, right, acc, WIDEN)
+        a += BLOCK_K
+        b += BLOCK_K * (N.to(tl.int64) if BACKWARD else 1)
+    at = m[:, None] * N + n[None, :]
+    if BACKWARD:
+        acc *= 2 * tl.sqrt(tl.load(Y + at, mask=inside, other=0.0).to(ACC))
+    else:
+        acc = tl.maximum(acc, 0.0)
+        acc *= acc
+    tl.store(OUT + at, acc.to(OUT.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _by_tma(
+    A, B, Y, OUT, M, N, K,
+    BACKWARD: tl.constexpr, ACC: tl.constexpr, WIDEN: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """The same with tensor descriptors, which leave out what lies beyond the end; one program, many tiles."""
+    tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
+    for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
+        row, column = _place(tile, M, N, BLOCK_M, BLOCK_N, GROUP)
+        acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC)
+        for k in range(0, K, BLOCK_K):
+            left = A.load([row, k])
+            if BACKWARD:
+                acc = dot(left, B.load([k, column]), acc, WIDEN)
+            else:
+                acc = dot(left, B.load([column, k]).T, acc, WIDEN)
+        if BACKWARD:
+            acc *= 2 * tl.sqrt(Y.load([row, column]).to(ACC))
+        else:
+            acc = tl.maximum(acc, 0.0)
+            acc *= acc
+        OUT.store([row, column], acc.to(OUT.dtype))
+
+
+def constants(tiles: Tiles) -> dict[str, Any]:
+    """What a configuration fixes in the kernel's code."""
+    return {"BLOCK_M": tiles.m, "BLOCK_N": tiles.n, "BLOCK_K": tiles.k, "GROUP": tiles.group}
+
+
+def launch(a: Tensor, b: Tensor, y: Tensor | None, tiles: Tiles | None) -> Tensor:
+    """Forward without y: (M, K), (N, K) -> (M, N). Backward with it: (M, K), (K, N), (M, N) -> (M, N).
+
+    Without tiles, in plain torch.
+    """
+    if tiles is None:
+        return (a @ b.T).relu_().square_() if y is None else (a @ b).mul_(y.sqrt()).mul_(2)
+    backward = y is not None
+    M, K = a.shape
+    N = b.shape[1] if backward else b.shape[0]
+    out = torch.empty(M, N, dtype=a.dtype, device=a.device)
+    if M == 0:
+        return out
+    hidden = out if y is None else y
+    even = K % tiles.k == 0 and N % 16 == 0 and all(t.data_ptr() % 16 == 0 for t in (a, b, hidden))
+    if not even:
+        tiles = ODD
+    acc = tl.float64 if a.dtype == torch.float64 else tl.float32
+    options = constants(tiles) | {"num_warps": tiles.warps, "num_stages": tiles.stages, "WIDEN": interpreted()}
+    count = triton.cdiv(M, tiles.m) * triton.cdiv(N, tiles.n)
+    if tiles.tma:
+        arrays = [
+            TensorDescriptor.from_tensor(a, [tiles.m, tiles.k]),
+            TensorDescriptor.from_tensor(b, [tiles.k, tiles.n] if backward else [tiles.n, tiles.k]),
+            TensorDescriptor.from_tensor(hidden, [tiles.m, tiles.n]),
+            TensorDescriptor.from_tensor(out, [tiles.m, tiles.n]),
+        ]
+        grid = (min(count, processors(a.device)),)
+        _by_tma[grid](*arrays, M, N, K, BACKWARD=backward, ACC=acc, **options)
+    else:
+        _by_pointers[(count,)](a, b, hidden, out, M, N, K, BACKWARD=backward, EVEN_K=even, ACC=acc, **options)
+    return out
+
+
+@torch.library.custom_op("autoresearch::mlp", mutates_args=())
+def _mlp(x: Tensor, w1: Tensor, w2: Tensor) -> tuple[Tensor, Tensor]:
+    y = launch(x, w1, None, choose(FORWARD, x))
+    return y @ w2.T, y
+
+
+@_mlp.register_fake
+def _(x: Tensor, w1: Tensor, w2: Tensor) -> tuple[Tensor, Tensor]:
+    return x.new_empty(len(x), len(w2)), x.new_empty(len(x), len(w1))
+
+
+@torch.library.custom_op("autoresearch::mlp_dh", mutates_args=())
+def _dh(dout: Tensor, w2: Tensor, y: Tensor) -> Tensor:
+    return launch(dout, w2, y, choose(BACKWARD, dout))
+
+
+@_dh.register_fake
+def _(dout: Tensor, w2: Tensor, y: Tensor) -> Tensor:
+    return torch.empty_like(y)
+
+
+def _keep(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs, output[1])
+
+
+def _gradients(ctx: Any, dout: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+    x, w1, w2, y = ctx.saved_tensors
+    dout = dout.contiguous()
+    dh = _dh(dout, w2, y)
+    needs = ctx.needs_input_grad
+    return dh @ w1 if needs[0] else None, dh.T @ x if needs[1] else None, dout.T @ y if needs[2] else None
+
+
+_mlp.register_autograd(_gradients, setup_context=_keep)
+
+
+def mlp(x: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
+    """(..., C) -> (..., C) through F hidden units. w1 (F, C), w2 (C, F); all bfloat16 or all float16.
+
+    The interpreter also takes float32 and float64, for tests.
+    """
+    found = {x.dtype, w1.dtype, w2.dtype}
+    if len(found) > 1 or not (x.dtype in (torch.bfloat16, torch.float16) or interpreted()):
+        raise TypeError(f"mlp takes x, w1 and w2 all in bfloat16 or all in float16, not {found}")
+    out, _ = _mlp(x.reshape(-1, x.shape[-1]).contiguous(), w1.contiguous(), w2.contiguous())
+    return out.view(x.shape)
+
+
+def reference(x: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
+    """The same in plain torch, any dtype."""
+    return (x @ w1.T).relu().square() @ w2.T

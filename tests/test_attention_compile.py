@@ -1,0 +1,81 @@
+"""Every shipped configuration of the attention kernels, compiled for every card it is meant for: no GPU is needed."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+
+import pytest
+
+pytest.importorskip("torch")
+pytest.importorskip("triton")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("Triton's interpreter compiles nothing", allow_module_level=True)
+
+from benchmarks.compile_attention import PRODUCT, TARGETS, backward, forward, passes
+from benchmarks.compiled import Compiled, compiled, resources
+from kernels.attention_tiles import BACKWARD, FORWARD, nearest, padded
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("head", [32, 64, 128])
+@pytest.mark.parametrize("target", TARGETS)
+def test_every_configuration_fits_its_card(target, head):
+    for found in (forward(target, head), backward(target, head)):
+        assert not found.problems()
+        assert found.count(PRODUCT[target]), f"{found.name}: no {PRODUCT[target]}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("target", "head", "dtype"), [(90, 128, "fp16"), (90, 96, "bf16"), (86, 48, "fp16")])
+def test_fp16_and_padded_heads_fit_too(target, head, dtype):
+    for found in (forward(target, head, dtype=dtype), backward(target, head, dtype=dtype)):
+        assert not found.problems()
+        assert found.count(PRODUCT[target])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("target", "head"), [(80, 128), (90, 64), (90, 128)])
+def test_without_groups_it_fits_too(target, head):
+    found = backward(target, head, ones=("G",))
+    assert not found.problems() and found.count(PRODUCT[target])
+
+
+@pytest.mark.slow
+def test_one_token_one_head_and_a_window_of_one_compile():
+    """Triton takes arguments of 1 for constants, which know fewer operations than numbers."""
+    assert not backward(80, 32, ones=("T", "H", "G", "window")).spills
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", [80, 90])
+def test_the_passes_over_memory_fit(target):
+    for found in passes(target, 128):
+        assert not found.problems() and found.registers <= 128
+
+
+def test_tables_hold_the_same_cards_and_sizes():
+    assert FORWARD.keys() == BACKWARD.keys() == PRODUCT.keys()
+    assert all(set(table[cc]) == {32, 64, 128} for table in (FORWARD, BACKWARD) for cc in table)
+    assert [padded(d) for d in (32, 34, 48, 64, 80, 96, 128)] == [32, 64, 64, 64, 128, 128, 128]
+    assert [nearest(FORWARD, cc) for cc in (80, 87, 90, 103, 121)] == [80, 86, 90, 100, 120]
+    with pytest.raises(ValueError, match="no attention tiles for sm_75; known: sm_80"):
+        nearest(FORWARD, 75)
+
+
+def test_what_is_wrong_is_said():
+    found = Compiled("k", 86, 4, 2, registers=255, spills=16, shared=120_000, ptx="\tmma.sync.aligned;\n\tmma.sync.x;")
+    assert found.problems() == [
+        "k sm_86: 16 bytes per thread spilled (255 registers)",
+        "k sm_86: 120000 bytes of shared memory, 101376 at most",
+    ]
+    assert found.count("mma.sync") == 2 and found.count("wgmma") == 0 and found.blocks == 2
+    with pytest.raises(ValueError, match="no limits known for sm_70"):
+        compiled(None, {}, {}, 4, 2, 70)
+    with pytest.raises(TypeError, match="is not a compiled kernel"):
+        compiled(test_what_is_wrong_is_said, {}, {}, 4, 2, 90)
+
+
+def test_a_binary_that_is_none_is_refused():
+    with pytest.raises((RuntimeError, subprocess.CalledProcessError)):
+        resources(b"not a binary")
