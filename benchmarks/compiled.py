@@ -18,17 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-# Compute capability -> bytes of shared memory that one block may have (CUDA C++ Programming Guide, table of technical
-# specifications per compute capability, "maximum amount of shared memory per thread block").
-SHARED_LIMIT = {
-    75: 64 * 1024,
-    80: 163 * 1024,
-    86: 99 * 1024,
-    89: 99 * 1024,
-    90: 227 * 1024,
-    100: 227 * 1024,
-    120: 99 * 1024,
-}
+from kernels.targets import SHARED_MEMORY
 
 
 @dataclass(frozen=True)
@@ -61,9 +51,9 @@ class Compiled:
             found.append(
                 f"{self.name} sm_{self.cc}: {self.spills} bytes per thread spilled ({self.registers} registers)"
             )
-        if self.shared > SHARED_LIMIT[self.cc]:
+        if self.shared > SHARED_MEMORY[self.cc]:
             found.append(
-                f"{self.name} sm_{self.cc}: {self.shared} bytes of shared memory, {SHARED_LIMIT[self.cc]} at most"
+                f"{self.name} sm_{self.cc}: {self.shared} bytes of shared memory, {SHARED_MEMORY[self.cc]} at most"
             )
         return found
 
@@ -82,8 +72,8 @@ def compiled(
     from triton.compiler import ASTSource, compile
     from triton.runtime.jit import JITFunction
 
-    if cc not in SHARED_LIMIT:
-        raise ValueError(f"no limits known for sm_{cc}; known: {', '.join(map(str, SHARED_LIMIT))}")
+    if cc not in SHARED_MEMORY:
+        raise ValueError(f"no limits known for sm_{cc}; known: {', '.join(map(str, SHARED_MEMORY))}")
     if not isinstance(kernel, JITFunction):
         raise TypeError(f"{kernel!r} is not a compiled kernel; is TRITON_INTERPRET set?")
     unknown = set(signature) ^ set(kernel.arg_names)

@@ -8,7 +8,6 @@ pytest.importorskip("torch")
 pytest.importorskip("triton")
 
 from benchmarks.compile_cases import cases, missing
-from benchmarks.compiled import SHARED_LIMIT
 from kernels import targets
 
 
@@ -22,10 +21,6 @@ def test_every_configuration_fits_its_card(target):
         if missing(case, found):
             wrong.append(f"{case.label}: no {case.expected} for sm_{target}")
     assert not wrong, "\n".join(wrong)
-
-
-def test_both_tables_of_limits_agree():
-    assert targets.SHARED_MEMORY == SHARED_LIMIT
 
 
 @pytest.mark.parametrize(("card", "wanted"), [(75, 75), (80, 80), (87, 86), (90, 90), (103, 100), (121, 120)])

@@ -1,0 +1,389 @@
+"""The sections of `benchmarks.gpu`, each run in a process of its own: `-m benchmarks.gpu_sections NAME ORDER`."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import io
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.gpu import ROOT, Order
+from benchmarks.peers import PEER_NAMES, load_peer, rates
+from benchmarks.step import windowed_sdpa
+from core.contract import Spec
+from core.recipe import replace
+
+Row = dict[str, Any]
+REPEATS, WARMUP = (15, 3) if torch.cuda.is_available() else (1, 1)
+LAST_LEVEL_CACHE = 128 * 2**20  # bytes, more than any card has: inputs are rotated so that none lies in it
+TOLERANCE = {torch.bfloat16: 0.03, torch.float32: 1e-4}  # of the root mean square of what is wanted
+
+
+# --- measuring --------------------------------------------------------------------------------
+
+
+def milliseconds(run: Callable[..., Any], inputs: list[tuple[Any, ...]]) -> float:
+    """Median time of `run` over inputs that take turns."""
+    times = []
+    for i in range(WARMUP + REPEATS):
+        given = inputs[i % len(inputs)]
+        synchronize()
+        start = time.perf_counter()
+        run(*given)
+        synchronize()
+        times.append(1e3 * (time.perf_counter() - start))
+    return statistics.median(times[WARMUP:])
+
+
+def synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def copies(make: Callable[[], tuple[Tensor, ...]]) -> list[tuple[Tensor, ...]]:
+    """As many sets of inputs as fill the last-level cache twice, at most eight."""
+    first = make()
+    size = sum(x.numel() * x.element_size() for x in first)
+    return [first] + [make() for _ in range(min(7, 2 * LAST_LEVEL_CACHE // max(1, size)))]
+
+
+def compiled(function: Callable[..., Any], order: Order) -> Callable[..., Any]:
+    """The peer: the plain reference under torch.compile, on a card."""
+    return torch.compile(function, dynamic=False) if order.device != "cpu" else function
+
+
+def gradients(function: Callable[..., Tensor], leaves: tuple[Tensor, ...], *rest: Any) -> list[Tensor]:
+    """Output and gradients for an output gradient of the output's own shape."""
+    wanted = [x.detach().requires_grad_(x.is_floating_point()) for x in leaves]
+    y = function(*wanted, *rest)
+    dy = torch.linspace(-1, 1, y.numel(), device=y.device, dtype=y.dtype).view(y.shape) if y.dim() else None
+    return [y.detach(), *torch.autograd.grad(y, [x for x in wanted if x.requires_grad], dy)]
+
+
+def error(found: Tensor, wanted: Tensor) -> float:
+    """Root mean square of the difference, as a share of that of what is wanted."""
+    difference = (found.double() - wanted.double()).square().mean().sqrt()
+    return float(difference / wanted.double().square().mean().sqrt().clamp_min(1e-12))
+
+
+# --- sections ---------------------------------------------------------------------------------
+
+
+def facts(order: Order) -> Iterator[Row]:
+    import triton
+
+    row: Row = {"torch": torch.__version__, "triton": triton.__version__, "python": sys.version.split()[0]}
+    if torch.cuda.is_available():
+        card = torch.cuda.get_device_properties(0)
+        row |= {"card": card.name, "capability": f"{card.major}.{card.minor}", "memory_gib": card.total_memory / 2**30}
+    yield row
+
+
+def correctness(order: Order) -> Iterator[Row]:
+    """Every kernel, forward and backward, against its float64 reference on the same device."""
+    from kernels import attention, linear_relu2, residual_norm, softcapped_loss
+    from kernels.attention_choice import Case, inputs
+    from kernels.attention_reference import reference
+
+    device = torch.device(order.device)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32  # the interpreter multiplies bfloat16 wrongly
+    C, n = order.dim, order.rows * order.context // 8
+
+    def normal(*shape: int, scale: float = 1.0, kind: torch.dtype = dtype) -> Tensor:
+        return (torch.randn(shape, device=device) * scale).to(kind)
+
+    for window in (order.context, order.context // 2, 37):
+        case = Case(2, order.context, order.heads, order.heads // 2, order.head_dim, window, dtype, device)
+        q, k, v, cos, sin = inputs(case)
+        found = gradients(attention.attention, (q, k, v), cos, sin, window)
+        wide = [x.detach().double() for x in (q, k, v, cos, sin)]
+        wanted = gradients(reference, tuple(wide[:3]), *wide[3:], window)
+        yield from compare(f"attention, window {window} of {order.context}", found, wanted, dtype)
+    mlp = (normal(n, C), normal(4 * C, C, scale=C**-0.5), normal(C, 4 * C, scale=C**-0.5))
+    wanted = gradients(linear_relu2.reference, tuple(x.double() for x in mlp))
+    yield from compare("mlp", gradients(linear_relu2.mlp, mlp), wanted, dtype)
+    x, x0 = normal(n, C), normal(n, C)
+    a, b = torch.tensor([0.9], device=device), torch.tensor([0.2], device=device)
+
+    def norm_of(function: Callable[..., Any]) -> Callable[..., Tensor]:
+        return lambda *given: function(*given)[1]
+
+    wanted = gradients(norm_of(residual_norm.reference), tuple(y.double() for y in (x, x0, a, b)))
+    yield from compare("residual_norm", gradients(norm_of(residual_norm.residual_norm), (x, x0, a, b)), wanted, dtype)
+    head = normal(order.vocab, C, scale=0.3, kind=torch.float32)
+    targets = torch.randint(order.vocab, (n,), device=device)
+    found = gradients(softcapped_loss.softcapped_loss, (x, head), targets, 15.0)
+    wanted = gradients(softcapped_loss.reference, (x.double(), head.double()), targets, 15.0)
+    yield from compare("softcapped_loss", found, wanted, dtype)
+
+
+def compare(name: str, found: list[Tensor], wanted: list[Tensor], dtype: torch.dtype) -> Iterator[Row]:
+    worst = max(error(f, w) for f, w in zip(found, wanted, strict=True))
+    yield {"kernel": name, "dtype": str(dtype)[6:], "error": worst, "passed": worst <= TOLERANCE[dtype]}
+
+
+def attention(order: Order) -> Iterator[Row]:
+    """Forward and backward with norm and RoPE, of everything that is installed behind the one signature."""
+    from kernels.attention_choice import Case, choose
+
+    for window in (order.context, order.context // 2, order.context // 8):
+        case = Case(
+            order.rows, order.context, order.heads, order.heads, order.head_dim, window, torch.bfloat16,
+            torch.device(order.device),
+        )  # fmt: skip
+        choice = choose(case)
+        seen = sum(min(i, window) + 1 for i in range(order.context))
+        flops = 3.5 * 4 * order.rows * order.heads * order.head_dim * seen
+        for name, ms in choice.milliseconds.items():
+            yield {"window": window, "attention": name, "ms": ms, "tflops": flops / ms / 1e9}
+        for name, why in choice.refused.items():
+            yield {"window": window, "attention": name, "not measured": why}
+        yield {"window": window, "attention": choice.name, "chosen": choice.reason}
+
+
+def mlp(order: Order) -> Iterator[Row]:
+    from kernels import linear_relu2
+
+    N, C = order.rows * order.context, order.dim
+
+    def make() -> tuple[Tensor, ...]:
+        shapes = ((N, C), (4 * C, C), (C, 4 * C))
+        return tuple(torch.randn(s, device=order.device).mul_(0.05).to(torch.bfloat16) for s in shapes)
+
+    yield from against(order, linear_relu2.mlp, linear_relu2.reference, copies(make), 3 * 2 * 2 * N * C * 4 * C)
+
+
+def head(order: Order) -> Iterator[Row]:
+    from kernels import softcapped_loss
+
+    N, C = order.rows * order.context, order.dim
+
+    def make() -> tuple[Tensor, ...]:
+        x = torch.randn(N, C, device=order.device).to(torch.bfloat16)
+        return x, torch.randn(order.vocab, C, device=order.device).mul_(0.02)
+
+    targets = torch.randint(order.vocab, (N,), device=order.device)
+
+    def ours(x: Tensor, w: Tensor) -> Tensor:
+        return softcapped_loss.softcapped_loss(x, w, targets, 15.0)
+
+    def plain(x: Tensor, w: Tensor) -> Tensor:
+        logits = 15.0 * torch.tanh(F.linear(x, w.to(x.dtype)).float() / 15.0)
+        return F.cross_entropy(logits, targets)
+
+    yield from against(order, ours, plain, copies(make), 3 * 2 * N * C * order.vocab)
+
+
+def against(
+    order: Order,
+    ours: Callable[..., Tensor],
+    plain: Callable[..., Tensor],
+    inputs: list[tuple[Tensor, ...]],
+    flops: int,
+) -> Iterator[Row]:
+    """Forward and backward of a kernel and of its peer: time, rate, and memory beyond the inputs."""
+    found = {}
+    for name, function in (("ours", ours), ("torch.compile", compiled(plain, order))):
+
+        def both(*leaves: Tensor, function: Callable[..., Tensor] = function) -> None:
+            gradients(function, leaves)
+
+        both(*inputs[0])
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        held = torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
+        found[name] = milliseconds(both, inputs)
+        row: Row = {"side": name, "ms": found[name], "tflops": flops / found[name] / 1e9}
+        if torch.cuda.is_available():
+            row["mib"] = (torch.cuda.max_memory_allocated() - held) / 2**20
+        yield row
+    yield {"side": "ratio", "speed": found["torch.compile"] / found["ours"]}
+
+
+def muon(order: Order) -> Iterator[Row]:
+    from kernels import muon as kernel
+
+    rates_ = torch.tensor([0.02, 0.9, 0.1], device=order.device)
+    found = {}
+    for name, function in (("ours", kernel.muon_), ("torch.compile", compiled(kernel.reference, order))):
+        total = 0.0
+        for L, m, n in ((4 * order.depth, order.dim, order.dim), (order.depth, 4 * order.dim, order.dim)):
+
+            def make(L: int = L, m: int = m, n: int = n) -> tuple[Tensor, ...]:
+                return (
+                    *(torch.randn(L, m, n, device=order.device) for _ in range(3)),
+                    torch.ones(L, m, 1, device=order.device),
+                )
+
+            inputs = [make() for _ in range(2)]
+
+            def step(*tensors: Tensor, function: Callable[..., None] = function) -> None:
+                with torch.no_grad():
+                    function(*tensors, rates_, torch.bfloat16)
+
+            total += milliseconds(step, inputs)
+        found[name] = total
+        yield {"side": name, "ms": total}
+    yield {"side": "ratio", "speed": found["torch.compile"] / found["ours"]}
+
+
+# --- whole steps ------------------------------------------------------------------------------
+
+
+class Tokens:
+    """The same batches for both sides: rows of a prepared data set's first shard, in order, or random ones."""
+
+    def __init__(self, order: Order) -> None:
+        self.order, self.at = order, 0
+        file = next(iter(sorted(Path(order.data).glob("train-*.bin"))), None) if order.data else None
+        wide = np.uint16 if order.vocab <= 2**16 else np.uint32
+        self.stream = np.memmap(file, dtype=wide, mode="r") if file else None
+        self.random = np.random.default_rng(0)
+
+    def next(self, rows: int, length: int) -> Tensor:
+        count = rows * length
+        if self.stream is None:
+            found = self.random.integers(0, self.order.vocab, (rows, length + 1))
+        else:
+            self.at = 0 if self.at + count + 1 > len(self.stream) else self.at
+            part = self.stream[self.at : self.at + count + 1].astype(np.int64)
+            found = np.lib.stride_tricks.sliding_window_view(part, length + 1)[::length].copy()
+            self.at += count
+        return torch.from_numpy(found).to(self.order.device)
+
+
+def recipe(order: Order) -> ModuleType:
+    constants = {
+        "DEPTH": order.depth,
+        "ASPECT_RATIO": order.dim // order.depth,
+        "HEAD_DIM": order.head_dim,
+        "TOTAL_BATCH_SIZE": order.tokens,
+        "DEVICE_BATCH_SIZE": order.rows,
+    }
+    source = replace((ROOT / "backends" / "cuda" / "train.py").read_text(encoding="utf-8"), constants)
+    module = ModuleType("train")
+    exec(compile(source, "train.py", "exec"), module.__dict__)
+    return module
+
+
+def step(order: Order) -> Iterator[Row]:
+    """Our recipe: time of a step, peak memory, loss along equal steps."""
+    dtype = "float32" if order.device == "cpu" else "bfloat16"
+    spec = Spec(order.vocab, order.context, order.vocab - 1, order.device, dtype, 42, 0)
+    training = recipe(order).build(spec)
+    yield from steps(order, lambda tokens, progress: training.step(tokens, progress))
+
+
+def upstream(order: Order) -> Iterator[Row]:
+    """Upstream's model and optimizer as they stand, compiled, with the best attention at hand in place of its own."""
+    peer = load_peer(
+        Path(order.upstream) / "train.py",
+        {"fa3": SimpleNamespace(flash_attn_func=flash(order))},
+        ("GPT", "GPTConfig", "get_lr_multiplier", "get_muon_momentum", "get_weight_decay", *PEER_NAMES),
+    )
+    heads = order.heads
+    with torch.device("meta"):
+        config = peer["GPTConfig"](order.context, order.vocab, order.depth, heads, heads, order.dim, "SSSL")
+        model = peer["GPT"](config)
+    torch.manual_seed(42)
+    model.to_empty(device=order.device)
+    with contextlib.redirect_stdout(io.StringIO()):
+        model.init_weights()
+        optimizer = model.setup_optimizer(**rates(peer))
+    forward, done = compiled(model, order), [0]
+
+    def one(tokens: Tokens, progress: float) -> Tensor:
+        total, parts = torch.zeros((), device=order.device), max(1, order.tokens // (order.rows * order.context))
+        for _ in range(parts):
+            batch = tokens.next(order.rows, order.context)
+            with torch.autocast(torch.device(order.device).type, torch.bfloat16):
+                loss = forward(batch[:, :-1].contiguous(), batch[:, 1:].contiguous()) / parts
+            loss.backward()
+            total += loss.detach()
+        for group in optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * peer["get_lr_multiplier"](progress)
+            if group["kind"] == "muon":
+                group["momentum"] = peer["get_muon_momentum"](done[0])
+                group["weight_decay"] = peer["get_weight_decay"](progress)
+        optimizer.step()
+        model.zero_grad(set_to_none=True)
+        done[0] += 1
+        return total
+
+    yield from steps(order, one)
+
+
+def flash(order: Order) -> Callable[..., Tensor]:
+    """FlashAttention 3's signature: the package where it is installed, else FlexAttention with a window."""
+    if importlib.util.find_spec("flash_attn_interface"):
+        return importlib.import_module("flash_attn_interface").flash_attn_func  # type: ignore[no-any-return]
+    if order.device == "cpu":
+        return windowed_sdpa
+    from torch.nn.attention.flex_attention import flex_attention
+
+    from kernels.attention_choice import block_mask
+
+    run = compiled(flex_attention, order)
+
+    def call(q: Tensor, k: Tensor, v: Tensor, causal: bool, window_size: tuple[int, int]) -> Tensor:
+        mask = block_mask(q.size(1), min(window_size[0], q.size(1)), q.device)
+        y: Tensor = run(*(x.transpose(1, 2) for x in (q, k, v)), block_mask=mask)
+        return y.transpose(1, 2)
+
+    return call
+
+
+def steps(order: Order, one: Callable[[Tokens, float], Tensor]) -> Iterator[Row]:
+    """The first step compiles and is told apart; the rest are timed two at a time, as a loss is read one step later."""
+    tokens, losses, marks = Tokens(order), [], []
+    for i in range(order.steps):
+        losses.append(one(tokens, i / order.steps))
+        if i:
+            float(losses[-2])
+        marks.append(time.perf_counter())
+    synchronize()
+    seconds = np.diff(marks)
+    row: Row = {
+        "ms": 1e3 * float(np.median(seconds[len(seconds) // 2 :])),
+        "tokens_per_second": order.tokens / float(np.median(seconds[len(seconds) // 2 :])),
+        "first_seconds": float(seconds[0]),
+    }
+    if torch.cuda.is_available():
+        row["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+    for i in sorted({order.steps // 4, order.steps // 2, order.steps - 1}):
+        row[f"loss at {i + 1}"] = float(losses[i])
+    yield row
+
+
+SECTIONS: dict[str, Callable[[Order], Iterator[Row]]] = {
+    "facts": facts,
+    "correctness": correctness,
+    "attention": attention,
+    "mlp": mlp,
+    "head": head,
+    "muon": muon,
+    "step": step,
+    "upstream": upstream,
+}
+
+
+def main() -> None:
+    name, order = sys.argv[1], Order(**json.loads(sys.argv[2]))
+    for row in SECTIONS[name](order):
+        print(json.dumps(row), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,45 @@
+"""`benchmarks.gpu` on a CPU: every section runs small by Triton's interpreter, and what it writes is whole."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from core.paths import project_root
+
+pytest.importorskip("torch")
+pytest.importorskip("triton")
+
+from benchmarks.gpu import LIMITS, SMOKE, run_section, table
+
+
+@pytest.mark.slow
+def test_all_sections_run_small_and_write_what_they_found(tmp_path):
+    command = [sys.executable, "-m", "benchmarks.gpu", "--smoke", "--out", str(tmp_path)]
+    done = subprocess.run(command, cwd=project_root(), capture_output=True, text=True, timeout=500, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = json.loads((tmp_path / "results.json").read_text())["rows"]
+    assert {row["section"] for row in rows} == LIMITS.keys() - {"upstream"}
+    assert len([row for row in rows if row.get("passed")]) == 6
+    assert "## correctness" in (tmp_path / "results.md").read_text()
+
+
+def test_a_section_that_fails_leaves_a_row_with_the_reason():
+    rows = list(run_section("nonesuch", SMOKE, 60))
+    assert rows[-1]["failed"] == "exit status 1" and "nonesuch" in rows[-1]["error"]
+
+
+def test_one_that_hangs_is_ended():
+    assert list(run_section("step", SMOKE, 0.01))[-1]["failed"] == "not done within 0 s"
+
+
+def test_nine_minutes_at_most():
+    assert sum(LIMITS.values()) <= 540
+
+
+def test_the_table_has_a_column_for_every_name():
+    text = table([{"section": "a", "x": 1.23456}, {"section": "a", "y": "p|q"}, {"section": "b", "z": None}])
+    assert "| x | y |" in text and "| 1.235 |  |" in text and "p/q" in text and "## b" in text
