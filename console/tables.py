@@ -35,19 +35,20 @@ def log_table(rows: Sequence[Row], scale: Scale, screen: Screen) -> Table:
     from rich.text import Text
 
     table = Table(title=plain(str(scale)), title_justify="left", title_style="", box=_box(screen), pad_edge=False)
-    wide = screen.width >= 100
+    wide, narrow = screen.width >= 100, screen.width < 60  # a time of another day takes 12 columns
     for name, right in (("#", True), ("status", False), ("val_bpb", True), ("change", True)):
         table.add_column(name, justify="right" if right else "left", no_wrap=True)
     table.add_column("what", overflow="fold", ratio=1)
     if wide:
         table.add_column("took", justify="right", no_wrap=True)
-    table.add_column("ended", justify="right", no_wrap=True)
+    if not narrow:
+        table.add_column("ended", justify="right", no_wrap=True)
     for r in rows:
         style = STYLES.get(r.status, "") if not r.undone else ""
         what = f"{r.description}: {shorten(r.reason, 120)}" if r.failed and r.reason else r.description
         cells = [str(r.number), r.shown_status, bpb(r.val_bpb), delta(r.delta), plain(what)]
         cells += [duration(r.seconds) if r.seconds else ""] if wide else []
-        cells += [clock(moment(r.finished)) if r.finished else ""]
+        cells += [] if narrow else [clock(moment(r.finished)) if r.finished else ""]
         table.add_row(*(Text(cell, style=style if i == 1 else "") for i, cell in enumerate(cells)))
     return table
 

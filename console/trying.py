@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from core.lab import Lab
     from core.ledger import Experiment
 
+FINISHES_WITHIN = 10.0  # seconds from a decision to the files that follow it
 POLL = 0.3  # seconds between two looks at the ledger
 STARTS_WITHIN = 20.0  # seconds in which the judging process must have taken the lab
 BY_HAND = "you"  # the researcher of what `try` hands in
@@ -148,6 +149,7 @@ def _wait(screen: Screen, lab: Lab, number: int, timeout: float | None) -> int:
     while True:
         found = lab.ledger.get(number)
         if found.status is not None:
+            _let_it_finish(lab, number)
             return _told(screen, lab, row(found), again=False)
         state = running_state(lab)
         if state is None and idle_since is None:
@@ -162,6 +164,13 @@ def _wait(screen: Screen, lab: Lab, number: int, timeout: float | None) -> int:
             idle_since = None
         if give_up is not None and time.monotonic() >= give_up:
             return _unfinished(screen, lab, found, state)
+        time.sleep(POLL)
+
+
+def _let_it_finish(lab: Lab, number: int) -> None:
+    """The lab's files follow the decision: whoever is told of it must find the best's train.py there."""
+    give_up = time.monotonic() + FINISHES_WITHIN
+    while time.monotonic() < give_up and (running_state(lab) or {}).get("number") == number:
         time.sleep(POLL)
 
 

@@ -31,7 +31,8 @@ def run(function, x, x0, scalars, d, dy, dtype):
 @settings(max_examples=20, deadline=None)
 @given(
     st.integers(0, 2**32), st.integers(1, 50), st.integers(8, 200),  # of one channel nothing is left but rounding
-    st.sampled_from(DTYPES), st.sampled_from(DTYPES), st.sampled_from(DTYPES), st.booleans(), st.sampled_from([None, SMALL]),
+    st.sampled_from(DTYPES), st.sampled_from(DTYPES), st.sampled_from(DTYPES), st.booleans(),
+    st.sampled_from([None, SMALL]),
 )  # fmt: skip
 def test_forward_and_backward_agree_with_float64(seed, N, C, dtype, dtype0, dtype_y, scaled, tile):
     x, x0, scalars, d, dy = inputs(seed, N, C, dtype, dtype0)
