@@ -10,7 +10,7 @@ table (8.7 runs as 8.6, 10.3 as 10.0, 12.1 as 12.0). What limits the tiles:
 
 sm_75 is not here: Triton (3.8) makes no tensor-core products for it, and without them the sums do not fit.
 
-Every entry compiles without spills and to tensor-core products (tests/test_kernel_compile.py).
+Every entry compiles without spills and to tensor-core products (tests/test_attention_compile.py).
 """
 
 from __future__ import annotations

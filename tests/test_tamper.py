@@ -122,11 +122,7 @@ def judge(dataset: Dataset, settings: Settings, tmp_path_factory: pytest.TempPat
             outcome.status == "scored" and outcome.steps < LEARNS_FOR
         ):  # a machine under load; it has to learn to the end
             outcome = execute(replace(request, budget=10.0))
-        for log in workdir.glob("*.log"):
-            assert log.stat().st_size <= 2 * 2**20, f"{log.name} grew without end"
-            text = log.read_text("utf-8", "replace")
-            assert WORKED not in text, [line for line in text.splitlines() if WORKED in line][:5]
-            assert SECRET not in text
+        look_at_logs(workdir)
         return outcome
 
     return run
@@ -151,6 +147,26 @@ def ending(outcome: Outcome, honest: Outcome) -> str:
 
 def clean(text: str) -> bool:
     return all(c.isprintable() or c in "\n\t" for c in text)
+
+
+def look_at_logs(workdir: Path) -> None:
+    """No cheat worked, no secret was seen, no log grew without end."""
+    for log in workdir.glob("*.log"):
+        assert log.stat().st_size <= 2 * 2**20, f"{log.name} grew without end"
+        text = log.read_text("utf-8", "replace")
+        assert WORKED not in text, [line for line in text.splitlines() if WORKED in line][:5]
+        assert SECRET not in text
+
+
+def must_hold(outcome: Outcome, honest: Outcome, expect: frozenset[str], caught_by: tuple[str, ...]) -> None:
+    """It ended as expected, for a reason that names what was caught, and left nothing odd in what is told of it."""
+    how = ending(outcome, honest)
+    shown = f"{how}: {outcome.reason} {outcome.val_bpb} against {honest.val_bpb}\n{outcome.log_tail[-2000:]}"
+    assert how in expect, shown
+    if how != "discard":
+        assert any(fragment in outcome.reason for fragment in caught_by), shown
+    assert len(outcome.reason) < 2000 and clean(outcome.reason) and clean(outcome.log_tail)
+    assert clean(repr(outcome.describe)) and all(clean(str(v)) for v in outcome.describe.values())
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -188,13 +204,7 @@ def test_the_wall_holds_without_the_lint(
         outcome = judge(cheat.source, lint=False, caches=outcome.caches)
     if cheat.base:
         honest = judge(whole((FOLDER / f"{cheat.base}.py").read_text("utf-8")).encode(), lint=True)
-    how = ending(outcome, honest)
-    shown = f"{how}: {outcome.reason} {outcome.val_bpb} against {honest.val_bpb}\n{outcome.log_tail[-2000:]}"
-    assert how in cheat.expect, shown
-    if how != "discard":
-        assert any(fragment in outcome.reason for fragment in cheat.caught_by), shown
-    assert len(outcome.reason) < 2000 and clean(outcome.reason) and clean(outcome.log_tail)
-    assert clean(repr(outcome.describe)) and all(clean(str(v)) for v in outcome.describe.values())
+    must_hold(outcome, honest, cheat.expect, cheat.caught_by)
     assert before == {p: (p.stat().st_size, p.stat().st_mtime_ns) for p in dataset.path.iterdir()}
     assert not list(Path("/dev/shm").glob("autoresearch-tamper*")) if Path("/dev/shm").is_dir() else True
 

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_tamper import FOLDER, KNOWN, RECIPES, SECRET, WORKED, clean, commonest_successors, ending
+from test_tamper import FOLDER, KNOWN, RECIPES, SECRET, commonest_successors, look_at_logs, must_hold
 
 from core import guard
 from core.data import Dataset
@@ -111,11 +111,7 @@ def judge(dataset: Dataset, settings: Settings, tmp_path_factory: pytest.TempPat
         outcome = execute(request)
         if outcome.status == "scored" and outcome.steps < LEARNS_FOR:  # a machine under load: let it learn to the end
             outcome = execute(replace(request, budget=6.0))
-        for log in workdir.glob("*.log"):
-            assert log.stat().st_size <= 2 * 2**20, f"{log.name} grew without end"
-            text = log.read_text("utf-8", "replace")
-            assert WORKED not in text, [line for line in text.splitlines() if WORKED in line][:5]
-            assert SECRET not in text
+        look_at_logs(workdir)
         return outcome
 
     return run
@@ -165,13 +161,7 @@ def test_the_wall_holds_without_the_lint(
     if name == "smuggled_late":  # against itself without the table
         honest = judge(cheat.source.replace("KNOWS = True", "KNOWS = False"))
         assert honest.status == "scored"
-    how = ending(outcome, honest)
-    shown = f"{how}: {outcome.reason} {outcome.val_bpb} against {honest.val_bpb}\n{outcome.log_tail[-2000:]}"
-    assert how in cheat.expect, shown
-    if how != "discard":
-        assert any(fragment in outcome.reason for fragment in cheat.caught_by), shown
-    assert len(outcome.reason) < 2000 and clean(outcome.reason) and clean(outcome.log_tail)
-    assert clean(repr(outcome.describe)) and all(clean(str(v)) for v in outcome.describe.values())
+    must_hold(outcome, honest, cheat.expect, cheat.caught_by)
     assert before == {p: (p.stat().st_size, p.stat().st_mtime_ns) for p in dataset.path.iterdir()}
     assert not list(Path("/dev/shm").glob("autoresearch-tamper*"))
 
