@@ -29,7 +29,7 @@ MESSAGES_AT_ONCE = 200
 SCRATCH_SPARE = 256 * 2**20  # bytes that have to stay free on the disk with the scratch folders
 SANDBOX_NOT_APPLIED = 125  # exit status; a recipe may choose it too, so it counts before there is one
 MEMORY_SHARE = 0.9  # of the machine's memory, where no limit is set
-EXIT_AFTER_CLOSING = 2.0  # seconds between the end of a child's channel and that of its process
+EXIT_AFTER_CLOSING = 10.0  # seconds between the end of a child's channel and that of its process, on a busy machine
 LIBRARY_CAP = 120.0  # seconds to import torch or mlx; from a cold disk it is slow
 LOOK_AT_DISK = 1.0  # seconds between two looks
 

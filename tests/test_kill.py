@@ -15,7 +15,8 @@ from pathlib import Path
 
 import psutil
 import pytest
-from scripted import Limits, Loop, Night, Scripted, check, git, make_lab, recipe
+import safetensors.numpy
+from scripted import Limits, Loop, Night, Scripted, check, git, is_source, make_lab, recipe
 
 from core import paths
 from core.executor import LocalExecutor
@@ -51,12 +52,12 @@ def kill(pid: int, tree: bool) -> None:
     os.waitpid(pid, 0)
 
 
-def start_again(path: Path) -> Lab:
+def start_again(path: Path, are_weights=is_source) -> Lab:
     """What every start does first; then everything has to hold."""
     lab = Lab.open(path)
     with lab.lock():
         Loop(lab, None, Scripted(), lambda event: None).recover()
-    check(lab)
+    check(lab, are_weights)
     return lab
 
 
@@ -130,29 +131,36 @@ def descendants(pid: int) -> list[psutil.Process]:
         return []
 
 
+def are_tensors(weights: bytes, lab: Lab) -> bool:
+    return bool(safetensors.numpy.load(weights))
+
+
 @pytest.mark.slow
-def test_the_real_referee_killed(tmp_path, settings, tiny_recipe):
-    """During import, training and scoring; its children go with it, and the experiment keeps its number."""
+@pytest.mark.parametrize("phase", ["start", "train", "score"])
+def test_the_real_referee_killed(phase, tmp_path, settings, tiny_recipe):
+    """Its children go with it, and the experiment keeps its number."""
     lab = make_lab(tmp_path / "night", settings, first=tiny_recipe.encode())
-    dice = random.Random(5)
-    for seconds in (dice.uniform(0.1, 1.0), dice.uniform(2.0, 5.0)):
-        lab.ledger.close()
+    lab.ledger.close()
+    reached = tmp_path / "reached"
 
-        def act(path=lab.path):
-            Loop(Lab.open(path), None, LocalExecutor(), lambda event: None).judge_pending(1)
+    def tell(event):
+        if event.data.get("phase") == phase:
+            reached.touch()
 
-        pid = in_a_process(act)
-        time.sleep(seconds)
-        children = descendants(pid)
-        kill(pid, tree=False)
-        _, alive = psutil.wait_procs(children, timeout=10)
-        assert not alive
-        lab = start_again(lab.path)
-        assert [(e.number, e.status) for e in lab.ledger.experiments()] in ([(1, None)], [(1, "keep")])
-        assert lab.ledger.get(1).attempts <= 2
+    pid = in_a_process(lambda: Loop(Lab.open(lab.path), None, LocalExecutor(), tell).judge_pending(1))
+    while not reached.exists():
+        time.sleep(0.01)
+    time.sleep(random.Random(phase).uniform(0.0, 0.1))
+    children = descendants(pid)
+    kill(pid, tree=False)
+    _, alive = psutil.wait_procs(children, timeout=10)
+    assert children and not alive
+    lab = start_again(lab.path, are_tensors)
+    assert [(e.number, e.status, e.attempts) for e in lab.ledger.experiments()] == [(1, None, 1)]
     found = Loop(lab, None, LocalExecutor(), lambda event: None).judge_pending(1)
     assert found.status == "keep", found.reason
     assert len(lab.ledger.samples(1)) == 1
+    check(lab, are_tensors)
 
 
 @pytest.mark.slow

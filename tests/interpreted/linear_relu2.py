@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernels import linear_relu2 as kernel
@@ -28,23 +28,35 @@ def run(function, x, w1, w2, dout):
     return [out.detach(), *torch.autograd.grad(out, leaves, dout)]
 
 
+def sizes_of_sums(x, w1, w2, dout):
+    """What rounding errors of the four results are relative to: each product as the root of the sum of its terms'
+    squares, so that terms which cancel do not make the allowed error small."""
+
+    def product(a, b):
+        return (a.square() @ b.square()).sqrt()
+
+    h, dy = product(x, w1.mT), product(dout, w2)
+    y, dh = h.square(), 2 * h * dy
+    return product(y, w2.mT), product(dh, w1), product(dh.mT, x), product(dout.mT, y)
+
+
 @settings(max_examples=20, deadline=None)
 @given(
     st.integers(0, 2**32), st.integers(1, 150), SIZES, SIZES, st.sampled_from(list(EPSILON)),
     st.sampled_from([None, SMALL, SMALL_TMA]),
 )  # fmt: skip
 def test_forward_and_backward_agree_with_float64(seed, N, C, F, dtype, tiles):
-    assume(C * min(N, F) >= 32)  # among so many entries one is large: errors are told relative to the largest
     given_ = inputs(seed, N, C, F, dtype)
     with pytest.MonkeyPatch.context() as patch:
         if tiles is not None:
             patch.setattr(kernel, "choose", lambda configs, x: tiles)
         found = run(kernel.mlp, *given_)
     wanted = run(kernel.reference, *(t.double() for t in given_))
-    for name, f, w in zip(("out", "dx", "dw1", "dw2"), found, wanted):
+    sizes = sizes_of_sums(*(t.double() for t in given_))
+    for name, f, w, size in zip(("out", "dx", "dw1", "dw2"), found, wanted, sizes):
         assert f.dtype == dtype
-        error = (f.double() - w).abs().max() / w.abs().max().clamp_min(1)
-        assert error < 6 * EPSILON[dtype], f"{name}: {error:.2e} of {tuple(w.shape)}"
+        error = (f.double() - w).norm() / size.norm()
+        assert error < 8 * EPSILON[dtype], f"{name}: {error:.2e} of {tuple(w.shape)}"
 
 
 @pytest.mark.parametrize("tiles", [SMALL, SMALL_TMA], ids=["pointers", "tma"])
