@@ -5,7 +5,7 @@ Shapes: B rows, T tokens of context, V vocabulary entries.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
@@ -141,6 +141,15 @@ class Past:
     tainted: bool = False  # something disturbed the measurement: the score may be worse than it should be
 
 
+def no_objection(source: bytes) -> str:
+    """For views of a lab that nobody can try anything in."""
+    return ""
+
+
+def free_of_charge(usage: Mapping[str, Any]) -> None:
+    """For views of a lab that keeps no account."""
+
+
 @dataclass(frozen=True)
 class View:
     """What a researcher may see of a lab at the moment of a proposal."""
@@ -153,6 +162,8 @@ class View:
     settings: Mapping[str, Any]
     history: Sequence[Mapping[str, Any]] = ()  # results of an earlier project, never a score
     notes: Sequence[str] = ()  # proposals that were refused since the last experiment, and why
+    check: Callable[[bytes], str] = no_objection  # why this source would not be run; "" if it would. Takes seconds
+    spend: Callable[[Mapping[str, Any]], None] = free_of_charge  # puts what an answer cost on the lab's account
 
 
 class Researcher(Protocol):
@@ -166,3 +177,17 @@ class Researcher(Protocol):
 
 class Exhausted(Exception):
     """A researcher has no further idea; the message says what it went through."""
+
+
+class Unavailable(Exception):
+    """A researcher cannot answer now. The loop waits, or goes on with another one; the night does not end.
+
+    `retry_after`: seconds after which it is worth asking again, as far as known. `final`: asking again is of no use
+    before a person has done something (an expired key, no credit, a spent cap), which the message says.
+    """
+
+    def __init__(self, reason: str, retry_after: float | None = None, final: bool = False) -> None:
+        self.reason = reason
+        self.retry_after = retry_after
+        self.final = final
+        super().__init__(reason)
