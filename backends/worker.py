@@ -1,6 +1,7 @@
 """Entry point of the referee's children: `python -m backends.worker ROLE BACKEND`, in the sandbox.
 
-Roles: `trainer` trains; `scorer` and `auditor` answer with losses and logits; `measure` times steps; `dry` tries a
+Roles: `trainer` trains; `warm-up` only does what comes before the clock, so that the trainer can be a process that the
+recipe has never been in; `scorer` and `auditor` answer with losses and logits; `measure` times steps; `dry` tries a
 recipe out. All of them load the backend's library first, then wait for the recipe's bytes on the channel.
 
 Once the recipe is imported it shares this interpreter and could change any of it. So nothing that is said from here
@@ -51,7 +52,9 @@ def main() -> None:
     role, backend = sys.argv[1:3]
     channel = Channel(socket.socket(fileno=int(os.environ["AUTORESEARCH_CHANNEL"])), take_fds=True)
     device_module = importlib.import_module(f"backends.{backend}.device")
-    roles = {"trainer": train, "scorer": answer, "auditor": answer, "measure": measure, "dry": dry}
+    roles = {
+        "trainer": train, "warm-up": rehearse, "scorer": answer, "auditor": answer, "measure": measure, "dry": dry
+    }  # fmt: skip
     try:
         channel.send("ready")
         begin = channel.receive()
@@ -181,13 +184,32 @@ def described(training: Training) -> dict[str, Any]:
 
 def train(channel: Channel, device: Device, begin: Message) -> None:
     spec = spec_of(begin)
+    source = begin.arrays["source"].tobytes()
+    if begin.flag("rehearsed"):  # in another process: even the import is on the clock here
+        digest, start = begin.text("weights", 64), channel.receive()
+        module = load_recipe(source)
+    else:
+        module = load_recipe(source)
+        digest = before_the_clock(channel, device, module, spec, begin.flag("measure_peak"))
+        start = channel.receive()
+    run(channel, device, module, spec, digest, start)
+
+
+def rehearse(channel: Channel, device: Device, begin: Message) -> None:
     module = load_recipe(begin.arrays["source"].tobytes())
+    before_the_clock(channel, device, module, spec_of(begin), begin.flag("measure_peak"))
+    wait_for_end(channel)
+
+
+def before_the_clock(channel: Channel, device: Device, module: ModuleType, spec: Spec, measure_peak: bool) -> str:
+    """Build, and compile by steps on random tokens, thrown away after. Returns the digest of the built weights."""
     training = build(module, spec)
     untrained = weights_of(training)
     digest = weight_files.digest(untrained)
     facts = {
         "params": weight_files.count(untrained),
         "weights_bytes": weight_files.size(untrained),
+        "weights": digest,
         "describe": described(training),
     }
     del untrained
@@ -195,8 +217,8 @@ def train(channel: Channel, device: Device, begin: Message) -> None:
     warm_up(device, training, RandomBatches(device, spec))
     del training
     gc.collect()
-    channel.send("warm", {"compiled": compiled(), **device_facts(device, begin.flag("measure_peak"))})
-    run(channel, device, module, spec, digest, channel.receive())
+    channel.send("warm", {"compiled": compiled(), **device_facts(device, measure_peak)})
+    return digest
 
 
 def warm_up(device: Device, training: Training, batches: RandomBatches) -> None:

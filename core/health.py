@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -49,21 +50,32 @@ def _busy_seconds() -> float:
     return t.user + t.system + getattr(t, "nice", 0.0) + getattr(t, "irq", 0.0) + getattr(t, "softirq", 0.0)
 
 
+def own_seconds(pid: int) -> float:
+    """User and system time of the living processes below and including `pid`, those that have ended apart."""
+    return sum(t.user + t.system for t in _tree_times(pid) or [])
+
+
 def _tree_seconds(pid: int) -> float | None:
     """User and system time of the processes below and including `pid`; None when it is gone."""
+    times = _tree_times(pid)
+    if times is None:
+        return None
+    ended = ("children_user", "children_system")  # not on Windows
+    return sum(t.user + t.system + sum(getattr(t, name, 0.0) for name in ended) for t in times)
+
+
+def _tree_times(pid: int) -> list[Any] | None:
+    """What psutil says of each living process below and including `pid`; None when it is gone."""
     try:
         root = psutil.Process(pid)
         tree = [root, *root.children(recursive=True)]
     except psutil.Error:
         return None
-    total = 0.0
+    found = []
     for process in tree:
-        try:
-            times = process.cpu_times()
-            total += times.user + times.system + times.children_user + times.children_system
-        except (psutil.Error, AttributeError):
-            continue
-    return total
+        with suppress(psutil.Error):
+            found.append(process.cpu_times())
+    return found
 
 
 def _clock() -> float | None:
