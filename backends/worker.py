@@ -97,7 +97,7 @@ def call(doing: str, function: Callable[..., Any], *arguments: Any) -> Any:
 def out_of_memory(error: BaseException) -> bool:
     """Whether this is how Python, numpy, torch (on a CPU or a card) or MLX say that no memory is left."""
     text = str(error).lower()
-    said = "out of memory" in text or "can't allocate memory" in text or "unable to allocate" in text or "alloc_failed" in text
+    said = any(w in text for w in ("out of memory", "can't allocate memory", "unable to allocate", "alloc_failed"))
     return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and said)
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 # CUDA's major version -> the oldest driver branch that runs it (NVIDIA, "CUDA Compatibility", table of minor versions).
 OLDEST_DRIVER = {11: 450, 12: 525, 13: 580}
-WHEELS = ((580, "cu130"), (570, "cu128"), (525, "cu126"))  # oldest driver branch -> PyTorch's index for it, newest first
+WHEELS = ((580, "cu130"), (570, "cu128"), (525, "cu126"))  # oldest driver -> PyTorch's index for it, newest first
 INDEX = "https://download.pytorch.org/whl"
 
 

@@ -139,7 +139,7 @@ def _flex(case: Case) -> Attention:
         q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, window: int, scale: float | None = None
     ) -> Tensor:
         T = q.size(1)
-        same = T == case.length and window == case.window
+        same = case.length == T and window == case.window
         mask = made if same else block_mask(T, min(window, T), q.device)
         q, k, v = (x.transpose(1, 2) for x in (turn(q, cos, sin), turn(k, cos, sin), v))
         y: Tensor = flex(q, k, v, block_mask=mask, scale=scale, enable_gqa=q.size(1) != k.size(1))

@@ -192,7 +192,7 @@ def test_the_next_process_takes_what_the_first_one_measured(monkeypatch, tmp_pat
 
 @pytest.mark.parametrize(
     "left", ["", "not json", "[]", '{"name": "triton"}', '{"name": "fa3", "milliseconds": {"fa3": 1.0}}',
-             '{"name": "nonesuch", "milliseconds": {"nonesuch": 1.0}}', '{"name": "triton", "milliseconds": {"a": "b"}}'],
+             '{"name": "nonesuch", "milliseconds": {"nonesuch": 1.0}}', '{"name": "flex", "milliseconds": {"a": "b"}}'],
 )  # fmt: skip
 def test_what_is_left_over_and_does_not_hold_is_measured_again(monkeypatch, tmp_path, left):
     pytest.importorskip("triton")

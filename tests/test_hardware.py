@@ -39,7 +39,7 @@ class Machine:
     disk: int = 500 * GIB
     battery: Power = field(default=Power())
     gpus: Sequence[Gpu] | str = "NVML Shared Library Not Found"
-    build: TorchBuild = TorchBuild("2.14.1+cu128", "12.8")
+    build: TorchBuild = field(default=TorchBuild("2.14.1+cu128", "12.8"))
 
     def system(self):
         return self.os
