@@ -11,7 +11,6 @@ import triton.language as tl
 from benchmarks import compile_attention
 from benchmarks.compiled import Compiled, compiled
 from kernels import linear_relu2, muon, residual_norm, softcapped_loss
-from kernels.targets import TARGETS
 
 ACC = {"ACC": tl.float32}
 WARPS, STAGES = 4, 3  # Triton's own, where a launch says nothing
@@ -169,4 +168,3 @@ def cases(target: int) -> list[Case]:
 def missing(case: Case, found: Compiled) -> bool:
     """Whether an instruction that must be there is not."""
     return bool(case.expected) and not any(map(found.count, case.expected.split(" or ")))
-

@@ -285,8 +285,8 @@ class _Trainer:
         )
         took = time.monotonic() - began
         self.worker.kill()
-        known = {k: self.outcome.describe[k] for k in ("compiled", "dtype", "peak") if k in self.outcome.describe}
-        self.outcome.describe = {**self.outcome.describe, **_plain(message), **known}
+        known = {k: v for k, v in self.outcome.describe.items() if k in ("compiled", "dtype", "peak")}
+        self.outcome.describe |= _plain(message) | known
         peak = message.fields.get("peak_memory")
         reported = peak if isinstance(peak, int) and not isinstance(peak, bool) and 0 < peak < 2**50 else 0
         self.outcome.peak_memory = max(reported, self.worker.child.peak_memory())

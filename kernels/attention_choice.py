@@ -33,7 +33,7 @@ __all__ = ["Attention", "Case", "Choice", "available", "block_mask", "choose", "
 REPEATS = 10  # timed runs after WARMUP; their median decides
 WARMUP = 3
 TIMED_ROWS = 16  # at most, when a recipe asks: times grow with the rows, their order does not change
-PATIENCE = 40.0  # seconds of a warm-up after which no further implementation is compiled and timed
+PATIENCE = 15.0  # seconds of a warm-up after which no further implementation is compiled and timed
 _log = logging.getLogger(__name__)
 
 
@@ -117,21 +117,38 @@ def _first_line(error: Exception) -> str:
 def settled(case: Case, forced: str | None = None, folder: Path | None = None) -> Choice:
     """As `choose`, but measured once: by the first process that asks, kept among the compile caches.
 
-    folder: where; by default XDG_CACHE_HOME, which is private to each child. Rows do not count: the scorer's differ.
+    folder: where; by default XDG_CACHE_HOME, which is private to each child, and nowhere if that is not set. Rows do
+    not count: the scorer's differ.
     """
     if forced is not None or case.device.type != "cuda":
         return choose(case, forced)
-    kept = (folder or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser()) / f"attention-{key(case)}.json"
-    found = _read(kept, available(case))
+    folder = folder or _caches()
+    found = _read(folder / _file(case), available(case)) if folder else None
     if found is not None:
         name, times = found
         return _made(case, name, f"{times[name]:.3f} ms, as measured before", times, {})
     few = Case(**{**vars(case), "rows": min(case.rows, TIMED_ROWS)})
     choice = choose(few, patience=PATIENCE)
-    if choice.milliseconds:
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        kept.write_text(json.dumps({"name": choice.name, "milliseconds": choice.milliseconds}), encoding="utf-8")
+    keep(case, choice, folder)
     return choice
+
+
+def keep(case: Case, choice: Choice, folder: Path | None = None) -> None:
+    """Leave what was measured where `settled` looks for it."""
+    folder = folder or _caches()
+    if folder and choice.milliseconds:
+        folder.mkdir(parents=True, exist_ok=True)
+        found = {"name": choice.name, "milliseconds": choice.milliseconds}
+        (folder / _file(case)).write_text(json.dumps(found), encoding="utf-8")
+
+
+def _caches() -> Path | None:
+    place = os.environ.get("XDG_CACHE_HOME")
+    return Path(place) if place else None
+
+
+def _file(case: Case) -> str:
+    return f"attention-{key(case)}.json"
 
 
 def key(case: Case) -> str:

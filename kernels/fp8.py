@@ -1,6 +1,6 @@
 """A linear layer by FP8 tensor cores, with a scale of its own for every token and every output channel.
 
-With s_i = max_k |x_ik| / 448 for each token i, t_j = max_k |w_jk| / 448 for each output channel j, and e4m3 the rounding
+With s_i = max_k |x_ik| / 448 for each token i, t_j = max_k |w_jk| / 448 for each output channel j, and e4m3 rounding
 to 4 exponent and 3 mantissa bits (Micikevicius et al. 2022):
 
     y_ij = s_i t_j sum_k e4m3(x_ik / s_i) e4m3(w_jk / t_j)        summed in float32
@@ -8,8 +8,8 @@ to 4 exponent and 3 mantissa bits (Micikevicius et al. 2022):
 Scales per token, because a recipe is scored by what it predicts from the past alone: one scale for a whole tensor would
 let a large later token coarsen the rounding of all earlier ones, and so move their logits.
 
-Backward: dx by the same product (tokens of dy, columns of w), dw in the inputs' dtype. Not what the shipped recipe uses:
-it is for recipes to try. Needs sm_89 or newer, whose matrix product is torch._scaled_mm; elsewhere `linear` refuses and
+Backward: dx by the same product (tokens of dy, columns of w), dw in the inputs' dtype. The shipped recipe does not use
+it; it is for recipes to try. Needs sm_89 or newer, whose matrix product is torch._scaled_mm; elsewhere `linear` refuses and
 `reference` computes the same in float32.
 """
 
@@ -67,7 +67,9 @@ def linear(x: Tensor, w: Tensor) -> Tensor:
 def obstacle(x: Tensor, w: Tensor) -> str:
     """Why `linear` cannot do this, or ""."""
     if w.dim() != 2 or x.shape[-1] != w.shape[1] or x.dtype != w.dtype:
-        return f"x (..., K) and w (N, K) of one dtype wanted, not {tuple(x.shape)} {x.dtype}, {tuple(w.shape)} {w.dtype}"
+        return (
+            f"x (..., K) and w (N, K) of one dtype wanted, not {tuple(x.shape)} {x.dtype}, {tuple(w.shape)} {w.dtype}"
+        )
     if w.shape[0] % MULTIPLE or w.shape[1] % MULTIPLE:
         return f"FP8 products take channels by the {MULTIPLE}, not a weight of {tuple(w.shape)}"
     if x.is_cuda and (capability := torch.cuda.get_device_capability(x.device)) < LEAST_CAPABILITY:
