@@ -70,7 +70,7 @@ def choose(case: Case, forced: str | None = None, patience: float = float("inf")
             raise ValueError(f"attention {forced!r} cannot do this: {refused[forced]}")
         return _made(case, forced, "forced", {}, refused)
     if case.device.type != "cuda":
-        if not found["triton"]:
+        if not found["triton"] and case.device.type == "cpu":
             return _made(case, "triton", "its kernels are interpreted, as TRITON_INTERPRET says", {}, refused)
         return _made(case, "reference", f"no device to time the others on ({case.device.type})", {}, refused)
     times = _timed(case, [n for n, why in found.items() if not why and n != "reference"], refused, patience)

@@ -177,7 +177,7 @@ def _no_triton(case: Case) -> str:
         return "triton is not installed"
     from kernels.attention import obstacle
 
-    if case.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+    if case.device.type not in ("cuda", "meta") and os.environ.get("TRITON_INTERPRET") != "1":
         return f"Triton compiles for GPUs; the device is {case.device.type}"
     return obstacle(case.capability, case.heads, case.key_heads, case.head, case.dtype)
 

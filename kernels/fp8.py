@@ -9,7 +9,7 @@ Scales per token, because a recipe is scored by what it predicts from the past a
 let a large later token coarsen the rounding of all earlier ones, and so move their logits.
 
 Backward: dx by the same product (tokens of dy, columns of w), dw in the inputs' dtype. The shipped recipe does not use
-it; it is for recipes to try. Needs sm_89 or newer, whose matrix product is torch._scaled_mm; elsewhere `linear` refuses and
+it; it is for recipes to try. Needs sm_89 or newer, whose product is torch._scaled_mm; elsewhere `linear` refuses and
 `reference` computes the same in float32.
 """
 
