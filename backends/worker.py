@@ -29,6 +29,7 @@ import numpy as np
 from core import weights as weight_files
 from core.clock import Budget, StepTimes
 from core.contract import Device, Spec, Training
+from core.errors import UserError
 from core.wire import Channel, ChannelClosed, Message, close_all
 
 PROGRESS_EVERY = 1.0  # seconds between two messages of progress
@@ -40,7 +41,7 @@ DESCRIBE_ENTRIES = 64
 
 
 class RecipeError(Exception):
-    """The recipe failed, or gave what it must not give. `status`: "crash" or "invalid"."""
+    """The recipe failed, or gave what it must not give. `status`: "crash", "invalid", or "memory" where it ran out."""
 
     def __init__(self, status: str, reason: str) -> None:
         self.status = status
@@ -57,13 +58,26 @@ def main() -> None:
     }  # fmt: skip
     try:
         channel.send("ready")
+        device = opened(channel, device_module)
         begin = channel.receive()
         try:
-            roles[role](channel, device_module.open_device(), begin)
+            roles[role](channel, device, begin)
         except RecipeError as error:
             channel.send("failed", {"status": error.status, "reason": error.reason})
     except ChannelClosed:
         sys.exit(3)  # the referee is gone, or has heard enough
+
+
+def opened(channel: Channel, device_module: ModuleType) -> Device:
+    """The device, when the referee asks for it: before it sends the recipe, so that what is wrong here is not its."""
+    channel.receive()
+    try:
+        device: Device = device_module.open_device()
+    except UserError as error:
+        channel.send("failed", {"status": "backend", "reason": error.fact[:400], "action": error.action[:400]})
+        raise ChannelClosed("no device") from None
+    channel.send("opened")
+    return device
 
 
 # --- calling the recipe --------------------------------------------------------------------------------
@@ -79,7 +93,15 @@ def call(doing: str, function: Callable[..., Any], *arguments: Any) -> Any:
         raise
     except BaseException as error:  # noqa: BLE001 - a recipe may raise anything, SystemExit included
         print(_recipe_traceback(error), file=sys.stderr, flush=True)
-        raise RecipeError("crash", f"{doing}: {describe_error(error)}") from None
+        status = "memory" if out_of_memory(error) else "crash"
+        raise RecipeError(status, f"{doing}: {describe_error(error)}") from None
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether this is how Python, numpy, torch (on a CPU or a card) or MLX say that no memory is left."""
+    text = str(error).lower()
+    said = any(w in text for w in ("out of memory", "can't allocate memory", "unable to allocate", "alloc_failed"))
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and said)
 
 
 def describe_error(error: BaseException) -> str:
@@ -390,6 +412,10 @@ def score(device: Device, training: Training, spec: Spec, tokens: np.ndarray) ->
         return np.asarray(device.nats(logits, tokens[:, 1:]), np.float32)
     except ValueError as error:
         raise RecipeError("invalid", f"logits(): {error}") from None
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        raise RecipeError("memory", f"losses from logits: {describe_error(error)}") from None
 
 
 def logits_at(device: Device, training: Training, spec: Spec, tokens: np.ndarray, positions: np.ndarray) -> np.ndarray:

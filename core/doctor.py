@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from core.errors import UserError
-from core.hardware import GIB, Hardware, choose
+from core.hardware import GIB, Hardware, choose, remedy
 from core.paths import data_root, home, project_root
 
 OURS = ("cli", "prepare", "core", "backends", "researchers", "benchmarks", "kernels")
@@ -156,7 +156,7 @@ def _told_torch(text: str, hardware: Hardware) -> Check:
         return Check("torch", False, f"{release}, older than {least}", f'{_pip()} install "torch>={least}"')
     if hardware.gpus and works != "True":
         why = "is a build without CUDA" if cuda == "none" else f"(CUDA {cuda}) cannot use the driver here"
-        action = "install the CUDA build: https://pytorch.org/get-started/locally"
+        action = remedy(hardware) or "run nvidia-smi; if it fails too, install NVIDIA's driver"
         return Check("torch", None, f"{release} {why}, so {hardware.gpus[0].name} is out of its reach", action)
     return Check("torch", True, f"{release}, " + (f"CUDA {cuda}" if cuda != "none" else "CPU build"))
 
@@ -185,11 +185,7 @@ def _machine_checks(hardware: Hardware) -> Iterator[Check]:
 
 def _gpu_check(hardware: Hardware) -> Check:
     if hardware.gpu_problem:
-        mismatch = "mismatch" in hardware.gpu_problem.lower()
-        action = "restart the machine" if mismatch else "run nvidia-smi; if it fails too, install NVIDIA's driver"
-        if "CUDA_VISIBLE_DEVICES" in hardware.gpu_problem:
-            action = "unset CUDA_VISIBLE_DEVICES, or name a GPU that `nvidia-smi -L` lists"
-        return Check("gpu", None, hardware.gpu_problem, action)
+        return Check("gpu", None, hardware.gpu_problem, remedy(hardware))
     if not hardware.gpus:
         return Check("gpu", True, hardware.chip or "none, and none is needed for the cpu backend")
     gpu = hardware.gpus[0]

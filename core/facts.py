@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import platform
+import re
 import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -16,6 +17,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import psutil
+
+from core.torchbuild import TorchBuild
 
 
 class GpuProblem(Exception):
@@ -82,6 +85,9 @@ class Facts(Protocol):
     def installed(self, module: str) -> bool:
         """Whether a Python module could be imported; it is not."""
 
+    def torch(self) -> TorchBuild:
+        """The installed torch by its version file; it is not imported."""
+
     def nvidia(self) -> Sequence[Gpu]:
         """All NVIDIA devices, whatever CUDA_VISIBLE_DEVICES says. Raises GpuProblem."""
 
@@ -144,6 +150,12 @@ class LocalFacts:
 
     def installed(self, module: str) -> bool:
         return importlib.util.find_spec(module) is not None
+
+    def torch(self) -> TorchBuild:
+        spec = importlib.util.find_spec("torch")
+        text = self.read(str(Path(spec.origin).with_name("version.py"))) if spec and spec.origin else None
+        values = dict(re.findall(r"^(__version__|cuda)\b[^=\n]*= *'([^']*)'", text or "", re.MULTILINE))
+        return TorchBuild(values.get("__version__", ""), values.get("cuda", ""))
 
     def nvidia(self) -> Sequence[Gpu]:
         return _nvml()

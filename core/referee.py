@@ -24,7 +24,7 @@ import numpy as np
 
 from core import caches, guard, health, scoring
 from core import weights as weight_files
-from core.child import Ended, Place, Worker
+from core.child import Ended, OutOfMemory, Place, Worker
 from core.clock import Limit
 from core.health import Watch
 from core.outcome import Event, Outcome, Request, Status, ignore, printable, source_sha256
@@ -94,10 +94,7 @@ class _Experiment:
         self.weights = trainer.hand_over()
         digest = weight_files.file_digest(self.weights)
         self._lap("handover")
-        text = scoring.Text.of(self.request.dataset, self.place)
-        score = self._score(text)
-        if self._wants_audit(score.bpb):
-            self._audit(text, score)
+        score = self._judge(scoring.Text.of(self.request.dataset, self.place))
         if weight_files.file_digest(self.weights) != digest:
             raise Ended("invalid", "the weights were changed while they were scored")
         kept = self.request.workdir / "weights.safetensors"
@@ -133,6 +130,29 @@ class _Experiment:
         findings = guard.check(source) if self.request.lint else guard.limits(source)
         if findings:
             raise Ended("invalid", str(guard.GuardError(findings)))
+
+    def _judge(self, text: scoring.Text) -> scoring.Score:
+        """Score, and audit where that is wanted, at equal shapes. An auditor that runs out of memory has seen the
+        questions, so it is not asked others: its end is the experiment's."""
+        text, score = self._score_in_memory(text)
+        if self._wants_audit(score.bpb):
+            self._audit(text, score)
+        return score
+
+    def _score_in_memory(self, text: scoring.Text) -> tuple[scoring.Text, scoring.Score]:
+        """The score, with half of the rows in a batch where memory ends, by a fresh process that has seen no row."""
+        while True:
+            self.outcome.describe["scored_rows"] = text.size
+            try:
+                return text, self._score(text)
+            except OutOfMemory as end:
+                if text.size == 1:
+                    raise
+                text = text.halved()
+                why = f"{end.reason[:300]}; scored again with {text.size} rows at a time"
+                self.outcome.describe["scored_rows_reason"] = printable(why)
+                self.workers["scorer"].close()  # first, as it holds memory
+                self.workers["scorer"] = Worker("scorer", self.place)
 
     def _score(self, text: scoring.Text) -> scoring.Score:
         self._phase("score")
@@ -301,6 +321,8 @@ class _Trainer:
         )
         took = time.monotonic() - began
         self.worker.kill()
+        known = {k: v for k, v in self.outcome.describe.items() if k in ("compiled", "dtype", "peak")}
+        self.outcome.describe |= _plain(message) | known
         peak = message.fields.get("peak_memory")
         reported = peak if isinstance(peak, int) and not isinstance(peak, bool) and 0 < peak < 2**50 else 0
         self.outcome.peak_memory = max(reported, self.worker.child.peak_memory())

@@ -146,6 +146,7 @@ def environment(home: Path, temporary: Path, caches: Path) -> dict[str, str]:
         "TORCHINDUCTOR_CACHE_DIR": str(caches / "inductor"),
         "TRITON_CACHE_DIR": str(caches / "triton"),
         "CUDA_CACHE_PATH": str(caches / "cuda"),
+        "PYTORCH_ALLOC_CONF": "expandable_segments:True",  # read once, when torch is loaded; nothing without CUDA
         # Compiled in the process itself: a pool of compilers needs /dev/shm, and two cores gain nothing by it.
         "TORCHINDUCTOR_COMPILE_THREADS": "1",
         # A GNU OpenMP thread that waits at a barrier spins before it sleeps. Beside one busy process the default of

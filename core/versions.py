@@ -16,7 +16,19 @@ from core.settings import Settings
 NOT_MEASURING = frozenset(
     {
         *("attacks", "doctor", "documents", "errors", "facts", "files", "gitstore", "guard", "hardware", "hub"),
-        *("keeping", "lab", "ledger", "live", "locks", "loop", "paths", "recipe", "recovery", "selfcheck"),
+        *(
+            "keeping",
+            "lab",
+            "ledger",
+            "live",
+            "locks",
+            "loop",
+            "paths",
+            "recipe",
+            "recovery",
+            "selfcheck",
+            "torchbuild",
+        ),
         *("verdict", "versions"),
     }
 )
