@@ -75,22 +75,23 @@ class Plan:
 
 def peak(shape: Shape, rows: int, recompute: str, batch: int, fused: bool = True) -> int:
     """Bytes at the worst moment of a step of `batch` tokens. `fused`: with Triton's kernels."""
-    tokens, s = rows * shape.context, shape.itemsize
+    tokens, s = min(rows * shape.context, batch), shape.itemsize
     always = 8 * (shape.matrices + shape.embeddings) + 4 * shape.embeddings
     gradients = 4 * (shape.matrices + shape.embeddings)
-    several = batch > tokens  # gradients of earlier rows are there all the time
+    held = gradients if batch > tokens else 0  # those of earlier rows
     kept = tokens * shape.kept_per_token(recompute) + s * shape.matrices
-    head = (4 + s) * shape.vocab * shape.dim
-    held = gradients if several else 0
-    loss = kept + held + head + min(LOGITS, 4 * 4 * tokens * shape.vocab) + tokens * shape.dim * s
-    backward = kept + max(held, 4 * shape.vocab * shape.dim) + tokens * on_the_way(shape, recompute, fused)
-    part = min(ROW_BYTES, 4 * tokens * shape.dim)
-    embedding = gradients + 2 * 4 * shape.vocab * shape.dim + 5 * part + 4 * tokens * shape.dim * s
+    width = tokens * shape.dim * s  # one tensor of the stream
+    table = shape.vocab * shape.dim
+    logits = kept + held + (4 + s) * table + min(LOGITS, 16 * tokens * shape.vocab) + width
+    backward = kept + max(held, 4 * table) + tokens * on_the_way(shape, recompute)
+    first_layer = gradients + 3 * width + (tokens * on_the_way(shape, recompute) + s * shape.matrices / shape.depth)
+    first_layer += 8 * table + KEPT[recompute] * width + min(ROW_BYTES, 4 * tokens * shape.dim)
+    embedding = gradients + 8 * table + 5 * min(ROW_BYTES, 4 * tokens * shape.dim) + 4 * width
     optimizer = gradients + muon(shape, fused)
-    return int(always + max(loss, backward, embedding, optimizer))
+    return int(always + max(logits, backward, first_layer, embedding, optimizer))
 
 
-def on_the_way(shape: Shape, recompute: str, fused: bool) -> float:
+def on_the_way(shape: Shape, recompute: str) -> float:
     """Bytes per token of one layer's backward beside what is kept: dh and dq, dk, dv with their sources."""
     again = {"nothing": 0, "hidden": 4, "layer": 9}[recompute]
     return (again + 9) * shape.dim * shape.itemsize
