@@ -16,7 +16,7 @@ from core.settings import Settings
 NOT_MEASURING = frozenset(
     {
         *("attacks", "doctor", "documents", "errors", "facts", "files", "gitstore", "gpuwatch", "guard", "hardware"),
-        *("hub", "nvml"),
+        *("hub", "nvml", "places", "windows"),
         *("keeping", "lab", "ledger", "live", "locks", "loop", "paths", "recipe", "recovery", "selfcheck"),
         *("verdict", "versions"),
     }

@@ -80,7 +80,7 @@ class Sliced(torch.autograd.Function):
             limit = None if ctx.window >= q.size(1) - 1 else ctx.window
             for block, seen in blocks(q.size(1), ctx.window):
                 inputs = [x[:, :, at].detach().requires_grad_() for x, at in ((tq, block), (tk, seen), (tv, seen))]
-                y = one_block(*inputs, block.start - seen.start, limit)
+                y = one_block(inputs[0], inputs[1], inputs[2], block.start - seen.start, limit)
                 found = torch.autograd.grad(y, inputs, dy[:, :, block])
                 for total, at, part in zip((dq, dk, dv), (block, seen, seen), found):
                     total[:, :, at] += part

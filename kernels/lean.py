@@ -61,7 +61,7 @@ def _gated(n: Tensor, gate: Tensor, table: Tensor, tokens: Tensor) -> tuple[Tens
 def _gathered(d: Tensor, tokens: Tensor, table: Tensor) -> Tensor:
     """Gradients (N, C) of gathered rows -> the table's (V, C), summed in its float32."""
     total = torch.zeros_like(table)
-    for part in plain.parts(*d.shape, plain.ROW_ELEMENTS):
+    for part in plain.parts(d.shape, plain.ROW_ELEMENTS):
         rows = d[part].to(table.dtype)
         total += torch.ops.aten.embedding_dense_backward(rows, tokens[part], len(table), -1, False)
     return total
@@ -139,7 +139,7 @@ class _Embed(torch.autograd.Function):
     def forward(ctx: Any, tokens: Tensor, table: Tensor, dtype: torch.dtype) -> Tensor:
         ctx.save_for_backward(tokens, table)
         out = torch.empty(len(tokens), table.size(1), dtype=dtype, device=table.device)
-        for part in plain.parts(*out.shape, plain.ROW_ELEMENTS):
+        for part in plain.parts(out.shape, plain.ROW_ELEMENTS):
             rows = F.embedding(tokens[part], table)
             out[part] = rows * plain.inverse_rms(rows)
         return out
@@ -148,7 +148,7 @@ class _Embed(torch.autograd.Function):
     def backward(ctx: Any, dn: Tensor) -> tuple[None, Tensor, None]:
         tokens, table = ctx.saved_tensors
         total = torch.zeros_like(table)
-        for part in plain.parts(*dn.shape, plain.ROW_ELEMENTS):
+        for part in plain.parts(dn.shape, plain.ROW_ELEMENTS):
             rows = F.embedding(tokens[part], table)
             d = plain.norm_backward(torch.zeros_like(rows), dn[part], rows, None, None, None)[0]
             total += torch.ops.aten.embedding_dense_backward(d, tokens[part], len(table), -1, False)

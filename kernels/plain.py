@@ -6,7 +6,7 @@ them. Gradients are written out, so that nothing is kept but what each of those 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -25,8 +25,9 @@ POLAR_EXPRESS = (  # as in kernels/muon.py, whose test holds them equal
 )
 
 
-def parts(rows: int, columns: int, elements: int) -> Iterator[slice]:
-    """Slices of rows that hold at most `elements` each, one row at least."""
+def parts(shape: Sequence[int], elements: int) -> Iterator[slice]:
+    """Slices of the rows of a matrix that hold at most `elements` each, one row at least."""
+    rows, columns = shape
     size = max(1, elements // columns)
     return (slice(start, min(start + size, rows)) for start in range(0, rows, size))
 
@@ -39,7 +40,7 @@ def wide(x: Tensor) -> Tensor:
 def norm(x: Tensor, x0: Tensor, a: Tensor | None, b: Tensor | None) -> tuple[Tensor, Tensor]:
     """(N, C) rows -> the weighted (or plain) sum and its RMS norm, in x's dtype."""
     out, y = torch.empty_like(x), torch.empty_like(x)
-    for part in parts(*x.shape, ROW_ELEMENTS):
+    for part in parts(x.shape, ROW_ELEMENTS):
         z = wide(x[part]) + wide(x0[part]) if a is None or b is None else a * wide(x[part]) + b * wide(x0[part])
         out[part] = z
         y[part] = z * inverse_rms(z)
@@ -60,7 +61,7 @@ def norm_backward(
     dx = torch.empty_like(x)
     dx0 = torch.empty_like(x) if scaled else x.new_empty(0, x.size(1))
     sums = torch.zeros(2 if scaled else 0, device=x.device, dtype=wide(x[:0]).dtype)
-    for part in parts(*x.shape, ROW_ELEMENTS):
+    for part in parts(x.shape, ROW_ELEMENTS):
         z, g = wide(x[part]), wide(dy[part])
         if a is not None and b is not None and x0 is not None:
             first, other = z, wide(x0[part])
@@ -83,7 +84,7 @@ def relu2(x: Tensor, w: Tensor) -> Tensor:
 
 def relu2_backward(d: Tensor, w2: Tensor, y: Tensor) -> Tensor:
     dh = d @ w2
-    for part in parts(*y.shape, ROW_ELEMENTS):
+    for part in parts(y.shape, ROW_ELEMENTS):
         dh[part].mul_(y[part].sqrt()).mul_(2)
     return dh
 
@@ -96,7 +97,7 @@ class SoftcappedLoss(torch.autograd.Function):
         weight, scale = head.to(x.dtype), 256.0 if x.dtype == torch.float16 else 1.0
         losses = torch.empty(len(x), dtype=head.dtype, device=x.device)
         dx, dhead = torch.empty_like(x), torch.zeros_like(head)
-        for part in parts(len(x), len(head), LOGITS):
+        for part in parts((len(x), len(head)), LOGITS):
             capped = wide(x[part] @ weight.T).div_(cap).tanh_()
             p = (capped * cap).log_softmax(-1)
             losses[part] = -p.gather(1, targets[part, None])[:, 0]

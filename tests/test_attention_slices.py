@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 torch = pytest.importorskip("torch")
-import torch.nn.functional as F  # noqa: E402, N812 - after the skip
+import torch.nn.functional as F  # noqa: E402 - after the skip
 from torch.overrides import TorchFunctionMode  # noqa: E402
 
 from kernels import attention_slices as slices  # noqa: E402

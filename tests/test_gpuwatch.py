@@ -8,6 +8,8 @@ import threading
 from types import SimpleNamespace
 
 import pytest
+from scripted import Scripted, recipe
+from test_loop import check, loop_of, night  # noqa: F401 - the fixture
 
 from core import gpuwatch
 from core.errors import UserError
@@ -17,8 +19,6 @@ from core.health import Watch
 from core.loop import Limits
 from core.nvml import Nvml
 from core.verdict import taint
-from scripted import Scripted, recipe
-from test_loop import check, loop_of, night  # noqa: F401 - the fixture
 
 MIB = 2**20
 CALM = Look(busy=0.98, others_busy=0.0, used=5000 * MIB, ours=4600 * MIB, free=7000 * MIB, clock=1900, temperature=68,

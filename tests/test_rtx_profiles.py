@@ -10,6 +10,8 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from test_hardware import ALL, CARD_ON_BUS, H100, Machine  # noqa: E402
+
 import backends  # noqa: E402 - after the skip
 from backends.rtx import device, profiles  # noqa: E402
 from backends.rtx.cards import known  # noqa: E402
@@ -21,7 +23,6 @@ from core.facts import Gpu, Power  # noqa: E402
 from core.hardware import GIB, choose, probe  # noqa: E402
 from core.recipe import constants  # noqa: E402
 from kernels import portable  # noqa: E402
-from test_hardware import ALL, CARD_ON_BUS, H100, Machine  # noqa: E402
 
 WINDOWS = ("Windows", "10", "AMD64")
 WSL = ("Linux", "5.15.153.1-microsoft-standard-WSL2", "x86_64")

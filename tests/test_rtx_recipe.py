@@ -106,7 +106,9 @@ def kept(training, tokens):
         loss = training.model.loss(tokens)
     dim, vocab = training.model.dim, len(training.model.weights.singles["lm_head.weight"])
     weights = {(vocab, dim), (dim, dim), (3 * dim, dim), (4 * dim, dim), (dim, 4 * dim)}
-    sizes = {p: x.untyped_storage().nbytes() for p, x in found.items() if p not in own and tuple(x.shape) not in weights}
+    sizes = {
+        p: x.untyped_storage().nbytes() for p, x in found.items() if p not in own and tuple(x.shape) not in weights
+    }
     assert loss.requires_grad
     return sum(sizes.values())
 

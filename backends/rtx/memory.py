@@ -58,7 +58,9 @@ class Shape:
         """Bytes that one token keeps from forward to backward."""
         lse = 0 if recompute == "layer" else 4 * self.heads * self.depth
         layers = KEPT[recompute] * self.depth * self.dim * self.itemsize
-        return layers + lse + 2 * self.dim * self.itemsize + 24  # x0 and the loss's gradient; tokens, targets, positions
+        return (
+            layers + lse + 2 * self.dim * self.itemsize + 24
+        )  # x0 and the loss's gradient; tokens, targets, positions
 
 
 @dataclass(frozen=True)

@@ -184,7 +184,7 @@ def lean(profile: Profile) -> int:
 
 def remarks(hardware: Hardware) -> Sequence[str]:
     """What to know about the card before a night on it, one line each."""
-    found = []
+    found: list[str] = []
     gpu = hardware.gpus[0] if hardware.gpus else None
     if gpu is None:
         return found

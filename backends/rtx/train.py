@@ -69,6 +69,7 @@ LOSS_SCALE_STEPS = 200
 
 HEAD_ROWS = 4096  # tokens whose logits exist in the compute dtype at one time
 
+
 def rotations(length: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """cos and sin of RoPE's angles (base 10000), (length, D/2) each, float32."""
     frequency = 10000.0 ** (-torch.arange(0, HEAD_DIM, 2, dtype=torch.float32, device=device) / HEAD_DIM)
