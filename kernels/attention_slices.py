@@ -27,7 +27,7 @@ LEAN = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.C
 
 @functools.lru_cache(maxsize=16)
 def band(window: int, device: torch.device) -> Tensor:
-    """(QUERY_BLOCK, window + QUERY_BLOCK): whether a query sees a key. Query r of a block stands at column window + r."""
+    """(QUERY_BLOCK, window + QUERY_BLOCK): which keys a query sees. Query r of a block stands at column window + r."""
     distance = window + torch.arange(QUERY_BLOCK, device=device)[:, None]
     distance = distance - torch.arange(window + QUERY_BLOCK, device=device)
     return (distance >= 0) & (distance <= window)

@@ -1,4 +1,4 @@
-"""Consumer cards that are not here, presented through the facts interface: backend, profile, dtype, attention, memory."""
+"""Consumer cards that are not here, presented as facts: backend, profile, dtype, attention, memory plan."""
 
 from __future__ import annotations
 
