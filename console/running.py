@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -141,6 +142,7 @@ def _run(screen: Screen, lab: Lab, who: Any, limits: Limits, demo: bool) -> int:
     from core.executor import LocalExecutor
     from core.loop import Limits as LoopLimits
     from core.loop import Loop
+    from core.windows import warnings
 
     _must_be_free(lab)
     before = {e.number for e in lab.ledger.experiments() if e.status is not None}
@@ -148,6 +150,8 @@ def _run(screen: Screen, lab: Lab, who: Any, limits: Limits, demo: bool) -> int:
         loop = Loop(lab, who, LocalExecutor(), _Narrator(screen, ticker, lab))
         with ends(loop.stop) as asked:
             _banner(screen, lab, who.name, limits, sleep)
+            for warning in warnings(lab.path, os.environ):
+                screen.say(f"  warning: {warning}")
             summary = loop.run(LoopLimits(experiments=limits.experiments, deadline=limits.deadline))
     return _ending(screen, lab, before, asked, summary, demo)
 

@@ -27,6 +27,8 @@ from typing import Any
 from core.errors import UserError
 from core.hardware import GIB, Hardware, choose, remedy
 from core.paths import data_root, home, project_root
+from core.places import synced_by
+from core.windows import restart_pending
 
 OURS = ("cli", "prepare", "core", "backends", "researchers", "benchmarks", "kernels")
 NEEDED = (
@@ -54,7 +56,6 @@ MIN_TORCH = (2, 9)
 MIN_DISK = 2 * GIB
 MIN_MEMORY = 2 * GIB
 _NETWORK = ("nfs", "nfs4", "cifs", "smb3", "smbfs", "sshfs", "fuse.sshfs", "lustre", "ceph", "gpfs", "beegfs", "9p")
-_SYNCED = ("Dropbox", "OneDrive", "Google Drive", "GoogleDrive", "iCloud", "Mobile Documents", "CloudStorage")
 
 
 @dataclass(frozen=True)
@@ -237,7 +238,7 @@ def _home_checks(hardware: Hardware) -> Iterator[Check]:
     action = f"free space there, or move it: export AUTORESEARCH_HOME=PATH (now {place})"
     yield Check("disk", free >= MIN_DISK, f"{free / GIB:.1f} GiB free, {MIN_DISK / GIB:.0f} GiB are asked", action)
     kind = _file_system(place, _mounts())
-    synced = next((name for name in _SYNCED if name in str(place)), "")
+    synced = synced_by(place, os.environ)
     move = "export AUTORESEARCH_HOME=PATH on a local disk"
     if kind in _NETWORK:
         yield Check("file system", None, f"{place} is on {kind}: locks and SQLite are slow or unsafe there", move)
@@ -296,6 +297,8 @@ def _host_checks(hardware: Hardware) -> Iterator[Check]:
         yield Check("power", None, f"on battery{charge}: clocks drop and scores with them", "plug it in")
     else:
         yield Check("power", True, "mains" if power.plugged else "no battery, or it does not tell")
+    if restart_pending():
+        yield Check("restart", None, "an installed update waits for a restart, which may come tonight", "restart first")
     yield _sleep_check(hardware)
     yield _clock_check()
     if hardware.wsl:

@@ -37,6 +37,7 @@ class Gpu:
     capability: tuple[int, int] = (0, 0)  # CUDA compute capability
     driver: str = ""
     processes: int = 0  # compute processes of others on it; 0 also where the driver does not tell
+    display: bool = False  # a monitor hangs on it; False also where the driver does not tell
     parts: tuple[Gpu, ...] = field(default=())  # MIG instances, if MIG is on
 
     @property
@@ -193,6 +194,7 @@ def _device(nvml: Any, index: int, driver: str) -> Gpu:
         capability=capability,
         driver=driver,
         processes=_processes(nvml, handle),
+        display=_display(nvml, handle),
         parts=_parts(nvml, handle, index, capability, driver),
     )
 
@@ -202,6 +204,13 @@ def _processes(nvml: Any, handle: Any) -> int:
         return sum(p.pid != os.getpid() for p in nvml.nvmlDeviceGetComputeRunningProcesses(handle))
     except nvml.NVMLError:  # not told in some containers and under WSL
         return 0
+
+
+def _display(nvml: Any, handle: Any) -> bool:
+    try:
+        return bool(nvml.nvmlDeviceGetDisplayActive(handle))
+    except nvml.NVMLError:  # not told under WSL
+        return False
 
 
 def _parts(nvml: Any, handle: Any, index: int, capability: tuple[int, int], driver: str) -> tuple[Gpu, ...]:

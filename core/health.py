@@ -11,28 +11,35 @@ from typing import Any
 
 import psutil
 
+from core import gpuwatch
 from core.apple import conditions
 from core.facts import LocalFacts
+from core.nvml import Nvml
 
 
 class Watch:
     """From its making to `report()`: processor time of everybody else, clock, temperature, load."""
 
-    def __init__(self, pid: int) -> None:
-        """`pid`: root of the process tree that is ours."""
+    def __init__(self, pid: int, device: str = "", card: gpuwatch.Source | None = None) -> None:
+        """`pid`: root of the process tree that is ours. `device`: as the settings name it; an NVIDIA card is watched
+        too, through `card`, by default the driver."""
         self._pid = pid
         self._started = time.monotonic()
         self._ours = _tree_seconds(pid) or 0.0
         self._all = _busy_seconds()
         self._clock = _clock()
+        self._card: gpuwatch.Watch | None = None
+        if device.startswith("cuda"):
+            self._card = gpuwatch.Watch(device, lambda: _tree(pid), card or Nvml())
 
     def report(self) -> dict[str, Any]:
         """JSON. `others_cores`: how many cores other processes kept busy on average; empty when ours is gone."""
+        card = self._card.report() if self._card else {}
         wall = max(1e-3, time.monotonic() - self._started)
         busy = _busy_seconds() - self._all
         seconds = _tree_seconds(self._pid)
         if seconds is None:
-            return {}
+            return {"card": card, "tainted": card["tainted"]} if card else {}
         ours = seconds - self._ours
         return {
             "others_cores": round(max(0.0, busy - ours) / wall, 3),
@@ -41,6 +48,7 @@ class Watch:
             "cpu_mhz_before": self._clock,
             "cpu_mhz_after": _clock(),
             "temperature_c": _temperature(),
+            **({"card": card, "tainted": card["tainted"]} if card else {}),
             **({"conditions": conditions(LocalFacts())} if sys.platform == "darwin" else {}),
         }
 
@@ -53,6 +61,13 @@ def _busy_seconds() -> float:
 def own_seconds(pid: int) -> float:
     """User and system time of the living processes below and including `pid`, those that have ended apart."""
     return sum(t.user + t.system for t in _tree_times(pid) or [])
+
+
+def _tree(pid: int) -> list[int]:
+    try:
+        return [pid, *(child.pid for child in psutil.Process(pid).children(recursive=True))]
+    except psutil.Error:
+        return [pid]
 
 
 def _tree_seconds(pid: int) -> float | None:

@@ -351,7 +351,7 @@ class _Trainer:
     def _send_start(self) -> None:
         dataset = self.run.request.dataset
         fds = dataset.open_files("train")
-        self._watch = Watch(self.worker.child.pid)
+        self._watch = Watch(self.worker.child.pid, self.run.settings.device)
         try:
             self._clock = time.monotonic() - self._charged
             fields = {

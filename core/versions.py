@@ -15,20 +15,9 @@ from core.settings import Settings
 # Modules of core that cannot change a number. All others count, so that a new one is not forgotten.
 NOT_MEASURING = frozenset(
     {
-        *("attacks", "doctor", "documents", "errors", "facts", "files", "gitstore", "guard", "hardware", "hub"),
-        *(
-            "keeping",
-            "lab",
-            "ledger",
-            "live",
-            "locks",
-            "loop",
-            "paths",
-            "recipe",
-            "recovery",
-            "selfcheck",
-            "torchbuild",
-        ),
+        *("attacks", "doctor", "documents", "errors", "facts", "files", "gitstore", "gpuwatch", "guard", "hardware"),
+        *("hub", "nvml", "places", "torchbuild", "windows"),
+        *("keeping", "lab", "ledger", "live", "locks", "loop", "paths", "recipe", "recovery", "selfcheck"),
         *("verdict", "versions"),
     }
 )
