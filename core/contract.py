@@ -139,6 +139,10 @@ class Past:
     detail: Mapping[str, Any]
     facts: Mapping[str, Any]  # steps, tokens, peak memory, params, seconds
     tainted: bool = False  # something disturbed the measurement: the score may be worse than it should be
+    best_before: float | None = None  # the score that it had to beat
+    parent: int | None = None  # the experiment that it started from
+    undone: bool = False  # it was kept, and a person took it back
+    fingerprint: str = ""  # of `source` (core.recipe.fingerprint), where it is known
 
 
 def no_objection(source: bytes) -> str:
