@@ -28,6 +28,10 @@ BUILT_IN: Mapping[str, Entry] = {
         "researchers.search:Search",
         "offline, no key: tries the constants within their `# search:` ranges, and the model's shape",
     ),
+    "claude": Entry(
+        "researchers.claude:Claude",
+        "Claude through its API; costs money, and needs ANTHROPIC_API_KEY",
+    ),
 }
 
 

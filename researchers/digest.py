@@ -10,8 +10,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from core.contract import Past, View
+from core.errors import UserError
 from core.quoting import one_line
-from researchers.reading import Reader
+from core.recipe import constants
 
 KEPT, NEAR, FAILED, RECENT, NOTES, HISTORY = 10, 8, 8, 10, 6, 8  # entries of each section
 CONSTANTS, VALUES = 20, 4  # constants that are listed, and values of each
@@ -22,8 +23,8 @@ KEEPS = ("keep", "simplify")
 FAILURES = ("crash", "timeout", "invalid")
 
 
-def digest(view: View, reader: Reader | None = None) -> str:
-    """Plain text. `reader`: keep one, and each source is read once only."""
+def digest(view: View) -> str:
+    """Plain text, some 8,000 characters at most."""
     past = list(view.past)
     kept = [p for p in past if p.status in KEEPS and not p.undone]
     lines = [_summary(view, past, kept)]
@@ -32,7 +33,7 @@ def digest(view: View, reader: Reader | None = None) -> str:
         "Nearly kept, the nearest first": _near(past),
         "Failed, newest last": [_line(p, _why(p)) for p in past if p.status in FAILURES][-FAILED:],
         "The last experiments, newest last": [_line(p, _why(p)) for p in past[-RECENT:]],
-        "What single constants did (value: change, experiment)": _constants(past, reader or Reader()),
+        "What single constants did (value: change, experiment)": _constants(past),
         "Proposals that were refused since the last experiment": [f"- {one_line(n, REASON)!r}" for n in view.notes][
             -NOTES:
         ],
@@ -88,20 +89,35 @@ def _history(history: Iterable[Mapping[str, Any]]) -> list[str]:
     return [f"- {line!r}" for line in lines[-HISTORY:]]
 
 
-def _constants(past: Sequence[Past], reader: Reader) -> list[str]:
+def _constants(past: Sequence[Past]) -> list[str]:
     """For each constant that was changed alone or with one other: its values, the best first."""
     sources = {p.number: p.source for p in past}
     tried: dict[str, list[tuple[float, Any, int]]] = {}
     for p in past:
         delta = change(p)
-        if delta is None or p.parent not in sources:
-            continue
-        before, now = reader.read(sources[p.parent]), reader.read(p.source)
-        changed = [n for n, value in now.values.items() if n in before.values and before.values[n] != value]
-        for name in changed if len(changed) <= TOGETHER else ():
-            tried.setdefault(name, []).append((delta, now.values[name], p.number))
+        if delta is not None and p.parent in sources:
+            for name, value in _changed(sources[p.parent], p.source).items():
+                tried.setdefault(name, []).append((delta, value, p.number))
     ranked = sorted(tried.items(), key=lambda entry: -max(number for _, _, number in entry[1]))
     return [_values(name, results) for name, results in ranked[:CONSTANTS]]
+
+
+def _changed(before: bytes, after: bytes) -> dict[str, Any]:
+    """The new values, where a few constants on lines of their own are all that differs; only those lines are parsed."""
+    old, new = before.split(b"\n"), after.split(b"\n")
+    pairs = [(a, b) for a, b in zip(old, new) if a != b] if len(old) == len(new) else []
+    if not 1 <= len(pairs) <= TOGETHER:
+        return {}
+    values: dict[str, Any] = {}
+    for a, b in pairs:
+        try:
+            was, now = constants(a.decode("utf-8")), constants(b.decode("utf-8"))
+        except (UserError, UnicodeDecodeError):  # a part of a longer statement
+            return {}
+        if len(now) != 1 or list(was) != list(now):
+            return {}
+        values |= {name: constant.value for name, constant in now.items()}
+    return values
 
 
 def _values(name: str, results: list[tuple[float, Any, int]]) -> str:
