@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,8 +39,30 @@ def names() -> list[str]:
     return list(BUILT_IN)
 
 
+def deal(names: Sequence[str], options: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Which of the options each of these researchers gets: all those that it takes. UserError for an option that none
+    of them takes."""
+    takes = [inspect.signature(_factory(name)).parameters for name in names]
+    for option in options:
+        if not any(option in parameters for parameters in takes):
+            raise UserError(
+                f"--{option.replace('_', '-')} means nothing to researcher {'+'.join(names)}", "leave it out"
+            )
+    return [{o: value for o, value in options.items() if o in parameters} for parameters in takes]
+
+
 def make(name: str, **options: Any) -> Researcher:
     """The researcher of this name or place; UserError with the known names, or naming an option it does not take."""
+    factory = _factory(name)
+    try:
+        inspect.signature(factory).bind(**options)
+    except TypeError as error:
+        raise UserError(f"researcher {name}: {error}", "correct its options") from None
+    researcher: Researcher = factory(**options)
+    return researcher
+
+
+def _factory(name: str) -> Callable[..., Any]:
     place = BUILT_IN[name].place if name in BUILT_IN else name
     module_name, _, attribute = place.partition(":")
     if not attribute:
@@ -48,12 +70,7 @@ def make(name: str, **options: Any) -> Researcher:
             f"there is no researcher {name!r}", f"known are: {', '.join(names())}; or give module:attribute"
         )
     try:
-        factory = getattr(importlib.import_module(module_name), attribute)
+        factory: Callable[..., Any] = getattr(importlib.import_module(module_name), attribute)
     except (ImportError, AttributeError) as error:
         raise UserError(f"researcher {name}: {error}", "check the place that was given as module:attribute") from error
-    try:
-        inspect.signature(factory).bind(**options)
-    except TypeError as error:
-        raise UserError(f"researcher {name}: {error}", "correct its options") from None
-    researcher: Researcher = factory(**options)
-    return researcher
+    return factory
