@@ -64,9 +64,7 @@ def run_verb(
     deadline = until if until is not None else time.time() + hours * 3600 if hours is not None else None
     if demo:
         given, wishes, experiments = _demo(given, wishes, experiments)
-    who = researchers.make(
-        researcher, **researchers.deal([researcher], asking)[0]
-    )  # an unknown name must not leave a lab behind
+    who = researchers.make(researcher, **asking)  # an unknown name must not leave a lab behind
     lab = _lab(screen, given, wishes)
     limits = Limits(experiments, deadline)
     return _run(screen, lab, who, limits, demo)

@@ -39,27 +39,31 @@ def names() -> list[str]:
     return list(BUILT_IN)
 
 
-def deal(names: Sequence[str], options: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Which of the options each of these researchers gets: all those that it takes. UserError for an option that none
-    of them takes."""
-    takes = [inspect.signature(_factory(name)).parameters for name in names]
-    for option in options:
-        if not any(option in parameters for parameters in takes):
-            raise UserError(
-                f"--{option.replace('_', '-')} means nothing to researcher {'+'.join(names)}", "leave it out"
-            )
-    return [{o: value for o, value in options.items() if o in parameters} for parameters in takes]
-
-
 def make(name: str, **options: Any) -> Researcher:
     """The researcher of this name or place; UserError with the known names, or naming an option it does not take."""
     factory = _factory(name)
+    (taken,) = deal([name], options)
     try:
-        inspect.signature(factory).bind(**options)
+        inspect.signature(factory).bind(**taken)
     except TypeError as error:
         raise UserError(f"researcher {name}: {error}", "correct its options") from None
-    researcher: Researcher = factory(**options)
+    researcher: Researcher = factory(**taken)
     return researcher
+
+
+def deal(names: Sequence[str], options: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What each of these researchers gets of the options: those that it takes. UserError for one that none takes."""
+    takes = [_takes(_factory(name)) for name in names]
+    for option in options:
+        if not any(taken(option) for taken in takes):
+            raise UserError(f"researcher {'+'.join(names)}: {option!r} is none of its options", "leave it out")
+    return [{option: value for option, value in options.items() if taken(option)} for taken in takes]
+
+
+def _takes(factory: Callable[..., Any]) -> Callable[[str], bool]:
+    parameters = inspect.signature(factory).parameters
+    takes_all = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+    return lambda option: takes_all or option in parameters
 
 
 def _factory(name: str) -> Callable[..., Any]:

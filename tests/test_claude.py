@@ -545,3 +545,9 @@ def found_keys(folder: Path) -> list[Path]:
 
 def test_no_wait_is_slept_out_within_the_sdk() -> None:
     assert claude_api.PATIENCE * claude_api.RETRIES < 120
+
+
+def test_options_go_to_those_who_take_them(key: None) -> None:
+    assert researchers.deal(["claude", "search"], {"max_cost": 2.0}) == [{"max_cost": 2.0}, {}]
+    with pytest.raises(UserError, match=r"researcher claude\+search: 'depth' is none of its options"):
+        researchers.deal(["claude", "search"], {"depth": 2})
