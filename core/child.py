@@ -66,6 +66,7 @@ class Place:
     settings: Settings
     workdir: Path
     stop: threading.Event = field(default_factory=threading.Event)
+    nice: int = 0  # priority of the children; 19 is the lowest
 
     def memory(self) -> int:
         """Bytes that one child and its processes may take."""
@@ -96,7 +97,7 @@ class Worker:
         self._began = time.monotonic()
         settings = place.settings
         policy = sandbox.standard_policy(
-            self.scratch, settings.backend, memory_bytes=place.memory(), caches=self.caches
+            self.scratch, settings.backend, memory_bytes=place.memory(), caches=self.caches, nice=place.nice
         )
         argv = [sys.executable, "-m", "backends.worker", role, settings.backend]
         self.child = sandbox.launch(argv, policy, cwd=self.scratch, log=place.workdir / f"{role}.log")

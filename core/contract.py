@@ -139,11 +139,20 @@ class Past:
     detail: Mapping[str, Any]
     facts: Mapping[str, Any]  # steps, tokens, peak memory, params, seconds
     tainted: bool = False  # something disturbed the measurement: the score may be worse than it should be
+    best_before: float | None = None  # the score that it had to beat
+    parent: int | None = None  # the experiment that it started from
+    undone: bool = False  # it was kept, and a person took it back
+    fingerprint: str = ""  # of `source` (core.recipe.fingerprint), where it is known
 
 
 def no_objection(source: bytes) -> str:
     """For views of a lab that nobody can try anything in."""
     return ""
+
+
+def never() -> bool:
+    """For views of a lab that nobody stops."""
+    return False
 
 
 def free_of_charge(usage: Mapping[str, Any]) -> None:
@@ -164,6 +173,7 @@ class View:
     notes: Sequence[str] = ()  # proposals that were refused since the last experiment, and why
     check: Callable[[bytes], str] = no_objection  # why this source would not be run; "" if it would. Takes seconds
     spend: Callable[[Mapping[str, Any]], None] = free_of_charge  # puts what an answer cost on the lab's account
+    stopped: Callable[[], bool] = never  # is the run over? Whoever starts processes looks now and then, and ends them
 
 
 class Researcher(Protocol):

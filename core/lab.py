@@ -314,6 +314,10 @@ class Lab:
             detail=e.detail,
             facts={name: outcome[name] for name in facts if name in outcome},
             tainted=e.tainted,
+            best_before=e.best_before,
+            parent=e.parent,
+            undone=e.undone is not None,
+            fingerprint=e.fingerprint,
         )
 
     # --- git ---------------------------------------------------------------------------------------

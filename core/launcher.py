@@ -46,6 +46,7 @@ class Orders(TypedDict):
     namespaces: bool  # give it namespaces of its own
     groups: list[str]  # cgroup.procs files to join
     limits: dict[str, int]  # name of an RLIMIT_ -> value
+    nice: int  # added to the priority
     channel: int
     control: int  # readable or closed: end the tree
     status: int  # lines of JSON for the referee
@@ -146,6 +147,7 @@ def run_recipe(orders: Orders, launcher: int, namespaced: bool) -> NoReturn:
     os.umask(0o077)
     for name, value in orders["limits"].items():
         set_limit(getattr(resource, name), value)
+    os.nice(orders["nice"])
     applied: dict[str, Any] = {}
     if sys.platform == "linux":
         landlock.die_with_parent(signal.SIGKILL)

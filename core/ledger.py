@@ -26,7 +26,7 @@ import psutil
 from core.errors import LabError, UserError
 from core.verdict import taint
 
-SCHEMA = 1
+SCHEMA = 2
 STATES = ("proposed", "running", "scored", "audited", "decided")
 SCORED = ("keep", "simplify", "discard")  # these have a number
 FAILED = ("crash", "timeout", "invalid")  # these never have one
@@ -95,6 +95,23 @@ CREATE TABLE events (
 );
 """
 
+# Tokens that researchers bought, a row for each answer. `number`: the experiment that came of it, once there is one.
+_SPENDING = """
+CREATE TABLE spending (
+    id INTEGER PRIMARY KEY,
+    created TEXT NOT NULL,
+    number INTEGER,
+    model TEXT NOT NULL,
+    input_tokens INTEGER NOT NULL CHECK (input_tokens >= 0),
+    output_tokens INTEGER NOT NULL CHECK (output_tokens >= 0),
+    cache_read_tokens INTEGER NOT NULL CHECK (cache_read_tokens >= 0),
+    cache_write_tokens INTEGER NOT NULL CHECK (cache_write_tokens >= 0),
+    usd REAL CHECK (usd IS NULL OR usd >= 0)
+);
+CREATE INDEX spending_of ON spending (number);
+"""
+_UPGRADES = {1: _SPENDING}  # schema -> what the next one adds; rows that are there stay as they are
+
 
 @dataclass(frozen=True)
 class Experiment:
@@ -138,6 +155,23 @@ class Sample:
 
 
 @dataclass(frozen=True)
+class Spent:
+    """What answers of paid researchers took, summed."""
+
+    answers: int = 0
+    input_tokens: int = 0  # those at the full price
+    output_tokens: int = 0
+    cache_read_tokens: int = 0
+    cache_write_tokens: int = 0
+    usd: float = 0.0  # of the answers whose price is known
+    unpriced: int = 0  # answers whose price is not known
+
+    @property
+    def tokens(self) -> int:
+        return self.input_tokens + self.output_tokens + self.cache_read_tokens + self.cache_write_tokens
+
+
+@dataclass(frozen=True)
 class LedgerEvent:
     id: int
     created: str
@@ -165,7 +199,7 @@ class Ledger:
     def create(cls, path: Path) -> Ledger:
         ledger = cls(path, _connect(path, "rwc"))
         with ledger.transaction():
-            for statement in _TABLES.split(";\n"):
+            for statement in (_TABLES + _SPENDING).split(";\n"):
                 ledger._connection.execute(statement)
             ledger.set_meta("schema", SCHEMA)
         return ledger
@@ -181,10 +215,25 @@ class Ledger:
         except LabError:
             ledger.close()
             raise
-        if schema != SCHEMA:
+        if schema in _UPGRADES:
+            try:
+                ledger._upgrade()
+            except UserError as error:
+                if "cannot be written" not in error.fact:  # on a read-only disk it can still be looked at
+                    ledger.close()
+                    raise
+        elif schema != SCHEMA:
             ledger.close()
             raise LabError(f"the ledger {path} has schema {schema}; this program knows {SCHEMA}", "update autoresearch")
         return ledger
+
+    def _upgrade(self) -> None:
+        """Step by step to SCHEMA, all or nothing; two processes that open it at once do it once."""
+        with self.transaction():
+            while (present := self.meta("schema")) in _UPGRADES:
+                for statement in _UPGRADES[present].split(";\n"):
+                    self._connection.execute(statement)
+                self.set_meta("schema", present + 1)
 
     def close(self) -> None:
         with self._lock:
@@ -264,6 +313,16 @@ class Ledger:
         """Oldest first, those with a larger id than `after`."""
         return [LedgerEvent(*row) for row in self._rows("SELECT * FROM events WHERE id > ? ORDER BY id", after)]
 
+    def spent(self, number: int | None = None) -> Spent:
+        """What all answers took, or those that led to experiment `number`."""
+        if not self._rows("SELECT 1 FROM sqlite_master WHERE name = 'spending'"):
+            return Spent()  # an older ledger on a read-only disk
+        columns = ("input_tokens", "output_tokens", "cache_read_tokens", "cache_write_tokens", "usd")
+        sums = ", ".join(f"coalesce(sum({name}), 0)" for name in columns)
+        query = f"SELECT count(*), {sums}, count(*) - count(usd) FROM spending"
+        row = self._rows(f"{query} WHERE number = ?", number) if number is not None else self._rows(query)
+        return Spent(*row[0])
+
     def meta(self, key: str, default: Any = None) -> Any:
         rows = self._rows("SELECT value FROM meta WHERE key = ?", key)
         return json.loads(rows[0]["value"]) if rows else default
@@ -279,6 +338,19 @@ class Ledger:
         with self.transaction():
             query = "INSERT INTO events (created, kind, number, text) VALUES (?, ?, ?, ?)"
             self._connection.execute(query, (now(), kind, number, text))
+
+    def spend(self, usage: Mapping[str, Any], number: int | None = None) -> None:
+        """Put one answer on the account. `usage`: `model`, the token counts that `Spent` names, and `usd`, None where
+        the price is not known. Without `number` it belongs to the next proposal that says what it cost."""
+        kinds = ("input_tokens", "output_tokens", "cache_read_tokens", "cache_write_tokens")
+        counts = [int(usage.get(kind) or 0) for kind in kinds]
+        usd = usage.get("usd")
+        with self.transaction():
+            self._connection.execute(
+                f"INSERT INTO spending (created, number, model, {', '.join(kinds)}, usd)"
+                " VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+                (now(), number, str(usage.get("model") or "unknown"), *counts, None if usd is None else float(usd)),
+            )
 
     def add_source(self, content: bytes) -> str:
         """Returns its sha256."""
@@ -323,6 +395,8 @@ class Ledger:
                     now(),
                 ),
             )
+            if "usage" in (detail or {}):  # what was asked since the last one led to this one
+                self._connection.execute("UPDATE spending SET number = ? WHERE number IS NULL", (number,))
             return number
 
     def advance(self, number: int, state: str, **fields: Any) -> None:

@@ -443,10 +443,10 @@ def measure(
 
 
 def dry_build(
-    source: bytes, settings: Settings, workdir: Path, *, stop: threading.Event | None = None
+    source: bytes, settings: Settings, workdir: Path, *, nice: int = 0, stop: threading.Event | None = None
 ) -> dict[str, Any]:
     """Whether a recipe runs at all: import, build, one step, logits, weights there and back. loss, params, describe."""
-    return _ask(source, settings, workdir, "dry", "tried", stop)
+    return _ask(source, settings, workdir, "dry", "tried", stop, nice)
 
 
 class RecipeFailed(Exception):
@@ -466,10 +466,11 @@ def _ask(
     role: str,
     answer: str,
     stop: threading.Event | None,
+    nice: int = 0,
     **fields: Any,
 ) -> dict[str, Any]:
     workdir.mkdir(parents=True, exist_ok=True)
-    worker = Worker(role, Place(settings, workdir, stop or threading.Event()))
+    worker = Worker(role, Place(settings, workdir, stop or threading.Event(), nice))
     try:
         worker.begin(source, settings.seed, None, **fields)
         watch = Watch(worker.child.pid)

@@ -71,6 +71,7 @@ class Policy:
     writable: tuple[Path, ...]
     memory_bytes: int = 0  # of the whole tree; 0: no limit
     processes: int = 64  # of the whole tree
+    nice: int = 0  # added to our priority, 19: the lowest
     env: Mapping[str, str] = field(default_factory=dict)
     log_bytes: int = 1 << 20
     file_bytes: int = 16 * GIB  # of one file
@@ -96,6 +97,7 @@ def standard_policy(
     writable: tuple[Path, ...] | list[Path] = (),
     memory_bytes: int = 0,
     caches: Path | None = None,
+    nice: int = 0,
 ) -> Policy:
     """For a worker of `backend`: scratch, a private TMPDIR in it and `caches` (default: in it) are writable."""
     scratch = scratch.resolve()
@@ -112,6 +114,7 @@ def standard_policy(
         readable=tuple(Path(p).resolve() for p in readable),
         writable=(scratch, caches, *(Path(p).resolve() for p in writable)),
         memory_bytes=memory_bytes,
+        nice=nice,
         env=environment(scratch, temporary, caches) | preloaded(backend),
         backend=backend,
     )
@@ -260,6 +263,7 @@ def launch(argv: list[str], policy: Policy, *, cwd: Path, log: Path) -> Child:
             "namespaces": policy.layers.namespaces and abilities().namespaces,
             "groups": group.doors() if group else [],
             "limits": resource_limits(policy),
+            "nice": policy.nice,
             "channel": ends[0],
             "control": control_reader,
             "status": status_writer,

@@ -21,6 +21,7 @@ from core import sandbox, trees
 from core.childlog import CappedLog
 
 CREATE_SUSPENDED = 0x4
+IDLE_PRIORITY = 0x40
 KILL_ON_JOB_CLOSE, JOB_MEMORY, ACTIVE_PROCESS = 0x2000, 0x200, 0x8
 EXTENDED_LIMITS = 9  # JobObjectExtendedLimitInformation
 KILLED = 137
@@ -95,7 +96,7 @@ def launch(argv: list[str], policy: sandbox.Policy, *, cwd: Path, log: Path) -> 
         env={**policy.env, "AUTORESEARCH_CHANNEL": str(theirs.fileno())},
         cwd=cwd,
         startupinfo=startup,
-        creationflags=CREATE_SUSPENDED | subprocess.CREATE_NEW_PROCESS_GROUP,
+        creationflags=CREATE_SUSPENDED | subprocess.CREATE_NEW_PROCESS_GROUP | (IDLE_PRIORITY if policy.nice else 0),
     )
     theirs.close()
     handle = wintypes.HANDLE(int(process._handle))
