@@ -139,11 +139,19 @@ class Past:
     detail: Mapping[str, Any]
     facts: Mapping[str, Any]  # steps, tokens, peak memory, params, seconds
     tainted: bool = False  # something disturbed the measurement: the score may be worse than it should be
+    best_before: float | None = None  # the score that it had to beat
+    parent: int | None = None  # the experiment that it started from
+    undone: bool = False  # it was kept, and a person took it back
 
 
 def no_objection(source: bytes) -> str:
     """For views of a lab that nobody can try anything in."""
     return ""
+
+
+def never() -> bool:
+    """For views of a lab that nobody stops."""
+    return False
 
 
 def free_of_charge(usage: Mapping[str, Any]) -> None:
@@ -164,15 +172,32 @@ class View:
     notes: Sequence[str] = ()  # proposals that were refused since the last experiment, and why
     check: Callable[[bytes], str] = no_objection  # why this source would not be run; "" if it would. Takes seconds
     spend: Callable[[Mapping[str, Any]], None] = free_of_charge  # puts what an answer cost on the lab's account
+    stopped: Callable[[], bool] = never  # is the run over? Whoever starts processes looks now and then, and ends them
 
 
 class Researcher(Protocol):
-    """Whoever proposes the next candidate. Holds no state that cannot be rebuilt from `view.past`."""
+    """Whoever proposes the next candidate. Holds no state that cannot be rebuilt from `view.past`.
+
+    With a true attribute `thinks_ahead` it is asked while an experiment runs, in another thread, and does not see that
+    experiment's result; without, or with a false one, only when the result is there.
+    """
 
     name: str
 
     def propose(self, view: View) -> Proposal:
-        """Raises `Exhausted` when nothing is left that was not tried."""
+        """Raises `Exhausted` when nothing is left that was not tried, and `Unavailable`."""
+
+
+@runtime_checkable
+class Team(Protocol):
+    """A researcher that is made of several: the loop asks whose turn it is, and then that one. A proposal's
+    `detail["by"]` is the name of who made it."""
+
+    name: str
+    members: Sequence[Researcher]
+
+    def turn(self, view: View, able: Sequence[Researcher]) -> Researcher:
+        """One of `able`, those of the members that can answer now; at least one. A function of the view alone."""
 
 
 class Exhausted(Exception):

@@ -301,8 +301,8 @@ class Lab:
         return [event.text for event in self.ledger.events() if event.kind == "refused" and event.created >= last]
 
     def _past(self, e: Experiment) -> Past:
-        outcome = e.outcome or {}
-        facts = ("steps", "tokens", "peak_memory", "params", "training_seconds", "final_loss")
+        outcome = {"seconds": (e.outcome or {}).get("timings", {}).get("total"), **(e.outcome or {})}
+        facts = ("steps", "tokens", "peak_memory", "params", "training_seconds", "final_loss", "seconds")
         return Past(
             number=e.number,
             status=str(e.status),
@@ -314,6 +314,9 @@ class Lab:
             detail=e.detail,
             facts={name: outcome[name] for name in facts if name in outcome},
             tainted=e.tainted,
+            best_before=e.best_before,
+            parent=e.parent,
+            undone=e.undone is not None,
         )
 
     # --- git ---------------------------------------------------------------------------------------

@@ -36,7 +36,14 @@ def names() -> list[str]:
 
 
 def make(name: str, **options: Any) -> Researcher:
-    """The researcher of this name or place; UserError with the known names, or naming an option it does not take."""
+    """The researcher of this name or place, or a team of several, `A+B` (without options of their own).
+
+    UserError with the known names, or naming an option it does not take.
+    """
+    if "+" in name:
+        from researchers.turns import Turns
+
+        return Turns([make(part.strip()) for part in name.split("+")])
     place = BUILT_IN[name].place if name in BUILT_IN else name
     module_name, _, attribute = place.partition(":")
     if not attribute:

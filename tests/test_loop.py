@@ -97,7 +97,7 @@ def test_it_ends_before_an_experiment_that_would_outlast_the_deadline(night):
 def test_events_tell_what_happens(night):
     told = []
     loop_of(night, on_event=told.append).run(Limits(experiments=1))
-    assert [e.kind for e in told] == ["start", "phase", "decided"]
+    assert [e.kind for e in told] == ["start", "phase", "phase", "decided"]
     assert told[0].data == {"number": 1, "description": "baseline"}
     assert told[-1].data["status"] == "keep"
 
