@@ -37,6 +37,8 @@ def log_verb(screen: Screen, given: str | None, follow: bool, limit: int | None,
         return
     screen.show(tables.log_table(chosen, view.scale, screen))
     screen.say(tables.tally_line(view.total))
+    if uses := tables.uses_line(view.total):
+        screen.say(uses)
     if any(r.tainted for r in chosen):
         screen.say(tables.TAINTED)
 

@@ -45,6 +45,7 @@ def run_verb(
     researcher: str,
     demo: bool,
     strict: bool,
+    meanwhile: str | None = None,
     **making: Any,
 ) -> int:
     import researchers
@@ -62,9 +63,22 @@ def run_verb(
     if demo:
         given, wishes, experiments = _demo(given, wishes, experiments)
     who = researchers.make(researcher)  # an unknown name must not leave a lab behind
+    stand_in = _stand_in(meanwhile, who)
     lab = _lab(screen, given, wishes)
     limits = Limits(experiments, deadline)
-    return _run(screen, lab, who, limits, demo)
+    return _run(screen, lab, (who, stand_in), limits, demo)
+
+
+def _stand_in(name: str | None, who: Any) -> Any:
+    """Who proposes while `who` cannot; None for nobody."""
+    import researchers
+    from core.contract import Team
+
+    found = researchers.make(name) if name else None
+    members = [m.name for m in who.members] if isinstance(who, Team) else [who.name]
+    if found is not None and (isinstance(found, Team) or found.name in members):
+        raise UserError(f"--meanwhile {name} cannot stand in for {who.name}", "name one other researcher, as search")
+    return found
 
 
 def _demo(given: str | None, wishes: Wishes, experiments: int | None) -> tuple[str, Wishes, int]:
@@ -137,7 +151,8 @@ def _check_locked(lab: Lab, wishes: Wishes) -> None:
 # --- the run -----------------------------------------------------------------------------------
 
 
-def _run(screen: Screen, lab: Lab, who: Any, limits: Limits, demo: bool) -> int:
+def _run(screen: Screen, lab: Lab, who: tuple[Any, Any], limits: Limits, demo: bool) -> int:
+    """`who`: the researcher, and who stands in for it (None: nobody)."""
     from core.executor import LocalExecutor
     from core.loop import Limits as LoopLimits
     from core.loop import Loop
@@ -145,9 +160,9 @@ def _run(screen: Screen, lab: Lab, who: Any, limits: Limits, demo: bool) -> int:
     _must_be_free(lab)
     before = {e.number for e in lab.ledger.experiments() if e.status is not None}
     with awake() as sleep, Ticker(screen, events=True) as ticker:
-        loop = Loop(lab, who, LocalExecutor(), _Narrator(screen, ticker, lab))
+        loop = Loop(lab, who[0], LocalExecutor(), _Narrator(screen, ticker, lab), meanwhile=who[1])
         with ends(loop.stop) as asked:
-            _banner(screen, lab, who.name, limits, sleep)
+            _banner(screen, lab, " or else ".join(w.name for w in who if w), limits, sleep)
             summary = loop.run(LoopLimits(experiments=limits.experiments, deadline=limits.deadline))
     return _ending(screen, lab, before, asked, summary, demo)
 

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 
 import psutil
 
-FIRST, MOST = 5.0, 600.0  # seconds: the bounds of waits that nobody told us the length of
+SHORTEST = 1.0  # seconds of a wait that nobody told us the length of
+FIRST, MOST = 5.0, 600.0  # seconds: the first of these is at most so long, and none is longer
 LONGEST = 6 * 3600.0  # seconds that are waited at once, whatever was told; then it is asked again
 LOWEST = 19  # of the priorities that nice knows
 
@@ -19,7 +20,7 @@ LOWEST = 19  # of the priorities that nice knows
 @dataclass
 class Patience:
     """As long as told, with a little on top; not told: exponential backoff with full jitter (Brooker, "Exponential
-    Backoff and Jitter", AWS Architecture Blog, 2015), never under a second."""
+    Backoff and Jitter", AWS Architecture Blog, 2015), never under SHORTEST."""
 
     _dice: random.Random = field(default_factory=random.Random)
     _in_a_row: int = 0
@@ -29,7 +30,7 @@ class Patience:
             return min(max(told, 0.0), LONGEST) + self._dice.uniform(0.0, 1.0)
         most = min(MOST, FIRST * 2**self._in_a_row)
         self._in_a_row = min(self._in_a_row + 1, 16)
-        return self._dice.uniform(1.0, most)
+        return self._dice.uniform(SHORTEST, most)
 
 
 def lower_priority() -> None:

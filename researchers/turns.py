@@ -31,7 +31,9 @@ class Turns:
     def __init__(self, members: Sequence[Researcher]) -> None:
         names = [who.name for who in members]
         if len(names) < 2 or len(set(names)) < len(names):
-            raise UserError(f"{'+'.join(names)} is no team", "name two or more different researchers, as in claude+search")
+            raise UserError(
+                f"{'+'.join(names)} is no team", "name two or more different researchers, as in claude+search"
+            )
         self.members = list(members)
         self.name = "+".join(names)
 

@@ -116,6 +116,23 @@ class Night:
         return Proposal(idea(number), f"idea {number}")
 
 
+class Ahead(Night):
+    """Thinks ahead, for `seconds`, and is paid for it. Without state as well: the k-th idea follows k experiments."""
+
+    name = "ahead"
+    thinks_ahead = True
+
+    def __init__(self, seconds: float = 0.0) -> None:
+        super().__init__()
+        self.seconds = seconds
+
+    def propose(self, view: View) -> Proposal:
+        number = len(view.past) + sum("is being measured" in note for note in view.notes)
+        time.sleep(self.seconds)
+        view.spend({"model": "scripted", "input_tokens": 100, "output_tokens": 10, "usd": 0.01})
+        return Proposal(idea(number), f"idea {number}", {"usage": {"usd": 0.01}})
+
+
 def _constants(source: bytes) -> dict[str, Any]:
     body = ast.parse(source).body
     return {n.targets[0].id: ast.literal_eval(n.value) for n in body if isinstance(n, ast.Assign)}  # type: ignore[attr-defined]
