@@ -22,6 +22,7 @@ from core.gap import Stopped
 from core.gitstore import GitStore
 from core.ledger import Ledger
 from core.objections import objection
+from core.reapply import reapply
 from core.waiting import Patience, lower_priority
 
 REFUSALS = 20  # proposals in a row that were tried before, after which the researcher counts as exhausted
@@ -269,7 +270,7 @@ class Thinking:
             detail["asked_again"] = again
         source = ready.proposal.source
         if now != ready.base and best is not None:
-            merged = self._git.merge(ready.base, source, now)
+            merged = reapply(self._git, ready.base, source, now)
             if merged is None or self._lint(merged):
                 self._outdated(ready, best.number)
                 return None

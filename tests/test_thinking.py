@@ -18,6 +18,7 @@ from test_loop import in_background, wait_until
 from core import lab, live
 from core.contract import Exhausted, Proposal, Unavailable
 from core.gitstore import GitStore
+from core.reapply import reapply
 from core.thinking import FAULTS, READY
 
 FILLER = "".join(f"LINE_{k} = {k}\n" for k in range(8))
@@ -344,6 +345,26 @@ def test_a_merge_holds_what_both_changed(tmp_path_factory, base, mine, best):
         b"between\n".join([b"1st\n", *[b""] * 7, mine]),
         None,
     )
+
+
+values = st.lists(st.sampled_from([1, 2, 3]), min_size=4, max_size=4)
+
+
+@hypothesis_settings(max_examples=40, deadline=None)
+@given(base=values, mine=values, best=values)
+def test_constants_that_stand_side_by_side(tmp_path_factory, base, mine, best):
+    """It fits unless both set the same one to different values, and then each has the value that was set."""
+    store = GitStore(tmp_path_factory.getbasetemp())
+
+    def source(numbers):
+        return "".join(f"{name} = {n}\n" for name, n in zip("ABCD", numbers, strict=True)).encode()
+
+    found = reapply(store, source(base), source(mine), source(best))
+    both = list(zip(base, mine, best, strict=True))
+    if all(m == b or n == b for b, m, n in both):
+        assert found == source([n if m == b else m for b, m, n in both])
+    elif any(len({b, m, n}) == 3 for b, m, n in both):
+        assert found is None
 
 
 def test_a_merge_of_what_is_no_text(tmp_path):
