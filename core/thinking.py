@@ -206,10 +206,7 @@ class Thinking:
                 self._ledger.event("unavailable", f"{job.who.name}: {error.reason}")
                 self._sit_out(job, error.reason, patience.seconds(error.retry_after))
                 continue
-            except (
-                Exception,
-                SystemExit,
-            ) as error:  # somebody else's code: a fault of it is told and bounded, and ends no night
+            except BaseException as error:  # noqa: BLE001 - somebody else's code: a fault is told and bounded
                 faults += 1
                 told = _told(error)
                 self._ledger.event("fault", f"{job.who.name} failed: {told}")
