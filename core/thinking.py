@@ -196,29 +196,24 @@ class Thinking:
         while left and not self.over.is_set():
             view = self._view()
             best = self._number_of(view.best_source)
-            try:
-                proposal = job.who.propose(view)
-            except (Exhausted, UserError, Stopped):
-                raise
-            except Unavailable as error:
-                if error.final:
-                    raise
-                self._ledger.event("unavailable", f"{job.who.name}: {error.reason}")
-                self._sit_out(job, error.reason, patience.seconds(error.retry_after))
+            answer = _answer(job.who, view)
+            if isinstance(answer, Unavailable):
+                if answer.final:
+                    raise answer
+                self._ledger.event("unavailable", f"{job.who.name}: {answer.reason}")
+                self._sit_out(job, answer.reason, patience.seconds(answer.retry_after))
                 continue
-            except BaseException as error:  # noqa: BLE001 - somebody else's code: a fault is told and bounded
+            if isinstance(answer, BaseException):
                 faults += 1
-                told = _told(error)
+                told = _told(answer)
                 self._ledger.event("fault", f"{job.who.name} failed: {told}")
                 if faults == FAULTS:
-                    raise Unavailable(
-                        f"it failed {FAULTS} times in a row, the last time with {told}", final=True
-                    ) from error
+                    raise Unavailable(f"it failed {FAULTS} times in a row, the last time with {told}", final=True)
                 self._sit_out(job, f"it failed: {told}", patience.seconds(None))
                 continue
-            refused = objection(self._ledger, proposal)
+            refused = objection(self._ledger, answer)
             if not refused:
-                return Ready(job.who.name, proposal, view.best_source, best)
+                return Ready(job.who.name, answer, view.best_source, best)
             left -= 1
             self._ledger.event("refused", refused)
         if self.over.is_set():
@@ -316,6 +311,16 @@ class Thinking:
             left = {name: row for name, row in self._ledger.meta(READY, {}).items() if name != by}
             if left != self._ledger.meta(READY, {}):
                 self._ledger.set_meta(READY, left)
+
+
+def _answer(who: Researcher, view: View) -> Proposal | BaseException:
+    """A proposal, or what went wrong. Raises what ends the asking: `Exhausted`, `UserError`, `Stopped`."""
+    try:
+        return who.propose(view)
+    except (Exhausted, UserError, Stopped):
+        raise
+    except BaseException as error:  # noqa: BLE001 - somebody else's code may fail in any way, and ends no night
+        return error
 
 
 def _members(researcher: Researcher | None) -> list[Researcher]:
