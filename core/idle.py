@@ -42,7 +42,5 @@ class Idle:
             return {"seconds": 0.0}
         seconds = time.monotonic() - self._since
         self._since = None
-        return {
-            "seconds": round(seconds, 3),
-            **{what: round(self._waits[what], 3) for what in WAITS if self._waits[what]},
-        }
+        waits = {what: round(self._waits[what], 3) for what in WAITS}
+        return {"seconds": round(seconds, 3), **{what: waited for what, waited in waits.items() if waited}}

@@ -274,7 +274,7 @@ class Loop:
         self._told_wait = wait
         if wait is None:
             self._live.update(
-                state="proposing", phase=f"{self.researcher.name if self.researcher else 'nobody'} thinks"
+                state="proposing", phase=f"{self.researcher.name if self.researcher else 'nobody'} thinks", until=None
             )
             return
         until = datetime.fromtimestamp(wait.until).astimezone()

@@ -123,7 +123,9 @@ class Thinking:
         self._drop(ready.by)
         self._next = None
         self._again.pop(ready.by, None)
-        self._out = {name: why for name, why in self._out.items() if not isinstance(why, Exhausted)}  # all may be new
+        for who in (*self._members, *self._meanwhile):  # after another's edit there may be ideas again
+            if isinstance(self._out.get(who.name), Exhausted) and not _thinks_ahead(who):
+                del self._out[who.name]
 
     def end(self) -> None:
         """At the end of a run: researchers have a moment to end what they started."""

@@ -20,14 +20,14 @@ LOWEST = 19  # of the priorities that nice knows
 @dataclass
 class Patience:
     """As long as told, with a little on top; not told: exponential backoff with full jitter (Brooker, "Exponential
-    Backoff and Jitter", AWS Architecture Blog, 2015), never under SHORTEST."""
+    Backoff and Jitter", AWS Architecture Blog, 2015), never under SHORTEST. Told less than that is not told."""
 
     _dice: random.Random = field(default_factory=random.Random)
     _in_a_row: int = 0
 
     def seconds(self, told: float | None) -> float:
-        if told is not None:
-            return min(max(told, 0.0), LONGEST) + self._dice.uniform(0.0, 1.0)
+        if told is not None and told >= SHORTEST:
+            return min(told, LONGEST) + self._dice.uniform(0.0, 1.0)
         most = min(MOST, FIRST * 2**self._in_a_row)
         self._in_a_row = min(self._in_a_row + 1, 16)
         return self._dice.uniform(SHORTEST, most)

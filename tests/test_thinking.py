@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import random
 import subprocess
 import sys
 import threading
@@ -15,11 +17,18 @@ from hypothesis import strategies as st
 from scripted import Ahead, Limits, Loop, Night, Scripted, check, idea, make_lab, recipe
 from test_loop import in_background, wait_until
 
+from console.looking import log_verb
+from console.output import Screen
+from console.rows import Row, uses
+from console.running import run_verb
 from core import lab, live
 from core.contract import Exhausted, Proposal, Unavailable
+from core.errors import UserError
 from core.gitstore import GitStore
+from core.health import Watch
 from core.reapply import reapply
 from core.thinking import FAULTS, READY
+from core.waiting import FIRST, LONGEST, MOST, SHORTEST, Patience
 
 FILLER = "".join(f"LINE_{k} = {k}\n" for k in range(8))
 
@@ -225,6 +234,52 @@ def test_idle_time_is_in_the_record(night):
     assert "thinking" not in night.ledger.get(1).outcome["idle"]
 
 
+def test_our_own_load_counts_as_load():
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as trainer:
+        watch = Watch(trainer.pid)
+        end = time.process_time() + 0.3
+        while time.process_time() < end:
+            pass
+        found = watch.report()
+        trainer.communicate(b"\n")
+    assert found["loop_cores"] > 0
+    assert found["others_cores"] > 0
+
+
+def test_idle_time_is_shown(night, capsys):
+    def slow(view):
+        time.sleep(1.0)
+        return Proposal(spread(2.1), "one")
+
+    executor = Scripted(timings={"total": 9.0})
+    loop_of(night, Says(slow, thinks_ahead=False), executor).run(Limits(experiments=2))
+    log_verb(Screen(False), str(night.path), False, None, False)
+    shown = capsys.readouterr().out
+    share = float(shown.partition("device idle ")[2].split()[0])
+    assert 100 / 19 < share < 100
+    assert " thinking" in shown.partition("device idle ")[2]
+    log_verb(Screen(True), str(night.path), False, None, False)
+    told = json.loads(capsys.readouterr().out)
+    assert told["total"]["device"]["busy_seconds"] == 18.0
+    assert told["total"]["device"]["waits"]["thinking"] >= 0.9
+    assert told["experiments"][1]["idle"]["thinking"] >= 0.9
+
+
+def test_pauses_are_no_idle_time():
+    found = uses(
+        [Row(1, "keep", 1.0, None, "", outcome={"timings": {"total": 8.0}, "idle": {"seconds": 12.0, "paused": 10.0}})]
+    )
+    assert (found.busy, found.idle, found.idle_share) == (8.0, 2.0, 0.2)
+    assert found.waits == {"other": 2.0}
+
+
+@pytest.mark.parametrize("name", ["search", "search+benchmarks.thinking:Instant"])
+def test_nobody_stands_in_for_themselves(name):
+    options = {"experiments": 1, "hours": None, "until": None, "demo": False, "strict": False}
+    with pytest.raises(UserError, match="cannot stand in for search"):
+        run_verb(Screen(False), "nowhere", researcher="search", meanwhile=name, **options)
+
+
 def test_what_an_answer_costs_is_on_the_account(night):
     def paid(view):
         view.spend({"model": "m", "input_tokens": 10, "output_tokens": 5, "usd": 0.25})
@@ -383,3 +438,25 @@ def test_thinking_ahead_all_night(tmp_path, settings):
     assert all(place.ledger.spent(n).answers for n in range(2, 26))
     check(place)
     assert recipe(2.0) == place.source(1)
+
+
+# --- how long --------------------------------------------------------------------------------------
+
+
+@given(told=st.lists(st.none() | st.floats(min_value=0.0, max_value=1e7), max_size=40))
+def test_waits_are_as_told_and_bounded(told):
+    patience = Patience()
+    for seconds in told:
+        found = patience.seconds(seconds)
+        if seconds is None or seconds < SHORTEST:
+            assert SHORTEST <= found <= MOST
+        else:
+            assert min(seconds, LONGEST) <= found <= min(seconds, LONGEST) + 1.0
+
+
+def test_waits_grow_when_nobody_tells_how_long():
+    patience = Patience(random.Random(1))
+    bounds = [min(MOST, FIRST * 2**k) for k in range(12)]
+    found = [patience.seconds(None) for _ in bounds]
+    assert all(wait <= bound for wait, bound in zip(found, bounds, strict=True))
+    assert sum(found[6:]) > 10 * sum(found[:3])
