@@ -1,17 +1,19 @@
 """What thinking costs the device: a researcher that thinks for a third of the budget, and one that does not think.
 
-    autoresearch run NAME --budget 60s --experiments 30 --researcher benchmarks.thinking:Simulated
-    autoresearch run OTHER --budget 60s --experiments 30 --researcher benchmarks.thinking:Instant
-    autoresearch log NAME; python -m benchmarks.thinking NAME OTHER
+    autoresearch run LAB --budget 60s --experiments 30 --researcher benchmarks.thinking:Simulated
+    autoresearch log LAB
+    autoresearch run LAB --experiments 30 --researcher benchmarks.thinking:Instant
+    python -m benchmarks.thinking LAB
 
-`log` tells the share of the time that the device was idle; the last command the step rates of both labs. Both change
-one learning rate after the other by next to nothing, so that all experiments of a lab do the same work.
+`log` tells the share of the time that the device was idle; the last command the step rates beside each of the two. Both
+change one learning rate after the other by next to nothing, so that all experiments of a lab do the same work.
 """
 
 from __future__ import annotations
 
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean, stdev
@@ -52,19 +54,22 @@ def _next(view: View) -> Proposal:
     return Proposal(replace(text, {name: value}).encode(), f"turn {turn}: {name} {value:.6g}")
 
 
-def rates(place: str) -> list[float]:
-    """Steps per second of a lab's scored experiments."""
+def rates(place: Path) -> dict[str, list[float]]:
+    """Steps per second of a lab's scored experiments, by who proposed them."""
     from core.lab import Lab
 
-    found = [e.outcome for e in Lab.open(Path(place)).ledger.experiments() if e.outcome and e.val_bpb]
-    return [o["steps"] / o["training_seconds"] for o in found]
+    found = defaultdict(list)
+    for e in Lab.open(place).ledger.experiments():
+        if e.outcome and e.val_bpb:
+            found[e.researcher].append(e.outcome["steps"] / e.outcome["training_seconds"])
+    return found
 
 
 def main(places: Sequence[str]) -> None:
     for place in places:
-        found = rates(place)
-        spread = stdev(found) if len(found) > 1 else 0.0
-        print(f"{place}: {mean(found):.3f} steps/s over {len(found)} experiments, standard deviation {spread:.3f}")
+        for who, found in rates(Path(place)).items():
+            spread = stdev(found) if len(found) > 1 else 0.0
+            print(f"{place}, {who}: {mean(found):.2f} steps/s over {len(found)}, standard deviation {spread:.2f}")
 
 
 if __name__ == "__main__":
