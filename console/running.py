@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
@@ -45,9 +46,11 @@ def run_verb(
     researcher: str,
     demo: bool,
     strict: bool,
+    asking: Mapping[str, Any],
     meanwhile: str | None = None,
     **making: Any,
 ) -> int:
+    """`asking`: options of the researcher, those that were given."""
     import researchers
     from core.sandbox import abilities
 
@@ -62,7 +65,7 @@ def run_verb(
     deadline = until if until is not None else time.time() + hours * 3600 if hours is not None else None
     if demo:
         given, wishes, experiments = _demo(given, wishes, experiments)
-    who = researchers.make(researcher)  # an unknown name must not leave a lab behind
+    who = researchers.make(researcher, **asking)  # an unknown name must not leave a lab behind
     stand_in = _stand_in(meanwhile, who)
     lab = _lab(screen, given, wishes)
     limits = Limits(experiments, deadline)
@@ -163,6 +166,7 @@ def _run(screen: Screen, lab: Lab, who: tuple[Any, Any], limits: Limits, demo: b
         loop = Loop(lab, who[0], LocalExecutor(), _Narrator(screen, ticker, lab), meanwhile=who[1])
         with ends(loop.stop) as asked:
             _banner(screen, lab, " or else ".join(w.name for w in who if w), limits, sleep)
+            _prices(screen, lab, [w for w in who if w])
             summary = loop.run(LoopLimits(experiments=limits.experiments, deadline=limits.deadline))
     return _ending(screen, lab, before, asked, summary, demo)
 
@@ -244,6 +248,18 @@ def _banner(screen: Screen, lab: Lab, researcher: str, limits: Limits, sleep: st
     screen.say(f"  val_bpb     validation bits per byte on {view.scale.data}: lower is better")
 
 
+def _prices(screen: Screen, lab: Lab, who: list[Any]) -> None:
+    """What paid researchers will cost, told before the first is asked."""
+    for member in [member for one in who for member in getattr(one, "members", [one])]:
+        if hasattr(member, "estimate"):
+            said = member.estimate(lab.view({}))
+            screen.line({"event": "estimate", "researcher": member.name, "text": said})
+            screen.say(f"  cost        {said}")
+    spent = tables.cost_line(lab.ledger.spent())
+    if spent:
+        screen.say(f"  so far      {spent}")
+
+
 def _ending(screen: Screen, lab: Lab, before: set[int], asked: Asked, summary: Any, demo: bool) -> int:
     view = places.look(lab)
     new = [r for r in view.rows if r.decided and r.number not in before]
@@ -260,6 +276,9 @@ def _ending(screen: Screen, lab: Lab, before: set[int], asked: Asked, summary: A
     elif reason:
         screen.say(f"ended: {reason}")
     _kept(screen, view, new)
+    spent = tables.cost_line(lab.ledger.spent())
+    if spent:
+        screen.say(spent)
     _next(screen, lab, view, asked, demo)
     return asked.status
 

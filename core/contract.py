@@ -142,6 +142,7 @@ class Past:
     best_before: float | None = None  # the score that it had to beat
     parent: int | None = None  # the experiment that it started from
     undone: bool = False  # it was kept, and a person took it back
+    fingerprint: str = ""  # of `source` (core.recipe.fingerprint), where it is known
 
 
 def no_objection(source: bytes) -> str:

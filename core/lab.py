@@ -317,6 +317,7 @@ class Lab:
             best_before=e.best_before,
             parent=e.parent,
             undone=e.undone is not None,
+            fingerprint=e.fingerprint,
         )
 
     # --- git ---------------------------------------------------------------------------------------

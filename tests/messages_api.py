@@ -73,7 +73,7 @@ class Answer:
     stop: str | None = None
     output_tokens: int | None = None  # what is billed; by default what was sent
     seconds: float = 0.0  # of thinking before anything comes
-    cut_after: int | None = None  # events after which the connection is reset
+    cut_after: int | None = None  # events after which the connection is closed
 
     def reason(self) -> str:
         called = any(b["type"] == "tool_use" for b in self.content)
@@ -283,7 +283,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         for count, (name, event) in enumerate(_events(asked, answer, usage)):
             if answer.cut_after is not None and count >= answer.cut_after:
-                self._reset()
+                self.close_connection = True
                 return
             data = f"event: {name}\ndata: {json.dumps(event)}\n\n".encode()
             self.wfile.write(f"{len(data):x}\r\n".encode() + data + b"\r\n")
