@@ -99,7 +99,7 @@ class Thinking:
 
     def next(self, interrupted: Callable[[], bool], idle: Callable[[str, float, Wait | None], None]) -> Ready | None:
         """The next proposal; None when `interrupted`. `idle` is told, again and again, that the device waits: for
-        what ("thinking" or "waiting"), for how many seconds more, and for whom.
+        what ("thinking" or "waiting"), for how many seconds more, and until when.
 
         Raises `Exhausted` or `Unavailable` when nobody can propose anything in this run, and `UserError`."""
         while not self._stop.is_set() and not interrupted():
@@ -159,10 +159,11 @@ class Thinking:
 
     def _check_somebody(self) -> None:
         """Raises what the first of them said when all have no more to say."""
-        if any(job.wait for job in self._jobs.values()):
-            return
-        reasons = [self._out[who.name] for who in (*self._members, *self._meanwhile) if who.name in self._out]
-        raise reasons[0] if reasons else Exhausted("nobody was asked for any")
+        everybody = (*self._members, *self._meanwhile)
+        if not everybody:
+            raise Exhausted("nobody was asked for any")
+        if all(who.name in self._out for who in everybody):
+            raise self._out[everybody[0].name]
 
     def _all_wait(self) -> Wait | None:
         """The wait that ends first."""
