@@ -19,6 +19,7 @@ NOT_MEASURING = frozenset(
         *("hub", "nvml", "places", "torchbuild", "windows"),
         *("keeping", "lab", "ledger", "live", "locks", "loop", "paths", "recipe", "recovery", "selfcheck"),
         *("verdict", "versions"),
+        *("gap", "idle", "objections", "reapply", "thinking", "waiting"),
     }
 )
 LIBRARIES = ("torch", "mlx", "triton", "numpy")
