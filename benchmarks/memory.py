@@ -82,9 +82,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     order = replace(Order(), rows=given.rows, depth=given.depth)
     training = built(order)
     found, state = saved(training, order), state_bytes(training)
-    print(
-        f"{order.rows} rows of {order.context}, depth {order.depth}, dim {training.model.dim}, vocabulary {order.vocab}"
-    )
+    model = f"depth {order.depth}, dim {training.model.dim}, vocabulary {order.vocab}"
+    print(f"{order.rows} rows of {order.context}, {model}")
     for where, (count, size) in sorted(found.items(), key=lambda x: -x[1][1])[: given.top]:
         print(f"  {size / 1e9:7.2f} GB  {count:3} x {where}")
     held = sum(size for _, size in found.values())

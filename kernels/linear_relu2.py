@@ -25,6 +25,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from kernels.recomputed import norm
 from kernels.targets import choose, dot, interpreted, processors
 
 
@@ -175,13 +176,13 @@ def launch(a: Tensor, b: Tensor, y: Tensor | None, tiles: Tiles | None) -> Tenso
 
 
 @torch.library.custom_op("autoresearch::mlp", mutates_args=())
-def _mlp(x: Tensor, w1: Tensor, w2: Tensor) -> tuple[Tensor, Tensor]:
+def _mlp(x: Tensor, w1: Tensor, w2: Tensor, source: Tensor | None) -> tuple[Tensor, Tensor]:
     y = launch(x, w1, None, choose(FORWARD, x))
     return y @ w2.T, y
 
 
 @_mlp.register_fake
-def _(x: Tensor, w1: Tensor, w2: Tensor) -> tuple[Tensor, Tensor]:
+def _(x: Tensor, w1: Tensor, w2: Tensor, source: Tensor | None) -> tuple[Tensor, Tensor]:
     return x.new_empty(len(x), len(w2)), x.new_empty(len(x), len(w1))
 
 
@@ -195,30 +196,36 @@ def _(dout: Tensor, w2: Tensor, y: Tensor) -> Tensor:
     return torch.empty_like(y)
 
 
-def _keep(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*inputs, output[1])
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, w1, w2, source = inputs
+    ctx.again = source is not None
+    ctx.save_for_backward(x if source is None else source, w1, w2, output[1])
 
 
 def _gradients(ctx: Any, dout: Tensor, _: Any) -> tuple[Tensor | None, ...]:
     x, w1, w2, y = ctx.saved_tensors
+    x = norm(x, w1.dtype) if ctx.again else x
     dout = dout.contiguous()
     dh = _dh(dout, w2, y)
     needs = ctx.needs_input_grad
-    return dh @ w1 if needs[0] else None, dh.T @ x if needs[1] else None, dout.T @ y if needs[2] else None
+    return dh @ w1 if needs[0] else None, dh.T @ x if needs[1] else None, dout.T @ y if needs[2] else None, None
 
 
 _mlp.register_autograd(_gradients, setup_context=_keep)
 
 
-def mlp(x: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
+def mlp(x: Tensor, w1: Tensor, w2: Tensor, source: Tensor | None = None) -> Tensor:
     """(..., C) -> (..., C) through F hidden units. w1 (F, C), w2 (C, F); all bfloat16 or all float16.
+
+    source: where x is the RMS norm of it, it is kept in the place of x, which the backward computes again.
 
     The interpreter also takes float32 and float64, for tests.
     """
     found = {x.dtype, w1.dtype, w2.dtype}
     if len(found) > 1 or not (x.dtype in (torch.bfloat16, torch.float16) or interpreted()):
         raise TypeError(f"mlp takes x, w1 and w2 all in bfloat16 or all in float16, not {found}")
-    out, _ = _mlp(x.reshape(-1, x.shape[-1]).contiguous(), w1.contiguous(), w2.contiguous())
+    kept = None if source is None else source.detach().reshape(-1, x.shape[-1])
+    out, _ = _mlp(x.reshape(-1, x.shape[-1]).contiguous(), w1.contiguous(), w2.contiguous(), kept)
     return out.view(x.shape)
 
 

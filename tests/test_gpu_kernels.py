@@ -23,6 +23,7 @@ CASES = (
     "softcapped_loss",
     "residual_norm",
     "muon",
+    "recomputed",
     "whole_graph",
     "cuda_recipe",
     "rtx_recipe",

@@ -34,6 +34,7 @@ from kernels.attention_choice import Case, Choice, settled
 from kernels.linear_relu2 import mlp
 from kernels.memory import fitted_rows
 from kernels.muon import muon_
+from kernels.recomputed import gated_embedding, linear_of_norm
 from kernels.residual_norm import residual_norm
 from kernels.softcapped_loss import softcapped_loss
 
@@ -62,6 +63,8 @@ SOFTCAP = 15.0  # logits stay within -15..15
 MUON_BETA2 = 0.95  # decay of NorMuon's second moment
 MUON_STEPS = 5  # iterations of the orthogonalisation, at most 5
 VE_GATE_CHANNELS = 32  # the first channels of the stream, which set the gates of value embeddings
+
+Tensors = tuple[Tensor, ...]
 
 # --- model ------------------------------------------------------------------------------------
 
@@ -173,32 +176,35 @@ class GPT:
         case = Case(DEVICE_BATCH_SIZE, length, self.heads, self.heads, HEAD_DIM, window, self.dtype, self.device)
         return settled(case, forced=None if ATTENTION == "auto" else ATTENTION)
 
-    def attention(self, w: Mapping[str, Tensor], x: Tensor, layer: int, tokens: Tensor) -> Tensor:
-        """(B, T, C) -> same."""
+    def attention(self, w: Mapping[str, Tensor], x: Tensor, of: Tensors, layer: int, tokens: Tensor) -> Tensor:
+        """(B, T, C) -> same. x is the norm of a weighted sum, whose parts `of` are kept for the backward instead."""
         B, T, C = x.shape
         name = f"transformer.h.{layer}.attn."
-        qkv = linear(x, torch.cat([w[f"{name}{n}.weight"] for n in ("c_q", "c_k", "c_v")]))
+        matrices = torch.cat([w[f"{name}{n}.weight"] for n in ("c_q", "c_k", "c_v")])
+        qkv = linear_of_norm(x, matrices.to(x.dtype), *of)
         q, k, v = qkv.view(B, T, 3, self.heads, HEAD_DIM).unbind(2)
         if has_value_embedding(layer):  # value residual: the token's own vector, gated per head by the stream
-            gate = 2 * torch.sigmoid(linear(x[..., :VE_GATE_CHANNELS], w[f"{name}ve_gate.weight"]))
-            ve = F.embedding(tokens, w[f"value_embeds.{layer}.weight"]).to(x.dtype).view(v.shape)
-            v = v + gate.unsqueeze(-1) * ve
+            first = x[..., :VE_GATE_CHANNELS].contiguous()  # else all of x would be kept for the gate's sake
+            gate = 2 * torch.sigmoid(linear(first, w[f"{name}ve_gate.weight"]))
+            v = gated_embedding(v, gate, w[f"value_embeds.{layer}.weight"], tokens)
         window = self.windows[layer]
         y = self.chosen[window].run(q, k, v, self.cos, self.sin, window)
         return linear(y.reshape(B, T, C), w[f"{name}c_proj.weight"])
 
     def stream(self, tokens: Tensor) -> Tensor:
-        """(B, T) integers -> (B, T, C): the last state of each position, in the compute dtype."""
+        """(B, T) integers -> (B, T, C): the norm of each position's last state, in the compute dtype."""
         w = self.weights.by_name()
         resid, skip = w["resid_lambdas"].unbind(), w["x0_lambdas"].unbind()
         embedded = F.embedding(tokens, w["transformer.wte.weight"])
         x = x0 = F.rms_norm(embedded, (self.dim,), eps=2.0**-23).to(self.dtype)
         for i in range(DEPTH):
-            x, y = residual_norm(x, x0, resid[i], skip[i])
-            x, y = residual_norm(x, self.attention(w, y, i, tokens))
+            of = (x, x0, resid[i], skip[i])
+            x, y = residual_norm(*of)
+            x, y = residual_norm(x, self.attention(w, y, of, i, tokens))
             up, down = (w[f"transformer.h.{i}.mlp.{n}.weight"].to(y.dtype) for n in ("c_fc", "c_proj"))
-            x = x + mlp(y, up, down)
-        return F.rms_norm(x.float(), (self.dim,), eps=2.0**-23).to(self.dtype)
+            out = mlp(y, up, down, source=x)
+            x = x + out if i < DEPTH - 1 else residual_norm(x, out)[1]  # the last state is read by its norm only
+        return x
 
     def logits(self, tokens: Tensor) -> Tensor:
         """(B, T) -> (B, T, V) float32 logits within -SOFTCAP..SOFTCAP."""
