@@ -210,7 +210,7 @@ def _asking_options(function: Callable[..., Any]) -> Callable[..., Any]:
     options = [
         click.option("--model", metavar="NAME", help="Which model answers; default: claude-opus-5-5."),
         click.option("--effort", metavar="E", help="low, medium, high, xhigh or max; default: high."),
-        click.option("--max-cost", type=click.FloatRange(min=0), metavar="USD", help="Spend less in this run; 10."),
+        click.option("--max-cost", type=click.FloatRange(min=0), metavar="USD", help="Most that this run spends; 10."),
         click.option("--max-tokens", type=click.IntRange(min=1), metavar="N", help="The same in tokens of all kinds."),
         click.option(
             "--attempts", type=click.IntRange(1, 3), metavar="N", help="At one idea that crashes; default: 3."
