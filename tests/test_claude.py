@@ -13,7 +13,9 @@ from typing import Any
 
 import pytest
 from messages_api import Answer, Asked, Fault, Hang, MessagesApi, Reply, Script, script, text, tool
+from scripted import Scripted
 
+import cli
 import researchers
 from core import guard
 from core.contract import Past, Proposal, Unavailable, View
@@ -21,6 +23,7 @@ from core.dryrun import dry_build
 from core.errors import UserError
 from core.executor import LocalExecutor
 from core.lab import Lab
+from core.ledger import Spent
 from core.loop import Limits, Loop
 from core.settings import Settings
 from researchers import account, claude_api
@@ -417,6 +420,20 @@ def test_prices() -> None:
     assert account.price_of("claude-haiku-4-5-20251001") == account.price_of("claude-haiku-4-5") is not None
     for entry in table["models"].values():
         assert entry["cache_read"] < entry["input"] < entry["cache_write"] < entry["cache_write_1h"] < entry["output"]
+
+
+def test_nobody_is_paid_who_was_not_named(
+    served: Callable[..., Any], tiny_recipe: str, settings: Settings, tmp_path: Path
+) -> None:
+    """A key lies in the environment, and `run` without --researcher leaves it alone."""
+    option = next(p for p in cli.run.params if p.name == "researcher")
+    source = (tiny_recipe + "\nSCORE = 2.0\n").encode()
+    lab = Lab.create(tmp_path / "lab", recipe=source, program="# p", settings=settings, message="m")
+    with served([idea()]) as api:
+        who = researchers.make(str(option.default))
+        Loop(lab, who, Scripted(), lambda event: None).judge(source, "baseline")
+        assert who.propose(lab.view({})).source
+    assert (who.name, api.requests, lab.ledger.spent()) == ("search", [], Spent())
 
 
 def test_the_estimate_asks_nobody(served: Callable[..., Any]) -> None:
