@@ -58,6 +58,19 @@ class Backend:
         scaled: Profile = self._call("profiles", "scale")(profile, seconds_per_step)
         return scaled
 
+    def plans(self, profile: Profile, hardware: Hardware) -> list[dict[str, Any]]:
+        """Constants of each way in which the profile's batch fits into memory, the likeliest to be fast first; none
+        where a backend has but one way."""
+        module = importlib.import_module(f"backends.{self.name}.profiles")
+        find = getattr(module, "plans", None)
+        return [plan.constants() for plan in find(profile, hardware)] if find else []
+
+    def remarks(self, hardware: Hardware) -> list[str]:
+        """What to know about the device before a night on it, one line each."""
+        module = importlib.import_module(f"backends.{self.name}.profiles")
+        find = getattr(module, "remarks", None)
+        return list(find(hardware)) if find else []
+
     def open_device(self) -> Device:
         """Loads the backend's library; called in children only."""
         device: Device = self._call("device", "open_device")()

@@ -1,6 +1,7 @@
 """Entry point of the referee's children: `python -m backends.worker ROLE BACKEND`, in the sandbox.
 
-Roles: `trainer` trains; `scorer` and `auditor` answer with losses and logits; `measure` times steps; `dry` tries a
+Roles: `trainer` trains; `warm-up` only does what comes before the clock, so that the trainer can be a process that the
+recipe has never been in; `scorer` and `auditor` answer with losses and logits; `measure` times steps; `dry` tries a
 recipe out. All of them load the backend's library first, then wait for the recipe's bytes on the channel.
 
 Once the recipe is imported it shares this interpreter and could change any of it. So nothing that is said from here
@@ -28,6 +29,7 @@ import numpy as np
 from core import weights as weight_files
 from core.clock import Budget, StepTimes
 from core.contract import Device, Spec, Training
+from core.errors import UserError
 from core.wire import Channel, ChannelClosed, Message, close_all
 
 PROGRESS_EVERY = 1.0  # seconds between two messages of progress
@@ -39,7 +41,7 @@ DESCRIBE_ENTRIES = 64
 
 
 class RecipeError(Exception):
-    """The recipe failed, or gave what it must not give. `status`: "crash" or "invalid"."""
+    """The recipe failed, or gave what it must not give. `status`: "crash", "invalid", or "memory" where it ran out."""
 
     def __init__(self, status: str, reason: str) -> None:
         self.status = status
@@ -51,16 +53,31 @@ def main() -> None:
     role, backend = sys.argv[1:3]
     channel = Channel(socket.socket(fileno=int(os.environ["AUTORESEARCH_CHANNEL"])), take_fds=True)
     device_module = importlib.import_module(f"backends.{backend}.device")
-    roles = {"trainer": train, "scorer": answer, "auditor": answer, "measure": measure, "dry": dry}
+    roles = {
+        "trainer": train, "warm-up": rehearse, "scorer": answer, "auditor": answer, "measure": measure, "dry": dry
+    }  # fmt: skip
     try:
         channel.send("ready")
+        device = opened(channel, device_module)
         begin = channel.receive()
         try:
-            roles[role](channel, device_module.open_device(), begin)
+            roles[role](channel, device, begin)
         except RecipeError as error:
             channel.send("failed", {"status": error.status, "reason": error.reason})
     except ChannelClosed:
         sys.exit(3)  # the referee is gone, or has heard enough
+
+
+def opened(channel: Channel, device_module: ModuleType) -> Device:
+    """The device, when the referee asks for it: before it sends the recipe, so that what is wrong here is not its."""
+    channel.receive()
+    try:
+        device: Device = device_module.open_device()
+    except UserError as error:
+        channel.send("failed", {"status": "backend", "reason": error.fact[:400], "action": error.action[:400]})
+        raise ChannelClosed("no device") from None
+    channel.send("opened")
+    return device
 
 
 # --- calling the recipe --------------------------------------------------------------------------------
@@ -76,7 +93,15 @@ def call(doing: str, function: Callable[..., Any], *arguments: Any) -> Any:
         raise
     except BaseException as error:  # noqa: BLE001 - a recipe may raise anything, SystemExit included
         print(_recipe_traceback(error), file=sys.stderr, flush=True)
-        raise RecipeError("crash", f"{doing}: {describe_error(error)}") from None
+        status = "memory" if out_of_memory(error) else "crash"
+        raise RecipeError(status, f"{doing}: {describe_error(error)}") from None
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether this is how Python, numpy, torch (on a CPU or a card) or MLX say that no memory is left."""
+    text = str(error).lower()
+    said = any(w in text for w in ("out of memory", "can't allocate memory", "unable to allocate", "alloc_failed"))
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and said)
 
 
 def describe_error(error: BaseException) -> str:
@@ -181,13 +206,32 @@ def described(training: Training) -> dict[str, Any]:
 
 def train(channel: Channel, device: Device, begin: Message) -> None:
     spec = spec_of(begin)
+    source = begin.arrays["source"].tobytes()
+    if begin.flag("rehearsed"):  # in another process: even the import is on the clock here
+        digest, start = begin.text("weights", 64), channel.receive()
+        module = load_recipe(source)
+    else:
+        module = load_recipe(source)
+        digest = before_the_clock(channel, device, module, spec, begin.flag("measure_peak"))
+        start = channel.receive()
+    run(channel, device, module, spec, digest, start)
+
+
+def rehearse(channel: Channel, device: Device, begin: Message) -> None:
     module = load_recipe(begin.arrays["source"].tobytes())
+    before_the_clock(channel, device, module, spec_of(begin), begin.flag("measure_peak"))
+    wait_for_end(channel)
+
+
+def before_the_clock(channel: Channel, device: Device, module: ModuleType, spec: Spec, measure_peak: bool) -> str:
+    """Build, and compile by steps on random tokens, thrown away after. Returns the digest of the built weights."""
     training = build(module, spec)
     untrained = weights_of(training)
     digest = weight_files.digest(untrained)
     facts = {
         "params": weight_files.count(untrained),
         "weights_bytes": weight_files.size(untrained),
+        "weights": digest,
         "describe": described(training),
     }
     del untrained
@@ -195,8 +239,8 @@ def train(channel: Channel, device: Device, begin: Message) -> None:
     warm_up(device, training, RandomBatches(device, spec))
     del training
     gc.collect()
-    channel.send("warm", {"compiled": compiled(), **device_facts(device, begin.flag("measure_peak"))})
-    run(channel, device, module, spec, digest, channel.receive())
+    channel.send("warm", {"compiled": compiled(), **device_facts(device, measure_peak)})
+    return digest
 
 
 def warm_up(device: Device, training: Training, batches: RandomBatches) -> None:
@@ -368,6 +412,10 @@ def score(device: Device, training: Training, spec: Spec, tokens: np.ndarray) ->
         return np.asarray(device.nats(logits, tokens[:, 1:]), np.float32)
     except ValueError as error:
         raise RecipeError("invalid", f"logits(): {error}") from None
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        raise RecipeError("memory", f"losses from logits: {describe_error(error)}") from None
 
 
 def logits_at(device: Device, training: Training, spec: Spec, tokens: np.ndarray, positions: np.ndarray) -> np.ndarray:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.compiled import Compiled, compiled
@@ -19,41 +20,90 @@ PLAIN = {"T", "H", "G", "window"}  # integers that need not be multiples of 16; 
 PRODUCT = {80: "mma.sync", 86: "mma.sync", 89: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma", 120: "mma.sync"}
 
 
-def forward(target: int, head: int, tile: Tile | None = None, dtype: str = "bf16") -> Compiled:
+@dataclass(frozen=True)
+class Part:
+    """One kernel of attention with one configuration for one target."""
+
+    label: str
+    kernel: Any  # under @triton.jit
+    target: int  # compute capability
+    types: Mapping[str, str]  # of the arguments that are no constants
+    constants: Mapping[str, Any]
+    warps: int
+    stages: int
+    aligned: tuple[str, ...]  # integers that are multiples of 16
+    expected: str = ""  # an instruction that must be there
+
+    def compile(self) -> Compiled:
+        signature = dict(self.types) | dict.fromkeys(self.constants, "constexpr")
+        in_order = {name: signature[name] for name in self.kernel.arg_names}
+        return compiled(
+            self.kernel, in_order, self.constants, self.warps, self.stages, self.target, aligned=self.aligned
+        )
+
+
+def parts(target: int, head: int) -> Iterator[Part]:
+    """All that runs for heads of this size."""
+    yield forward_part(target, head)
+    yield backward_part(target, head)
+    yield from pass_parts(target, head)
+
+
+def forward_part(target: int, head: int, tile: Tile | None = None, dtype: str = "bf16") -> Part:
     tile = tile or FORWARD[target][padded(head)]
     constants = {"vt": 3 * HEADS * head, "M": tile.queries, "N": tile.keys}
-    return _compile(attention.forward_kernel, target, head, dtype, constants, tile.warps, tile.stages)
+    kernel = attention.forward_kernel
+    return _part("forward", kernel, target, head, dtype, constants, tile.warps, tile.stages, PRODUCT[target])
 
 
-def backward(
+def backward_part(
     target: int, head: int, tile: Tile | None = None, dtype: str = "bf16", ones: tuple[str, ...] = ()
-) -> Compiled:
+) -> Part:
     """ones: integers that are 1, for which Triton compiles a variant: ("G",) where no heads are grouped."""
     tile = tile or BACKWARD[target][padded(head)]
-    constants = {"gt": HEADS * head, "M": tile.queries, "N": tile.keys}
-    constants |= dict.fromkeys(ones, 1)
-    return _compile(attention_backward.backward_kernel, target, head, dtype, constants, tile.warps, tile.stages)
+    constants = {"gt": HEADS * head, "M": tile.queries, "N": tile.keys} | dict.fromkeys(ones, 1)
+    kernel = attention_backward.backward_kernel
+    return _part("backward", kernel, target, head, dtype, constants, tile.warps, tile.stages, PRODUCT[target])
+
+
+def pass_parts(target: int, head: int, dtype: str = "bf16") -> Iterator[Part]:
+    """The kernels that go over memory once: before the forward, before and after the backward."""
+    passing = {
+        "rotation": rotated_norm.rotated_kernel,
+        "delta": attention_backward.delta_kernel,
+        "rotation back": attention_backward.rotate_back_kernel,
+    }
+    for name, kernel in passing.items():
+        yield _part(name, kernel, target, head, dtype, {"ROWS": ROWS}, 4, 3)
+
+
+def forward(target: int, head: int, dtype: str = "bf16") -> Compiled:
+    return forward_part(target, head, dtype=dtype).compile()
+
+
+def backward(target: int, head: int, dtype: str = "bf16", ones: tuple[str, ...] = ()) -> Compiled:
+    return backward_part(target, head, dtype=dtype, ones=ones).compile()
 
 
 def passes(target: int, head: int, dtype: str = "bf16") -> Iterator[Compiled]:
-    """The kernels that go over memory once: before the forward, before and after the backward."""
-    for kernel in (rotated_norm.rotated_kernel, attention_backward.delta_kernel, attention_backward.rotate_back_kernel):
-        yield _compile(kernel, target, head, dtype, {"ROWS": ROWS}, 4, 3)
+    for part in pass_parts(target, head, dtype):
+        yield part.compile()
 
 
-def _compile(
-    kernel: Any, target: int, head: int, dtype: str, constants: Mapping[str, Any], warps: int, stages: int
-) -> Compiled:
-    values = {"D": head, "DP": padded(head), **constants}
+def _part(
+    name: str, kernel: Any, target: int, head: int, dtype: str, constants: Mapping[str, Any], warps: int, stages: int,
+    expected: str = "",
+) -> Part:  # fmt: skip
+    wanted = {"D": head, "DP": padded(head), **constants}
+    values = {argument: wanted[argument] for argument in kernel.arg_names if argument in wanted}
     types = {}
-    for name in kernel.arg_names:
-        if name in values:
-            types[name] = "constexpr"
-        elif name in NUMBERS:
-            types[name] = "fp32"
-        elif name[0].isupper() and name not in PLAIN:
-            types[name] = "*fp32" if name in FLOAT32 else f"*{dtype}"
+    for argument in (a for a in kernel.arg_names if a not in values):
+        if argument in NUMBERS:
+            types[argument] = "fp32"
+        elif argument[0].isupper() and argument not in PLAIN:
+            types[argument] = "*fp32" if argument in FLOAT32 else f"*{dtype}"
         else:
-            types[name] = "i32"
-    strides = [n for n, t in types.items() if t == "i32" and n not in PLAIN]
-    return compiled(kernel, types, values, warps, stages, target, strides)
+            types[argument] = "i32"
+    strides = tuple(a for a, kind in types.items() if kind == "i32" and a not in PLAIN)
+    label = f"attention {name} of {head} {dtype}"
+    return Part(label, kernel, target, types, values, warps, stages, strides, expected)

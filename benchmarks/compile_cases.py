@@ -1,4 +1,4 @@
-"""Every configuration of the kernels that is shipped, as what `benchmarks.compiled` takes: attention apart."""
+"""Every configuration of the kernels that is shipped, as what `benchmarks.compiled` takes."""
 
 from __future__ import annotations
 
@@ -6,12 +6,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import triton
 import triton.language as tl
 
+from benchmarks import compile_attention
 from benchmarks.compiled import Compiled, compiled
 from kernels import linear_relu2, muon, residual_norm, softcapped_loss
-from kernels.targets import TARGETS
 
 ACC = {"ACC": tl.float32}
 WARPS, STAGES = 4, 3  # Triton's own, where a launch says nothing
@@ -142,33 +141,30 @@ def optimizer(target: int, dtype: str) -> Iterator[Case]:
         yield Case("update", muon._update, target, types, constants, WARPS, STAGES, ("m", "n", "stride_l", "stride_m"))
 
 
+def attention(target: int) -> Iterator[Case]:
+    """Forward, backward and the passes over memory, for each size of heads that has tiles of its own."""
+    if target not in compile_attention.TARGETS:
+        return
+    for head in (32, 64, 128):
+        yield from map(attention_case, compile_attention.parts(target, head))
+
+
+def attention_case(part: compile_attention.Part) -> Case:
+    return Case(
+        part.label, part.kernel, part.target, part.types, part.constants, part.warps, part.stages, part.aligned,
+        part.expected,
+    )  # fmt: skip
+
+
 def cases(target: int) -> list[Case]:
     """All for one of `kernels.targets.TARGETS`."""
     narrow = "fp16" if target == 75 else "bf16"
     found = [*mlp(target, narrow), *loss(target, narrow), *norm(target, narrow), *optimizer(target, narrow)]
     if narrow == "bf16":
         found += mlp(target, "fp16")
-    return found + list(norm(target, "fp32"))
-
-
-def main() -> None:
-    """A line for each: registers, spills and shared memory."""
-    print(f"Triton {triton.__version__}: registers a thread, spilled bytes a thread, shared bytes a block")
-    for target in TARGETS:
-        for case in cases(target):
-            found = case.compile()
-            note = "; ".join(found.problems()) or ("no " + case.expected if missing(case, found) else "")
-            print(
-                f"sm_{target:<4}{case.label:36}{case.warps:3} warps {case.stages} stages "
-                f"{found.registers:4} {found.spills:5} {found.shared:7}  {note}",
-                flush=True,
-            )
+    return found + list(norm(target, "fp32")) + list(attention(target))
 
 
 def missing(case: Case, found: Compiled) -> bool:
     """Whether an instruction that must be there is not."""
     return bool(case.expected) and not any(map(found.count, case.expected.split(" or ")))
-
-
-if __name__ == "__main__":
-    main()

@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.gpu import ROOT, Order
-from benchmarks.peers import PEER_NAMES, load_peer, rates
-from benchmarks.step import windowed_sdpa
+from benchmarks.gpu_run import run, shape
+from benchmarks.peers import PEER_NAMES, load_peer, rates, windowed_sdpa
 from core.contract import Spec
 from core.recipe import replace
 
@@ -127,6 +127,23 @@ def correctness(order: Order) -> Iterator[Row]:
     found = gradients(softcapped_loss.softcapped_loss, (x, head), targets, 15.0)
     wanted = gradients(softcapped_loss.reference, (x.double(), head.double()), targets, 15.0)
     yield from compare("softcapped_loss", found, wanted, dtype)
+    yield from slots(order)
+
+
+def slots(order: Order) -> Iterator[Row]:
+    """Batches sent one after another while the card is busy arrive as they were: no buffer is written too early."""
+    if not torch.cuda.is_available():
+        return
+    from backends.cuda.device import PinnedSlots
+
+    sender, busy = PinnedSlots(torch.device(order.device)), torch.randn(8192, 8192, device=order.device)
+    sent = [np.random.default_rng(i).integers(0, order.vocab, (64, 2049), dtype=np.int32) for i in range(12)]
+    arrived = []
+    for x in sent:
+        busy = torch.mm(busy, busy) * 1e-4
+        arrived.append(sender.send(x))
+    right = all(np.array_equal(a.cpu().numpy(), x) for a, x in zip(arrived, sent, strict=True))
+    yield {"kernel": "pinned slots", "passed": right}
 
 
 def compare(name: str, found: list[Tensor], wanted: list[Tensor], dtype: torch.dtype) -> Iterator[Row]:
@@ -136,7 +153,7 @@ def compare(name: str, found: list[Tensor], wanted: list[Tensor], dtype: torch.d
 
 def attention(order: Order) -> Iterator[Row]:
     """Forward and backward with norm and RoPE, of everything that is installed behind the one signature."""
-    from kernels.attention_choice import Case, choose
+    from kernels.attention_choice import Case, choose, keep
 
     for window in (order.context, order.context // 2, order.context // 8):
         case = Case(
@@ -144,6 +161,7 @@ def attention(order: Order) -> Iterator[Row]:
             torch.device(order.device),
         )  # fmt: skip
         choice = choose(case)
+        keep(case, choice)  # for the recipe of the next sections
         seen = sum(min(i, window) + 1 for i in range(order.context))
         flops = 3.5 * 4 * order.rows * order.heads * order.head_dim * seen
         for name, ms in choice.milliseconds.items():
@@ -239,6 +257,34 @@ def muon(order: Order) -> Iterator[Row]:
     yield {"side": "ratio", "speed": found["torch.compile"] / found["ours"]}
 
 
+def fp8(order: Order) -> Iterator[Row]:
+    """The MLP's first product and its gradients: bfloat16 against FP8 with a scale per token, both compiled."""
+    from kernels import fp8 as kernel
+
+    N, C = order.rows * order.context, max(kernel.MULTIPLE, order.dim)
+
+    def make() -> tuple[Tensor, ...]:
+        shapes = ((N, C), (4 * C, C))
+        return tuple(torch.randn(s, device=order.device).mul_(0.05).to(torch.bfloat16) for s in shapes)
+
+    if why := kernel.obstacle(*make()):
+        yield {"not measured": why}
+        return
+    found = {}
+    for name, function in (("fp8", kernel.linear), ("bfloat16", F.linear)):
+        ready = compiled(function, order)
+
+        def both(*leaves: Tensor, function: Callable[..., Tensor] = ready) -> None:
+            gradients(function, leaves)
+
+        found[name] = milliseconds(both, copies(make))
+        yield {"side": name, "ms": found[name], "tflops": 3 * 2 * N * C * 4 * C / found[name] / 1e9}
+    yield {"side": "ratio", "speed": found["bfloat16"] / found["fp8"]}
+    x, w = make()
+    difference = error(kernel.linear(x, w), kernel.reference(x.double(), w.double()))
+    yield {"kernel": "fp8 linear", "error": difference, "passed": difference <= TOLERANCE[torch.bfloat16]}
+
+
 # --- whole steps ------------------------------------------------------------------------------
 
 
@@ -265,14 +311,7 @@ class Tokens:
 
 
 def recipe(order: Order) -> ModuleType:
-    constants = {
-        "DEPTH": order.depth,
-        "ASPECT_RATIO": order.dim // order.depth,
-        "HEAD_DIM": order.head_dim,
-        "TOTAL_BATCH_SIZE": order.tokens,
-        "DEVICE_BATCH_SIZE": order.rows,
-    }
-    source = replace((ROOT / "backends" / "cuda" / "train.py").read_text(encoding="utf-8"), constants)
+    source = replace((ROOT / "backends" / "cuda" / "train.py").read_text(encoding="utf-8"), shape(order))
     module = ModuleType("train")
     exec(compile(source, "train.py", "exec"), module.__dict__)
     return module
@@ -374,8 +413,10 @@ SECTIONS: dict[str, Callable[[Order], Iterator[Row]]] = {
     "mlp": mlp,
     "head": head,
     "muon": muon,
+    "fp8": fp8,
     "step": step,
     "upstream": upstream,
+    "run": run,
 }
 
 

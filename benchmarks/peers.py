@@ -46,3 +46,17 @@ def load_peer(path: Path, given: Mapping[str, Any], wanted: Sequence[str]) -> di
     if missing:
         raise UserError(f"{path} does not define {', '.join(missing)}", "--peer takes an upstream clone or fork")
     return namespace
+
+
+def windowed_sdpa(q: Any, k: Any, v: Any, causal: bool, window_size: tuple[int, int]) -> Any:
+    """FlashAttention 3's signature, (B, T, H, D), computed by scaled_dot_product_attention."""
+    import torch
+    import torch.nn.functional as F
+
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    T, back = q.size(2), window_size[0]
+    if back >= T or back < 0:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=causal).transpose(1, 2)
+    distance = torch.arange(T)[:, None] - torch.arange(T)
+    seen = (distance >= 0) & (distance <= back)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen).transpose(1, 2)

@@ -32,7 +32,7 @@ from typing import Any
 import click
 import numpy as np
 
-from benchmarks.peers import PEER_NAMES, load_peer, rates
+from benchmarks.peers import PEER_NAMES, load_peer, rates, windowed_sdpa
 from benchmarks.shapes import Shapes, Side
 from core.errors import UserError
 from core.paths import project_root
@@ -173,20 +173,6 @@ def uncompiled_where_it_fails(peer: dict[str, Any], optimizer_step: Callable[[],
             p.copy_(old)
             p.grad = None
     return note
-
-
-def windowed_sdpa(q: Any, k: Any, v: Any, causal: bool, window_size: tuple[int, int]) -> Any:
-    """FlashAttention 3's signature, (B, T, H, D), computed by scaled_dot_product_attention."""
-    import torch
-    import torch.nn.functional as F
-
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    T, back = q.size(2), window_size[0]
-    if back >= T or back < 0:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=causal).transpose(1, 2)
-    distance = torch.arange(T)[:, None] - torch.arange(T)
-    seen = (distance >= 0) & (distance <= back)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen).transpose(1, 2)
 
 
 # --- both sides, from outside ---------------------------------------------------------------------

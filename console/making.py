@@ -88,6 +88,8 @@ def make(screen: Screen, given: str | None, wishes: Wishes) -> tuple[Lab, Import
         recipe = _replace(recipe, taken.constants)
     screen.say(f"backend {chosen.choice.value}: {chosen.choice.reason}")
     screen.say(f"profile {chosen.profile.name}: {chosen.profile.reason}")
+    for remark in backend.remarks(chosen.hardware):
+        screen.say(f"  {remark}")
     dataset = ready_data(screen, wishes, chosen.profile)
     recipe, settings = _fitted(screen, chosen, dataset, recipe, keep_shape=bool(taken and taken.constants))
     lab = Lab.create(
@@ -134,6 +136,8 @@ def _fitted(screen: Screen, chosen: Plan, dataset: Dataset, recipe: bytes, keep_
         settings = replace(settings, dtype=facts["dtype"])
         facts = _measure(screen, recipe, settings)
     fitted = profile if keep_shape else backend.scale(profile, facts["seconds_per_step"])
+    if not keep_shape and (ways := backend.plans(fitted, chosen.hardware)):
+        fitted = replace(fitted, constants={**fitted.constants, **_way(screen, chosen, fitted, ways, settings)})
     steps = chosen.budget / facts["seconds_per_step"]
     if fitted.constants != profile.constants:
         recipe = backends.fit(backend.recipe(), fitted)
@@ -145,6 +149,27 @@ def _fitted(screen: Screen, chosen: Plan, dataset: Dataset, recipe: bytes, keep_
         )
     screen.say(f"  compute in {settings.dtype}: {facts['dtype_reason']}")
     return recipe, settings
+
+
+def _way(
+    screen: Screen, chosen: Plan, fitted: Profile, ways: list[dict[str, Any]], settings: Settings
+) -> dict[str, Any]:
+    """The constants of the fastest way for the batch through the device's memory."""
+    import backends
+    from console import fitting
+    from core.versions import versions
+
+    backend = backends.load(chosen.choice.value)
+    moving = ways[0].keys()
+    shape = {k: v for k, v in fitted.constants.items() if k not in moving}
+    shape |= {"vocab": fitted.vocab_size, "context": fitted.sequence_len, "dtype": settings.dtype}
+    known_as = fitting.key(chosen.hardware, versions(settings), shape)
+
+    def measure(constants: Mapping[str, Any]) -> dict[str, Any]:
+        tried = replace(fitted, constants={**fitted.constants, **constants})
+        return _measure(screen, backends.fit(backend.recipe(), tried), settings)
+
+    return fitting.choose(ways, measure, screen.say, known_as)
 
 
 def _measure(screen: Screen, recipe: bytes, settings: Settings) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -159,6 +160,7 @@ def _run(screen: Screen, lab: Lab, who: tuple[Any, Any], limits: Limits, demo: b
     from core.executor import LocalExecutor
     from core.loop import Limits as LoopLimits
     from core.loop import Loop
+    from core.windows import warnings
 
     _must_be_free(lab)
     before = {e.number for e in lab.ledger.experiments() if e.status is not None}
@@ -166,6 +168,8 @@ def _run(screen: Screen, lab: Lab, who: tuple[Any, Any], limits: Limits, demo: b
         loop = Loop(lab, who[0], LocalExecutor(), _Narrator(screen, ticker, lab), meanwhile=who[1])
         with ends(loop.stop) as asked:
             _banner(screen, lab, " or else ".join(w.name for w in who if w), limits, sleep)
+            for warning in warnings(lab.path, os.environ):
+                screen.say(f"  warning: {warning}")
             _prices(screen, lab, [w for w in who if w])
             summary = loop.run(LoopLimits(experiments=limits.experiments, deadline=limits.deadline))
     return _ending(screen, lab, before, asked, summary, demo)

@@ -31,6 +31,7 @@ SANDBOX_NOT_APPLIED = 125  # exit status; a recipe may choose it too, so it coun
 MEMORY_SHARE = 0.9  # of the machine's memory, where no limit is set
 EXIT_AFTER_CLOSING = 10.0  # seconds between the end of a child's channel and that of its process, on a busy machine
 LIBRARY_CAP = 120.0  # seconds to import torch or mlx; from a cold disk it is slow
+OUT_OF_MEMORY = "out of"  # begins the reason of a child that took more than it may
 LOOK_AT_DISK = 1.0  # seconds between two looks
 
 
@@ -41,6 +42,13 @@ class Ended(Exception):
         self.status: Status = status
         self.reason = reason
         super().__init__(reason)
+
+
+class OutOfMemory(Ended):
+    """A crash for want of memory: what was asked for may work in smaller pieces."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__("crash", reason)
 
 
 class SandboxFailed(UserError):
@@ -84,6 +92,7 @@ class Worker:
         self._disk_at = 0.0
         self._dead = False
         self._ready = False
+        self._opened = False
         self._messages = 0
         self._began = time.monotonic()
         settings = place.settings
@@ -115,10 +124,25 @@ class Worker:
     def begin(self, source: bytes, seed: int, compiled: Path | None, **fields: Any) -> None:
         """Send the recipe. `compiled`: caches to copy for it first."""
         self.get_ready()
+        self._open()
         if compiled is not None:
             caches.copy(compiled, self.caches)
         fields = {"spec": asdict(self.place.spec(seed)), **fields}
         self.send("begin", fields, {"source": np.frombuffer(source, np.uint8)})
+
+    def _open(self) -> None:
+        """Have the device opened, before anything of the recipe is there that could be to blame for a failure."""
+        self.send("open")
+        try:
+            self.expect("opened", LIBRARY_CAP, "opening the device")
+        except Ended as end:
+            if end.status == "stopped":
+                raise
+            raise BackendFailed(
+                f"the device of the backend {self.place.settings.backend} cannot be used: {end.reason}",
+                f"see `autoresearch doctor`; its last lines: {self.child.log_tail(3)}",
+            ) from None
+        self._opened = True
 
     def send(
         self,
@@ -174,8 +198,12 @@ class Worker:
             status, reason = message.text("status", 20), message.text("reason", 600)
         except ProtocolError as error:
             return self.broke(error)
-        if status not in ("crash", "invalid"):
+        if status == "backend" and not self._opened:
+            raise BackendFailed(reason, message.text("action", 600))
+        if status not in ("crash", "invalid", "memory"):
             return self.broke(f"status {status!r}")
+        if status == "memory" or self._limit().startswith(OUT_OF_MEMORY):
+            return OutOfMemory(self._limit() or reason)
         return Ended("invalid" if status == "invalid" else "crash", self._limit() or reason)
 
     # --- watching ----------------------------------------------------------------------------------
@@ -185,7 +213,7 @@ class Worker:
         if self.place.stop.is_set():
             raise Ended("stopped", "stopped on request")
         if reason := self._limit():
-            raise Ended("crash", reason)
+            raise _exceeded(reason)
         if self._dead:
             raise ChannelClosed("the child is gone")
         self._dead = self.child.poll() is not None
@@ -199,13 +227,13 @@ class Worker:
     def _limit(self) -> str:
         exceeded = self.child.exceeded() or ""
         if exceeded.startswith("memory"):
-            return f"out of {exceeded}; use smaller batches or a smaller model"
+            return f"{OUT_OF_MEMORY} {exceeded}; use smaller batches or a smaller model"
         return f"too many {exceeded}" if exceeded.startswith("processes") else exceeded
 
     def _gone(self, doing: str) -> Ended:
         code = self.child.wait(EXIT_AFTER_CLOSING)
         if reason := self._limit():
-            return Ended("crash", reason)
+            return _exceeded(reason)
         if code is None:
             return Ended("invalid", f"the {self.role} closed its channel in {doing}, and went on running")
         if code == SANDBOX_NOT_APPLIED and not self._ready:
@@ -227,6 +255,10 @@ class Worker:
         """End the tree and remove its folder."""
         self.kill()
         _remove(self.folder)
+
+
+def _exceeded(reason: str) -> Ended:
+    return OutOfMemory(reason) if reason.startswith(OUT_OF_MEMORY) else Ended("crash", reason)
 
 
 def _remove(folder: Path) -> None:

@@ -25,8 +25,10 @@ from pathlib import Path
 from typing import Any
 
 from core.errors import UserError
-from core.hardware import GIB, Hardware, choose
+from core.hardware import GIB, Hardware, choose, remedy
 from core.paths import data_root, home, project_root
+from core.places import synced_by
+from core.windows import restart_pending
 
 OURS = ("cli", "prepare", "core", "backends", "researchers", "benchmarks", "kernels")
 NEEDED = (
@@ -54,7 +56,6 @@ MIN_TORCH = (2, 9)
 MIN_DISK = 2 * GIB
 MIN_MEMORY = 2 * GIB
 _NETWORK = ("nfs", "nfs4", "cifs", "smb3", "smbfs", "sshfs", "fuse.sshfs", "lustre", "ceph", "gpfs", "beegfs", "9p")
-_SYNCED = ("Dropbox", "OneDrive", "Google Drive", "GoogleDrive", "iCloud", "Mobile Documents", "CloudStorage")
 
 
 @dataclass(frozen=True)
@@ -156,7 +157,7 @@ def _told_torch(text: str, hardware: Hardware) -> Check:
         return Check("torch", False, f"{release}, older than {least}", f'{_pip()} install "torch>={least}"')
     if hardware.gpus and works != "True":
         why = "is a build without CUDA" if cuda == "none" else f"(CUDA {cuda}) cannot use the driver here"
-        action = "install the CUDA build: https://pytorch.org/get-started/locally"
+        action = remedy(hardware) or "run nvidia-smi; if it fails too, install NVIDIA's driver"
         return Check("torch", None, f"{release} {why}, so {hardware.gpus[0].name} is out of its reach", action)
     return Check("torch", True, f"{release}, " + (f"CUDA {cuda}" if cuda != "none" else "CPU build"))
 
@@ -185,11 +186,7 @@ def _machine_checks(hardware: Hardware) -> Iterator[Check]:
 
 def _gpu_check(hardware: Hardware) -> Check:
     if hardware.gpu_problem:
-        mismatch = "mismatch" in hardware.gpu_problem.lower()
-        action = "restart the machine" if mismatch else "run nvidia-smi; if it fails too, install NVIDIA's driver"
-        if "CUDA_VISIBLE_DEVICES" in hardware.gpu_problem:
-            action = "unset CUDA_VISIBLE_DEVICES, or name a GPU that `nvidia-smi -L` lists"
-        return Check("gpu", None, hardware.gpu_problem, action)
+        return Check("gpu", None, hardware.gpu_problem, remedy(hardware))
     if not hardware.gpus:
         return Check("gpu", True, hardware.chip or "none, and none is needed for the cpu backend")
     gpu = hardware.gpus[0]
@@ -241,7 +238,7 @@ def _home_checks(hardware: Hardware) -> Iterator[Check]:
     action = f"free space there, or move it: export AUTORESEARCH_HOME=PATH (now {place})"
     yield Check("disk", free >= MIN_DISK, f"{free / GIB:.1f} GiB free, {MIN_DISK / GIB:.0f} GiB are asked", action)
     kind = _file_system(place, _mounts())
-    synced = next((name for name in _SYNCED if name in str(place)), "")
+    synced = synced_by(place, os.environ)
     move = "export AUTORESEARCH_HOME=PATH on a local disk"
     if kind in _NETWORK:
         yield Check("file system", None, f"{place} is on {kind}: locks and SQLite are slow or unsafe there", move)
@@ -300,6 +297,8 @@ def _host_checks(hardware: Hardware) -> Iterator[Check]:
         yield Check("power", None, f"on battery{charge}: clocks drop and scores with them", "plug it in")
     else:
         yield Check("power", True, "mains" if power.plugged else "no battery, or it does not tell")
+    if restart_pending():
+        yield Check("restart", None, "an installed update waits for a restart, which may come tonight", "restart first")
     yield _sleep_check(hardware)
     yield _clock_check()
     if hardware.wsl:

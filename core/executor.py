@@ -10,6 +10,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Protocol
 
+from core import gpuwatch
+from core.errors import UserError
 from core.facts import Facts
 from core.gap import Stopped
 from core.outcome import Event, Outcome, Request
@@ -40,15 +42,24 @@ class Executor(Protocol):
 
 
 class LocalExecutor:
-    """This machine. `facts`: where its hardware is looked up."""
+    """This machine. `facts`: where its hardware is looked up; `card`: through what a graphics card is looked at."""
 
-    def __init__(self, facts: Facts | None = None, settle_seconds: float = SETTLE_SECONDS) -> None:
+    def __init__(
+        self,
+        facts: Facts | None = None,
+        settle_seconds: float = SETTLE_SECONDS,
+        card: gpuwatch.Source | None = None,
+        card_wait: float = gpuwatch.WAIT_MOST,
+        card_every: float = gpuwatch.WAIT_EVERY,
+    ) -> None:
         self._facts = facts
         self._settle_seconds = settle_seconds
+        self._card, self._card_wait, self._card_every = card, card_wait, card_every
 
     def execute(self, request: Request, on_event: Callable[[Event], None], stop: threading.Event) -> Outcome:
         from core import referee  # here, because it loads what only an experiment needs
 
+        self._wait_for_card(request, on_event, stop)
         return referee.execute(request, on_event, stop)
 
     def lint(self, source: bytes) -> str:
@@ -63,6 +74,25 @@ class LocalExecutor:
             return dryrun.dry_build(source, settings, workdir, stop=stop)
         except dryrun.Stopped as stopped:
             raise Stopped from stopped
+
+    def _wait_for_card(self, request: Request, on_event: Callable[[Event], None], stop: threading.Event) -> None:
+        """A shared card is waited for: what is measured beside a game is worth nothing."""
+        device = request.settings.device
+        if not device.startswith("cuda"):
+            return
+        if self._card is None:
+            from core.nvml import Nvml
+
+            self._card = Nvml()
+
+        def say(text: str) -> None:
+            on_event(Event("phase", {"phase": text, "experiment": request.experiment}))
+
+        if not gpuwatch.wait_until_free(device, self._card, say, stop, self._card_wait, self._card_every):
+            raise UserError(
+                f"other programs have kept the card busy for {self._card_wait / 3600:.1f} h",
+                "end them (nvidia-smi lists them), then `autoresearch run`: nothing is lost",
+            )
 
     def settle(self, request: Request, say: Callable[[str], None], stop: threading.Event) -> str:
         """A Mac without a fan slows down for minutes under load: it trains until its step rate stays the same."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import platform
+import re
 import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -16,6 +17,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import psutil
+
+from core.torchbuild import TorchBuild
 
 
 class GpuProblem(Exception):
@@ -34,6 +37,7 @@ class Gpu:
     capability: tuple[int, int] = (0, 0)  # CUDA compute capability
     driver: str = ""
     processes: int = 0  # compute processes of others on it; 0 also where the driver does not tell
+    display: bool = False  # a monitor hangs on it; False also where the driver does not tell
     parts: tuple[Gpu, ...] = field(default=())  # MIG instances, if MIG is on
 
     @property
@@ -81,6 +85,9 @@ class Facts(Protocol):
 
     def installed(self, module: str) -> bool:
         """Whether a Python module could be imported; it is not."""
+
+    def torch(self) -> TorchBuild:
+        """The installed torch by its version file; it is not imported."""
 
     def nvidia(self) -> Sequence[Gpu]:
         """All NVIDIA devices, whatever CUDA_VISIBLE_DEVICES says. Raises GpuProblem."""
@@ -145,6 +152,12 @@ class LocalFacts:
     def installed(self, module: str) -> bool:
         return importlib.util.find_spec(module) is not None
 
+    def torch(self) -> TorchBuild:
+        spec = importlib.util.find_spec("torch")
+        text = self.read(str(Path(spec.origin).with_name("version.py"))) if spec and spec.origin else None
+        values = dict(re.findall(r"^(__version__|cuda)\b[^=\n]*= *'([^']*)'", text or "", re.MULTILINE))
+        return TorchBuild(values.get("__version__", ""), values.get("cuda", ""))
+
     def nvidia(self) -> Sequence[Gpu]:
         return _nvml()
 
@@ -181,6 +194,7 @@ def _device(nvml: Any, index: int, driver: str) -> Gpu:
         capability=capability,
         driver=driver,
         processes=_processes(nvml, handle),
+        display=_display(nvml, handle),
         parts=_parts(nvml, handle, index, capability, driver),
     )
 
@@ -190,6 +204,13 @@ def _processes(nvml: Any, handle: Any) -> int:
         return sum(p.pid != os.getpid() for p in nvml.nvmlDeviceGetComputeRunningProcesses(handle))
     except nvml.NVMLError:  # not told in some containers and under WSL
         return 0
+
+
+def _display(nvml: Any, handle: Any) -> bool:
+    try:
+        return bool(nvml.nvmlDeviceGetDisplayActive(handle))
+    except nvml.NVMLError:  # not told under WSL
+        return False
 
 
 def _parts(nvml: Any, handle: Any, index: int, capability: tuple[int, int], driver: str) -> tuple[Gpu, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+import time
 from pathlib import Path
 
 
@@ -17,10 +18,23 @@ def replace_file(path: Path, content: bytes) -> None:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        beside.replace(path)
+        replace_open(beside, path)
     finally:
         beside.unlink(missing_ok=True)
     sync_folder(path.parent)
+
+
+def replace_open(source: Path, target: Path, patience: float = 2.0) -> None:
+    """`source` becomes `target`. Windows refuses while somebody reads the target: it is tried again for a while."""
+    deadline = time.monotonic() + patience
+    while True:
+        try:
+            source.replace(target)
+            return
+        except PermissionError:
+            if sys.platform != "win32" or time.monotonic() > deadline:
+                raise
+        time.sleep(0.02)
 
 
 def remove_unfinished(folder: Path, *names: str) -> None:

@@ -17,6 +17,8 @@ from core.contract import Choice
 from core.errors import UserError
 from core.facts import Facts, Gpu, GpuProblem, LocalFacts, Power
 from core.paths import home, project_root
+from core.torchbuild import TorchBuild
+from core.torchbuild import problem as torch_problem
 
 GIB = 2**30
 
@@ -27,7 +29,7 @@ BACKENDS: Mapping[str, str] = {  # in the order of detection
     "cpu": "any processor",
 }
 _DATACENTRE = {(8, 0), (9, 0), (10, 0), (10, 3)}
-_MIN_CAPABILITY = (7, 5)
+_MIN_CAPABILITY = {"cuda": (8, 0), "rtx": (7, 5)}
 _MIN_GPU_MEMORY = 4 * GIB
 _OLDEST_DARWIN = 23  # the kernel of macOS 14, which MLX's wheels ask for
 _MIN_UNIFIED = 7 * GIB  # macOS keeps about a third of it from the GPU
@@ -58,6 +60,7 @@ class Hardware:
     wsl: bool = False
     container: bool = False
     mlx: bool = False  # the library is installed
+    torch: TorchBuild = field(default=TorchBuild())
     git: str = ""  # version; empty: none found
     power: Power = field(default=Power())
 
@@ -102,6 +105,7 @@ def probe(source: Facts | None = None) -> Hardware:
         wsl="microsoft" in release.lower(),
         container=_in_container(facts),
         mlx=facts.installed("mlx"),
+        torch=facts.torch(),
         git=_git(facts),
         power=facts.power(),
     )
@@ -325,13 +329,37 @@ def suits(hardware: Hardware, name: str) -> tuple[bool, str]:
         return False, hardware.gpu_problem or "no NVIDIA GPU was found"
     gpu = hardware.gpus[0]
     what = f"{gpu.name}, {_gib(gpu.memory)}, {gpu.arch}"
-    if gpu.capability < _MIN_CAPABILITY:
-        return False, f"{gpu.name} has compute capability {_dotted(gpu.capability)}, below {_dotted(_MIN_CAPABILITY)}"
+    if gpu.capability < (least := _MIN_CAPABILITY[name]):
+        return False, f"{gpu.name} has compute capability {_dotted(gpu.capability)}, below {_dotted(least)}"
     if gpu.memory < _MIN_GPU_MEMORY * _MEMORY_TOLERANCE:
         return False, f"{gpu.name} has {_gib(gpu.memory)}, below {_gib(_MIN_GPU_MEMORY)}"
     if name == "cuda" and gpu.capability not in _DATACENTRE:
         return False, f"{what} is no data-centre GPU"
+    if wrong := torch_problem(hardware.torch, gpu.driver):
+        return False, f"{what}: {wrong.fact}"
     return True, what
+
+
+def remedy(hardware: Hardware) -> str:
+    """What makes an NVIDIA GPU usable that is there and cannot be used; "" where nothing is known to help."""
+    problem = hardware.gpu_problem
+    if "CUDA_VISIBLE_DEVICES" in problem:
+        return "unset CUDA_VISIBLE_DEVICES, or name a GPU that `nvidia-smi -L` lists"
+    if "nvidia-ml-py" in problem:
+        return f"{sys.executable} -m pip install nvidia-ml-py"
+    if "mismatch" in problem.lower():
+        return "restart the machine"
+    if problem:
+        return "run nvidia-smi; if it fails too, install NVIDIA's driver"
+    wrong = torch_problem(hardware.torch, hardware.gpus[0].driver) if hardware.gpus else None
+    return wrong.action if wrong else ""
+
+
+def _mend(hardware: Hardware, fact: str) -> str:
+    """The remedy where `fact` is what it mends; another torch makes no card of another kind."""
+    wrong = torch_problem(hardware.torch, hardware.gpus[0].driver) if hardware.gpus else None
+    mendable = fact == hardware.gpu_problem or (wrong is not None and fact.endswith(wrong.fact))
+    return remedy(hardware) if mendable else ""
 
 
 def _suits_mlx(hardware: Hardware) -> tuple[bool, str]:
@@ -392,13 +420,17 @@ def _chosen(hardware: Hardware, wanted: str, present: Sequence[str]) -> Choice:
         fact += "; to try MLX's build for Linux: pip install -e '.[mlx]'"
     if not ok:
         possible = [name for name in present if suits(hardware, name)[0]]
-        raise UserError(f"the backend {wanted} cannot run here: {fact}", f"choose --backend {' or '.join(possible)}")
+        other = f"choose --backend {' or '.join(possible)}"
+        mend = _mend(hardware, fact)
+        raise UserError(f"the backend {wanted} cannot run here: {fact}", f"{mend}; or {other}" if mend else other)
     return Choice(wanted, f"as asked with --backend {wanted}: {fact}")
 
 
 def _why_cpu(hardware: Hardware) -> str:
     for name in ("rtx", "mlx"):
         _, fact = suits(hardware, name)
+        if name == "rtx" and (mend := _mend(hardware, fact)):
+            return f"{fact} (to use it: {mend})"
         if hardware.gpu_problem or hardware.gpus or (name == "mlx" and hardware.os == "darwin"):
             return fact
     return "no GPU was found"

@@ -5,35 +5,43 @@ from __future__ import annotations
 import os
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import psutil
 
+from core import gpuwatch
 from core.apple import conditions
 from core.facts import LocalFacts
+from core.nvml import Nvml
 
 
 class Watch:
     """From its making to `report()`: processor time of everybody else, clock, temperature, load."""
 
-    def __init__(self, pid: int) -> None:
-        """`pid`: root of the process tree that is ours."""
+    def __init__(self, pid: int, device: str = "", card: gpuwatch.Source | None = None) -> None:
+        """`pid`: root of the process tree that is ours. `device`: as the settings name it; an NVIDIA card is watched
+        too, through `card`, by default the driver."""
         self._pid = pid
         self._started = time.monotonic()
         self._ours = _tree_seconds(pid) or 0.0
         self._loop = _tree_seconds(os.getpid()) or 0.0
         self._all = _busy_seconds()
         self._clock = _clock()
+        self._card: gpuwatch.Watch | None = None
+        if device.startswith("cuda"):
+            self._card = gpuwatch.Watch(device, lambda: _tree(pid), card or Nvml())
 
     def report(self) -> dict[str, Any]:
         """JSON. `others_cores`: how many cores other processes kept busy on average, `loop_cores`: how many of these
         were this process and what it started beside the training, a researcher for example. Empty when ours is gone."""
+        card = self._card.report() if self._card else {}
         wall = max(1e-3, time.monotonic() - self._started)
         busy = _busy_seconds() - self._all
         seconds = _tree_seconds(self._pid)
         if seconds is None:
-            return {}
+            return {"card": card, "tainted": card["tainted"]} if card else {}
         ours = seconds - self._ours
         beside = (_tree_seconds(os.getpid()) or 0.0) - self._loop - ours
         return {
@@ -44,6 +52,7 @@ class Watch:
             "cpu_mhz_before": self._clock,
             "cpu_mhz_after": _clock(),
             "temperature_c": _temperature(),
+            **({"card": card, "tainted": card["tainted"]} if card else {}),
             **({"conditions": conditions(LocalFacts())} if sys.platform == "darwin" else {}),
         }
 
@@ -53,21 +62,39 @@ def _busy_seconds() -> float:
     return t.user + t.system + getattr(t, "nice", 0.0) + getattr(t, "irq", 0.0) + getattr(t, "softirq", 0.0)
 
 
+def own_seconds(pid: int) -> float:
+    """User and system time of the living processes below and including `pid`, those that have ended apart."""
+    return sum(t.user + t.system for t in _tree_times(pid) or [])
+
+
+def _tree(pid: int) -> list[int]:
+    try:
+        return [pid, *(child.pid for child in psutil.Process(pid).children(recursive=True))]
+    except psutil.Error:
+        return [pid]
+
+
 def _tree_seconds(pid: int) -> float | None:
     """User and system time of the processes below and including `pid`; None when it is gone."""
+    times = _tree_times(pid)
+    if times is None:
+        return None
+    ended = ("children_user", "children_system")  # not on Windows
+    return sum(t.user + t.system + sum(getattr(t, name, 0.0) for name in ended) for t in times)
+
+
+def _tree_times(pid: int) -> list[Any] | None:
+    """What psutil says of each living process below and including `pid`; None when it is gone."""
     try:
         root = psutil.Process(pid)
         tree = [root, *root.children(recursive=True)]
     except psutil.Error:
         return None
-    total = 0.0
+    found = []
     for process in tree:
-        try:
-            times = process.cpu_times()
-            total += times.user + times.system + times.children_user + times.children_system
-        except (psutil.Error, AttributeError):
-            continue
-    return total
+        with suppress(psutil.Error):
+            found.append(process.cpu_times())
+    return found
 
 
 def _clock() -> float | None:

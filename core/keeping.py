@@ -68,7 +68,7 @@ class Products:
         logs.mkdir(exist_ok=True)
         for log in self.workdir(number).glob("*.log"):
             shutil.copyfile(log, logs / f"{number:06d}-{log.name}")
-        for old in sorted(logs.glob("[0-9]*.log"))[: -3 * LOGS_KEPT]:
+        for old in sorted(logs.glob("[0-9]*.log"))[: -4 * LOGS_KEPT]:
             old.unlink(missing_ok=True)
 
     def clear_work(self, numbers: set[int] | None = None) -> None:

@@ -38,6 +38,7 @@ _MOVES = {
     ("scored", "audited"),
     ("scored", "decided"),
     ("audited", "decided"),
+    ("audited", "proposed"),  # measured beside other programs on the card: it will be repeated
     ("scored", "proposed"),  # would be kept but was not audited: it will be repeated
     ("proposed", "decided"),  # given up without a measurement
 }

@@ -15,6 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from core.files import replace_open
 from core.outcome import Event
 
 __all__ = ["Event", "Live", "read"]
@@ -86,7 +87,7 @@ class Live:
                 text = json.dumps({**self._state, "updated": time.time()}, default=str)
             try:
                 beside.write_text(text)
-                beside.replace(self._path)
+                replace_open(beside, self._path)
             except OSError:  # a full disk must not end an experiment because of its progress line
                 with suppress(OSError):
                     beside.unlink(missing_ok=True)

@@ -87,11 +87,11 @@ def device_lock(device: str) -> Path:
     its own is named by the host, as homes on network disks are shared by many machines.
     """
     kind, _, index = device.partition(":")
-    name = _cuda_uuid(int(index or 0)) if kind == "cuda" and (index or "0").isdecimal() else ""
+    name = cuda_uuid(int(index or 0)) if kind == "cuda" and (index or "0").isdecimal() else ""
     return locks_root() / f"device-{re.sub(r'[^A-Za-z0-9._-]', '_', name or f'{device}-{platform.node()}')}.lock"
 
 
-def _cuda_uuid(index: int) -> str:
+def cuda_uuid(index: int) -> str:
     """ "" where the driver does not tell."""
     from core import hardware  # here, because most locks are not of CUDA devices and probing takes a while
 

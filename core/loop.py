@@ -489,6 +489,11 @@ class Loop:
             return None, again
         if again:
             return "invalid", f"{again}, {e.attempts} times"
+        # A card that others used made fewer steps: the score says nothing about the candidate, and decides nothing.
+        if shared := str(((outcome.get("health") or {}).get("card") or {}).get("tainted") or ""):
+            if e.attempts < ATTEMPTS:
+                return None, f"{shared}; it will be measured again"
+            return "invalid", f"measured {e.attempts} times beside other programs: {shared}"
         best = self.lab.best_samples()
         said = verdict.decide(best, [s.val_bpb for s in samples], self.lab.settings.min_delta)
         return said.status, said.reason

@@ -1,6 +1,7 @@
 """The referee: runs one experiment in sandboxed children and believes none of them alone (design, section 4).
 
     trainer   warm-up on random tokens; then, on the referee's clock, builds again and trains; hands over its weights
+              (where what is compiled is found again on disk, the warm-up is a process of its own, which ends first)
     scorer    builds afresh, loads these weights, gives the loss of every validation target
     auditor   builds afresh, loads the same weights, gives logits at positions behind which nothing true stands
 
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -20,9 +22,9 @@ from typing import Any
 
 import numpy as np
 
-from core import caches, guard, scoring
+from core import caches, guard, health, scoring
 from core import weights as weight_files
-from core.child import Ended, Place, Worker
+from core.child import Ended, OutOfMemory, Place, Worker
 from core.clock import Limit
 from core.health import Watch
 from core.outcome import Event, Outcome, Request, Status, ignore, printable, source_sha256
@@ -36,7 +38,8 @@ __all__ = ["Event", "Outcome", "Request", "Status", "dry_build", "execute", "ign
 
 WEIGHTS_BYTES = 64 * 2**30  # the most that a recipe may hand over
 LOG_LINES = 50
-FREE_WARMUP = 3.0  # seconds for import, build and warm-up that cost nothing where nothing is compiled
+FREE_WARMUP = 3.0  # seconds of work before the clock that cost nothing, compilers apart
+REHEARSED = ("mlx",)  # backends whose trainer finds what a warm-up in another process has compiled
 
 
 def execute(
@@ -80,9 +83,9 @@ class _Experiment:
         self.outcome.versions = versions(self.settings)
         self.outcome.sandbox = {"abilities": abilities().to_dict()}
         self._phase("start")
-        for role in ("trainer", "scorer", *(() if self.request.audit == "never" else ("auditor",))):
+        for role in self._roles():
             self.workers[role] = Worker(role, self.place)
-        trainer = _Trainer(self, self.workers["trainer"])
+        trainer = _Trainer(self, self.workers["trainer"], self.workers.get("warm-up"))
         trainer.warm_up()
         for worker in self.workers.values():
             worker.get_ready()  # what still loads would take processor time from the training
@@ -91,15 +94,18 @@ class _Experiment:
         self.weights = trainer.hand_over()
         digest = weight_files.file_digest(self.weights)
         self._lap("handover")
-        text = scoring.Text.of(self.request.dataset, self.place)
-        score = self._score(text)
-        if self._wants_audit(score.bpb):
-            self._audit(text, score)
+        score = self._judge(scoring.Text.of(self.request.dataset, self.place))
         if weight_files.file_digest(self.weights) != digest:
             raise Ended("invalid", "the weights were changed while they were scored")
         kept = self.request.workdir / "weights.safetensors"
         trainer.weights_file.replace(kept)
         self.outcome.status, self.outcome.val_bpb, self.outcome.weights = "scored", score.bpb, kept
+
+    def _roles(self) -> list[str]:
+        roles = ["trainer", "scorer"]
+        if self.settings.backend in REHEARSED:
+            roles.insert(0, "warm-up")
+        return roles if self.request.audit == "never" else [*roles, "auditor"]
 
     def close(self) -> None:
         """End every process, keep the last lines of their logs, remove what they wrote."""
@@ -108,7 +114,7 @@ class _Experiment:
             worker.kill()
             tail = worker.child.log_tail(LOG_LINES).strip()
             if tail:
-                tails.append(tail if role == "trainer" else f"[{role}]\n{tail}")
+                tails.append(tail if role in ("warm-up", "trainer") else f"[{role}]\n{tail}")
             self.outcome.sandbox[role] = worker.child.enforced
             worker.close()
         if self.weights >= 0:
@@ -124,6 +130,29 @@ class _Experiment:
         findings = guard.check(source) if self.request.lint else guard.limits(source)
         if findings:
             raise Ended("invalid", str(guard.GuardError(findings)))
+
+    def _judge(self, text: scoring.Text) -> scoring.Score:
+        """Score, and audit where that is wanted, at equal shapes. An auditor that runs out of memory has seen the
+        questions, so it is not asked others: its end is the experiment's."""
+        text, score = self._score_in_memory(text)
+        if self._wants_audit(score.bpb):
+            self._audit(text, score)
+        return score
+
+    def _score_in_memory(self, text: scoring.Text) -> tuple[scoring.Text, scoring.Score]:
+        """The score, with half of the rows in a batch where memory ends, by a fresh process that has seen no row."""
+        while True:
+            self.outcome.describe["scored_rows"] = text.size
+            try:
+                return text, self._score(text)
+            except OutOfMemory as end:
+                if text.size == 1:
+                    raise
+                text = text.halved()
+                why = f"{end.reason[:300]}; scored again with {text.size} rows at a time"
+                self.outcome.describe["scored_rows_reason"] = printable(why)
+                self.workers["scorer"].close()  # first, as it holds memory
+                self.workers["scorer"] = Worker("scorer", self.place)
 
     def _score(self, text: scoring.Text) -> scoring.Score:
         self._phase("score")
@@ -178,32 +207,38 @@ class _Experiment:
 
 
 class _Trainer:
-    """The trainer's part of an experiment."""
+    """The trainer's part of an experiment, and what comes before it."""
 
-    def __init__(self, run: _Experiment, worker: Worker) -> None:
+    def __init__(self, run: _Experiment, worker: Worker, rehearsal: Worker | None) -> None:
+        """`rehearsal`: the process of the warm-up, where that is not the trainer itself."""
         self.run = run
         self.worker = worker
+        self.rehearsal = rehearsal
         self.outcome = run.outcome
         self.limit = Limit(run.request.seconds())
         self.weights_file = worker.scratch / "weights.safetensors"
         self._clock = 0.0  # when the training started
         self._charged = 0.0  # seconds of the budget that were used up before it
         self._declared = 0  # bytes of weights
+        self._untrained = ""  # digest of the weights of the first build
         self._last = (0.0, 0)  # seconds and tokens at the last progress
 
     def warm_up(self) -> None:
         """Everything up to the start of the clock, under the cap of its own."""
         cap = self.run.settings.warmup_cap
+        worker = self.rehearsal or self.worker
         self.run._phase("warm-up")
-        self.worker.begin(self.run.request.source, self.run.request.seed, self.run.compiled, measure_peak=True)
+        request = self.run.request
+        worker.begin(request.source, request.seed, self.run.compiled, measure_peak=True, rehearsed=False)
         began = time.monotonic()
         deadline = began + cap
-        built = self.worker.expect("built", cap, "import and build")
+        built = worker.expect("built", cap, "import and build")
         self.run._lap("startup")
-        warm = self.worker.expect("warm", max(0.1, deadline - time.monotonic()), "warm-up (import, build, compile)")
+        warm = worker.expect("warm", max(0.1, deadline - time.monotonic()), "warm-up (import, build, compile)")
         try:
             self.outcome.params = built.integer("params")
             self._declared = built.integer("weights_bytes")
+            self._untrained = built.text("weights", 64)
             self.outcome.describe = {
                 **_plain(built),
                 "compiled": warm.flag("compiled"),
@@ -213,23 +248,44 @@ class _Trainer:
                 self.run.peak_flops = warm.number("peak_flops", 0.0, 1e20)
                 self.outcome.describe["peak"] = warm.text("peak_source", 400)
         except ProtocolError as error:
-            raise self.worker.broke(error) from None
+            raise worker.broke(error) from None
         self.outcome.flops_per_token = _flops(self.outcome.describe)
+        self._charge(self._work(time.monotonic() - began))
         if self.outcome.describe["compiled"]:
-            self.run.keep_caches(self.worker)
-        else:
-            self._charge(time.monotonic() - began)
+            self.run.keep_caches(worker)
+        if self.rehearsal is not None:
+            self.rehearsal.kill()
+            self._get_set()
+
+    def _work(self, seconds: float) -> float:
+        """Of the `seconds` before the clock, those in which the recipe may have trained: all where nothing is compiled.
+
+        MLX on a CPU compiles by processes that have ended by now, so what the living ones computed is the recipe's
+        work. On a Mac compiling takes about what is free. In-process compilers cannot be told from other work.
+        """
+        if not self.outcome.describe["compiled"]:
+            return seconds
+        if self.rehearsal is None or (self.run.settings.device != "cpu" and sys.platform == "linux"):
+            return 0.0
+        return health.own_seconds(self.rehearsal.child.pid) if sys.platform == "linux" else seconds
 
     def _charge(self, seconds: float) -> None:
-        """Without a compiler there is little to do before the clock starts. A first build that computes for long, and
-        keeps the result for the second, would train for free: so what is beyond FREE_WARMUP counts as training."""
+        """A first build that computes for long, and keeps the result for the second, would train for free: so what
+        is beyond FREE_WARMUP counts as training."""
         self._charged = max(0.0, seconds - FREE_WARMUP)
+        self.outcome.timings["charged"] = round(self._charged, 3)
         if self._charged >= self.limit.budget:
             raise Ended(
                 "timeout",
-                f"{seconds:.1f} s of work before the clock; {FREE_WARMUP:g} s are free where nothing is compiled, "
+                f"{seconds:.1f} s of work before the clock; {FREE_WARMUP:g} s are free, compilers apart, "
                 f"and the rest is more than the budget of {self.limit.budget:g} s",
             )
+
+    def _get_set(self) -> None:
+        """All that the trainer needs before the recipe's bytes, so that nothing but the recipe is on the clock."""
+        self.worker.get_ready()
+        if self.run.compiled is not None:
+            caches.copy(self.run.compiled, self.worker.caches)
 
     def train(self) -> None:
         """From the start of the clock to `trained`; timed here, whatever the trainer says."""
@@ -265,6 +321,8 @@ class _Trainer:
         )
         took = time.monotonic() - began
         self.worker.kill()
+        known = {k: v for k, v in self.outcome.describe.items() if k in ("compiled", "dtype", "peak")}
+        self.outcome.describe |= _plain(message) | known
         peak = message.fields.get("peak_memory")
         reported = peak if isinstance(peak, int) and not isinstance(peak, bool) and 0 < peak < 2**50 else 0
         self.outcome.peak_memory = max(reported, self.worker.child.peak_memory())
@@ -293,7 +351,7 @@ class _Trainer:
     def _send_start(self) -> None:
         dataset = self.run.request.dataset
         fds = dataset.open_files("train")
-        self._watch = Watch(self.worker.child.pid)
+        self._watch = Watch(self.worker.child.pid, self.run.settings.device)
         try:
             self._clock = time.monotonic() - self._charged
             fields = {
@@ -301,6 +359,9 @@ class _Trainer:
                 "started": self._clock,
                 "token_dtype": dataset.token_dtype.str,
             }
+            if self.rehearsal is not None:
+                request = self.run.request
+                self.worker.begin(request.source, request.seed, None, rehearsed=True, weights=self._untrained)
             self.worker.send("start", fields, fds=fds)
         finally:
             for fd in fds:

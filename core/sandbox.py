@@ -103,12 +103,13 @@ def standard_policy(
     scratch = scratch.resolve()
     caches = (caches or scratch / "caches").resolve()
     temporary = scratch / "tmp"
-    for folder in (scratch, caches / "headers", temporary):
-        folder.mkdir(parents=True, exist_ok=True)
-    # torch.compile keeps its precompiled header (seconds of g++) under TMPDIR and a user's name, not in its cache.
-    headers = temporary / f"torchinductor_{USER}"
-    if not headers.is_symlink():
-        headers.symlink_to(caches / "headers", target_is_directory=True)
+    temporary.mkdir(parents=True, exist_ok=True)
+    # torch.compile keeps its precompiled header (seconds of g++) under TMPDIR and a user's name, not in its cache; MLX
+    # keeps all that it compiles (Linux) there.
+    for name, kept in ((f"torchinductor_{USER}", "headers"), ("mlx", "mlx")):
+        (caches / kept).mkdir(parents=True, exist_ok=True)
+        if not (temporary / name).is_symlink():
+            (temporary / name).symlink_to(caches / kept, target_is_directory=True)
     return Policy(
         readable=tuple(Path(p).resolve() for p in readable),
         writable=(scratch, caches, *(Path(p).resolve() for p in writable)),
@@ -148,6 +149,7 @@ def environment(home: Path, temporary: Path, caches: Path) -> dict[str, str]:
         "TORCHINDUCTOR_CACHE_DIR": str(caches / "inductor"),
         "TRITON_CACHE_DIR": str(caches / "triton"),
         "CUDA_CACHE_PATH": str(caches / "cuda"),
+        "PYTORCH_ALLOC_CONF": "expandable_segments:True",  # read once, when torch is loaded; nothing without CUDA
         # Compiled in the process itself: a pool of compilers needs /dev/shm, and two cores gain nothing by it.
         "TORCHINDUCTOR_COMPILE_THREADS": "1",
         # A GNU OpenMP thread that waits at a barrier spins before it sleeps. Beside one busy process the default of

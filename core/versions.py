@@ -15,7 +15,8 @@ from core.settings import Settings
 # Modules of core that cannot change a number. All others count, so that a new one is not forgotten.
 NOT_MEASURING = frozenset(
     {
-        *("attacks", "doctor", "documents", "errors", "facts", "files", "gitstore", "guard", "hardware", "hub"),
+        *("attacks", "doctor", "documents", "errors", "facts", "files", "gitstore", "gpuwatch", "guard", "hardware"),
+        *("hub", "nvml", "places", "torchbuild", "windows"),
         *("keeping", "lab", "ledger", "live", "locks", "loop", "paths", "recipe", "recovery", "selfcheck"),
         *("verdict", "versions"),
         *("gap", "idle", "objections", "reapply", "thinking", "waiting"),

@@ -1,65 +1,40 @@
-"""One signature for causal sliding-window attention with QK-norm and RoPE, and the choice of what stands behind it.
+"""The choice of what computes attention: by capability, then by time on the device, kept with its reason.
 
     choice = choose(Case(rows, length, heads, key_heads, head, window, dtype, device))
     y = choice.run(q, k, v, cos, sin, window, scale)      # shapes as in kernels/attention.py
-    choice.name, choice.reason, choice.milliseconds       # kept for the log
+    choice.name, choice.reason, choice.milliseconds       # kept for the record
 
-What cannot do a case says why. None drops a window or puts a dense mask in its place: PyTorch's own kernels, which
-know no window, are offered for the whole context only. Without a forced name all that can are timed on the device,
-norm and RoPE included, forward and backward; a forced name is taken or refused, never replaced.
+Without a forced name all that can do the case are timed, norm and RoPE included, forward and backward; what cannot
+says why. A forced name is taken or refused, never replaced.
+
+`settled` is the same for a recipe: the first process that asks measures, and leaves what it found among the compile
+caches, from which trainer, scorer and auditor of one experiment read it, and the next experiment too. Two processes
+that measured for themselves could settle on two kernels, whose roundings differ.
 """
 
 from __future__ import annotations
 
-import functools
-import importlib
-import importlib.util
+import hashlib
+import json
+import logging
 import os
 import statistics
-from collections.abc import Callable
+import time
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from kernels.attention_reference import reference, reference_rotated
+from kernels.attention_peers import PEERS, Attention, Case, block_mask
 
-HALF = (torch.float16, torch.bfloat16)
+__all__ = ["Attention", "Case", "Choice", "available", "block_mask", "choose", "inputs", "milliseconds", "settled"]
+
 REPEATS = 10  # timed runs after WARMUP; their median decides
 WARMUP = 3
-
-
-@dataclass(frozen=True)
-class Case:
-    """What attention is asked to do."""
-
-    rows: int  # B
-    length: int  # T
-    heads: int  # H
-    key_heads: int  # Hkv
-    head: int  # D
-    window: int  # tokens seen before a query
-    dtype: torch.dtype
-    device: torch.device
-
-    @property
-    def whole(self) -> bool:
-        """Whether every query sees all that came before it."""
-        return self.window >= self.length - 1
-
-    @property
-    def capability(self) -> int:
-        """90 for sm_90; 0 where there is no NVIDIA card."""
-        if self.device.type != "cuda":
-            return 0
-        major, minor = torch.cuda.get_device_capability(self.device)
-        return 10 * major + minor
-
-
-Attention = Callable[..., Tensor]  # (q, k, v, cos, sin, window, scale=None) -> y
+TIMED_ROWS = 16  # at most, when a recipe asks: times grow with the rows, their order does not change
+PATIENCE = 15.0  # seconds of a warm-up after which no further implementation is compiled and timed
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -70,204 +45,130 @@ class Choice:
     milliseconds: dict[str, float] = field(default_factory=dict)  # forward and backward, of all that were timed
     refused: dict[str, str] = field(default_factory=dict)  # name -> why it cannot do the case
 
-
-# --- what stands behind the signature ---------------------------------------------------------
-
-
-def _triton(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, window: int, scale: Any = None) -> Tensor:
-    from kernels.attention import attention
-
-    return attention(q, k, v, cos, sin, window, scale)
-
-
-def _flash3(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, window: int, scale: Any = None) -> Tensor:
-    return _flash("flash_attn_interface", q, k, v, cos, sin, window, scale)
-
-
-def _flash4(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, window: int, scale: Any = None) -> Tensor:
-    return _flash("flash_attn.cute", q, k, v, cos, sin, window, scale)
-
-
-def _flash(
-    module: str, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, window: int, scale: float | None
-) -> Tensor:
-    """FlashAttention's Python interface. Some of its versions return (y, lse), some y."""
-    function = importlib.import_module(module).flash_attn_func
-    q, k = _turn(q, cos, sin), _turn(k, cos, sin)
-    found = function(q, k, v, softmax_scale=scale, causal=True, window_size=(min(window, q.size(1)), 0))
-    y: Tensor = found[0] if isinstance(found, tuple) else found
-    return y
-
-
-def _sdpa(
-    backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, window: int, scale: float | None
-) -> Tensor:
-    if window < q.size(1) - 1:
-        raise ValueError(f"{backend.name} knows no windows; {window} of {q.size(1)} tokens asked for")
-    q, k, v = (x.transpose(1, 2) for x in (_turn(q, cos, sin), _turn(k, cos, sin), v))
-    with sdpa_kernel(backend):
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=q.size(1) != k.size(1))
-    return y.transpose(1, 2)
-
-
-def _cudnn(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, window: int, scale: Any = None) -> Tensor:
-    return _sdpa(SDPBackend.CUDNN_ATTENTION, q, k, v, cos, sin, window, scale)
-
-
-def _sdpa_flash(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, window: int, scale: Any = None) -> Tensor:
-    return _sdpa(SDPBackend.FLASH_ATTENTION, q, k, v, cos, sin, window, scale)
-
-
-def _flex(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, window: int, scale: Any = None) -> Tensor:
-    mask = block_mask(q.size(1), min(window, q.size(1)), q.device)
-    q, k, v = (x.transpose(1, 2) for x in (_turn(q, cos, sin), _turn(k, cos, sin), v))
-    y: Tensor = _compiled_flex()(q, k, v, block_mask=mask, scale=scale, enable_gqa=q.size(1) != k.size(1))
-    return y.transpose(1, 2)
-
-
-@functools.lru_cache(maxsize=16)
-def block_mask(length: int, window: int, device: torch.device) -> Any:
-    """FlexAttention's list of blocks that are seen wholly, in part or not at all."""
-    from torch.nn.attention.flex_attention import create_block_mask
-
-    def seen(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        return (i >= j) & (i - j <= window)
-
-    return create_block_mask(seen, None, None, length, length, device=device)
-
-
-@functools.cache
-def _compiled_flex() -> Any:
-    """Not compiled, FlexAttention would build the whole matrix of scores."""
-    from torch.nn.attention.flex_attention import flex_attention
-
-    return torch.compile(flex_attention, dynamic=False)
-
-
-@functools.cache
-def _compiled_turn() -> Any:
-    return torch.compile(reference_rotated, dynamic=False)
-
-
-def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """QK-norm and RoPE for those that do not have them inside: on a card one fused pass."""
-    turned: Tensor = (_compiled_turn() if x.is_cuda else reference_rotated)(x, cos, sin)
-    return turned
-
-
-# --- why not ----------------------------------------------------------------------------------
-
-
-def _no_triton(case: Case) -> str:
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed"
-    from kernels.attention import obstacle
-
-    if case.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        return f"Triton compiles for GPUs; the device is {case.device.type}"
-    return obstacle(case.capability, case.heads, case.key_heads, case.head, case.dtype)
-
-
-def _no_flash3(case: Case) -> str:
-    if case.capability // 10 != 9:
-        return f"FlashAttention-3 is for sm_90, not {_card(case)}"
-    return _half(case) or _absent("flash_attn_interface", "flash_attn_3")
-
-
-def _no_flash4(case: Case) -> str:
-    if case.capability // 10 not in (9, 10, 11):
-        return f"FlashAttention-4 is for sm_90 and sm_100, not {_card(case)}"
-    if case.head not in (64, 96, 128):
-        return f"FlashAttention-4 takes heads of 64, 96 and 128 channels, not {case.head}"
-    return _half(case) or _absent("flash_attn.cute", "flash-attn-4")
-
-
-def _no_cudnn(case: Case) -> str:
-    if case.capability < 80:
-        return f"cuDNN's attention needs sm_80, not {_card(case)}"
-    if not torch.backends.cudnn.is_available():
-        return "this torch has no cuDNN"
-    if case.head % 8 or case.head > 128:
-        return f"cuDNN's attention takes heads of 8, 16, .. 128 channels, not {case.head}"
-    return _half(case) or _windowless(case)
-
-
-def _no_sdpa_flash(case: Case) -> str:
-    if case.device.type == "cuda" and case.capability < 80:
-        return f"torch's flash attention needs sm_80, not {_card(case)}"
-    return (_half(case) if case.device.type == "cuda" else "") or _windowless(case)
-
-
-def _no_flex(case: Case) -> str:
-    if case.capability < 80:
-        return f"FlexAttention is compiled by Triton for sm_80 and newer, not {_card(case)}"
-    return "" if importlib.util.find_spec("triton") else "FlexAttention needs triton, which is not installed"
-
-
-def _half(case: Case) -> str:
-    return "" if case.dtype in HALF else f"takes bf16 and fp16, not {case.dtype}"
-
-
-def _windowless(case: Case) -> str:
-    return "" if case.whole else f"knows no windows; {case.window} of {case.length} tokens asked for"
-
-
-def _card(case: Case) -> str:
-    return f"sm_{case.capability}" if case.capability else case.device.type
-
-
-def _absent(module: str, package: str) -> str:
-    """Looked up without importing: FlashAttention loads its CUDA libraries on import."""
-    parent = module.partition(".")[0]
-    if importlib.util.find_spec(parent) is None or importlib.util.find_spec(module) is None:
-        return f"{package} is not installed (no module {module})"
-    return ""
-
-
-IMPLEMENTATIONS: dict[str, tuple[Attention, Callable[[Case], str]]] = {
-    "triton": (_triton, _no_triton),
-    "fa3": (_flash3, _no_flash3),
-    "fa4": (_flash4, _no_flash4),
-    "cudnn": (_cudnn, _no_cudnn),
-    "flash": (_sdpa_flash, _no_sdpa_flash),
-    "flex": (_flex, _no_flex),
-    "reference": (reference, lambda case: ""),
-}
-
-
-# --- the choice -------------------------------------------------------------------------------
+    @property
+    def whole(self) -> bool:
+        """Whether torch.compile takes it into one graph with what stands around it."""
+        return PEERS[self.name].whole
 
 
 def available(case: Case) -> dict[str, str]:
     """Name -> "" where it can do the case, else why not."""
-    return {name: why_not(case) for name, (_, why_not) in IMPLEMENTATIONS.items()}
+    return {name: peer.why_not(case) for name, peer in PEERS.items()}
 
 
-def choose(case: Case, forced: str | None = None) -> Choice:
-    """The fastest that can do the case, or the forced one. ValueError where a forced one is unknown or cannot."""
-    if forced is not None and forced not in IMPLEMENTATIONS:
-        raise ValueError(f"no attention called {forced!r}; known: {', '.join(IMPLEMENTATIONS)}")
+def choose(case: Case, forced: str | None = None, patience: float = float("inf")) -> Choice:
+    """The fastest that can do the case, or the forced one. ValueError where a forced one is unknown or cannot.
+
+    patience: seconds after which no further one is tried; the first that can is always timed.
+    """
+    if forced is not None and forced not in PEERS:
+        raise ValueError(f"no attention called {forced!r}; known: {', '.join(PEERS)}")
     found = available(case)
     refused = {name: why for name, why in found.items() if why}
     if forced is not None:
         if refused.get(forced):
             raise ValueError(f"attention {forced!r} cannot do this: {refused[forced]}")
-        return Choice(forced, IMPLEMENTATIONS[forced][0], "forced", refused=refused)
+        return _made(case, forced, "forced", {}, refused)
     if case.device.type != "cuda":
-        reason = f"no device to time the others on ({case.device.type})"
-        return Choice("reference", IMPLEMENTATIONS["reference"][0], reason, refused=refused)
-    times: dict[str, float] = {}
-    for name in (n for n, why in found.items() if not why and n != "reference"):
-        try:
-            times[name] = milliseconds(IMPLEMENTATIONS[name][0], case)
-        except (RuntimeError, ImportError, ValueError, TypeError) as error:  # it said it could, and could not
-            refused[name] = f"failed when timed: {type(error).__name__}: {str(error).splitlines()[0][:200]}"
+        if not found["triton"] and case.device.type == "cpu":
+            return _made(case, "triton", "its kernels are interpreted, as TRITON_INTERPRET says", {}, refused)
+        return _made(case, "reference", f"no device to time the others on ({case.device.type})", {}, refused)
+    times = _timed(case, [n for n, why in found.items() if not why and n != "reference"], refused, patience)
     if not times:
-        return Choice("reference", IMPLEMENTATIONS["reference"][0], "nothing else can do this", refused=refused)
+        return _made(case, "reference", f"nothing else can do this: {_reasons(refused)}", {}, refused)
     best = min(times, key=times.__getitem__)
     others = ", ".join(f"{name} {ms:.3f}" for name, ms in sorted(times.items(), key=lambda x: x[1]) if name != best)
     reason = f"{times[best]:.3f} ms forward and backward" + (f"; {others}" if others else "; nothing else ran")
-    return Choice(best, IMPLEMENTATIONS[best][0], reason, times, refused)
+    return _made(case, best, reason, times, refused)
+
+
+def _timed(case: Case, names: list[str], refused: dict[str, str], patience: float) -> dict[str, float]:
+    """Milliseconds of each that runs; what said it could and could not goes to `refused`."""
+    times: dict[str, float] = {}
+    began = time.monotonic()
+    for name in names:
+        if times and time.monotonic() - began > patience:
+            refused[name] = f"not timed: {patience:g} s of the warm-up were used up"
+            continue
+        try:
+            times[name] = milliseconds(PEERS[name].make(case), case)
+        except (RuntimeError, ImportError, ValueError, TypeError) as error:
+            refused[name] = f"failed when timed: {type(error).__name__}: {_first_line(error)}"
+    return times
+
+
+def _made(case: Case, name: str, reason: str, times: dict[str, float], refused: dict[str, str]) -> Choice:
+    level = logging.WARNING if name == "reference" and case.device.type == "cuda" else logging.INFO
+    _log.log(level, "attention over %d of %d tokens: %s (%s)", case.window, case.length, name, reason)
+    return Choice(name, PEERS[name].make(case), reason, times, refused)
+
+
+def _reasons(refused: dict[str, str]) -> str:
+    return "; ".join(f"{name}: {why}" for name, why in refused.items())
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), "")[:200]
+
+
+# --- one choice for all processes of an experiment ----------------------------------------------
+
+
+def settled(case: Case, forced: str | None = None, folder: Path | None = None) -> Choice:
+    """As `choose`, but measured once: by the first process that asks, kept among the compile caches.
+
+    folder: where; by default XDG_CACHE_HOME, which is private to each child, and nowhere if that is not set. Rows do
+    not count: the scorer's differ.
+    """
+    if forced is not None or case.device.type != "cuda":
+        return choose(case, forced)
+    folder = folder or _caches()
+    found = _read(folder / _file(case), available(case)) if folder else None
+    if found is not None:
+        name, times = found
+        return _made(case, name, f"{times[name]:.3f} ms, as measured before", times, {})
+    few = Case(**{**vars(case), "rows": min(case.rows, TIMED_ROWS)})
+    choice = choose(few, patience=PATIENCE)
+    keep(case, choice, folder)
+    return choice
+
+
+def keep(case: Case, choice: Choice, folder: Path | None = None) -> None:
+    """Leave what was measured where `settled` looks for it."""
+    folder = folder or _caches()
+    if folder and choice.milliseconds:
+        folder.mkdir(parents=True, exist_ok=True)
+        found = {"name": choice.name, "milliseconds": choice.milliseconds}
+        (folder / _file(case)).write_text(json.dumps(found), encoding="utf-8")
+
+
+def _caches() -> Path | None:
+    place = os.environ.get("XDG_CACHE_HOME")
+    return Path(place) if place else None
+
+
+def _file(case: Case) -> str:
+    return f"attention-{key(case)}.json"
+
+
+def key(case: Case) -> str:
+    """Names the case without its rows, the card and the versions of what computes."""
+    card = torch.cuda.get_device_name(case.device) if case.device.type == "cuda" else case.device.type
+    parts = [case.length, case.heads, case.key_heads, case.head, case.window, case.dtype, card, torch.__version__]
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+
+
+def _read(file: Path, why_not: dict[str, str]) -> tuple[str, dict[str, float]] | None:
+    """What was measured before; None where nothing is there, or nothing that still holds."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        name, times = str(found["name"]), {str(n): float(ms) for n, ms in found["milliseconds"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    return (name, times) if name in times and why_not.get(name) == "" else None
+
+
+# --- measuring --------------------------------------------------------------------------------
 
 
 def milliseconds(run: Attention, case: Case) -> float:

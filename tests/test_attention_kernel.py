@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from kernels import attention_choice as choice  # noqa: E402 - after the skip
+from kernels.attention_peers import PEERS  # noqa: E402
 from kernels.attention_reference import reference  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -65,7 +67,7 @@ def test_no_kernel_without_windows_is_offered_for_one(monkeypatch):
     whole, windowed = (choice.available(card(monkeypatch, 90, window=w)) for w in (39, 38))
     assert not whole["flash"] and "no windows" in windowed["flash"] and "no windows" in windowed["cudnn"]
     with pytest.raises(ValueError, match="knows no windows"):
-        choice._sdpa_flash(*choice.inputs(case()), 38)
+        PEERS["flash"].make(case())(*choice.inputs(case()), 38)
 
 
 def test_what_each_card_has(monkeypatch):
@@ -80,8 +82,22 @@ def test_what_each_card_has(monkeypatch):
 def test_the_fastest_that_runs_is_taken_and_failures_are_told(monkeypatch):
     times = {"triton": 2.0, "flash": 1.5, "flex": 3.0}
 
+    made = {}  # what was made -> its name: the timing is given only the former
+
+    def making(name, peer):
+        def make(wanted):
+            def run(*given):
+                raise AssertionError("nothing runs on a card that is not there")
+
+            made[run] = name
+            return run
+
+        return replace(peer, make=make)
+
+    monkeypatch.setattr(choice, "PEERS", {name: making(name, peer) for name, peer in PEERS.items()})
+
     def measured(run, wanted):
-        name = next(n for n, (f, _) in choice.IMPLEMENTATIONS.items() if f is run)
+        name = made[run]
         if name not in times:
             raise RuntimeError("no such thing\nas this")
         return times[name]
@@ -97,7 +113,7 @@ def test_the_fastest_that_runs_is_taken_and_failures_are_told(monkeypatch):
 
 def test_flash_of_torch_agrees_with_the_reference():
     q, k, v, cos, sin = choice.inputs(case(), seed=torch.seed() % 2**31)
-    y, wanted = choice._sdpa_flash(q, k, v, cos, sin, 39), reference(q, k, v, cos, sin, 39)
+    y, wanted = PEERS["flash"].make(case())(q, k, v, cos, sin, 39), reference(q, k, v, cos, sin, 39)
     assert torch.allclose(y, wanted, atol=1e-5)
 
 
@@ -105,3 +121,97 @@ def test_the_block_mask_sees_what_the_window_says():
     mask = choice.block_mask(300, 17, torch.device("cpu"))
     i, j = torch.arange(300)[:, None], torch.arange(300)
     assert torch.equal(mask.mask_mod(0, 0, i, j), (i >= j) & (j >= i - 17))
+
+
+@pytest.mark.parametrize(("heads", "key_heads"), [(4, 4), (4, 2), (4, 1)])
+@pytest.mark.parametrize("window", [0, 1, 7, 38, 39, 40, 200])
+@pytest.mark.parametrize("name", [name for name in PEERS if name != "reference"])
+def test_every_peer_that_runs_here_agrees_with_the_reference(name, window, heads, key_heads):
+    """Output and gradients in float32; the Triton kernel is held to it in tests/interpreted/. FlexAttention has no
+    backward on a CPU, so only its output."""
+    wanted_case = case(window=window, heads=heads, key_heads=key_heads)
+    peer = PEERS[name]
+    if name == "flex":  # refused on a CPU because it would build all scores there; that is no harm to a test
+        assert peer.why_not(wanted_case)
+    elif why := peer.why_not(wanted_case):
+        assert name != "flash" or "no windows" in why
+        return
+    q, k, v, cos, sin = choice.inputs(wanted_case, seed=torch.seed() % 2**31)
+    if name == "flex":
+        q, k, v = (x.detach() for x in (q, k, v))
+    found, wanted = (f(q, k, v, cos, sin, window) for f in (peer.make(wanted_case), reference))
+    dy = torch.randn_like(wanted)
+    torch.testing.assert_close(found, wanted, atol=2e-5, rtol=1e-4)
+    if name == "flex":
+        return
+    for ours, theirs in zip(*(torch.autograd.grad(y, (q, k, v), dy) for y in (found, wanted)), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=5e-5, rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["flash", "flex", "reference"])
+def test_a_peer_is_one_graph_with_what_stands_around_it(name):
+    given = case(window=39 if name == "flash" else 9)
+    run = PEERS[name].make(given)
+
+    def around(q, k, v, cos, sin):
+        return run(2 * q, k, v, cos, sin, given.window).sum()
+
+    args = [x.detach() for x in choice.inputs(given)]
+    whole = torch.compile(around, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(whole(*args), around(*args), atol=1e-3, rtol=1e-4)
+    assert PEERS[name].whole
+
+
+# --- one choice for every process of an experiment ----------------------------------------------
+
+
+def settle(monkeypatch, folder, times, capability=90, **given):
+    """`settled` on a card that is not there, with these times; and what was timed."""
+    asked = []
+
+    def measured(run, wanted):
+        asked.append(wanted.rows)
+        return times[len(asked) - 1]
+
+    made = card(monkeypatch, capability, **given)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "NVIDIA H100")
+    monkeypatch.setattr(choice, "milliseconds", measured)
+    monkeypatch.setattr(choice, "PEERS", {n: replace(p, make=lambda c: reference) for n, p in PEERS.items()})
+    return choice.settled(made, folder=folder), asked
+
+
+def test_the_next_process_takes_what_the_first_one_measured(monkeypatch, tmp_path):
+    pytest.importorskip("triton")
+    first, asked = settle(monkeypatch, tmp_path, [3.0, 2.0, 1.0, 4.0], rows=64)
+    assert asked and set(asked) == {choice.TIMED_ROWS} and first.reason.startswith("1.000 ms")
+    again, asked = settle(monkeypatch, tmp_path, [1.0, 9.0, 9.0, 9.0], rows=4)
+    assert again.name == first.name and not asked and "as measured before" in again.reason
+    other, asked = settle(monkeypatch, tmp_path, [1.0, 9.0, 9.0, 9.0], window=8)
+    assert asked and other.name == "triton"
+
+
+@pytest.mark.parametrize(
+    "left", ["", "not json", "[]", '{"name": "triton"}', '{"name": "fa3", "milliseconds": {"fa3": 1.0}}',
+             '{"name": "nonesuch", "milliseconds": {"nonesuch": 1.0}}', '{"name": "flex", "milliseconds": {"a": "b"}}'],
+)  # fmt: skip
+def test_what_is_left_over_and_does_not_hold_is_measured_again(monkeypatch, tmp_path, left):
+    pytest.importorskip("triton")
+    settle(monkeypatch, tmp_path, [1.0, 2.0, 3.0, 4.0])
+    (file,) = tmp_path.iterdir()
+    file.write_text(left)
+    found, asked = settle(monkeypatch, tmp_path, [1.0, 2.0, 3.0, 4.0])
+    assert found.name == "triton" and asked
+
+
+def test_a_recipe_is_never_kept_waiting_for_more_than_its_warm_up(monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.setattr(choice, "milliseconds", lambda run, wanted: 1.0)
+    monkeypatch.setattr(choice, "PEERS", {n: replace(p, make=lambda c: reference) for n, p in PEERS.items()})
+    found = choice.choose(card(monkeypatch, 90), patience=0.0)
+    assert found.name == "triton" and "not timed" in found.refused["flash"]
+
+
+def test_where_nothing_else_can_it_is_the_reference_and_a_warning(monkeypatch, caplog):
+    found = choice.choose(card(monkeypatch, 75, window=7))
+    assert found.name == "reference" and "sm_75" in found.reason
+    assert [r.levelname for r in caplog.records] == ["WARNING"]

@@ -23,7 +23,9 @@ def test_all_sections_run_small_and_write_what_they_found(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     rows = json.loads((tmp_path / "results.json").read_text())["rows"]
     assert {row["section"] for row in rows} == LIMITS.keys() - {"upstream"}
-    assert len([row for row in rows if row.get("passed")]) == 6
+    assert len([row for row in rows if row.get("passed")]) == 8
+    (scored,) = [row for row in rows if row["section"] == "run" and row.get("status")]
+    assert scored["status"] == "scored" and scored["val_bpb"] > 0
     assert "## correctness" in (tmp_path / "results.md").read_text()
 
 
@@ -43,3 +45,14 @@ def test_nine_minutes_at_most():
 def test_the_table_has_a_column_for_every_name():
     text = table([{"section": "a", "x": 1.23456}, {"section": "a", "y": "p|q"}, {"section": "b", "z": None}])
     assert "| x | y |" in text and "| 1.235 |  |" in text and "p/q" in text and "## b" in text
+
+
+def test_it_imports_nothing_beyond_what_its_machine_has():
+    """torch, triton, numpy, tiktoken, pyarrow: what else is there makes a section say that it was not measured."""
+    absent = ("click", "rich", "psutil", "scipy", "git", "anthropic", "optuna", "rustbpe", "safetensors", "pynvml")
+    code = f"import sys; sys.modules.update(dict.fromkeys({absent!r}))\n"
+    code += "from benchmarks.gpu import SMOKE, LIMITS; from benchmarks import gpu_sections, kernels\n"
+    code += "assert gpu_sections.SECTIONS.keys() == LIMITS.keys()\n"
+    code += "print(list(gpu_sections.run(SMOKE)))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=project_root(), capture_output=True, text=True, timeout=120)
+    assert "is not installed" in done.stdout, done.stderr

@@ -17,7 +17,16 @@ pytest.importorskip("torch")
 pytest.importorskip("triton")
 
 ROOT = Path(__file__).resolve().parent.parent
-CASES = ("attention", "linear_relu2", "softcapped_loss", "residual_norm", "muon", "whole_graph", "cuda_recipe")
+CASES = (
+    "attention",
+    "linear_relu2",
+    "softcapped_loss",
+    "residual_norm",
+    "muon",
+    "whole_graph",
+    "cuda_recipe",
+    "rtx_recipe",
+)
 
 
 @pytest.mark.slow

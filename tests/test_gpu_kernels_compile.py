@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
+
+from core.paths import project_root
 
 pytest.importorskip("torch")
 pytest.importorskip("triton")
@@ -31,3 +36,19 @@ def test_a_card_gets_the_newest_target_that_it_runs(card, wanted):
 def test_a_card_too_old_is_refused():
     with pytest.raises(ValueError, match="75 is the least"):
         targets.target_of(70)
+
+
+@pytest.mark.slow
+def test_the_command_prints_what_each_kernel_needs_and_knows_all_of_them():
+    def run(*options):
+        command = [sys.executable, "-m", "benchmarks.kernels", *options]
+        return subprocess.run(command, cwd=project_root(), capture_output=True, text=True, timeout=300, check=False)
+
+    done = run("--compile-only", "--target", "90", "--kernel", "attention forward")
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()[1:]
+    assert [line.split()[4] for line in lines] == ["32", "64", "128"] and all("sm_90" in line for line in lines)
+    labels = {case.label.split()[0] for case in cases(90)}
+    assert labels >= {"attention", "mlp", "loss", "weighted", "plain", "symmetric", "momentum", "update"}
+    wrong = run("--compile-only", "--target", "70")
+    assert wrong.returncode == 1 and "no target 70; known are: 75, 80" in wrong.stderr

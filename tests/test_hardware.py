@@ -18,6 +18,7 @@ from core import doctor, hardware
 from core.errors import UserError
 from core.facts import Gpu, GpuProblem, LocalFacts, Power
 from core.hardware import choose, probe
+from core.torchbuild import TorchBuild
 
 GIB = 2**30
 ALL = ("cuda", "rtx", "mlx", "cpu")
@@ -38,6 +39,7 @@ class Machine:
     disk: int = 500 * GIB
     battery: Power = field(default=Power())
     gpus: Sequence[Gpu] | str = "NVML Shared Library Not Found"
+    build: TorchBuild = field(default=TorchBuild("2.14.1+cu128", "12.8"))
 
     def system(self):
         return self.os
@@ -72,6 +74,9 @@ class Machine:
 
     def installed(self, module):
         return module in self.modules
+
+    def torch(self):
+        return self.build
 
     def nvidia(self):
         if isinstance(self.gpus, str):

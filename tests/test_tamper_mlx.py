@@ -43,12 +43,6 @@ TORCH = re.compile(r"^(import|from) torch|^from common import .*\b(torch|nn|F|Ne
 SHARED = {name for name in RECIPES if not TORCH.search((FOLDER / f"{name}.py").read_text("utf-8"))}
 CHEATS = sorted(SHARED | TRANSLATED)
 
-# What the wall does not hold, and why; also in tests/tamper/README.md.
-OPEN = {
-    "warmup_statistics": "what the optimizer keeps of a step of the warm-up is worth some of thirty steps",
-    "warmup_synthetic": "MLX counts as compiling whatever a recipe does, so no work of the warm-up is charged",
-}
-
 # Cheats that gain where there is no audit, each at another place: in the mask, between calls, in the device's
 # arithmetic, on the channel. Without `audit` and the lint nothing else stands between them and the record.
 GAINS = ["future_shifted", "memory_two_passes", "evaluator_patched", "wire_forged_sender", "distribution_functions"]
@@ -147,15 +141,15 @@ def test_the_wall_holds_without_the_lint(
     honest: Outcome,
     home: Path,
     monkeypatch: pytest.MonkeyPatch,
-    request: pytest.FixtureRequest,
 ) -> None:
     monkeypatch.setenv("ANTHROPIC_API_KEY", SECRET)
     (home / "secret.txt").write_text(SECRET)
     before = {p: (p.stat().st_size, p.stat().st_mtime_ns) for p in dataset.path.iterdir()}
-    if name in OPEN:
-        request.applymarker(pytest.mark.xfail(reason=OPEN[name], strict=False))
     cheat = read(name, dataset)
-    outcome = judge(cheat.source, {"warmup_cap": 4.0} if name.startswith("hang_") else {})
+    changed = {"warmup_cap": 4.0} if name.startswith("hang_") else {}
+    if name == "memory_eaten":  # on a busy machine a second is not enough to eat it all
+        changed = {"budget": 8.0}
+    outcome = judge(cheat.source, changed)
     if name in ("state_between_runs", "cache_poisoned"):  # whoever comes after finds nothing
         outcome = judge(cheat.source, caches=outcome.caches)
     if name == "smuggled_late":  # against itself without the table

@@ -10,9 +10,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from core import torchbuild
 from core.contract import Choice, Memory, Peak
+from core.errors import UserError
 
 NATS_BYTES = 2**28  # memory of the float32 logits that are turned into nats at a time
+LEAST_CAPABILITY = (8, 0)
+LEAST_FREE = 2 * 2**30  # bytes; what a child needs before it holds anything of a model
 PEAK_SIZE = 8192  # side of the square matrices of which an unknown card's peak is measured
 PEAK_SOURCE = "NVIDIA's data sheet: dense bfloat16 with float32 accumulation"
 PEAKS = {  # FLOP/s without sparsity; the longest name that a card's name contains counts
@@ -139,8 +143,31 @@ def choose_dtype(capability: tuple[int, int]) -> Choice:
 
 
 def open_device() -> CudaDevice:
-    """Sets this process up for work on the card. Memory grows in segments, so that changing shapes do not strew it."""
-    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    """Sets this process up for work on the card; UserError where the card cannot be worked on.
+
+    Memory grows in segments, so that changing shapes do not strew it.
+    """
+    _require_driver()
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # children have it from their start
     torch.cuda.set_device(0)
+    name, capability = torch.cuda.get_device_name(), torch.cuda.get_device_capability()
+    if capability < LEAST_CAPABILITY:
+        fact = f"{name} has compute capability {capability[0]}.{capability[1]}; the cuda backend needs 8.0 or newer"
+        raise UserError(fact, "choose --backend rtx or cpu")
+    free, total = torch.cuda.mem_get_info()
+    if free < LEAST_FREE:
+        fact = f"{name} has {free / 2**30:.1f} of {total / 2**30:.1f} GiB free, {LEAST_FREE / 2**30:.0f} are needed"
+        raise UserError(fact, "end what uses it (nvidia-smi lists it), or choose another card by CUDA_VISIBLE_DEVICES")
     torch.set_float32_matmul_precision("high")
-    return CudaDevice(choose_dtype(torch.cuda.get_device_capability()))
+    return CudaDevice(choose_dtype(capability))
+
+
+def _require_driver() -> None:
+    """UserError with the command to run where this torch and the driver do not work together."""
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:  # AssertionError: a torch that was built without CUDA
+        first = next(iter(str(error).splitlines()), type(error).__name__)
+        wrong = torchbuild.problem(torchbuild.TorchBuild(torch.__version__, torch.version.cuda or ""), "")
+        action = wrong.action if wrong else "run nvidia-smi, which tells the driver's version, then autoresearch doctor"
+        raise UserError(f"torch {torch.__version__} cannot use the card: {first[:200]}", action) from None

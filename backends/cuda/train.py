@@ -30,8 +30,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from core.contract import Batches, Spec
-from kernels.attention import attention
+from kernels.attention_choice import Case, Choice, settled
 from kernels.linear_relu2 import mlp
+from kernels.memory import fitted_rows
 from kernels.muon import muon_
 from kernels.residual_norm import residual_norm
 from kernels.softcapped_loss import softcapped_loss
@@ -41,10 +42,12 @@ from kernels.softcapped_loss import softcapped_loss
 DEPTH = 8  # search: 2..20; transformer layers
 ASPECT_RATIO = 64  # search: 32..128; model dim = DEPTH * ASPECT_RATIO, rounded up to whole heads
 HEAD_DIM = 128  # search: 64 | 128; channels of one attention head
-WINDOW_PATTERN = "SSSL"  # search: L | SL | SSL | SSSL; per layer: L whole context, S half; the last is always L
+WINDOW_PATTERN = "SSSL"  # search: L | SL | SSL | SSSL; per layer: L whole context, S short; the last is always L
+SHORT_WINDOW = 2  # search: 2..16 pow2; an S layer sees one part in so many of the context
+ATTENTION = "auto"  # the fastest here, or triton | fa3 | fa4 | cudnn | flash | flex | reference
 
-TOTAL_BATCH_SIZE = 2**19  # search: 2**16..2**20 pow2; tokens of one optimizer step
-DEVICE_BATCH_SIZE = 128  # rows that go through the model at once; more of them only cost memory
+TOTAL_BATCH_SIZE = 2**19  # search: 2**15..2**20 pow2; tokens of one optimizer step
+DEVICE_BATCH_SIZE = 128  # rows that go through the model at once, fewer where memory ends; they only cost memory
 EMBEDDING_LR = 0.6  # search: 0.05..4 log; token and value embeddings (AdamW)
 UNEMBEDDING_LR = 0.004  # search: 0.0005..0.05 log; lm_head (AdamW)
 MATRIX_LR = 0.04  # search: 0.005..0.2 log; all matrices of the layers (Muon)
@@ -82,8 +85,14 @@ def has_value_embedding(layer: int) -> bool:
 
 def window_sizes(sequence_len: int) -> list[int]:
     """How many tokens each layer looks back, itself not counted."""
-    sizes = [sequence_len if c == "L" else sequence_len // 2 for c in WINDOW_PATTERN.upper()]
+    sizes = [sequence_len if c == "L" else sequence_len // SHORT_WINDOW for c in WINDOW_PATTERN.upper()]
     return [sizes[i % len(sizes)] for i in range(DEPTH - 1)] + [sequence_len]
+
+
+def mean_keys(length: int, window: int) -> float:
+    """How many keys a query sees on average: the query at i sees min(i, window) and its own."""
+    reach = min(window, length - 1)
+    return reach + 1 - reach * (reach + 1) / (2 * length)
 
 
 def initial_weights(vocab_size: int, dim: int, seed: int) -> dict[str, Tensor]:
@@ -149,12 +158,20 @@ class GPT:
     """The reference model."""
 
     def __init__(self, spec: Spec) -> None:
+        if HEAD_DIM % 2:
+            raise ValueError(f"HEAD_DIM = {HEAD_DIM} is odd, and RoPE turns pairs of channels; give 64 or 128")
         self.device, self.dtype = torch.device(spec.device), getattr(torch, spec.dtype)
         self.heads = -(-DEPTH * ASPECT_RATIO // HEAD_DIM)
         self.dim = self.heads * HEAD_DIM
         self.weights = Weights(initial_weights(spec.vocab_size, self.dim, spec.seed), self.device)
         self.windows = window_sizes(spec.sequence_len)
         self.cos, self.sin = rotations(spec.sequence_len, self.device)
+        self.chosen = {window: self.choice(spec.sequence_len, window) for window in dict.fromkeys(self.windows)}
+
+    def choice(self, length: int, window: int) -> Choice:
+        """What computes attention over this window: measured before the clock starts, the same in every process."""
+        case = Case(DEVICE_BATCH_SIZE, length, self.heads, self.heads, HEAD_DIM, window, self.dtype, self.device)
+        return settled(case, forced=None if ATTENTION == "auto" else ATTENTION)
 
     def attention(self, w: Mapping[str, Tensor], x: Tensor, layer: int, tokens: Tensor) -> Tensor:
         """(B, T, C) -> same."""
@@ -166,7 +183,8 @@ class GPT:
             gate = 2 * torch.sigmoid(linear(x[..., :VE_GATE_CHANNELS], w[f"{name}ve_gate.weight"]))
             ve = F.embedding(tokens, w[f"value_embeds.{layer}.weight"]).to(x.dtype).view(v.shape)
             v = v + gate.unsqueeze(-1) * ve
-        y = attention(q, k, v, self.cos, self.sin, self.windows[layer])
+        window = self.windows[layer]
+        y = self.chosen[window].run(q, k, v, self.cos, self.sin, window)
         return linear(y.reshape(B, T, C), w[f"{name}c_proj.weight"])
 
     def stream(self, tokens: Tensor) -> Tensor:
@@ -279,7 +297,9 @@ class CudaTraining:
         self.model = model = GPT(spec)
         self.steps = 0
         on_card = model.device.type == "cuda"  # elsewhere, as in tests, nothing is compiled
-        self.loss = torch.compile(model.loss, dynamic=False, fullgraph=True) if on_card else model.loss
+        whole = all(choice.whole for choice in model.chosen.values())
+        self.loss = torch.compile(model.loss, dynamic=False, fullgraph=whole) if on_card else model.loss
+        self.rows, self.rows_reason = DEVICE_BATCH_SIZE, "" if on_card else "as the recipe says"  # "": to be measured
         self.pinned: dict[str, Any] = {"pin_memory": True} if on_card else {}
         w = model.weights.singles
         narrow = (model.dim / 768) ** -0.5  # AdamW's rates were tuned at dim 768
@@ -297,14 +317,22 @@ class CudaTraining:
 
     def step(self, batches: Batches, progress: float) -> Tensor:
         rows = max(1, TOTAL_BATCH_SIZE // self.sequence_len)
+        if not self.rows_reason:
+            self.rows, self.rows_reason = fitted_rows(self.trial, min(DEVICE_BATCH_SIZE, rows), self.model.device)
         loss = torch.zeros((), device=self.model.device)
-        for first in range(0, rows, DEVICE_BATCH_SIZE):
-            part = min(DEVICE_BATCH_SIZE, rows - first)
+        for first in range(0, rows, self.rows):
+            part = min(self.rows, rows - first)
             part_loss = self.loss(batches.next(part, self.sequence_len)) * (part / rows)
             part_loss.backward()
             loss += part_loss.detach()
         self.update(progress)
         return loss
+
+    def trial(self, rows: int) -> None:
+        """A forward and backward that leaves nothing behind."""
+        shape = (rows, self.sequence_len + 1)
+        self.model.loss(torch.zeros(shape, dtype=torch.int64, device=self.model.device)).backward()
+        self.model.weights.drop_gradients()
 
     @torch.no_grad()
     def update(self, progress: float) -> None:
@@ -349,17 +377,24 @@ class CudaTraining:
             p.copy_(torch.from_numpy(np.array(weights[name], dtype=np.float32)))
 
     def describe(self) -> dict[str, Any]:
-        """FLOPs as upstream counts them: 6 per matrix weight, 12 per channel and key of each layer's window."""
+        """FLOPs: 6 per matrix weight; in attention 12 per channel and key that a query sees, the mean over queries."""
         by_name = self.model.weights.by_name()
         matrices = sum(p.numel() for n, p in by_name.items() if n.startswith(("transformer.h.", "lm_head")))
-        keys = sum(min(window, self.sequence_len) for window in self.model.windows)
+        keys = sum(mean_keys(self.sequence_len, window) for window in self.model.windows)
+        attention = {
+            f"attention over {window}": f"{choice.name}: {choice.reason}"
+            for window, choice in self.model.chosen.items()
+        }
         return {
             "depth": DEPTH,
             "dim": self.model.dim,
             "heads": self.model.heads,
-            "windows": list(self.model.windows),
+            "windows": " ".join(map(str, self.model.windows)),
             "tokens_per_step": max(1, TOTAL_BATCH_SIZE // self.sequence_len) * self.sequence_len,
             "flops_per_token": 6 * matrices + 12 * self.model.dim * keys,
+            "rows_at_once": self.rows,
+            "rows_reason": self.rows_reason,
+            **attention,
         }
 
 

@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
+from types import ModuleType
+
+import pytest
+import torch
+
 from backends import reference
 from backends.cpu.device import open_device
 from core import guard
+from core.contract import Spec
 from core.paths import project_root
+from core.recipe import replace
 
 RECIPE = (project_root() / "backends" / "cuda" / "train.py").read_bytes()
+SMALL = {"DEPTH": 4, "ASPECT_RATIO": 16, "HEAD_DIM": 32, "TOTAL_BATCH_SIZE": 128, "DEVICE_BATCH_SIZE": 2}
+
+
+def built(length=32, **constants):
+    module = ModuleType("train")
+    exec(compile(replace(RECIPE.decode(), {**SMALL, **constants}), "train.py", "exec"), module.__dict__)
+    return module, module.build(Spec(64, length, 63, "cpu", "float32", 1, 0))
 
 
 def test_the_recipe_computes_the_reference():
@@ -18,3 +32,41 @@ def test_the_recipe_computes_the_reference():
 
 def test_the_recipe_passes_the_lint():
     assert not guard.check(RECIPE)
+
+
+def test_attention_is_told_for_each_window_and_can_be_forced():
+    _, made = built()
+    told = {k: v for k, v in made.describe().items() if k.startswith("attention")}
+    assert told.keys() == {"attention over 16", "attention over 32"}
+    assert all(text.startswith("triton: its kernels are interpreted") for text in told.values())
+    _, forced = built(ATTENTION="reference")
+    assert forced.describe()["attention over 32"] == "reference: forced"
+    tokens = torch.randint(64, (2, 32))
+    torch.testing.assert_close(made.logits(tokens), forced.logits(tokens))
+    with pytest.raises(ValueError, match="'flash' cannot do this: knows no windows; 16 of 32"):
+        built(ATTENTION="flash")
+
+
+@pytest.mark.parametrize(("head", "words"), [(33, "HEAD_DIM = 33 is odd"), (256, "")])
+def test_a_head_that_no_kernel_takes_is_told(head, words):
+    """Falls to the reference, with the reason in the record, or is refused in one line."""
+    if words:
+        with pytest.raises(ValueError, match=words):
+            built(HEAD_DIM=head)
+        return
+    _, made = built(HEAD_DIM=head, DEPTH=2)
+    assert made.describe()["attention over 32"].startswith("reference: ")
+    with pytest.raises(ValueError, match="head size 256; this kernel takes even ones from 32 to 128"):
+        built(HEAD_DIM=head, DEPTH=2, ATTENTION="triton")
+
+
+@pytest.mark.parametrize(("length", "window"), [(1, 0), (1, 5), (7, 0), (7, 3), (7, 6), (7, 7), (64, 8), (64, 100)])
+def test_attention_counts_by_its_true_area(length, window):
+    module, _ = built(length)
+    seen = [sum(i - window <= j <= i for j in range(length)) for i in range(length)]
+    assert module.mean_keys(length, window) == pytest.approx(sum(seen) / length)
+
+
+def test_short_windows_see_their_part_of_the_context():
+    module, made = built(SHORT_WINDOW=8)
+    assert made.model.windows == [4, 4, 4, 32] == module.window_sizes(32)

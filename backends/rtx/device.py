@@ -1,0 +1,88 @@
+"""A GeForce card as a device: dtype and why, a cap below the free memory, the peak of a named table, else measured."""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+
+import torch
+
+from backends.cuda.device import CudaDevice
+from backends.rtx.cards import SOURCE, known
+from core.contract import Choice, Memory, Peak
+from core.errors import UserError
+
+OLDEST = (7, 5)
+AMPERE = (8, 0)
+DESKTOP = 3 * 2**28  # bytes that are left to the desktop on Windows: beyond the card's end its driver swaps, not fails
+LEFT = 2**28  # elsewhere
+CUDA_TORCH = "pip install --force-reinstall torch --index-url https://download.pytorch.org/whl/cu130"
+
+
+class RtxDevice(CudaDevice):
+    """See core.contract.Device."""
+
+    def __init__(self, dtype: Choice, limit: int) -> None:
+        super().__init__(dtype)
+        self._limit = limit
+
+    def memory(self) -> Memory:
+        """What PyTorch's allocator took from the card, and the cap under which it was set."""
+        return Memory(torch.cuda.memory_reserved(), torch.cuda.max_memory_reserved(), self._limit)
+
+    @functools.cached_property
+    def _peak(self) -> Peak:
+        name = torch.cuda.get_device_name()
+        card = known(name, torch.cuda.get_device_properties(0).total_memory)
+        return Peak(card.flops, SOURCE) if card else self._measure(name)
+
+
+def choose_dtype(capability: tuple[int, int]) -> Choice:
+    """bfloat16 from Ampere on. UserError below Turing."""
+    named = f"compute capability {capability[0]}.{capability[1]}"
+    if capability < OLDEST:
+        raise UserError(f"{named} is below 7.5 (Turing), the oldest that runs", "use the processor: --backend cpu")
+    if capability >= AMPERE:
+        return Choice("bfloat16", f"{named} multiplies bfloat16 as fast as float16, and it has float32's range")
+    return Choice("float16", f"{named} (Turing) only emulates bfloat16; the loss is scaled so that float16 suffices")
+
+
+def cap(free: int, total: int, platform: str = sys.platform) -> int:
+    """Bytes that the allocator may take: less than what is free, so that it fails rather than spills."""
+    left = DESKTOP if platform == "win32" else LEFT
+    return max(0, min(free, total) - left)
+
+
+def no_cuda(platform: str = sys.platform) -> UserError:
+    """Why torch does not reach the card, with the next command."""
+    if torch.version.cuda is None:
+        where = " (PyPI's torch for Windows is one)" if platform == "win32" else ""
+        return UserError(
+            f"torch {torch.__version__} is a build without CUDA{where}", f"{CUDA_TORCH}, or use --backend cpu"
+        )
+    return UserError(
+        f"torch {torch.__version__} (CUDA {torch.version.cuda}) cannot use this machine's driver",
+        "update NVIDIA's driver (nvidia-smi shows which CUDA it knows), or use --backend cpu",
+    )
+
+
+def open_device() -> RtxDevice:
+    """Sets this process up for work on the card: memory capped below what is free, float16 sums in float32."""
+    if sys.platform != "win32":  # segments that grow are not built for Windows
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    if not torch.cuda.is_available():
+        raise no_cuda()
+    torch.cuda.set_device(0)
+    dtype = choose_dtype(torch.cuda.get_device_capability())
+    free, total = torch.cuda.mem_get_info()
+    limit = cap(free, total)
+    if limit <= 0:
+        raise UserError(
+            f"only {free / 2**30:.1f} of {total / 2**30:.1f} GiB of the card are free",
+            "close what else uses it (nvidia-smi lists it), or use --backend cpu",
+        )
+    torch.cuda.set_per_process_memory_fraction(limit / total)
+    torch.set_float32_matmul_precision("high")
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+    return RtxDevice(dtype, limit)

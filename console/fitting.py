@@ -1,0 +1,83 @@
+"""How a batch goes through a small card: the plan whose measured step is fastest, remembered for this machine."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from core.files import replace_file
+from core.hardware import Hardware
+from core.paths import home
+
+TRIED = 3  # plans that are timed; the likeliest to be fast come first
+REMEMBERED = 64  # choices
+
+Constants = Mapping[str, Any]
+
+
+def key(hardware: Hardware, versions: Mapping[str, Any], shape: Mapping[str, Any]) -> str:
+    """Changes with the card, its driver, torch, and everything that decides about memory and speed."""
+    gpu = hardware.gpus[0] if hardware.gpus else None
+    card = [gpu.uuid, gpu.name, gpu.driver, gpu.memory] if gpu else []
+    text = json.dumps([card, hardware.os, dict(versions), dict(shape)], sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:24]
+
+
+def choose(
+    plans: Sequence[Constants],
+    measure: Callable[[Constants], Mapping[str, Any]],
+    say: Callable[[str], None],
+    known_as: str,
+) -> dict[str, Any]:
+    """The constants of the fastest of the first plans. `measure`: what a trial with these constants found.
+
+    A plan under which the recipe ran out of memory and went on with fewer rows counts as what it went on with.
+    """
+    remembered = _remembered()
+    found = remembered.get(known_as)
+    if isinstance(found, dict) and any(dict(plan) == found for plan in plans):
+        say(f"  {told(found)}, as measured on this card before")
+        return found
+    times: dict[str, float] = {}
+    real: dict[str, dict[str, Any]] = {}
+    for plan in plans[:TRIED]:
+        facts = measure(plan)
+        went = _went_on_with(plan, facts.get("describe") or {})
+        if went != dict(plan):
+            say(f"  out of memory with {told(plan)}; it went on with {told(went)}")
+        name = json.dumps(went, sort_keys=True)
+        times[name] = min(times.get(name, float("inf")), float(facts["seconds_per_step"]))
+        real[name] = went
+    best = min(times, key=times.__getitem__)
+    others = ", ".join(f"{t * 1e3:.0f} ms with {told(real[n])}" for n, t in times.items() if n != best)
+    say(f"  {told(real[best])}: {times[best] * 1e3:.0f} ms a step" + (f"; {others}" if others else ""))
+    remembered = {**dict(list(remembered.items())[-REMEMBERED + 1 :]), known_as: real[best]}
+    replace_file(_place(), json.dumps(remembered, indent=1).encode())
+    return real[best]
+
+
+def told(plan: Constants) -> str:
+    rows, how = plan["DEVICE_BATCH_SIZE"], plan["RECOMPUTE"]
+    again = {"nothing": "nothing made again", "hidden": "MLPs made again", "layer": "layers made again"}[how]
+    return f"{rows} row{'s' if rows > 1 else ''} at once, {again}"
+
+
+def _went_on_with(plan: Constants, describe: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "DEVICE_BATCH_SIZE": describe.get("rows_at_once", plan["DEVICE_BATCH_SIZE"]),
+        "RECOMPUTE": describe.get("recompute", plan["RECOMPUTE"]),
+    }
+
+
+def _place() -> Any:
+    return home() / "fits.json"
+
+
+def _remembered() -> dict[str, Any]:
+    try:
+        found = json.loads(_place().read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # none yet, or one that was cut off
+        return {}
+    return found if isinstance(found, dict) else {}

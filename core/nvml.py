@@ -1,0 +1,88 @@
+"""Looks at an NVIDIA card through NVML, for `core.gpuwatch`."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from core.gpuwatch import Look
+from core.locks import cuda_uuid
+
+# NVML's reasons for a lower clock that make steps slower than they were: heat, a power brake. Being idle is none.
+_HELD_BACK = 0x08 | 0x20 | 0x40 | 0x80
+
+
+class Nvml:
+    """`core.gpuwatch.Source` of this machine."""
+
+    def __init__(self) -> None:
+        self._uuids: dict[str, str] = {}
+        self._seen = 0  # microseconds: samples of processes up to here were read
+
+    def look(self, device: str, ours: Sequence[int]) -> Look:
+        try:
+            import pynvml
+        except ImportError:
+            return Look(error="the package nvidia-ml-py is not installed")
+        try:
+            pynvml.nvmlInit()
+        except pynvml.NVMLError as error:
+            return Look(error=str(error))
+        try:
+            uuid = self._uuid(device)
+            if not uuid:
+                return Look(error=f"no card was found for {device}")
+            return self._read(pynvml, pynvml.nvmlDeviceGetHandleByUUID(uuid), ours)
+        except pynvml.NVMLError as error:
+            return Look(error=str(error))
+        finally:
+            pynvml.nvmlShutdown()
+
+    def _uuid(self, device: str) -> str:
+        """The card that "cuda:1" stands for, as CUDA counts; looked up once."""
+        if device not in self._uuids:
+            index = device.partition(":")[2]
+            self._uuids[device] = cuda_uuid(int(index or 0))
+        return self._uuids[device]
+
+    def _read(self, nvml: Any, handle: Any, ours: Sequence[int]) -> Look:
+        def ask(name: str, *arguments: Any) -> Any:
+            try:
+                return getattr(nvml, name)(handle, *arguments)
+            except nvml.NVMLError:  # not told by this card, driver or system
+                return None
+
+        rates, memory = ask("nvmlDeviceGetUtilizationRates"), ask("nvmlDeviceGetMemoryInfo")
+        limit, reasons = ask("nvmlDeviceGetEnforcedPowerLimit"), ask("nvmlDeviceGetCurrentClocksThrottleReasons")
+        return Look(
+            busy=rates.gpu / 100 if rates else None,
+            others_busy=self._others(ask, ours),
+            used=int(memory.used) if memory else None,
+            ours=_bytes_of(ask("nvmlDeviceGetComputeRunningProcesses"), ours),
+            free=int(memory.free) if memory else None,
+            clock=ask("nvmlDeviceGetClockInfo", nvml.NVML_CLOCK_SM),
+            temperature=ask("nvmlDeviceGetTemperature", nvml.NVML_TEMPERATURE_GPU),
+            power_limit=limit / 1000 if limit else None,
+            slowed=bool(reasons and reasons & _HELD_BACK),
+        )
+
+    def _others(self, ask: Callable[..., Any], ours: Sequence[int]) -> float | None:
+        """Share of the card that other processes used since the last look; None where processes are not told apart."""
+        since = self._seen or int((time.time() - 5) * 1e6)
+        samples = ask("nvmlDeviceGetProcessUtilization", since)
+        if samples is None:
+            return None
+        self._seen = max([since, *(int(s.timeStamp) for s in samples)])
+        mine = {os.getpid(), *ours}
+        share: dict[int, int] = {s.pid: int(s.smUtil) for s in samples if s.pid not in mine}
+        return min(1.0, sum(share.values()) / 100)
+
+
+def _bytes_of(processes: Any, ours: Sequence[int]) -> int | None:
+    """Bytes of our processes on the card; None where the driver tells none of them (WDDM, WSL2, some containers)."""
+    if processes is None:
+        return None
+    mine = [p.usedGpuMemory for p in processes if p.pid in ours]
+    return sum(mine) if mine and all(isinstance(m, int) for m in mine) else None

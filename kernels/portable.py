@@ -1,0 +1,150 @@
+"""One name for each operation of the model, and what stands behind it on this device: Triton's kernels, or torch's.
+
+Triton is missing where `triton-windows` is not installed, fails where it finds no C compiler, and has no tensor-core
+path before sm_80. None of that may end a run: `obstacle` says why its kernels are not used, and the same operation in
+plain torch (kernels/plain.py, kernels/attention_slices.py) takes their place, with the same gradients and as little
+memory. A window is never dropped on the way, and no mask of the whole context is ever made.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+import subprocess
+
+import torch
+from torch import Tensor
+
+from kernels import plain
+from kernels.attention_slices import attention as sliced_attention
+
+TENSOR_CORES = 80  # the least capability for which Triton (3.8) uses tensor cores
+
+
+@functools.cache
+def obstacle(device: torch.device) -> str:
+    """Why Triton's kernels cannot be used on this device; "" if they can. On a card a small one is tried."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if device.type != "cuda":
+        interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+        return "" if interpreted else f"Triton compiles for GPUs; the device is {device.type}"
+    try:
+        from kernels.residual_norm import residual_norm
+
+        residual_norm(*torch.ones(2, 16, 32, device=device, dtype=torch.float16))
+        torch.cuda.synchronize(device)
+    except torch.OutOfMemoryError:
+        raise
+    except (ImportError, OSError, RuntimeError, subprocess.SubprocessError) as error:
+        # No compiler for its launcher, a driver too old for its PTX, a broken installation.
+        text = " ".join(str(error).split())[:200]
+        return f"triton failed when tried: {type(error).__name__}: {text}"
+    return ""
+
+
+def fused(device: torch.device) -> bool:
+    """Whether Triton's kernels for what works element by element are used."""
+    return not obstacle(device)
+
+
+def products(device: torch.device) -> bool:
+    """Whether Triton's kernels with matrix products in them are used."""
+    return fused(device) and (device.type != "cuda" or _capability(device) >= TENSOR_CORES)
+
+
+def told(device: torch.device) -> str:
+    """What is used on this device and why, in one line."""
+    if why := obstacle(device):
+        return f"torch: {why}"
+    if not products(device):
+        return f"triton for norms and loss, torch for products: sm_{_capability(device)} has no tensor cores in Triton"
+    return "triton"
+
+
+def _capability(device: torch.device) -> int:
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, window: int) -> Tensor:
+    """(B, T, H, D) three times -> same: QK-norm, RoPE and causal attention over `window` tokens before a query."""
+    if not products(q.device):
+        return sliced_attention(q, k, v, cos, sin, window)
+    from kernels.attention import attention as by_triton
+
+    return by_triton(q, k, v, cos, sin, window)
+
+
+def norm(x: Tensor, x0: Tensor, a: Tensor | None, b: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(N, C) rows -> a x + b x0 (x + x0 without scalars) and its RMS norm. Without gradients."""
+    if not fused(x.device):
+        return plain.norm(x, x0, a, b)
+    from kernels.residual_norm import _residual_norm
+
+    found: tuple[Tensor, Tensor] = _residual_norm(x, x0, a, b, x.dtype)
+    return found
+
+
+def norm_backward(
+    d: Tensor, dy: Tensor, x: Tensor, x0: Tensor | None, a: Tensor | None, b: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients for `norm`: dx, dx0 (empty without scalars, where it is dx) and (da, db).
+
+    x and x0 are what `norm` got; without scalars x is the sum and x0 is None.
+    """
+    if not fused(x.device):
+        return plain.norm_backward(d, dy, x, x0, a, b)
+    from kernels.residual_norm import _residual_norm_backward
+
+    found: tuple[Tensor, Tensor, Tensor] = _residual_norm_backward(d, dy, x, x0, a, b, x.dtype)
+    return found
+
+
+def relu2(x: Tensor, w: Tensor) -> Tensor:
+    """(N, C), (F, C) -> max(x w^T, 0)^2, (N, F)."""
+    if not products(x.device):
+        return plain.relu2(x, w)
+    from kernels.linear_relu2 import FORWARD, launch
+    from kernels.targets import choose
+
+    return launch(x, w, None, choose(FORWARD, x))
+
+
+def relu2_backward(d: Tensor, w2: Tensor, y: Tensor) -> Tensor:
+    """(N, C), (C, F), y (N, F) of `relu2` -> the gradient before the square, 2 sqrt(y) (d w2), (N, F)."""
+    if not products(d.device):
+        return plain.relu2_backward(d, w2, y)
+    from kernels.linear_relu2 import BACKWARD, launch
+    from kernels.targets import choose
+
+    return launch(d, w2, y, choose(BACKWARD, d))
+
+
+def softcapped_loss(x: Tensor, head: Tensor, targets: Tensor, cap: float) -> Tensor:
+    """x (..., C), head (V, C) float32, targets (...) -> mean nats, float32 (). Never all logits at once."""
+    if not fused(x.device):
+        loss: Tensor = plain.SoftcappedLoss.apply(x.reshape(-1, x.shape[-1]), head, targets.flatten(), cap)
+        return loss
+    from kernels.softcapped_loss import softcapped_loss as by_triton
+
+    return by_triton(x, head, targets, cap)
+
+
+def muon_(
+    weights: Tensor,
+    grads: Tensor,
+    momentum: Tensor,
+    second: Tensor,
+    rates: Tensor,
+    dtype: torch.dtype,
+    beta2: float,
+    steps: int,
+) -> None:
+    """One step of Muon over a stack (L, m, n) of matrices, in place (kernels/muon.py tells what is what)."""
+    if not fused(weights.device):
+        return plain.muon_(weights, grads, momentum, second, rates, dtype, beta2, steps)
+    from kernels.muon import muon_ as by_triton
+
+    return by_triton(weights, grads, momentum, second, rates, dtype, beta2, steps)

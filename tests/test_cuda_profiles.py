@@ -1,0 +1,179 @@
+"""Machines with data-centre cards that are not here: backend, profile and reason; and what a user is told who has
+the wrong driver, the wrong torch, a full card or another card."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_hardware import CARD_ON_BUS, Machine
+
+import backends
+from backends import scaling
+from backends.cuda import profiles as cuda
+from core.errors import UserError
+from core.facts import Gpu
+from core.hardware import GIB, Hardware, choose, probe
+from core.recipe import constants
+from core.torchbuild import TorchBuild
+
+ALL = ("cuda", "rtx", "mlx", "cpu")
+
+
+def card(name, gib, capability, free=None, **more):
+    uuid = more.pop("uuid", f"GPU-{name.split()[-1]}")
+    fields = {"driver": "580.65.06", **more}
+    return Gpu(0, name, uuid, int(gib * GIB), int((gib - 0.6 if free is None else free) * GIB), capability, **fields)
+
+
+H100 = card("NVIDIA H100 80GB HBM3", 79.6, (9, 0))
+A100 = card("NVIDIA A100-SXM4-40GB", 39.4, (8, 0))
+FULL = replace(H100, memory_free=GIB // 2, processes=2, uuid="GPU-full")
+SLICES = [
+    (card("NVIDIA H100 MIG 1g.10gb", 9.8, (9, 0), uuid="MIG-1"), "slice-10"),
+    (card("NVIDIA H100 MIG 2g.20gb", 19.6, (9, 0), uuid="MIG-2"), "slice-20"),
+    (card("NVIDIA H100 MIG 3g.40gb", 39.2, (9, 0), uuid="MIG-3"), "a100"),
+]
+
+
+@pytest.mark.parametrize(
+    ("gpu", "profile", "words"),
+    [
+        (H100, "h100", "79.0 GiB of 79.6 GiB free"),
+        (card("NVIDIA H200", 139.8, (9, 0)), "h100", "H200"),
+        (card("NVIDIA B200", 179, (10, 0)), "b200", "Blackwell"),
+        (A100, "a100", "A100"),
+        (card("NVIDIA A100-SXM4-80GB", 79.2, (8, 0)), "a100", "Ampere"),
+        (card("NVIDIA A30", 23.5, (8, 0)), "slice-20", "A30"),
+        *((gpu, name, "a part of a card" if "slice" in name else "MIG") for gpu, name in SLICES if "10" not in name),
+        (SLICES[0][0], "slice-10", "a small part of a card"),
+        (replace(H100, memory_free=20 * GIB, processes=3), "a100", "too little for h100 (25.0 GiB); 3 other process"),
+        (replace(H100, memory_free=7 * GIB), "slice-10", "7.0 GiB of 79.6 GiB free, too little for h100"),
+    ],
+)
+def test_the_profile_follows_card_and_free_memory_and_says_why(gpu, profile, words):
+    here = probe(Machine(gpus=[gpu]))
+    assert choose(here, available=ALL).value == "cuda"
+    found = backends.load("cuda").profiles(here)
+    assert found[0].name == profile and words in found[0].reason
+    assert found[-1].name == "demo" and found[-1].data == "kjv" and found[-1].budget == 30
+    assert found[0].data == "climbmix" and found[0].eval_tokens == 20_971_520 and found[0].budget == 300
+    assert found[0].constants["DEVICE_BATCH_SIZE"] * 2048 <= found[0].constants["TOTAL_BATCH_SIZE"]
+
+
+def test_an_h100_starts_from_what_is_known_to_work_in_five_minutes():
+    start = backends.load("cuda").profile(probe(Machine(gpus=[H100]))).constants
+    assert start["TOTAL_BATCH_SIZE"] == 2**18 and start["DEPTH"] in (8, 9)
+    assert start["WINDOW_PATTERN"] == "SSSL" and start["SHORT_WINDOW"] > 2 and start["WARMDOWN_RATIO"] > 0.5
+
+
+@pytest.mark.parametrize("gpu", [H100, A100, card("NVIDIA B200", 179, (10, 0)), *(gpu for gpu, _ in SLICES)])
+def test_every_profile_fits_the_recipe(gpu):
+    backend = backends.load("cuda")
+    for profile in backend.profiles(probe(Machine(gpus=[gpu]))):
+        after = constants(backends.fit(backend.recipe(), profile).decode())
+        for name, value in profile.constants.items():
+            assert after[name].value == value
+            assert after[name].search is None or after[name].search.contains(value), name
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.floats(1e-3, 30.0), st.sampled_from([H100, A100, SLICES[0][0]]))
+def test_scaling_gives_hundreds_of_steps_where_that_is_possible(seconds, gpu):
+    profile = cuda.profiles(probe(Machine(gpus=[gpu])))[0]
+    scaled = cuda.scale(profile, seconds)
+    old, new = (scaling.cost(p.constants, p.vocab_size) for p in (profile, scaled))
+    steps = profile.budget / seconds * old / new
+    batch = scaled.constants["TOTAL_BATCH_SIZE"]
+    assert steps > 0.99 * cuda.FEWEST_STEPS or batch == cuda.SMALLEST_BATCH
+    assert steps < 1.01 * cuda.MOST_STEPS or batch == cuda.LARGEST_BATCH
+    assert cuda.SMALLEST_BATCH <= batch <= cuda.LARGEST_BATCH
+
+
+def test_the_first_of_several_cards_is_taken_and_that_is_said():
+    here = probe(Machine(gpus=[H100, replace(H100, index=1, uuid="GPU-two")]))
+    assert "the first of 2 cards, CUDA_VISIBLE_DEVICES chooses another" in cuda.profiles(here)[0].reason
+
+
+# --- what a user is told, through the door that `init` and `run` go through ----------------------
+
+
+def plan(monkeypatch, machine, wanted: str | None = "cuda"):
+    """What `autoresearch init --backend` does before anything is written, on this machine."""
+    from console import making
+
+    monkeypatch.setattr("core.hardware.probe", lambda: probe(machine))
+    return making.plan(None, making.Wishes(backend=wanted, tag="x"))
+
+
+OLD = replace(H100, driver="535.183.01")
+CPU_ONLY = TorchBuild("2.14.1+cpu", "")
+NEW = TorchBuild("2.14.1+cu130", "13.0")
+
+
+@pytest.mark.parametrize(
+    ("machine", "fact", "action"),
+    [
+        (Machine(gpus=[OLD], build=NEW), "535.183.01 is too old for torch 2.14.1+cu130, whose CUDA 13.0 needs 580",
+         "-m pip install --force-reinstall torch --index-url https://download.pytorch.org/whl/cu126"),
+        (Machine(gpus=[replace(H100, driver="470.1")], build=NEW), "too old", "update the driver to 525 or newer"),
+        (Machine(gpus=[H100], build=CPU_ONLY), "torch 2.14.1+cpu is a build without CUDA",
+         "-m pip install --force-reinstall torch --index-url https://download.pytorch.org/whl/cu130"),
+        (Machine(gpus=[H100], build=TorchBuild()), "torch is not installed", "-m pip install"),
+        (Machine(gpus=[FULL]), "0.5 GiB of 79.6 GiB free, at least 6.0 GiB are needed", "end the 2 process(es) on it"),
+        (Machine(gpus=[FULL, replace(H100, index=1, uuid="GPU-free")]), "0.5 GiB", "CUDA_VISIBLE_DEVICES=GPU-free"),
+        (Machine(gpus=[card("Tesla V100", 15.8, (7, 0))]), "compute capability 7.0, below 8.0", "--backend cpu"),
+        (Machine(gpus=[card("Tesla T4", 14.6, (7, 5))]), "compute capability 7.5, below 8.0", "choose --backend"),
+        (Machine(files=CARD_ON_BUS, gpus="the package nvidia-ml-py is not installed"), "nvidia-ml-py is not installed",
+         "-m pip install nvidia-ml-py; or choose --backend"),
+        (Machine(files=CARD_ON_BUS, gpus="Driver Not Loaded"), "does not answer", "run nvidia-smi"),
+        (Machine(), "no NVIDIA GPU was found", "choose --backend cpu"),
+    ],
+)  # fmt: skip
+def test_what_cannot_work_is_one_line_with_the_next_action(monkeypatch, machine, fact, action):
+    with pytest.raises(UserError) as caught:
+        plan(monkeypatch, machine)
+    assert fact in caught.value.fact and action in caught.value.action
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("machine", [Machine(gpus=[OLD], build=NEW), Machine(gpus=[H100], build=CPU_ONLY)])
+def test_a_card_out_of_reach_is_told_where_it_was_not_asked_for(monkeypatch, machine):
+    found = plan(monkeypatch, machine, wanted=None)
+    assert found.choice.value == "cpu" and "to use it: " in found.choice.reason and "pip install" in found.choice.reason
+
+
+def test_a_card_that_is_full_stops_a_run_that_did_not_name_it(monkeypatch):
+    """A night on the processor beside an H100 is not what anybody wants; the card only has to be freed."""
+    with pytest.raises(UserError, match="end the 2 process"):
+        plan(monkeypatch, Machine(gpus=[FULL]), wanted=None)
+
+
+def test_a_driver_that_tells_no_number_is_left_to_torch():
+    assert choose(probe(Machine(gpus=[replace(H100, driver="")], build=NEW)), available=ALL).value == "cuda"
+
+
+def test_the_version_file_of_this_torch_is_read():
+    torch = pytest.importorskip("torch")
+    assert probe().torch == TorchBuild(torch.__version__, torch.version.cuda or "")
+
+
+def test_a_device_that_cannot_be_opened_is_no_fault_of_the_recipe(dataset, settings, tmp_path, tiny_recipe):
+    """With real processes: a child of the cuda backend on a machine without a card."""
+    from core.child import BackendFailed
+    from core.referee import measure
+
+    torch = pytest.importorskip("torch")
+    if torch.cuda.is_available():
+        pytest.skip("there is a card")
+    with pytest.raises(BackendFailed, match=f"torch {torch.__version__.replace('+', '.')} cannot use the card: "):
+        measure(tiny_recipe.encode(), replace(settings, backend="cuda", device="cuda:0"), tmp_path)
+
+
+def test_hardware_without_a_card_has_no_profile():
+    here = replace(probe(Machine()), gpus=())
+    assert isinstance(here, Hardware)
+    with pytest.raises(UserError, match="no NVIDIA GPU"):
+        cuda.profiles(here)

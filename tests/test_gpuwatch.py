@@ -1,0 +1,204 @@
+"""A card that others use: watched, waited for, its scores taken again. The card is presented, the loop is real."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+from types import SimpleNamespace
+
+import pytest
+from scripted import Scripted, recipe
+from test_loop import check, loop_of, night  # noqa: F401 - the fixture
+
+from core import gpuwatch
+from core.errors import UserError
+from core.executor import LocalExecutor
+from core.gpuwatch import Look
+from core.health import Watch
+from core.loop import Limits
+from core.nvml import Nvml
+from core.verdict import taint
+
+MIB = 2**20
+CALM = Look(busy=0.98, others_busy=0.0, used=5000 * MIB, ours=4600 * MIB, free=7000 * MIB, clock=1900, temperature=68,
+            power_limit=170.0)  # fmt: skip
+
+
+def changed(**fields):
+    return Look(**{**CALM.__dict__, **fields})
+
+
+class Card:
+    """`core.gpuwatch.Source` that shows these looks, and then the last again and again."""
+
+    def __init__(self, *looks):
+        self.looks, self.asked = list(looks), []
+
+    def look(self, device, ours):
+        self.asked.append((device, tuple(ours)))
+        return self.looks.pop(0) if len(self.looks) > 1 else self.looks[0]
+
+
+@pytest.mark.parametrize(
+    ("looks", "why"),
+    [
+        ([CALM, CALM], ""),
+        ([CALM, changed(others_busy=0.7), changed(others_busy=0.8)], "other programs kept the card 50% busy"),
+        ([CALM, changed(used=7000 * MIB)], "memory on the card went from 400 to 400..2400 MiB"),
+        ([changed(used=7000 * MIB), CALM], "memory on the card went from 2400 to 400..2400 MiB"),
+        ([CALM, changed(power_limit=80.0)], "power limit changed from 170 to 80 W"),
+        ([CALM, changed(slowed=True, temperature=91)], "held back by heat or its power supply at 91 °C for 50%"),
+        ([changed(others_busy=None, ours=None)] * 3, ""),  # WDDM: no processes are told
+        ([changed(others_busy=None, ours=None, power_limit=p) for p in (170.0, 90.0)], "power limit changed"),
+        ([Look(error="Driver Not Loaded")], ""),
+    ],
+)
+def test_what_makes_a_score_worthless(looks, why):
+    said = gpuwatch.summary(looks)["tainted"]
+    assert why in said and bool(said) == bool(why)
+
+
+def test_a_training_is_watched_from_its_start_to_its_end():
+    card = Card(CALM, changed(others_busy=0.9))
+    watch = Watch(os.getpid(), "cuda:0", card)
+    report = watch.report()
+    assert card.asked[0][0] == "cuda:0" and os.getpid() in card.asked[0][1]
+    assert report["card"]["looks"] >= 1 and "others_cores" in report
+    enough, looks = threading.Event(), []
+
+    def ours():
+        looks.append(1)
+        if len(looks) > 4:
+            enough.set()
+        return [1]
+
+    seen = gpuwatch.Watch("cuda:0", ours, Card(CALM, changed(others_busy=1.0)), every=0.01)
+    assert enough.wait(30)
+    health = {"card": seen.report()}
+    assert "busy" in health["card"]["tainted"]
+    assert "busy" in taint({"others_cores": 0.0, "our_cores": 1.0, "tainted": health["card"]["tainted"]})
+
+
+def test_a_cpu_training_asks_no_card():
+    assert "card" not in Watch(os.getpid(), "cpu", Card(CALM)).report()
+
+
+# --- waiting ---------------------------------------------------------------------------------------
+
+
+def wait(card, most=60.0):
+    said = []
+    done = gpuwatch.wait_until_free("cuda:0", card, said.append, threading.Event(), most, every=0.001)
+    return done, said
+
+
+def test_a_free_card_is_not_waited_for():
+    for look in (changed(others_busy=0.05), changed(busy=0.0, others_busy=None), Look(error="no NVML")):
+        card = Card(look)
+        assert wait(card) == (True, []) and len(card.asked) == 1
+
+
+def test_a_busy_card_is_waited_for_until_it_was_quiet_twice():
+    game, quiet = changed(others_busy=None, busy=0.97), changed(others_busy=None, busy=0.03)
+    card = Card(game, game, quiet, game, quiet, quiet, game)
+    done, said = wait(card)
+    assert done and len(card.asked) == 6
+    assert said == ["the card is 97% busy with other programs: waits until it is free"]
+
+
+def test_waiting_ends_with_its_limit_or_a_stop():
+    assert wait(Card(changed(others_busy=0.9)), most=0.0)[0] is False
+    stop = threading.Event()
+    stop.set()
+    assert gpuwatch.wait_until_free("cuda:0", Card(changed(others_busy=0.9)), print, stop)
+
+
+def test_the_executor_waits_and_then_says_what_to_do():
+    request = SimpleNamespace(settings=SimpleNamespace(device="cuda:0"), experiment="night-1")
+    executor = LocalExecutor(card=Card(changed(others_busy=0.9)), card_wait=0.0, card_every=0.001)
+    said = []
+    with pytest.raises(UserError, match="other programs have kept the card busy"):
+        executor.execute(request, said.append, threading.Event())
+    assert "waits until it is free" in said[0].data["phase"]
+
+
+# --- the loop --------------------------------------------------------------------------------------
+
+SHARED = {"card": {"tainted": "other programs kept the card 80% busy"}, "tainted": "other programs kept the card busy"}
+
+
+def test_a_score_of_a_shared_card_never_decides_and_is_measured_again(night):  # noqa: F811
+    loop_of(night).run(Limits(experiments=1))
+    before = night.best_bpb()
+    executor = Scripted(health=SHARED)
+    e = loop_of(night, executor).judge(recipe(0.1), "beside a game")
+    assert (e.status, e.val_bpb) == ("invalid", None) and "80% busy" in e.reason
+    assert len(executor.runs) == 3 and night.best_bpb() == before
+    check(night)
+
+
+# --- NVML ------------------------------------------------------------------------------------------
+
+
+class Error(Exception):
+    pass
+
+
+def nvml(**answers):
+    """A pynvml that answers this and refuses everything else, as a driver under WDDM does."""
+    module = SimpleNamespace(NVMLError=Error, NVML_CLOCK_SM=1, NVML_TEMPERATURE_GPU=0)
+    module.nvmlInit = module.nvmlShutdown = lambda: None
+    module.nvmlDeviceGetHandleByUUID = lambda uuid: uuid
+
+    def refuse(*arguments):
+        raise Error("Not Supported")
+
+    for name in ("UtilizationRates", "MemoryInfo", "EnforcedPowerLimit", "CurrentClocksThrottleReasons",
+                 "ComputeRunningProcesses", "ClockInfo", "Temperature", "ProcessUtilization"):  # fmt: skip
+        value = answers.get(name)
+        setattr(module, f"nvmlDeviceGet{name}", refuse if value is None else lambda *a, v=value: v)
+    return module
+
+
+def looked(monkeypatch, ours=(), **answers):
+    monkeypatch.setitem(sys.modules, "pynvml", nvml(**answers))
+    monkeypatch.setattr("core.nvml.cuda_uuid", lambda index: "GPU-1")
+    return Nvml().look("cuda:0", ours)
+
+
+def test_nvml_tells_others_from_ours(monkeypatch):
+    process = lambda pid, used: SimpleNamespace(pid=pid, usedGpuMemory=used)  # noqa: E731
+    sample = lambda pid, share: SimpleNamespace(pid=pid, smUtil=share, timeStamp=5)  # noqa: E731
+    found = looked(
+        monkeypatch,
+        ours=(10, 11),
+        UtilizationRates=SimpleNamespace(gpu=90),
+        MemoryInfo=SimpleNamespace(used=900, free=100),
+        ComputeRunningProcesses=[process(11, 600), process(99, 200)],
+        ProcessUtilization=[sample(11, 60), sample(99, 30)],
+        CurrentClocksThrottleReasons=0x40,
+        EnforcedPowerLimit=170_000,
+    )
+    assert (found.busy, found.others_busy, found.used, found.ours, found.free) == (0.9, 0.3, 900, 600, 100)
+    assert found.slowed and found.power_limit == 170.0 and found.clock is None
+
+
+def test_under_wddm_what_is_not_told_stays_unknown(monkeypatch):
+    found = looked(
+        monkeypatch,
+        ours=(10,),
+        UtilizationRates=SimpleNamespace(gpu=40),
+        MemoryInfo=SimpleNamespace(used=900, free=100),
+        ComputeRunningProcesses=[SimpleNamespace(pid=10, usedGpuMemory=None)],
+    )
+    assert (found.busy, found.others_busy, found.ours, found.slowed, found.error) == (0.4, None, None, False, "")
+
+
+def test_without_nvml_or_a_card_the_look_says_so(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    assert "not installed" in Nvml().look("cuda:0", ()).error
+    broken = nvml()
+    broken.nvmlInit = lambda: (_ for _ in ()).throw(Error("Driver Not Loaded"))
+    monkeypatch.setitem(sys.modules, "pynvml", broken)
+    assert Nvml().look("cuda:0", ()).error == "Driver Not Loaded"

@@ -1,0 +1,251 @@
+"""Consumer cards that are not here, presented as facts: backend, profile, dtype, attention, memory plan."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from test_hardware import ALL, CARD_ON_BUS, H100, Machine  # noqa: E402
+
+import backends  # noqa: E402 - after the skip
+from backends.rtx import device, profiles  # noqa: E402
+from backends.rtx.cards import known  # noqa: E402
+from backends.rtx.memory import Shape, peak  # noqa: E402
+from console import fitting  # noqa: E402
+from core import guard  # noqa: E402
+from core.errors import UserError  # noqa: E402
+from core.facts import Gpu, Power  # noqa: E402
+from core.hardware import GIB, choose, probe  # noqa: E402
+from core.recipe import constants  # noqa: E402
+from kernels import portable  # noqa: E402
+
+WINDOWS = ("Windows", "10", "AMD64")
+WSL = ("Linux", "5.15.153.1-microsoft-standard-WSL2", "x86_64")
+
+
+def card(name, gib, capability, free=None, **more):
+    free = 0.94 * gib if free is None else free
+    uuid = f"GPU-{name[-4:]}-{gib}"
+    return Gpu(0, f"NVIDIA {name}", uuid, int(gib * GIB), int(free * GIB), capability, "581.1", **more)
+
+
+def rtx(name, gib, capability, free=None, **more):
+    return card(f"GeForce RTX {name}", gib, capability, free, **more)
+
+
+SLICE = replace(H100, name="NVIDIA H100 MIG 1g.10gb", uuid="MIG-99", memory=int(9.75 * GIB))
+# machine -> backend, profile, dtype, attention (on Linux with Triton), rows at once, what is made again
+MATRIX = {
+    "1650": (Machine(gpus=[card("GeForce GTX 1650", 3.8, (7, 5))]), "rtx", "rtx-6", "float16", "sliced", 32, "nothing"),
+    "2060": (Machine(gpus=[rtx("2060", 5.79, (7, 5))]), "rtx", "rtx-6", "float16", "sliced", 32, "nothing"),
+    "3050 6GB": (Machine(gpus=[rtx("3050", 5.8, (8, 6))]), "rtx", "rtx-6", "bfloat16", "triton", 32, "nothing"),
+    "3050": (Machine(gpus=[rtx("3050", 7.9997, (8, 6))]), "rtx", "rtx-8", "bfloat16", "triton", 32, "nothing"),
+    "2080 Ti": (Machine(gpus=[rtx("2080 Ti", 10.75, (7, 5))]), "rtx", "rtx-12", "float16", "sliced", 32, "nothing"),
+    "3080": (Machine(gpus=[rtx("3080", 9.77, (8, 6))]), "rtx", "rtx-12", "bfloat16", "triton", 32, "nothing"),
+    "3060": (Machine(gpus=[rtx("3060", 11.76, (8, 6))]), "rtx", "rtx-12", "bfloat16", "triton", 32, "nothing"),
+    "4060 Ti": (Machine(gpus=[rtx("4060 Ti", 15.7, (8, 9))]), "rtx", "rtx-16", "bfloat16", "triton", 64, "nothing"),
+    "3090": (Machine(gpus=[rtx("3090", 23.7, (8, 6))]), "rtx", "rtx-24", "bfloat16", "triton", 64, "nothing"),
+    "4090": (Machine(gpus=[rtx("4090", 23.99, (8, 9))]), "rtx", "rtx-24", "bfloat16", "triton", 64, "nothing"),
+    "5090": (Machine(gpus=[rtx("5090", 31.36, (12, 0))]), "rtx", "rtx-32", "bfloat16", "triton", 128, "nothing"),
+    "laptop 4070": (
+        Machine(gpus=[rtx("4070 Laptop GPU", 7.9997, (8, 9))], battery=Power(True, 90.0)),
+        *("rtx", "rtx-8", "bfloat16", "triton", 32, "nothing"),
+    ),
+    "fast enough memory, slow card": (
+        Machine(gpus=[rtx("3050", 15.9, (8, 6))]),
+        *("rtx", "rtx-12", "bfloat16", "triton", 32, "nothing"),
+    ),
+    "a game holds most of a 3060": (
+        Machine(gpus=[rtx("3060", 11.76, (8, 6), free=1.5)]),
+        *("rtx", "rtx-12", "bfloat16", "triton", 4, "nothing"),
+    ),
+    "an eGPU that shrank": (
+        Machine(gpus=[rtx("3060", 11.76, (8, 6), free=1.3)]),
+        *("rtx", "rtx-12", "bfloat16", "triton", 4, "hidden"),
+    ),
+    "windows": (
+        Machine(os=WINDOWS, gpus=[rtx("3060", 11.76, (8, 6), display=True)]),
+        *("rtx", "rtx-12", "bfloat16", "triton", 32, "nothing"),
+    ),
+    "wsl2": (
+        Machine(os=WSL, gpus=[rtx("4070", 11.99, (8, 9))]),
+        *("rtx", "rtx-12", "bfloat16", "triton", 32, "nothing"),
+    ),
+    "two cards": (
+        Machine(gpus=[rtx("3060", 11.76, (8, 6)), replace(rtx("4090", 23.99, (8, 9)), index=1)]),
+        *("rtx", "rtx-24", "bfloat16", "triton", 64, "nothing"),
+    ),
+    "data centre": (Machine(gpus=[H100]), "cuda", None, None, None, None, None),
+    "mig": (Machine(gpus=[replace(H100, parts=(SLICE,))]), "cuda", None, None, None, None, None),
+    "pascal": (Machine(gpus=[card("GeForce GTX 1080", 8, (6, 1))]), "cpu", None, None, None, None, None),
+    "broken driver": (
+        Machine(files=CARD_ON_BUS, gpus="Driver/library version mismatch"),
+        *("cpu", None, None, None, None, None),
+    ),
+    "no nvml": (
+        Machine(files=CARD_ON_BUS, gpus="the package nvidia-ml-py is not installed"),
+        *("cpu", None, None, None, None, None),
+    ),
+}
+
+
+@pytest.mark.parametrize("row", MATRIX.values(), ids=MATRIX.keys())
+def test_the_matrix_of_cards(row, monkeypatch):
+    machine, backend, profile, dtype, attention, rows, recompute = row
+    here = probe(machine)
+    choice = choose(here, available=ALL)
+    assert choice.value == backend and choice.reason
+    if backend != "rtx":
+        return
+    found = backends.load("rtx").profile(here)
+    assert (found.name, found.data) == (profile, "tinystories")
+    assert device.choose_dtype(here.gpus[0].capability).value == dtype
+    planned = profiles.plans(found, here)[0]
+    assert (planned.rows, planned.recompute) == (rows, recompute)
+    assert found.constants["DEVICE_BATCH_SIZE"] == rows and found.constants["RECOMPUTE"] == recompute
+    assert planned.peak <= profiles.available(here) < here.gpus[0].memory_free
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: here.gpus[0].capability)
+    monkeypatch.setattr(portable, "fused", lambda device: True)
+    assert ("triton" if portable.products(torch.device("cuda", 0)) else "sliced") == attention
+
+
+def test_what_is_particular_about_a_card_is_said():
+    laptop = replace(MATRIX["laptop 4070"][0], battery=Power(False, 40.0))
+    both = replace(MATRIX["two cards"][0], os=WSL)
+    said = [" | ".join(profiles.remarks(probe(m))) for m in (laptop, MATRIX["windows"][0], both, MATRIX["3060"][0])]
+    assert "laptop's card" in said[0] and "on battery at 40 %" in said[0] and "--backend cpu" in said[0]
+    assert "drives a display" in said[1]
+    assert "4090 is used, not NVIDIA GeForce RTX 3060" in said[2] and "WSL2" in said[2]
+    assert not said[3]
+
+
+def test_too_little_memory_is_refused_with_the_figures():
+    full = probe(Machine(gpus=[rtx("3060", 11.76, (8, 6), free=0.7)]))
+    with pytest.raises(UserError, match=r"3060 has 0\.2 GiB for a training, and the smallest .* 0\.3 GiB") as caught:
+        profiles.profiles(full)
+    assert "--backend cpu" in caught.value.action
+
+
+def test_unusable_cards_and_builds_are_named(monkeypatch):
+    with pytest.raises(UserError, match=r"compute capability 6\.1 is below 7\.5") as caught:
+        device.choose_dtype((6, 1))
+    assert "--backend cpu" in caught.value.action
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert "PyPI's torch for Windows" in device.no_cuda("win32").fact and "whl/cu" in device.no_cuda("win32").action
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    assert "driver" in device.no_cuda().fact and "--backend cpu" in device.no_cuda().action
+
+
+def test_the_cap_leaves_room_below_what_is_free():
+    assert device.cap(8 * GIB, 12 * GIB, "linux") == 8 * GIB - 2**28
+    assert device.cap(8 * GIB, 12 * GIB, "win32") == 8 * GIB - 3 * 2**28
+    assert device.cap(GIB // 8, 12 * GIB, "linux") == 0
+
+
+def test_every_tier_makes_500_steps_on_its_slowest_card():
+    for tier in profiles.TIERS:
+        assert profiles.steps(tier.slowest[1], tier.constants, 4096, tier.context) >= 500
+
+
+def test_every_profile_fits_the_recipe():
+    backend = backends.load("rtx")
+    here = probe(MATRIX["5090"][0])
+    found = backend.profiles(here)
+    assert [p.name for p in found] == [*(t.name for t in profiles.TIERS), "demo"]
+    for profile in (*found, profiles.scale(found[0], 5.0), profiles.scale(found[-2], 0.001)):
+        fitted = backends.fit(backend.recipe(), profile)
+        guard.require(fitted)
+        after = constants(fitted.decode())
+        assert {name: after[name].value for name in profile.constants} == dict(profile.constants)
+        assert all(after[n].search is None or after[n].search.contains(v) for n, v in profile.constants.items())
+
+
+@pytest.mark.parametrize(
+    ("name", "tflops"),
+    [("3090", 71.2), ("4090", 165.2), ("2080 Ti", 53.8), ("5090", 209.5), ("4070 Ti SUPER", 88.2), ("3060", 25.5)],
+)
+def test_peaks_are_dense_with_float32_sums(name, tflops):
+    found = known(f"NVIDIA GeForce RTX {name}")
+    assert found is not None and found.flops / 1e12 == pytest.approx(tflops, abs=0.06)
+
+
+def test_other_cards_of_a_number_are_not_taken_for_it():
+    assert known("NVIDIA GeForce RTX 4090 Laptop GPU") is None and known("NVIDIA RTX A4000") is None
+    assert known("NVIDIA GeForce GTX 1650") is None and known("NVIDIA GeForce RTX 4070 Ti Foo") is None
+    small, large = (known("NVIDIA GeForce RTX 3050", int(gib * GIB)) for gib in (5.8, 7.9))
+    assert small is not None and large is not None and small.flops < large.flops
+
+
+def test_a_reference_step_takes_the_share_of_upstreams_memory_that_was_promised():
+    """45 GB for 128 rows of 2048 tokens at depth 8 x 512 is the published figure of upstream's H100 run."""
+    reference = Shape(8, 512, 4, 8192, 2048, 2)
+    assert reference.kept_per_token("nothing") <= 90e3
+    assert reference.kept_per_token("hidden") <= 52e3 and reference.kept_per_token("layer") <= 11e3
+    assert peak(reference, 128, "nothing", 2**19) <= 0.57 * 45e9
+
+
+# --- the choice among plans ---------------------------------------------------------------------
+
+
+@pytest.fixture
+def trial(tmp_path, monkeypatch):
+    """Two plans; what a trial of each says; the lines that were said."""
+    monkeypatch.setenv("AUTORESEARCH_HOME", str(tmp_path))
+    ways = [{"DEVICE_BATCH_SIZE": n, "RECOMPUTE": "nothing"} for n in (32, 16)]
+    tried, said = [], []
+
+    def run(seconds, known_as="card", describe=lambda way: {}):
+        def measure(way):
+            tried.append(way["DEVICE_BATCH_SIZE"])
+            return {"seconds_per_step": seconds[way["DEVICE_BATCH_SIZE"]], "describe": describe(way)}
+
+        return fitting.choose(ways, measure, said.append, known_as)
+
+    return run, tried, said
+
+
+def test_the_fastest_plan_is_taken_and_remembered_for_this_card_only(trial):
+    run, tried, said = trial
+    assert run({32: 0.2, 16: 0.1})["DEVICE_BATCH_SIZE"] == 16
+    assert run({32: 0.1, 16: 0.2})["DEVICE_BATCH_SIZE"] == 16 and tried == [32, 16]
+    assert "as measured on this card before" in said[-1]
+    assert run({32: 0.1, 16: 0.2}, "another card")["DEVICE_BATCH_SIZE"] == 32 and tried == [32, 16, 32, 16]
+
+
+def test_a_plan_that_ran_out_of_memory_counts_as_what_it_went_on_with(trial):
+    run, _, said = trial
+    half = lambda way: {"rows_at_once": 8, "recompute": "nothing"} if way["DEVICE_BATCH_SIZE"] == 32 else {}  # noqa: E731
+    assert run({32: 0.1, 16: 0.2}, describe=half)["DEVICE_BATCH_SIZE"] == 8
+    assert "out of memory with 32 rows" in said[0]
+
+
+def test_a_damaged_memory_of_choices_is_made_again(trial, tmp_path):
+    run, _, _ = trial
+    (tmp_path / "fits.json").write_text('{"card": ')
+    assert run({32: 0.1, 16: 0.2})["DEVICE_BATCH_SIZE"] == 32
+    assert json.loads((tmp_path / "fits.json").read_text())["card"]["DEVICE_BATCH_SIZE"] == 32
+
+
+def test_the_key_changes_with_card_driver_torch_and_shape():
+    here = probe(MATRIX["3060"][0])
+    newer = replace(here, gpus=(replace(here.gpus[0], driver="590.0"),))
+    keys = {
+        fitting.key(here, {"torch": "2.14"}, {"DEPTH": 8}),
+        fitting.key(newer, {"torch": "2.14"}, {"DEPTH": 8}),
+        fitting.key(here, {"torch": "2.15"}, {"DEPTH": 8}),
+        fitting.key(here, {"torch": "2.14"}, {"DEPTH": 6}),
+    }
+    assert len(keys) == 4 and fitting.key(here, {"torch": "2.14"}, {"DEPTH": 8}) in keys
+
+
+def test_profiles_load_no_torch():
+    code = "import sys, backends.rtx.profiles, backends.rtx.memory; print({'torch', 'triton'} & set(sys.modules))"
+    from test_rtx_recipe import in_process
+
+    assert in_process(code).strip() == "set()"
+    assert Path(backends.load("rtx").recipe_path).is_file()

@@ -1,0 +1,129 @@
+"""Windows' code paths with the platform presented as Windows; what this cannot show is listed in docs/verified.md."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from types import SimpleNamespace
+
+import pytest
+
+from core import files, sandbox_windows, windows
+from core.places import synced_by
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def win32(monkeypatch):
+    """sys.platform is "win32" for our code, which asks for it anew each time."""
+    monkeypatch.setattr(sys, "platform", "win32")
+    return monkeypatch
+
+
+def registry(*present):
+    """A winreg that knows these keys."""
+
+    def open_key(root, name):
+        if not any(word in name for word in present):
+            raise FileNotFoundError(2, "no such key")
+        return name
+
+    return SimpleNamespace(HKEY_LOCAL_MACHINE=0, OpenKey=open_key, CloseKey=lambda key: None)
+
+
+@pytest.mark.parametrize(("keys", "due"), [((), False), (("RebootRequired",), True), (("RebootPending",), True)])
+def test_a_pending_restart_is_announced(win32, keys, due):
+    win32.setitem(sys.modules, "winreg", registry(*keys))
+    assert windows.restart_pending() is due
+    said = windows.warnings(PureWindowsPath(r"C:\labs\night"), {})
+    assert bool(said) is due and all("restart first" in line for line in said)
+
+
+def test_elsewhere_no_registry_is_asked():
+    assert windows.restart_pending() is False
+
+
+@pytest.mark.parametrize(
+    ("folder", "environ", "name"),
+    [
+        (PureWindowsPath(r"C:\Users\a\OneDrive\labs"), {}, "OneDrive"),
+        (PureWindowsPath(r"C:\Users\a\OneDrive - Company\labs"), {}, "OneDrive"),
+        (PureWindowsPath(r"D:\Cloud\labs"), {"OneDriveConsumer": r"d:\cloud"}, "OneDrive"),
+        (PureWindowsPath(r"C:\Users\a\Dropbox\x"), {}, "Dropbox"),
+        (PureWindowsPath(r"C:\Users\a\labs"), {"OneDrive": r"C:\Users\a\OneDrive"}, ""),
+        (PureWindowsPath(r"C:\NoDropboxHere\labs"), {}, ""),
+        (PurePosixPath("/Users/a/Library/Mobile Documents/labs"), {}, "Mobile Documents"),
+    ],
+)
+def test_a_synchronised_folder_is_found_by_name_or_by_onedrives_variables(folder, environ, name):
+    assert synced_by(folder, environ) == name
+    assert bool(windows.warnings(folder, environ)) is bool(name)
+
+
+def test_a_file_that_somebody_reads_is_replaced_when_they_are_done(win32, tmp_path):
+    """Windows refuses to replace an open file; another thread closes it after the second refusal."""
+    source, target, refusals = tmp_path / "new", tmp_path / "old", []
+    source.write_text("new")
+    target.write_text("old")
+    real = Path.replace
+
+    def replace(self, other):
+        if len(refusals) < 2:
+            refusals.append(other)
+            raise PermissionError(13, "The process cannot access the file", str(other))
+        return real(self, other)
+
+    win32.setattr(Path, "replace", replace)
+    files.replace_open(source, target)
+    assert target.read_text() == "new" and len(refusals) == 2
+
+
+def test_a_file_that_stays_open_is_an_error_in_the_end(win32, tmp_path):
+    def replace(self, other):
+        raise PermissionError(13, "in use")
+
+    win32.setattr(Path, "replace", replace)
+    with pytest.raises(PermissionError):
+        files.replace_open(tmp_path / "new", tmp_path / "old", patience=0.05)
+
+
+def test_the_job_ends_its_processes_when_we_end_and_holds_memory_and_number(monkeypatch):
+    seen = {}
+
+    class Function:
+        restype = None
+
+        def __init__(self, name):
+            self.name = name
+
+        def __call__(self, *arguments):
+            if self.name == "SetInformationJobObject":
+                seen.update(kind=arguments[1], limits=arguments[2]._obj)
+            return 7
+
+    kernel = SimpleNamespace(
+        CreateJobObjectW=Function("CreateJobObjectW"), SetInformationJobObject=Function("SetInformationJobObject")
+    )
+    monkeypatch.setattr(sandbox_windows, "library", lambda name: kernel)
+    assert sandbox_windows.make_job(2**30, 12) == 7
+    limits = seen["limits"]
+    assert limits.Basic.LimitFlags & 0x2000  # JOB_OBJECT_LIMIT_KILL_ON_JOB_CLOSE: no child outlives us
+    assert (limits.Basic.ActiveProcessLimit, limits.JobMemoryLimit) == (12, 2**30)
+
+
+def test_the_readmes_powershell_lines_use_nothing_that_powershell_5_lacks():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    blocks = [part.split("```", 1)[0] for part in text.split("```powershell\n")[1:]]
+    assert blocks and any("--index-url https://download.pytorch.org" in b and "[rtx]" in b for b in blocks)
+    assert not any(word in block for block in blocks for word in ("&&", "||", "source ", "export ", "bin/"))
+
+
+def test_no_module_that_windows_loads_forks_or_renames_over_open_files():
+    """Of ours on Windows: all but the launcher of Linux' sandbox and its self-check."""
+    elsewhere = {"launcher.py", "selfcheck.py", "attacks.py", "inside.py", "trees.py"}
+    for folder in ("core", "console", "backends", "researchers"):
+        for path in (ROOT / folder).rglob("*.py"):
+            text = path.read_text(encoding="utf-8")
+            if path.name not in elsewhere:
+                assert "os.fork" not in text and "os.rename(" not in text, path
