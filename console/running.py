@@ -47,7 +47,7 @@ def run_verb(
     researcher: str,
     demo: bool,
     strict: bool,
-    asking: Mapping[str, Any],
+    asking: Mapping[str, Any] | None = None,
     meanwhile: str | None = None,
     **making: Any,
 ) -> int:
@@ -66,7 +66,7 @@ def run_verb(
     deadline = until if until is not None else time.time() + hours * 3600 if hours is not None else None
     if demo:
         given, wishes, experiments = _demo(given, wishes, experiments)
-    who = researchers.make(researcher, **asking)  # an unknown name must not leave a lab behind
+    who = researchers.make(researcher, **(asking or {}))  # an unknown name must not leave a lab behind
     stand_in = _stand_in(meanwhile, who)
     lab = _lab(screen, given, wishes)
     limits = Limits(experiments, deadline)
