@@ -162,7 +162,14 @@ def main(backend: str | None, write: bool, as_json: bool) -> None:
     if backend and not _installed(backend):
         raise click.ClickException(f"{LIBRARIES[backend]} is not installed: pip install -e '.[{backend}]'")
     chosen = [backend] if backend else [name for name in backends.names() if _installed(name)]
-    checks = {name: list(compare(compute(name), reference())) for name in chosen}
+    checks = {}
+    for name in chosen:
+        try:
+            checks[name] = list(compare(compute(name), reference()))
+        except UserError as error:  # no such device here
+            if backend:
+                raise click.ClickException(f"{error.fact}; {error.action}") from None
+            click.echo(f"SKIP  {name:<5} {error.fact}", err=as_json)
     if as_json:
         told = {n: {c.name: {"difference": c.difference, "passed": c.passed} for c in cs} for n, cs in checks.items()}
         click.echo(json.dumps(told, indent=1))

@@ -83,7 +83,7 @@ def norm(x: Tensor, x0: Tensor, a: Tensor | None, b: Tensor | None) -> tuple[Ten
         return plain.norm(x, x0, a, b)
     from kernels.residual_norm import _residual_norm
 
-    found: tuple[Tensor, Tensor] = _residual_norm(x, x0, a, b, x.dtype)
+    found: tuple[Tensor, Tensor] = _residual_norm(x.contiguous(), x0.contiguous(), a, b, x.dtype)
     return found
 
 
@@ -92,13 +92,13 @@ def norm_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients for `norm`: dx, dx0 (empty without scalars, where it is dx) and (da, db).
 
-    x and x0 are what `norm` got; without scalars x is the sum and x0 is None.
+    d and dy are contiguous. x and x0 are what `norm` got; without scalars x is the sum and x0 is None.
     """
     if not fused(x.device):
         return plain.norm_backward(d, dy, x, x0, a, b)
     from kernels.residual_norm import _residual_norm_backward
 
-    found: tuple[Tensor, Tensor, Tensor] = _residual_norm_backward(d, dy, x, x0, a, b, x.dtype)
+    found: tuple[Tensor, Tensor, Tensor] = _residual_norm_backward(d, dy, x.contiguous(), x0, a, b, x.dtype)
     return found
 
 

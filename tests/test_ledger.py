@@ -107,6 +107,7 @@ def test_dropped_experiments_keep_their_number_and_lose_their_samples(ledger):
 MOVES = {
     ("proposed", "running"), ("running", "proposed"), ("running", "scored"), ("scored", "audited"),
     ("scored", "decided"), ("audited", "decided"), ("scored", "proposed"), ("proposed", "decided"),
+    ("audited", "proposed"),
 }  # fmt: skip
 
 

@@ -140,9 +140,7 @@ def worst(training, batches):
     return sum(x.numel() * x.element_size() for x in tensors) + int(held.max())
 
 
-@pytest.mark.parametrize(
-    ("recompute", "rows"), [("nothing", 16), ("nothing", 8), ("hidden", 16), ("hidden", 8), ("layer", 16), ("layer", 8)]
-)
+@pytest.mark.parametrize(("recompute", "rows"), [("nothing", 16), ("hidden", 8), ("layer", 16)])
 def test_the_predicted_peak_is_within_a_tenth_of_the_allocators(recompute, rows):
     vocab, context, batch = 1024, 256, 16
     constants = {"DEPTH": 4, "ASPECT_RATIO": 64, "HEAD_DIM": 64, "TOTAL_BATCH_SIZE": batch * context}

@@ -213,6 +213,7 @@ class Muon:
         L, m, n = stack.shape
         self.stack, self.dtype = stack, dtype
         self.momentum = torch.zeros_like(stack)
+        self.still = torch.tensor([0.0, 1.0, 0.0], device=stack.device)  # rates that change nothing
         self.second = torch.zeros((L, m, 1) if m >= n else (L, 1, n), device=stack.device)
 
     def step(self, rates: Tensor) -> None:
@@ -225,8 +226,7 @@ class Muon:
         """The same where `good`, a bool on the device; else nothing changes: gradients are zeros then, a momentum of
         1 leaves the moment alone and a rate of 0 the weights."""
         before = self.second.clone()
-        still = torch.tensor([0.0, 1.0, 0.0], device=rates.device)
-        self.step(torch.where(good, rates, still))
+        self.step(torch.where(good, rates, self.still))
         self.second.copy_(torch.where(good, self.second, before))
 
 

@@ -1,0 +1,178 @@
+"""The RTX recipe's step on a card held to so many gigabytes, against the usual path of ports, at equal shapes.
+
+    python -m benchmarks.gpu_rtx --limit-gb 8              # on any NVIDIA card; more than 8 GB really fails
+    python -m benchmarks.gpu_rtx --smoke                   # small shapes on a CPU: it works, its times mean nothing
+
+The peer is what ports to gaming PCs do, written here: eager PyTorch, a dense boolean mask for every windowed layer,
+each layer checkpointed, all logits at once in float32. Model, weights, optimizer, batch and tokens are the same on both
+sides, and the losses of the first step are held against each other before anything is timed. A side that does not fit
+into the limit gets half of its rows at once until it does, which is told.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import statistics
+import sys
+import time
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import click
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from core.contract import Spec
+from core.paths import project_root
+from core.recipe import replace
+from kernels.attention_reference import reference_rotated
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Of the model and its step."""
+
+    depth: int = 8
+    ratio: int = 64
+    context: int = 2048
+    vocab: int = 8192
+    tokens: int = 2**16  # of one optimizer step
+    rows: int = 16  # at once
+    steps: int = 12
+
+
+SMOKE = Shape(2, 64, 96, 97, 4 * 96, 2, 3)
+
+
+def recipe(shape: Shape) -> ModuleType:
+    """The shipped recipe at these shapes."""
+    constants = {
+        "DEPTH": shape.depth,
+        "ASPECT_RATIO": shape.ratio,
+        "TOTAL_BATCH_SIZE": shape.tokens,
+        "DEVICE_BATCH_SIZE": shape.rows,
+    }
+    source = (project_root() / "backends" / "rtx" / "train.py").read_text(encoding="utf-8")
+    module = ModuleType("train")
+    exec(compile(replace(source, constants), "train.py", "exec"), module.__dict__)
+    return module
+
+
+def make_peer(training: Any, module: ModuleType) -> None:
+    """Put the usual path in place of the training's forward. Its optimizer stays."""
+    model = training.model
+    positions = torch.arange(training.sequence_len, device=model.device)
+    distance = positions[:, None] - positions
+    masks = {w: (distance >= 0) & (distance <= w) for w in set(model.windows)}
+
+    def norm(x: Tensor) -> Tensor:
+        return F.rms_norm(x, (x.size(-1),), eps=2.0**-23)
+
+    def layer(i: int, x: Tensor, x0: Tensor, tokens: Tensor) -> Tensor:
+        w, name = model.weights.by_name(), f"transformer.h.{i}."
+        m = {n: w[f"{name}{n}.weight"].to(x.dtype) for n in ("attn.c_proj", "mlp.c_fc", "mlp.c_proj")}
+        x = (w["resid_lambdas"][i] * x + w["x0_lambdas"][i] * x0).to(x.dtype)
+        y = norm(x)
+        heads = (*tokens.shape, model.heads, -1)
+        q, k, v = (F.linear(y, w[f"{name}attn.{n}.weight"].to(x.dtype)).view(heads) for n in ("c_q", "c_k", "c_v"))
+        if module.has_value_embedding(i):
+            gate = w[f"{name}attn.ve_gate.weight"].to(x.dtype)
+            gate = 2 * torch.sigmoid(F.linear(y[..., : gate.size(1)], gate))
+            v = v + gate.unsqueeze(-1) * F.embedding(tokens, w[f"value_embeds.{i}.weight"]).to(x.dtype).view(heads)
+        q, k = (reference_rotated(t, model.cos, model.sin) for t in (q, k))
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        a = F.scaled_dot_product_attention(q, k, v, attn_mask=masks[model.windows[i]])
+        x = x + F.linear(a.transpose(1, 2).reshape(x.shape), m["attn.c_proj"])
+        return x + F.linear(F.relu(F.linear(norm(x), m["mlp.c_fc"])).square(), m["mlp.c_proj"])
+
+    def loss(tokens: Tensor) -> Tensor:
+        inputs, targets = tokens[:, :-1], tokens[:, 1:]
+        x = x0 = norm(F.embedding(inputs, model.weights.singles["transformer.wte.weight"])).to(model.dtype)
+        for i in range(len(model.windows)):
+            x = checkpoint(layer, i, x, x0, inputs, use_reentrant=False)
+        logits = F.linear(norm(x), model.weights.singles["lm_head.weight"].to(x.dtype)).float()
+        logits = module.SOFTCAP * torch.tanh(logits / module.SOFTCAP)
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+    model.loss = loss
+
+
+class Tokens:
+    """`contract.Batches` of seeded random tokens, the same for both sides."""
+
+    def __init__(self, shape: Shape, device: str) -> None:
+        self.shape, self.device, self.random = shape, device, np.random.default_rng(0)
+
+    def next(self, rows: int, length: int) -> Tensor:
+        return torch.from_numpy(self.random.integers(0, self.shape.vocab, (rows, length + 1))).to(self.device)
+
+
+def measure(side: str, shape: Shape, device: str, dtype: str) -> Row:
+    """Median time of a step, the most memory held, the first loss; rows at once as they ended up."""
+    module = recipe(shape)
+    training = module.build(Spec(shape.vocab, shape.context, 0, device, dtype, 42, 0))
+    if side == "peer":
+        make_peer(training, module)
+    tokens, times, first = Tokens(shape, device), [], 0.0
+    if device != "cpu":
+        torch.cuda.reset_peak_memory_stats()
+    for step in range(shape.steps):
+        start = time.perf_counter()
+        loss = float(training.step(tokens, step / shape.steps))  # waits for the device
+        first = first if step else loss
+        times.append(time.perf_counter() - start)
+    row = {"side": side, "ms": 1e3 * statistics.median(times[2:] or times), "first_loss": first}
+    row |= {"rows_at_once": training.rows_at_once, "kernels": training.describe()["kernels"] if side == "ours" else ""}
+    return row | ({"peak_gib": torch.cuda.max_memory_allocated() / 2**30} if device != "cpu" else {})
+
+
+def compare(shape: Shape, device: str, dtype: str) -> list[Row]:
+    """Both sides, then their ratios. A side that does not fit with one row is a row that says so."""
+    rows: list[Row] = []
+    for side in ("ours", "peer"):
+        try:
+            rows.append(measure(side, shape, device, dtype))
+        except torch.OutOfMemoryError as error:
+            rows.append({"side": side, "failed": " ".join(str(error).split())[:200]})
+        gc.collect()
+        torch.cuda.empty_cache()
+    ours, peer = rows
+    if "failed" not in ours and "failed" not in peer:
+        apart = abs(ours["first_loss"] - peer["first_loss"]) / peer["first_loss"]
+        rows.append({"side": "ratio", "speed": peer["ms"] / ours["ms"], "losses_apart": apart, "passed": apart < 5e-3})
+        if "peak_gib" in ours:
+            rows[-1]["memory"] = ours["peak_gib"] / peer["peak_gib"]
+    return rows
+
+
+@click.command()
+@click.option("--limit-gb", type=float, help="Hold the allocator to so many GB (10^9 bytes) of the card.")
+@click.option("--smoke", is_flag=True, help="Small shapes on a CPU.")
+def main(limit_gb: float | None, smoke: bool) -> None:
+    """A step of the RTX recipe against the usual path of ports, at equal shapes."""
+    if smoke:
+        rows = compare(SMOKE, "cpu", "float32")
+    elif not torch.cuda.is_available():
+        raise click.ClickException("no CUDA device is in reach; --smoke runs small shapes on the processor")
+    else:
+        if limit_gb:
+            total = torch.cuda.get_device_properties(0).total_memory
+            torch.cuda.set_per_process_memory_fraction(min(1.0, limit_gb * 1e9 / total))
+        dtype = "bfloat16" if torch.cuda.get_device_capability() >= (8, 0) else "float16"
+        rows = compare(Shape(), "cuda:0", dtype)
+        rows.append({"side": "card", "name": torch.cuda.get_device_name(), "dtype": dtype, "limit_gb": limit_gb})
+    for row in rows:
+        click.echo(json.dumps(row))
+    if any(("failed" in row and row["side"] == "ours") or row.get("passed") is False for row in rows):
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
