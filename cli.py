@@ -205,6 +205,25 @@ def _making_options(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
+def _asking_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """How researchers that cost money are asked; each takes those that it knows."""
+    options = [
+        click.option("--model", metavar="NAME", help="Which model answers; default: claude-opus-5-5."),
+        click.option("--effort", metavar="E", help="low, medium, high, xhigh or max; default: high."),
+        click.option("--max-cost", type=click.FloatRange(min=0), metavar="USD", help="Spend less in this run; 10."),
+        click.option("--max-tokens", type=click.IntRange(min=1), metavar="N", help="The same in tokens of all kinds."),
+        click.option(
+            "--attempts", type=click.IntRange(1, 3), metavar="N", help="At one idea that crashes; default: 3."
+        ),
+    ]
+    for option in reversed(options):
+        function = option(function)
+    return function
+
+
+ASKING = ("model", "effort", "max_cost", "max_tokens", "attempts")
+
+
 def verb(name: str) -> Callable[[Callable[..., Any]], Any]:
     """A verb of the command line; its docstring is the help, examples included."""
 
@@ -247,6 +266,7 @@ def cli() -> None:
 @click.option("--researcher", metavar="NAME", default="search", show_default=True, help="Who proposes.")
 @click.option("--demo", is_flag=True, help="About five minutes on two cores: small text, short budgets.")
 @click.option("--strict", is_flag=True, help="Refuse to run where the sandbox lacks anything.")
+@_asking_options
 @_making_options
 def run(lab: str | None, as_json: bool, **options: Any) -> int:
     """Research until told to stop. Makes the lab and the data where they are missing.
@@ -259,12 +279,14 @@ def run(lab: str | None, as_json: bool, **options: Any) -> int:
     autoresearch run --until 07:30
     autoresearch run labs/nov24 --experiments 20
     autoresearch run --text ~/books --budget 5m --hours 8
+    autoresearch run --researcher claude --max-cost 5 --hours 8
     """
     from console.running import run_verb
 
     if options["hours"] and options["until"]:
         raise click.UsageError("--hours and --until exclude each other")
-    return run_verb(_screen(as_json), lab, **options)
+    asking = {name: options.pop(name) for name in ASKING}
+    return run_verb(_screen(as_json), lab, asking={k: v for k, v in asking.items() if v is not None}, **options)
 
 
 @verb("log")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import asdict
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
@@ -30,13 +31,16 @@ def log_verb(screen: Screen, given: str | None, follow: bool, limit: int | None,
     view = places.look(lab)
     chosen = _chosen(view.rows, limit, kept)
     screen.document(
-        {"lab": places.about(lab), "experiments": [r.to_json() for r in chosen], "total": view.total.to_json()}
-    )
+        {"lab": places.about(lab), "experiments": [r.to_json() for r in chosen], "total": view.total.to_json(),
+         "spent": asdict(lab.ledger.spent())}
+    )  # fmt: skip
     if not view.rows:
         screen.say("No experiment yet. Next: autoresearch run")
         return
     screen.show(tables.log_table(chosen, view.scale, screen))
     screen.say(tables.tally_line(view.total))
+    if cost := tables.cost_line(lab.ledger.spent()):
+        screen.say(f"spent on researchers: {cost}")
     if any(r.tainted for r in chosen):
         screen.say(tables.TAINTED)
 
@@ -175,11 +179,17 @@ def best_verb(screen: Screen, given: str | None, source: bool) -> None:
 def show_verb(screen: Screen, given: str | None, number: int) -> None:
     lab = places.find(screen, given)
     found = row(lab.ledger.get(number))
-    screen.document({"lab": places.about(lab), "experiment": found.to_json(full=True), "diff": lab.diff(number)})
+    spent = lab.ledger.spent(number)
+    screen.document({
+        "lab": places.about(lab), "experiment": found.to_json(full=True), "diff": lab.diff(number),
+        "spent": asdict(spent),
+    })  # fmt: skip
     if screen.as_json:
         return
     for line in tables.card(found, places.scale(lab), screen):
         screen.say(line)
+    if cost := tables.cost_line(spent):
+        screen.say(f"  proposal  {cost}")
     screen.say(f"  autoresearch diff {number}   shows what it changed")
 
 

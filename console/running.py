@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
@@ -45,8 +46,10 @@ def run_verb(
     researcher: str,
     demo: bool,
     strict: bool,
+    asking: Mapping[str, Any],
     **making: Any,
 ) -> int:
+    """`asking`: options of the researcher, those that were given."""
     import researchers
     from core.sandbox import abilities
 
@@ -61,7 +64,7 @@ def run_verb(
     deadline = until if until is not None else time.time() + hours * 3600 if hours is not None else None
     if demo:
         given, wishes, experiments = _demo(given, wishes, experiments)
-    who = researchers.make(researcher)  # an unknown name must not leave a lab behind
+    who = researchers.make(researcher, **asking)  # an unknown name must not leave a lab behind
     lab = _lab(screen, given, wishes)
     limits = Limits(experiments, deadline)
     return _run(screen, lab, who, limits, demo)
@@ -148,6 +151,7 @@ def _run(screen: Screen, lab: Lab, who: Any, limits: Limits, demo: bool) -> int:
         loop = Loop(lab, who, LocalExecutor(), _Narrator(screen, ticker, lab))
         with ends(loop.stop) as asked:
             _banner(screen, lab, who.name, limits, sleep)
+            _prices(screen, lab, who)
             summary = loop.run(LoopLimits(experiments=limits.experiments, deadline=limits.deadline))
     return _ending(screen, lab, before, asked, summary, demo)
 
@@ -229,6 +233,18 @@ def _banner(screen: Screen, lab: Lab, researcher: str, limits: Limits, sleep: st
     screen.say(f"  val_bpb     validation bits per byte on {view.scale.data}: lower is better")
 
 
+def _prices(screen: Screen, lab: Lab, who: Any) -> None:
+    """What paid researchers will cost, told before the first is asked."""
+    for member in getattr(who, "members", [who]):
+        if hasattr(member, "estimate"):
+            said = member.estimate(lab.view({}))
+            screen.line({"event": "estimate", "researcher": member.name, "text": said})
+            screen.say(f"  cost        {said}")
+    spent = tables.cost_line(lab.ledger.spent())
+    if spent:
+        screen.say(f"  so far      {spent}")
+
+
 def _ending(screen: Screen, lab: Lab, before: set[int], asked: Asked, summary: Any, demo: bool) -> int:
     view = places.look(lab)
     new = [r for r in view.rows if r.decided and r.number not in before]
@@ -245,6 +261,9 @@ def _ending(screen: Screen, lab: Lab, before: set[int], asked: Asked, summary: A
     elif reason:
         screen.say(f"ended: {reason}")
     _kept(screen, view, new)
+    spent = tables.cost_line(lab.ledger.spent())
+    if spent:
+        screen.say(spent)
     _next(screen, lab, view, asked, demo)
     return asked.status
 

@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING
 
 from console.output import Screen, plain
 from console.rows import Row, Scale, Tally
-from console.words import bpb, clock, delta, duration, moment, plural, shorten, sparkline
+from console.words import bpb, clock, count, delta, duration, moment, plural, shorten, sparkline
 
 if TYPE_CHECKING:
     from rich.box import Box
     from rich.table import Table
+
+    from core.ledger import Spent
 
 TAINTED = "tainted: something else used the machine meanwhile, so the score may be worse than it would be alone"
 STYLES = {"keep": "bold green", "simplify": "bold green", "crash": "dark_orange3", "timeout": "dark_orange3",
@@ -67,6 +69,18 @@ def tally_line(total: Tally) -> str:
         return text
     text += f"; best {bpb(total.best.val_bpb)} (#{total.best.number})"
     return f"{text}, {total.gain:.4f} below the baseline" if total.gain else text
+
+
+def cost_line(spent: Spent) -> str:
+    """'$1.23 for 40 answers: 120k tokens in, 30k out, 900k from the cache'; "" where nobody was paid."""
+    if not spent.answers:
+        return ""
+    sizes = (
+        f"{count(spent.input_tokens + spent.cache_write_tokens)} tokens in, {count(spent.output_tokens)} out, "
+        f"{count(spent.cache_read_tokens)} from the cache"
+    )
+    unpriced = f"; no price is known for {spent.unpriced} of them" if spent.unpriced else ""
+    return f"${spent.usd:.2f} for {plural(spent.answers, 'answer')}: {sizes}{unpriced}"
 
 
 def card(r: Row, scale: Scale, screen: Screen) -> list[str]:

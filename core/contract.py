@@ -150,6 +150,11 @@ def no_objection(source: bytes) -> str:
     return ""
 
 
+def never() -> bool:
+    """For views of a lab that nobody stops."""
+    return False
+
+
 def free_of_charge(usage: Mapping[str, Any]) -> None:
     """For views of a lab that keeps no account."""
 
@@ -168,6 +173,7 @@ class View:
     notes: Sequence[str] = ()  # proposals that were refused since the last experiment, and why
     check: Callable[[bytes], str] = no_objection  # why this source would not be run; "" if it would. Takes seconds
     spend: Callable[[Mapping[str, Any]], None] = free_of_charge  # puts what an answer cost on the lab's account
+    stopped: Callable[[], bool] = never  # is the run over? Whoever starts processes looks now and then, and ends them
 
 
 class Researcher(Protocol):

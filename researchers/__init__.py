@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,6 +41,32 @@ def names() -> list[str]:
 
 def make(name: str, **options: Any) -> Researcher:
     """The researcher of this name or place; UserError with the known names, or naming an option it does not take."""
+    factory = _factory(name)
+    (taken,) = deal([name], options)
+    try:
+        inspect.signature(factory).bind(**taken)
+    except TypeError as error:
+        raise UserError(f"researcher {name}: {error}", "correct its options") from None
+    researcher: Researcher = factory(**taken)
+    return researcher
+
+
+def deal(names: Sequence[str], options: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What each of these researchers gets of the options: those that it takes. UserError for one that none takes."""
+    takes = [_takes(_factory(name)) for name in names]
+    for option in options:
+        if not any(taken(option) for taken in takes):
+            raise UserError(f"researcher {'+'.join(names)}: {option!r} is none of its options", "leave it out")
+    return [{option: value for option, value in options.items() if taken(option)} for taken in takes]
+
+
+def _takes(factory: Callable[..., Any]) -> Callable[[str], bool]:
+    parameters = inspect.signature(factory).parameters
+    takes_all = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+    return lambda option: takes_all or option in parameters
+
+
+def _factory(name: str) -> Callable[..., Any]:
     place = BUILT_IN[name].place if name in BUILT_IN else name
     module_name, _, attribute = place.partition(":")
     if not attribute:
@@ -48,12 +74,7 @@ def make(name: str, **options: Any) -> Researcher:
             f"there is no researcher {name!r}", f"known are: {', '.join(names())}; or give module:attribute"
         )
     try:
-        factory = getattr(importlib.import_module(module_name), attribute)
+        factory: Callable[..., Any] = getattr(importlib.import_module(module_name), attribute)
     except (ImportError, AttributeError) as error:
         raise UserError(f"researcher {name}: {error}", "check the place that was given as module:attribute") from error
-    try:
-        inspect.signature(factory).bind(**options)
-    except TypeError as error:
-        raise UserError(f"researcher {name}: {error}", "correct its options") from None
-    researcher: Researcher = factory(**options)
-    return researcher
+    return factory

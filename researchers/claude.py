@@ -42,6 +42,7 @@ class Claude:
     """`core.contract.Researcher`. Raises `UserError` when it is made without a key or with options that cannot be."""
 
     name = "claude"
+    thinks_ahead = True  # it may be asked while an experiment runs
 
     def __init__(
         self,
@@ -124,6 +125,8 @@ class _Conversation:
     def run(self) -> Proposal:
         useless = 0
         for _ in range(ANSWERS):
+            if self.view.stopped():
+                raise Unavailable("the run is over")
             try:
                 reply = self._ask()
             except Malformed as broken:

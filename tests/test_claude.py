@@ -493,8 +493,7 @@ def test_a_night_of_good_bad_and_malformed_ideas(
 ) -> None:
     """Real training and scoring, real sandbox: a good idea, a guard's refusal, a dry build's, a crash with its repair,
     a cheat, a repetition, an overload. Ends with the account equal to the bill and the key nowhere on the disk."""
-    cheat = "        return self.model(tokens.flip(1)).flip(1)\n"
-    plain = next(line + "\n" for line in tiny_recipe.splitlines() if "return self.model(tokens)" in line)
+    plain, cheat = "F.pad(tokens, (1, 0), value=self.spec.bos_id)[:, :-1]", "F.pad(tokens, (0, 1))[:, 1:]"
     late = "        self.steps += 1\n        if self.steps > 5:\n            raise ValueError('planted')\n"
     step = "    def step(self, batches, progress):\n"
     replies: list[Reply | Script] = [
@@ -546,3 +545,9 @@ def found_keys(folder: Path) -> list[Path]:
 
 def test_no_wait_is_slept_out_within_the_sdk() -> None:
     assert claude_api.PATIENCE * claude_api.RETRIES < 120
+
+
+def test_options_go_to_those_who_take_them(key: None) -> None:
+    assert researchers.deal(["claude", "search"], {"max_cost": 2.0}) == [{"max_cost": 2.0}, {}]
+    with pytest.raises(UserError, match=r"researcher claude\+search: 'depth' is none of its options"):
+        researchers.deal(["claude", "search"], {"depth": 2})
