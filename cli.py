@@ -213,6 +213,11 @@ def _asking_options(function: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--max-cost", type=click.FloatRange(min=0), metavar="USD", help="Spend less in this run; 10."),
         click.option("--max-tokens", type=click.IntRange(min=1), metavar="N", help="The same in tokens of all kinds."),
         click.option(
+            "--command", metavar="LINE", help='A coding agent, with --researcher command: "agent {prompt_file}".'
+        ),
+        click.option("--time-limit", type=Duration(least=1), metavar="S", help="For one answer of an agent; 20m."),
+        click.option("--pass-env", metavar="A,B", help="Variables that an agent gets on top of the usual ones."),
+        click.option(
             "--attempts", type=click.IntRange(1, 3), metavar="N", help="At one idea that crashes; default: 3."
         ),
     ]
@@ -221,7 +226,7 @@ def _asking_options(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
-ASKING = ("model", "effort", "max_cost", "max_tokens", "attempts")
+ASKING = ("model", "effort", "max_cost", "max_tokens", "command", "time_limit", "pass_env", "attempts")
 
 
 def verb(name: str) -> Callable[[Callable[..., Any]], Any]:
@@ -280,6 +285,7 @@ def run(lab: str | None, as_json: bool, **options: Any) -> int:
     autoresearch run labs/nov24 --experiments 20
     autoresearch run --text ~/books --budget 5m --hours 8
     autoresearch run --researcher claude --max-cost 5 --hours 8
+    autoresearch run --researcher claude-code --hours 8
     """
     from console.running import run_verb
 

@@ -38,7 +38,6 @@ class Agent:
     set: Mapping[str, str] = field(default_factory=dict)  # variables that it always gets
     keys: tuple[str, ...] = ()  # variables that make it bill by the token
     litter: tuple[str, ...] = ()  # beginnings of names of files that it leaves behind by itself
-    model: str = "--model"
     read: Callable[[str], Answer] = lambda out: Answer(out)
 
 
