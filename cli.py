@@ -14,6 +14,7 @@ SECTIONS = {
     "Before": ["doctor", "prepare", "init"],
     "One experiment": ["try", "wait", "train"],
     "Look": ["status", "best", "show", "diff", "sample"],
+    "For agents": ["mcp"],
     "Steer": ["pause", "resume", "stop", "undo", "clean"],
 }
 PREPARE_HELP = "Fetch and tokenize a data set, once."  # the verb itself lives in prepare.py
@@ -270,6 +271,7 @@ def cli() -> None:
 @click.option("--until", type=Moment(), metavar="HH:MM", help="Stop at this time of day.")
 @click.option("--researcher", metavar="NAME", default="search", show_default=True, help="Who proposes.")
 @click.option("--demo", is_flag=True, help="About five minutes on two cores: small text, short budgets.")
+@click.option("--notify", metavar="URL", envvar="AUTORESEARCH_NOTIFY", help="Post keeps, stalls and the end there.")
 @click.option("--strict", is_flag=True, help="Refuse to run where the sandbox lacks anything.")
 @_asking_options
 @_making_options
@@ -500,6 +502,26 @@ def sample(lab: str | None, as_json: bool, prompt: str, **options: Any) -> None:
     from console.sampling import sample_verb
 
     sample_verb(_screen(as_json), lab, prompt, **options)
+
+
+# --- for agents --------------------------------------------------------------------------------
+
+
+@verb("mcp")
+@_lab_argument
+def mcp(lab: str | None, as_json: bool) -> None:
+    """Serve a lab to an agent as an MCP server, over standard input and output; needs the extra `mcp`.
+
+    The tools are the verbs: program, status, best, log, show, diff, try_candidate, wait, report. No call lasts longer
+    than 45 seconds. It speaks JSON with or without --json.
+
+    \b
+    claude mcp add lab -- autoresearch mcp /path/to/the/lab
+    autoresearch mcp labs/nov24
+    """
+    from console.serving import mcp_verb
+
+    mcp_verb(lab)
 
 
 # --- steer -------------------------------------------------------------------------------------
