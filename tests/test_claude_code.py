@@ -109,7 +109,7 @@ def test_its_limit_is_waited_out_and_a_bad_login_is_not(lab: Lab, api: MessagesA
         who.propose(lab.view({}))
     assert caught.value.retry_after is not None and not caught.value.final
     api.answer = lambda asked: Fault(401, "authentication_error", "invalid x-api-key")
-    with pytest.raises(Unavailable, match="--researcher claude$") as caught:
+    with pytest.raises(Unavailable, match=r"--researcher claude$") as caught:
         who.propose(lab.view({}))
     assert caught.value.final
 
