@@ -17,7 +17,7 @@ from core.errors import UserError
 from core.quoting import one_line
 from researchers.account import CHARACTERS, KINDS, Account, Usage, dollars, price_of, price_table
 from researchers.claude_api import REFUSED_WAIT, Call, Connection, Malformed, Reply
-from researchers.claude_prompt import TOOLS, first_message, system
+from researchers.claude_prompt import NEXT_TASK, TOOLS, first_message, mending, mending_elsewhere, system
 from researchers.digest import digest
 from researchers.tried import Tried
 from researchers.workbench import ToolError, Workbench
@@ -73,7 +73,7 @@ class Claude:
 
     def estimate(self, view: View) -> str:
         """What a proposal will cost, before any was asked for; one line."""
-        characters = len(str(system(view))) + len(str(TOOLS)) + len(str(first_message(view, digest(view), None)))
+        characters = len(str(system(view))) + len(str(TOOLS)) + len(str(first_message(view, digest(view), NEXT_TASK)))
         prompt = int(characters / CHARACTERS)
         output = TYPICAL_ANSWERS * TYPICAL_OUTPUT
         first = dollars(self.account.model, Usage(output=output, cache_read=prompt * (TYPICAL_ANSWERS - 1),
@@ -118,9 +118,19 @@ class _Conversation:
     gave_up: bool = False  # the repair
 
     def __post_init__(self) -> None:
-        start = self.failed.source if self.failed else self.view.best_source
+        task, start = self._task()
         self.bench = Workbench(self.view, start)
-        self.messages.append(first_message(self.view, digest(self.view), self.failed))
+        self.messages.append(first_message(self.view, digest(self.view), task))
+
+    def _task(self) -> tuple[str, bytes]:
+        """What is asked for, and what the working copy is at first. A failed file on an older base is not taken up
+        again as it is: that would undo what was kept since."""
+        if self.failed is None:
+            return NEXT_TASK, self.view.best_source
+        base = next((p for p in self.view.past if p.number == self.failed.parent), None)
+        if base is not None and base.source == self.view.best_source:
+            return mending(self.failed), self.failed.source
+        return mending_elsewhere(base, self.failed), self.view.best_source
 
     def run(self) -> Proposal:
         useless = 0

@@ -3,6 +3,7 @@ and the part that changes with every experiment last."""
 
 from __future__ import annotations
 
+import difflib
 import json
 from collections.abc import Mapping
 from typing import Any
@@ -13,6 +14,7 @@ from core.quoting import MARK, one_line, quote
 PROGRAM_CHARACTERS = 40_000
 LONG_BUDGET = 200.0  # seconds of training, above which a cache of five minutes is gone before the next proposal
 LOG_LINES = 50
+NEXT_TASK = "Propose the next experiment."
 
 RULES = f"""You are the researcher of a lab that trains small language models. You rewrite one file, train.py. A \
 program around it trains it for a fixed time, scores it, and keeps it when it is better; the score is val_bpb, \
@@ -112,12 +114,12 @@ def system(view: View) -> list[dict[str, Any]]:
     return [text(RULES), mark(text(words), ttl_of(view))]
 
 
-def first_message(view: View, record: str, failed: Past | None) -> dict[str, Any]:
+def first_message(view: View, record: str, task: str) -> dict[str, Any]:
     """The recipe, which changes with a keep; then the lab, the record and the task."""
     source = view.best_source.decode("utf-8", "replace")
     blocks = [
         mark(text(f"The best train.py so far:\n\n{source}"), ttl_of(view)),
-        mark(text(f"{lab(view)}\n\nThe record:\n{quote(record, 400, 60_000)}\n\n{_task(failed)}"), "5m"),
+        mark(text(f"{lab(view)}\n\nThe record:\n{quote(record, 400, 60_000)}\n\n{task}"), "5m"),
     ]
     return {"role": "user", "content": blocks}
 
@@ -130,13 +132,29 @@ def lab(view: View) -> str:
     return "The lab:\n" + "\n".join(f"{MARK}{one_line(f'{k}: {json.dumps(v)}', 1200)}" for k, v in told.items())
 
 
-def _task(failed: Past | None) -> str:
-    if failed is None:
-        return "Propose the next experiment."
+def mending(failed: Past) -> str:
     return (
         f"Your experiment {failed.number} failed. The working copy is what you handed in then. Mend it if the idea is "
         "still good and the fault is a slip, and propose it again; or give the idea up with start_over and propose "
         f"another one.\n{experiment(failed)}"
+    )
+
+
+def mending_elsewhere(base: Past | None, failed: Past) -> str:
+    return (
+        f"Your experiment {failed.number} failed, and the best has changed since. The working copy is the best now. "
+        "Make the change again without its fault if the idea is still good, and propose it; or call start_over to give "
+        f"the idea up, and propose another one.\n{experiment(failed)}\nWhat it changed:\n{changed(base, failed)}"
+    )
+
+
+def changed(base: Past | None, p: Past) -> str:
+    """A unified diff, quoted."""
+    if base is None:
+        return quote("(the recipe that the lab began with)")
+    old, new = (x.source.decode("utf-8", "replace").splitlines() for x in (base, p))
+    return quote(
+        "\n".join(difflib.unified_diff(old, new, f"#{base.number}", f"#{p.number}", n=2, lineterm="")), 300, 20_000
     )
 
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from typing import Any
 
-from core.contract import Past, View
-from core.quoting import quote
-from researchers.claude_prompt import experiment
+from core.contract import View
+from researchers.claude_prompt import changed, experiment
 
 VIEW_LINES = 400
 SHOWN = 60  # characters of a text that was not found
@@ -46,8 +44,7 @@ class Workbench:
         if not isinstance(number, int) or number not in by_number:
             raise ToolError(f"there is no experiment {str(number)[:20]}; they are 1 to {max(by_number, default=0)}")
         p = by_number[number]
-        diff = quote(_diff(by_number.get(p.parent or 0), p), 300, 20_000)
-        return f"{experiment(p)}\nWhat it changed:\n{diff}"
+        return f"{experiment(p)}\nWhat it changed:\n{changed(by_number.get(p.parent or 0), p)}"
 
     def edit(self, given: Mapping[str, Any]) -> str:
         edits = given.get("edits")
@@ -78,10 +75,3 @@ def _replaced(source: str, one: object, k: int) -> str:
             f"edit {k}: {old[:SHOWN]!r} occurs {count} times in the working copy, must be once{near}; no edit was made"
         )
     return source.replace(old, new)
-
-
-def _diff(base: Past | None, p: Past) -> str:
-    if base is None:
-        return "(the recipe that the lab began with)"
-    old, new = (x.source.decode("utf-8", "replace").splitlines() for x in (base, p))
-    return "\n".join(difflib.unified_diff(old, new, f"#{base.number}", f"#{p.number}", n=2, lineterm=""))
