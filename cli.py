@@ -9,6 +9,8 @@ from typing import Any, NoReturn
 
 import click
 
+from console.options import Duration, Moment
+
 SECTIONS = {
     "The three that matter": ["run", "log", "report"],
     "Before": ["doctor", "prepare", "init"],
@@ -18,45 +20,6 @@ SECTIONS = {
     "Steer": ["pause", "resume", "stop", "undo", "clean"],
 }
 PREPARE_HELP = "Fetch and tokenize a data set, once."  # the verb itself lives in prepare.py
-
-
-class Duration(click.ParamType):
-    """Seconds, or with a unit: 60, 90s, 5m, 8h, 1h30m."""
-
-    name = "duration"
-
-    def __init__(self, least: float = 0.0) -> None:
-        self.least = least
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        from console.words import duration, parse_duration
-
-        if isinstance(value, int | float):
-            return float(value)
-        try:
-            seconds = parse_duration(str(value))
-        except ValueError as error:
-            self.fail(str(error), param, ctx)
-        if not self.least <= seconds <= 30 * 86400:
-            self.fail(f"{value} is out of range; use {duration(self.least)} to 30 days", param, ctx)
-        return seconds
-
-
-class Moment(click.ParamType):
-    """HH:MM, today or tomorrow, whichever comes next; as a Unix time."""
-
-    name = "HH:MM"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        from datetime import datetime, timedelta
-
-        try:
-            wanted = datetime.strptime(str(value), "%H:%M")
-        except ValueError:
-            self.fail(f"{value!r} is not a time of day; write it as HH:MM, for example 07:30", param, ctx)
-        now = datetime.now()
-        moment = now.replace(hour=wanted.hour, minute=wanted.minute, second=0, microsecond=0)
-        return (moment if moment > now else moment + timedelta(days=1)).timestamp()
 
 
 class Verbs(click.Group):
@@ -510,9 +473,9 @@ def sample(lab: str | None, as_json: bool, prompt: str, **options: Any) -> None:
 @verb("mcp")
 @_lab_argument
 def mcp(lab: str | None, as_json: bool) -> None:
-    """Serve a lab to an agent as an MCP server, over standard input and output; needs the extra `mcp`.
+    """Serve a lab to an agent, as an MCP server.
 
-    The tools are the verbs: program, status, best, log, show, diff, try_candidate, wait, report. No call lasts longer
+    Over standard input and output; needs the extra `mcp`. The tools are the verbs: program, status, best, log, show, diff, try_candidate, wait, report. No call lasts longer
     than 45 seconds. It speaks JSON with or without --json.
 
     \b

@@ -6,10 +6,12 @@ import hashlib
 import os
 import shutil
 import stat
+import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 TRAIN, PROGRAM, DIGEST, PROMPT, IDEA, FAILED = (
     "train.py", "program.md", "digest.md", "prompt.md", "idea.txt", "failed.py",
@@ -38,7 +40,8 @@ def workplace() -> Iterator[Path]:
         (place / "tmp").mkdir()
         yield place
     finally:
-        shutil.rmtree(place, onerror=_open_up)
+        handler: Any = {"onexc" if sys.version_info >= (3, 12) else "onerror": _open_up}
+        shutil.rmtree(place, **handler)
 
 
 def _open_up(function: object, path: str, _: object) -> None:
