@@ -475,8 +475,8 @@ def sample(lab: str | None, as_json: bool, prompt: str, **options: Any) -> None:
 def mcp(lab: str | None, as_json: bool) -> None:
     """Serve a lab to an agent, as an MCP server.
 
-    Over standard input and output; needs the extra `mcp`. The tools are the verbs: program, status, best, log, show, diff, try_candidate, wait, report. No call lasts longer
-    than 45 seconds. It speaks JSON with or without --json.
+    Over standard input and output; needs the extra `mcp`. The tools are the verbs: program, status, best, log, show,
+    diff, try_candidate, wait, report. No call lasts longer than 45 seconds. It speaks JSON with or without --json.
 
     \b
     claude mcp add lab -- autoresearch mcp /path/to/the/lab
