@@ -41,6 +41,8 @@ def log_verb(screen: Screen, given: str | None, follow: bool, limit: int | None,
     screen.say(tables.tally_line(view.total))
     if cost := tables.cost_line(lab.ledger.spent()):
         screen.say(f"spent on researchers: {cost}")
+    if uses := tables.uses_line(view.total):
+        screen.say(uses)
     if any(r.tainted for r in chosen):
         screen.say(tables.TAINTED)
 

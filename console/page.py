@@ -101,6 +101,8 @@ def _tiles(rows: Sequence[Row], total: Tally) -> str:
         (str(total.failed), "failed"),
         (duration(seconds), "spent on experiments"),
     ]
+    if total.uses.busy:
+        tiles.append((f"{100 * total.uses.idle_share:.1f} %", "of the time the device was idle"))
     inner = "".join(
         f'<div class="tile"><b>{escape(value)}</b><span>{escape(what)}</span></div>' for value, what in tiles
     )
@@ -258,12 +260,19 @@ def facts(r: Row) -> list[tuple[str, str]]:
             "everything else",
             duration(r.seconds - o["training_seconds"]) if r.seconds and o.get("training_seconds") else "",
         ),
+        ("device idle before", _idle(r)),
         ("audited", "yes" if o.get("audited") else ""),
         ("commit", r.commit[:10]),
         ("also changed, dropped", "; ".join(map(str, r.detail.get("dropped") or []))),
         ("not isolated", str(r.detail.get("not_isolated") or "")),
     ]
     return [(what, figure) for what, figure in found if figure]
+
+
+def _idle(r: Row) -> str:
+    """'3 s (2 s thinking)'."""
+    parts = [f"{duration(s)} {what}" for what, s in r.idle.items() if what != "seconds" and s >= 0.5]
+    return duration(r.idle["seconds"]) + (f" ({', '.join(parts)})" if parts else "") if r.idle else ""
 
 
 def _facts(r: Row) -> str:

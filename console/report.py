@@ -35,7 +35,8 @@ def report_verb(screen: Screen, given: str | None, out: Path | None) -> None:
     for r in [r for r in view.rows if r.kept][-12:]:
         screen.say(f"  #{r.number:<4} {bpb(r.val_bpb)}  {delta(r.delta) or 'baseline':<8} {r.description}")
     spent = sum(r.seconds or 0.0 for r in view.rows)
-    screen.say(f"{duration(spent)} of experiments")
+    uses = tables.uses_line(view.total)
+    screen.say(f"{duration(spent)} of experiments" + (f"; {uses}" if uses else ""))
     screen.say(f"page     {places.spelled(html)}")
     screen.say(f"picture  {places.spelled(png)}")
 

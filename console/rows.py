@@ -69,6 +69,12 @@ class Row:
         return float(total) if isinstance(total, int | float) else None
 
     @property
+    def idle(self) -> dict[str, float]:
+        """Seconds that the device did nothing before this experiment, and those that it waited for what; {} when
+        nobody took them down."""
+        return dict(self.outcome.get("idle") or {})
+
+    @property
     def kept(self) -> bool:
         return self.status in KEPT and not self.undone
 
@@ -89,7 +95,7 @@ class Row:
             "number": self.number, "status": self.status, "val_bpb": self.val_bpb, "best_before": self.best_before,
             "delta": self.delta, "description": self.description, "researcher": self.researcher, "reason": self.reason,
             "tainted": self.tainted, "undone": self.undone, "commit": self.commit or None, "seconds": self.seconds,
-            "started": self.started or None, "finished": self.finished or None,
+            "started": self.started or None, "finished": self.finished or None, "idle": self.idle,
         }  # fmt: skip
         return {**short, "parent": self.parent, "detail": self.detail, "outcome": self.outcome} if full else short
 
@@ -121,6 +127,36 @@ def rows(experiments: Iterable[Any]) -> list[Row]:
 
 
 @dataclass(frozen=True)
+class Uses:
+    """What the device did, in seconds. Busy is an experiment from its start to its outcome, scoring included; idle is
+    all between two of them but for pauses that somebody asked for."""
+
+    busy: float
+    idle: float
+    waits: dict[str, float]  # of the idle ones: thinking, dry build, waiting, other
+
+    @property
+    def idle_share(self) -> float:
+        return self.idle / (self.busy + self.idle) if self.idle else 0.0
+
+    def to_json(self) -> dict[str, Any]:
+        return {"busy_seconds": round(self.busy, 3), "idle_seconds": round(self.idle, 3),
+                "idle_share": round(self.idle_share, 5), "waits": self.waits}  # fmt: skip
+
+
+def uses(all_rows: Iterable[Row]) -> Uses:
+    """Of the experiments whose idle time was taken down."""
+    known = [r for r in all_rows if r.idle]
+    paused = sum(r.idle.get("paused", 0.0) for r in known)
+    idle = max(0.0, sum(r.idle.get("seconds", 0.0) for r in known) - paused)
+    waits = {what: round(sum(r.idle.get(what, 0.0) for r in known), 3) for what in ("thinking", "dry build", "waiting")}
+    told = {what: seconds for what, seconds in waits.items() if seconds}
+    return Uses(
+        sum(r.seconds or 0.0 for r in known), idle, {**told, "other": round(max(0.0, idle - sum(waits.values())), 3)}
+    )
+
+
+@dataclass(frozen=True)
 class Tally:
     """A run in numbers."""
 
@@ -130,6 +166,7 @@ class Tally:
     failed: int
     baseline: Row | None
     best: Row | None
+    uses: Uses = field(default_factory=lambda: Uses(0.0, 0.0, {}))
 
     @property
     def gain(self) -> float | None:
@@ -142,7 +179,7 @@ class Tally:
         return {
             "experiments": self.experiments, "kept": self.kept, "discarded": self.discarded, "failed": self.failed,
             "baseline": self.baseline and self.baseline.to_json(), "best": self.best and self.best.to_json(),
-            "gain": self.gain,
+            "gain": self.gain, "device": self.uses.to_json(),
         }  # fmt: skip
 
 
@@ -157,4 +194,5 @@ def tally(all_rows: Sequence[Row], best: int | None) -> Tally:
         failed=sum(r.failed for r in decided),
         baseline=kept[0] if kept else None,
         best=next((r for r in all_rows if r.number == best), None),
+        uses=uses(all_rows),
     )

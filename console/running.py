@@ -47,7 +47,8 @@ def run_verb(
     researcher: str,
     demo: bool,
     strict: bool,
-    asking: Mapping[str, Any],
+    asking: Mapping[str, Any] | None = None,
+    meanwhile: str | None = None,
     notify: str | None = None,
     **making: Any,
 ) -> int:
@@ -66,12 +67,25 @@ def run_verb(
     deadline = until if until is not None else time.time() + hours * 3600 if hours is not None else None
     if demo:
         given, wishes, experiments = _demo(given, wishes, experiments)
-    who = researchers.make(researcher, **asking)  # an unknown name must not leave a lab behind
+    who = researchers.make(researcher, **(asking or {}))  # an unknown name must not leave a lab behind
+    stand_in = _stand_in(meanwhile, who)
     if notify is not None:
         checked(notify)
     lab = _lab(screen, given, wishes)
     limits = Limits(experiments, deadline)
-    return _run(screen, lab, who, limits, demo, notify)
+    return _run(screen, lab, (who, stand_in), limits, demo, notify)
+
+
+def _stand_in(name: str | None, who: Any) -> Any:
+    """Who proposes while `who` cannot; None for nobody."""
+    import researchers
+    from core.contract import Team
+
+    found = researchers.make(name) if name else None
+    members = [m.name for m in who.members] if isinstance(who, Team) else [who.name]
+    if found is not None and (isinstance(found, Team) or found.name in members):
+        raise UserError(f"--meanwhile {name} cannot stand in for {who.name}", "name one other researcher, as search")
+    return found
 
 
 def _demo(given: str | None, wishes: Wishes, experiments: int | None) -> tuple[str, Wishes, int]:
@@ -144,7 +158,8 @@ def _check_locked(lab: Lab, wishes: Wishes) -> None:
 # --- the run -----------------------------------------------------------------------------------
 
 
-def _run(screen: Screen, lab: Lab, who: Any, limits: Limits, demo: bool, notify: str | None) -> int:
+def _run(screen: Screen, lab: Lab, who: tuple[Any, Any], limits: Limits, demo: bool, notify: str | None) -> int:
+    """`who`: the researcher, and who stands in for it (None: nobody)."""
     from core.executor import LocalExecutor
     from core.loop import Limits as LoopLimits
     from core.loop import Loop
@@ -152,10 +167,10 @@ def _run(screen: Screen, lab: Lab, who: Any, limits: Limits, demo: bool, notify:
     _must_be_free(lab)
     before = {e.number for e in lab.ledger.experiments() if e.status is not None}
     with awake() as sleep, Ticker(screen, events=True) as ticker, notifying(notify, lab.tag, _each(lab)) as notifier:
-        loop = Loop(lab, who, LocalExecutor(), _Narrator(screen, ticker, lab, notifier))
+        loop = Loop(lab, who[0], LocalExecutor(), _Narrator(screen, ticker, lab, notifier), meanwhile=who[1])
         with ends(loop.stop) as asked:
-            _banner(screen, lab, who.name, limits, sleep)
-            _prices(screen, lab, who)
+            _banner(screen, lab, " or else ".join(w.name for w in who if w), limits, sleep)
+            _prices(screen, lab, [w for w in who if w])
             summary = loop.run(LoopLimits(experiments=limits.experiments, deadline=limits.deadline))
         lost = _tell_end(notifier, lab, before, asked, summary)
     if lost:
@@ -262,9 +277,9 @@ def _banner(screen: Screen, lab: Lab, researcher: str, limits: Limits, sleep: st
     screen.say(f"  val_bpb     validation bits per byte on {view.scale.data}: lower is better")
 
 
-def _prices(screen: Screen, lab: Lab, who: Any) -> None:
+def _prices(screen: Screen, lab: Lab, who: list[Any]) -> None:
     """What paid researchers will cost, told before the first is asked."""
-    for member in getattr(who, "members", [who]):
+    for member in [member for one in who for member in getattr(one, "members", [one])]:
         if hasattr(member, "estimate"):
             said = member.estimate(lab.view({}))
             screen.line({"event": "estimate", "researcher": member.name, "text": said})

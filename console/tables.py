@@ -83,6 +83,15 @@ def cost_line(spent: Spent) -> str:
     return f"${spent.usd:.2f} for {plural(spent.answers, 'answer')}: {sizes}{unpriced}"
 
 
+def uses_line(total: Tally) -> str:
+    """'device idle 1.2 % of the time: 40 s thinking, 12 s dry build, 8 s other'; "" before anything is known."""
+    uses = total.uses
+    if not uses.busy:
+        return ""
+    parts = [f"{duration(seconds)} {what}" for what, seconds in uses.waits.items() if seconds >= 0.5]
+    return f"device idle {100 * uses.idle_share:.1f} % of the time" + (f": {', '.join(parts)}" if parts else "")
+
+
 def card(r: Row, scale: Scale, screen: Screen) -> list[str]:
     """All about one experiment, line by line."""
     from console.page import facts

@@ -178,12 +178,28 @@ class View:
 
 
 class Researcher(Protocol):
-    """Whoever proposes the next candidate. Holds no state that cannot be rebuilt from `view.past`."""
+    """Whoever proposes the next candidate. Holds no state that cannot be rebuilt from `view.past`.
+
+    With a true attribute `thinks_ahead` it is asked while an experiment runs, in another thread, and does not see that
+    experiment's result; without, or with a false one, only when the result is there.
+    """
 
     name: str
 
     def propose(self, view: View) -> Proposal:
-        """Raises `Exhausted` when nothing is left that was not tried."""
+        """Raises `Exhausted` when nothing is left that was not tried, and `Unavailable`."""
+
+
+@runtime_checkable
+class Team(Protocol):
+    """A researcher that is made of several: the loop asks whose turn it is, and then that one. A proposal's
+    `detail["by"]` is the name of who made it."""
+
+    name: str
+    members: Sequence[Researcher]
+
+    def turn(self, view: View, able: Sequence[Researcher]) -> Researcher:
+        """One of `able`, those of the members that can answer now; at least one. A function of the view alone."""
 
 
 class Exhausted(Exception):

@@ -11,7 +11,9 @@ from statistics import fmean
 from typing import Protocol
 
 from core.facts import Facts
+from core.gap import Stopped
 from core.outcome import Event, Outcome, Request
+from core.settings import Settings
 
 SETTLE_SECONDS = 20.0  # of training whose step rate is one reading
 SETTLE_READINGS = 3  # whose mean is compared with that of as many before, as single readings are noisy
@@ -28,6 +30,14 @@ class Executor(Protocol):
         """Bring the machine into the state that it will have all night. What was done, "" if nothing was needed."""
         ...
 
+    def lint(self, source: bytes) -> str:
+        """Why `source` would be refused before anything runs, "" if it would not. Milliseconds."""
+        ...
+
+    def dry_build(self, source: bytes, settings: Settings, workdir: Path, stop: threading.Event) -> str:
+        """Why `source` does not run at all, "" if it does. Takes seconds, on the device. Raises `Stopped`."""
+        ...
+
 
 class LocalExecutor:
     """This machine. `facts`: where its hardware is looked up."""
@@ -40,6 +50,19 @@ class LocalExecutor:
         from core import referee  # here, because it loads what only an experiment needs
 
         return referee.execute(request, on_event, stop)
+
+    def lint(self, source: bytes) -> str:
+        from core import guard
+
+        return "; ".join(str(finding) for finding in guard.check(source)[:5])
+
+    def dry_build(self, source: bytes, settings: Settings, workdir: Path, stop: threading.Event) -> str:
+        from core import dryrun
+
+        try:
+            return dryrun.dry_build(source, settings, workdir, stop=stop)
+        except dryrun.Stopped as stopped:
+            raise Stopped from stopped
 
     def settle(self, request: Request, say: Callable[[str], None], stop: threading.Event) -> str:
         """A Mac without a fan slows down for minutes under load: it trains until its step rate stays the same."""

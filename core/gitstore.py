@@ -1,8 +1,8 @@
 """Git as a store of objects and refs, and nothing else: no hook, filter, alias, attribute or user setting acts.
 
-Only plumbing is called (hash-object, commit-tree, update-ref, cat-file, for-each-ref), through GitPython.
-Porcelain such as `index.commit` runs planted hooks. What lies in the lab's `.git/config` is outvoted by `-c`
-or never looked at by these commands.
+Only plumbing is called (hash-object, commit-tree, update-ref, cat-file, for-each-ref, merge-file), through
+GitPython. Porcelain such as `index.commit` runs planted hooks. What lies in the lab's `.git/config` is outvoted by
+`-c` or never looked at by these commands.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import errno
 import os
 import shutil
 import subprocess
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -126,6 +127,22 @@ class GitStore:
         """Commits from `ref` back to the first, newest first."""
         return self._text("rev-list", "--first-parent", ref).split()
 
+    def merge(self, base: bytes, ours: bytes, theirs: bytes) -> bytes | None:
+        """What `ours` changed of `base`, made to `theirs` instead, by `git merge-file`; None where both changed the
+        same lines, or neighbouring ones, and where git sees no text."""
+        if any(b"\0" in content for content in (base, ours, theirs)):  # git takes it for no text
+            return None
+        with tempfile.TemporaryDirectory(prefix="autoresearch-") as folder:
+            files = [Path(folder, name) for name in ("theirs", "base", "ours")]
+            for file, content in zip(files, (theirs, base, ours), strict=True):
+                file.write_bytes(content)
+            code, out, err = self._call("merge-file", "-p", "-q", *map(str, files))
+        if code in range(1, 128):  # the number of conflicts
+            return None
+        if code:
+            raise _explain("merge-file", err, self.path)
+        return out
+
     # --- refs ------------------------------------------------------------------------------------
 
     def refs(self, *prefixes: str) -> dict[str, str]:
@@ -215,13 +232,20 @@ class GitStore:
         return self._run(*arguments, stdin=stdin, env=env).decode(errors="surrogateescape").strip()
 
     def _run(self, *arguments: str, stdin: bytes = b"", env: Mapping[str, str] | None = None) -> bytes:
+        code, out, err = self._call(*arguments, stdin=stdin, env=env)
+        if code:
+            raise _explain(arguments[0], err, self.path)
+        return out
+
+    def _call(
+        self, *arguments: str, stdin: bytes = b"", env: Mapping[str, str] | None = None
+    ) -> tuple[int, bytes, str]:
+        """Exit status, output, and what git said of errors."""
         settings = [part for key, value in _CONFIG.items() for part in ("-c", f"{key}={value}")]
         command = [Git.GIT_PYTHON_GIT_EXECUTABLE or "git", "--no-pager", *settings, *arguments]
         process = self._git.execute(command, istream=subprocess.PIPE, as_process=True, env=dict(env or {}))
         out, err = process.communicate(stdin)  # type: ignore[union-attr]
-        if process.returncode:  # type: ignore[union-attr]
-            raise _explain(arguments[0], err.decode(errors="replace").strip(), self.path)
-        return bytes(out)
+        return int(process.returncode), bytes(out), err.decode(errors="replace").strip()  # type: ignore[union-attr]
 
 
 def _environment(git_dir: Path) -> dict[str, str]:

@@ -22,19 +22,23 @@ class Watch:
         self._pid = pid
         self._started = time.monotonic()
         self._ours = _tree_seconds(pid) or 0.0
+        self._loop = _tree_seconds(os.getpid()) or 0.0
         self._all = _busy_seconds()
         self._clock = _clock()
 
     def report(self) -> dict[str, Any]:
-        """JSON. `others_cores`: how many cores other processes kept busy on average; empty when ours is gone."""
+        """JSON. `others_cores`: how many cores other processes kept busy on average, `loop_cores`: how many of these
+        were this process and what it started beside the training, a researcher for example. Empty when ours is gone."""
         wall = max(1e-3, time.monotonic() - self._started)
         busy = _busy_seconds() - self._all
         seconds = _tree_seconds(self._pid)
         if seconds is None:
             return {}
         ours = seconds - self._ours
+        beside = (_tree_seconds(os.getpid()) or 0.0) - self._loop - ours
         return {
             "others_cores": round(max(0.0, busy - ours) / wall, 3),
+            "loop_cores": round(max(0.0, beside) / wall, 3),
             "our_cores": round(ours / wall, 3),
             "load": list(os.getloadavg()) if hasattr(os, "getloadavg") else [],
             "cpu_mhz_before": self._clock,

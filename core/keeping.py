@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import tempfile
 import time
 from pathlib import Path
 
@@ -28,6 +29,12 @@ class Products:
 
     def workdir(self, number: int) -> Path:
         return self.record / "work" / str(number)
+
+    def scratch(self) -> Path:
+        """A folder of that kind for what is no experiment."""
+        work = self.record / "work"
+        work.mkdir(exist_ok=True)
+        return Path(tempfile.mkdtemp(prefix="try-", dir=work))
 
     def weights(self, number: int) -> Path | None:
         file = self.record / "best" / f"{number}.safetensors"

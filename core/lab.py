@@ -302,8 +302,8 @@ class Lab:
         return [event.text for event in self.ledger.events() if event.kind == "refused" and event.created >= last]
 
     def _past(self, e: Experiment) -> Past:
-        outcome = e.outcome or {}
-        facts = ("steps", "tokens", "peak_memory", "params", "training_seconds", "final_loss")
+        outcome = {"seconds": (e.outcome or {}).get("timings", {}).get("total"), **(e.outcome or {})}
+        facts = ("steps", "tokens", "peak_memory", "params", "training_seconds", "final_loss", "seconds")
         return Past(
             number=e.number,
             status=str(e.status),

@@ -24,12 +24,14 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from core import locks, verdict
-from core.contract import Exhausted, Proposal, Researcher
+from core import locks, objections, verdict
+from core.contract import Exhausted, Proposal, Researcher, Unavailable, View
 from core.data import Dataset
 from core.errors import Busy, LabError, UserError
 from core.executor import Executor
 from core.files import remove
+from core.gap import Gap
+from core.idle import Idle
 from core.lab import Lab
 from core.ledger import Experiment, Sample
 from core.live import Event, Live
@@ -38,10 +40,9 @@ from core.outcome import Outcome, Request
 from core.recipe import fingerprint
 from core.recovery import ATTEMPTS, unfinished
 from core.settings import Settings
+from core.thinking import Thinking, Wait
 from core.versions import changes, versions
 
-REFUSALS = 20  # proposals in a row that were tried before, after which the researcher counts as exhausted
-REPAIRS = 2  # failed experiments that a researcher may answer with a repair of the same idea, one after another
 PERIOD = 0.5  # seconds between two looks at what was asked while it waits
 COOLS_IN = 300.0  # seconds after which a machine has cooled down, and settles again before it measures
 DESCRIPTION = 500  # characters of a description that are kept
@@ -65,7 +66,8 @@ class Summary:
 
 
 class Loop:
-    """Runs a lab. `researcher` may be None where only `judge` and `judge_pending` are used."""
+    """Runs a lab. `researcher` may be None where only `judge` and `judge_pending` are used; `meanwhile` proposes while
+    it cannot."""
 
     def __init__(
         self,
@@ -74,6 +76,7 @@ class Loop:
         executor: Executor,
         on_event: Callable[[Event], None],
         measured_with: Callable[[Settings], dict[str, Any]] = versions,
+        meanwhile: Researcher | None = None,
     ) -> None:
         self.lab = lab
         self.ledger = lab.ledger
@@ -85,6 +88,13 @@ class Loop:
         self._paused = threading.Event()
         self._live = Live(lab.record)
         self._decided: list[Experiment] = []
+        self._meanwhile = meanwhile
+        self._gap = Gap()
+        self._idle = Idle()
+        self._limits = Limits()
+        self._told_wait: Wait | None = None
+        self._thinking = self._thinkers()
+        self._thinking.over.set()  # until a run begins
 
     def stop(self) -> None:
         """End soon; the experiment that runs is dropped and repeated next time. From any thread or signal handler."""
@@ -98,7 +108,11 @@ class Loop:
             if self.lab.is_dirty():
                 raise LabError("train.py has changes that were not judged", self.lab.how_to_restore())
             self.lab.restore_recipe()
-            reason = self._until(limits)
+            self._limits, self._idle, self._thinking = limits, Idle(), self._thinkers()
+            try:
+                reason = self._until(limits)
+            finally:
+                self._thinking.end()
         kept = sum(e.is_kept for e in self._decided)
         return Summary(reason, len(self._decided), kept)
 
@@ -207,7 +221,10 @@ class Loop:
                 number = self._next()
             except Exhausted as end:
                 return f"{self.researcher.name if self.researcher else 'nobody'} has no more ideas: {end}"
-            self._experiment(number)
+            except Unavailable as end:
+                return f"{self.researcher.name if self.researcher else 'nobody'} cannot go on: {end.reason}"
+            if number is not None:
+                self._experiment(number)
 
     def _seconds_each(self) -> float:
         """How long the next experiment will take: as the last scored ones; before there are any, the budget."""
@@ -217,8 +234,10 @@ class Loop:
 
     # --- proposals ---------------------------------------------------------------------------------
 
-    def _next(self) -> int:
-        """The number of the next experiment: one that waits, else a proposal. Raises `Exhausted`."""
+    def _next(self) -> int | None:
+        """The number of the next experiment: one that waits, else a proposal; None when there is something else to do.
+
+        Raises `Exhausted` and `Unavailable` when nobody can propose anything any more."""
         waiting = self.ledger.pending()
         if waiting:
             return waiting[0].number
@@ -228,13 +247,80 @@ class Loop:
         if self.researcher is None:
             raise Exhausted("nobody was asked for any")
         self._live.update(state="proposing", number=None, phase=f"{self.researcher.name} thinks")
-        for _ in range(REFUSALS):
-            proposal = self.researcher.propose(self.lab.view(self._device_facts(best)))
-            refused = self._refusal(proposal)
-            if not refused:
-                return self._propose(proposal, self.researcher.name, best)
-            self.ledger.event("refused", refused)
-        raise Exhausted(f"{REFUSALS} proposals in a row were refused, the last one because {refused}")
+        self._told_wait = None
+        ready = self._thinking.next(self._interrupted, self._idles)
+        if ready is None:
+            return None
+        with self.ledger.transaction():
+            number = self._propose(ready.proposal, ready.by, self.lab.best())
+            self._thinking.used(ready)
+        return number
+
+    def _thinkers(self) -> Thinking:
+        who = (self.researcher, self._meanwhile)
+        return Thinking(self.ledger, self.lab.git, *who, view=self._view, lint=self.executor.lint, stop=self._stop)
+
+    def _interrupted(self) -> bool:
+        """Is there something else to do than to wait for a proposal? A limit counts only while nobody can answer."""
+        deadline = self._limits.deadline
+        late = deadline is not None and time.time() > deadline
+        return self._paused.is_set() or late or bool(self.ledger.pending())
+
+    def _idles(self, what: str, seconds: float, wait: Wait | None) -> None:
+        """The device waits for a proposal."""
+        self._idle.add("dry build" if what == "thinking" and self._gap.used else what, seconds)
+        if wait == self._told_wait:
+            return
+        self._told_wait = wait
+        if wait is None:
+            self._live.update(
+                state="proposing", phase=f"{self.researcher.name if self.researcher else 'nobody'} thinks", until=None
+            )
+            return
+        until = datetime.fromtimestamp(wait.until).astimezone()
+        text = f"waits until {until:%H:%M:%S}: {wait.reason}"
+        self._live.update(state="waiting", number=None, phase=text, until=wait.until)
+        self.on_event(Event("waiting", {"text": text, "until": wait.until}))
+
+    def _think_ahead(self) -> None:
+        """While an experiment runs, if another one will follow."""
+        limits, many = self._limits, len(self._decided) + 1
+        if self.researcher is None or self._thinking.over.is_set():
+            return
+        if limits.experiments is not None and many >= limits.experiments:
+            return
+        if limits.deadline is not None and time.time() + 2 * self._seconds_each() > limits.deadline:
+            return
+        with suppress(Exhausted, Unavailable):  # told when its turn comes
+            self._thinking.ahead()
+
+    def _view(self) -> View:
+        """What a researcher sees now, from any thread: all of it of one moment."""
+        with self.ledger.transaction():
+            view = self.lab.view(self._device_facts(self.lab.best()))
+            running = [
+                f"{e.description!r} is being measured as #{e.number}; its result is not known yet"
+                for e in self.ledger.pending()
+            ]
+        return replace(
+            view,
+            notes=[*view.notes, *running],
+            check=self._check,
+            spend=self.ledger.spend,
+            stopped=self._thinking.over.is_set,
+        )
+
+    def _check(self, source: bytes) -> str:
+        """`View.check`: lint, what was tried, and a dry build once no clock runs."""
+        refused = self.executor.lint(source) or objections.tried(self.ledger, source)
+        if refused:
+            return refused
+        workdir = self.lab.products.scratch()
+        with self._gap.between(self._thinking.over):
+            try:
+                return self.executor.dry_build(source, self.lab.settings, workdir, self._thinking.over)
+            finally:
+                remove(workdir)
 
     def _baseline_again(self) -> int:
         """Without a baseline nothing can be judged. It may have failed for a passing reason: once per run, again."""
@@ -257,31 +343,12 @@ class Loop:
             parent=best.number if best else None,
         )
 
-    def _refusal(self, proposal: Proposal) -> str:
-        """Why a researcher's proposal is not run; "" if it is.
-
-        A researcher says with `detail["repairs"] = n` that it mends the failed experiment n; how often is bounded.
-        """
-        experiments = {e.number: e for e in self.ledger.experiments()}
-        mark = fingerprint(proposal.source)
-        twin = next((e for e in experiments.values() if e.fingerprint == mark), None)
-        if twin is not None:
-            score = f" at {twin.val_bpb:.6f}" if twin.val_bpb is not None else ""
-            return f"{proposal.description!r} is the same program as #{twin.number} ({twin.status}{score})"
-        repaired, chain = proposal.detail.get("repairs"), 0
-        while isinstance(repaired, int) and repaired in experiments:
-            chain += 1
-            repaired = experiments.pop(repaired).detail.get("repairs")
-        if chain > REPAIRS:
-            return f"the idea of {proposal.description!r} failed {chain} times and is given up"
-        return ""
-
-    def _device_facts(self, best: Experiment) -> dict[str, Any]:
+    def _device_facts(self, best: Experiment | None) -> dict[str, Any]:
         """What a researcher is told of the device: from the settings, and from how the best ran there."""
-        s, outcome = self.lab.settings, best.outcome or {}
+        s, outcome = self.lab.settings, (best.outcome if best else None) or {}
         facts = {"name": s.device, "backend": s.backend, "dtype": s.dtype, "memory_limit": s.memory_limit}
         told = ("peak_memory", "mfu", "steps", "training_seconds", "tokens")
-        return {**facts, "best_run": {name: outcome[name] for name in told if name in outcome}}
+        return {**facts, **({"best_run": {n: outcome[n] for n in told if n in outcome}} if best else {})}
 
     # --- one experiment ----------------------------------------------------------------------------
 
@@ -297,7 +364,7 @@ class Loop:
         self._live.begin(number, e.description)
         self.on_event(Event("start", {"number": number, "description": e.description}))
         try:
-            outcome = self.executor.execute(self._request(e, dataset), self._forward, self._stop)
+            outcome, idle = self._execute(self._request(e, dataset))
         except (UserError, OSError):  # not the experiment's fault
             with suppress(UserError):  # on a full disk; then the next start finds it running and repeats it
                 self.ledger.requeue(number, "could not be run; it will be repeated", counts=False)
@@ -305,8 +372,28 @@ class Loop:
         if outcome.status == "stopped":
             self.ledger.requeue(number, "stopped; it will be repeated", counts=False)
             return
-        self._record(number, _slim(outcome))
+        self._record(number, {**_slim(outcome), "idle": idle})
         self._decide(self.ledger.get(number))
+
+    def _execute(self, request: Request) -> tuple[Outcome, dict[str, float]]:
+        """The outcome, and how long the device had been idle before."""
+        with self._measured():
+            idle = self._idle.end()
+            self._think_ahead()
+            try:
+                return self.executor.execute(request, self._forward, self._stop), idle
+            finally:
+                self._idle.begin()
+
+    @contextmanager
+    def _measured(self) -> Iterator[None]:
+        """No dry build beside what follows."""
+        with self._idle.waits_for("dry build"):
+            self._gap.close(self._stop)
+        try:
+            yield
+        finally:
+            self._gap.open()
 
     def _settle(self, e: Experiment, dataset: Dataset) -> None:
         """After a pause a machine is cooler, and so faster, than it was all night."""
@@ -318,7 +405,8 @@ class Loop:
             self._live.update(state="waiting", number=None, phase=text)
             self.on_event(Event("waiting", {"text": text}))
 
-        done = self.executor.settle(self._request(self.lab.best() or e, dataset), say, self._stop)
+        with self._measured():
+            done = self.executor.settle(self._request(self.lab.best() or e, dataset), say, self._stop)
         if done:
             self._note(done)
 
@@ -422,9 +510,7 @@ class Loop:
         why = "; ".join(changes(before, self.measured_with))
         self._note(f"measuring the best (#{best.number}) again: {why}")
         self._live.begin(best.number, f"the best again, because of a change: {why}")
-        outcome = self.executor.execute(
-            replace(self._request(best, dataset), would_keep=lambda bpb: True), self._forward, self._stop
-        )
+        outcome, _ = self._execute(replace(self._request(best, dataset), would_keep=lambda bpb: True))
         if outcome.status == "stopped":
             return False
         if outcome.status != "scored" or outcome.val_bpb is None:
@@ -445,6 +531,8 @@ class Loop:
     # --- telling and being told --------------------------------------------------------------------
 
     def _forward(self, event: RefereeEvent) -> None:
+        if self.lab.settings.backend == "cpu" and event.data.get("phase") == "score":
+            self._gap.open()  # the clock has stopped; a device with memory of its own is left to the scorer alone
         if event.kind in ("phase", "progress"):
             self._live.update(**{k: v for k, v in event.data.items() if k != "experiment"})
         self.on_event(Event(event.kind, dict(event.data)))
@@ -468,10 +556,11 @@ class Loop:
     def _wait_while_paused(self, limits: Limits) -> None:
         self._live.update(state="paused", number=None, phase=None)
         self.on_event(Event("waiting", {"text": "paused; go on with: autoresearch resume"}))
-        while self._paused.is_set() and not self._stop.is_set():
-            if limits.deadline is not None and time.time() > limits.deadline:
-                return
-            time.sleep(PERIOD)  # not Event.wait: a signal handler that sets the event could meet its lock
+        with self._idle.waits_for("paused"):
+            while self._paused.is_set() and not self._stop.is_set():
+                if limits.deadline is not None and time.time() > limits.deadline:
+                    return
+                time.sleep(PERIOD)  # not Event.wait: a signal handler that sets the event could meet its lock
 
 
 def _slim(outcome: Outcome) -> Mapping[str, Any]:

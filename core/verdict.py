@@ -51,6 +51,8 @@ def taint(health: Mapping[str, Any], steady: Mapping[str, Any] | None = None) ->
     `steady`: the same of the lab's baseline, from which a Mac's conditions may not depart."""
     others, ours = float(health.get("others_cores") or 0.0), float(health.get("our_cores") or 0.0)
     if others > TAINTING_SHARE * max(1.0, ours):
-        return f"other processes kept {others:.1f} cores busy beside our {ours:.1f}"
+        loop = float(health.get("loop_cores") or 0.0)
+        own = f" ({loop:.1f} of them the researcher and the loop)" if loop >= 0.1 else ""
+        return f"other processes kept {others:.1f} cores busy{own} beside our {ours:.1f}"
     changed = departure(health.get("conditions") or {}, steady.get("conditions") or {}) if steady else ""
     return changed or str(health.get("tainted") or "")

@@ -18,6 +18,7 @@ NOT_MEASURING = frozenset(
         *("attacks", "doctor", "documents", "errors", "facts", "files", "gitstore", "guard", "hardware", "hub"),
         *("keeping", "lab", "ledger", "live", "locks", "loop", "paths", "recipe", "recovery", "selfcheck"),
         *("verdict", "versions"),
+        *("gap", "idle", "objections", "reapply", "thinking", "waiting"),
     }
 )
 LIBRARIES = ("torch", "mlx", "triton", "numpy")

@@ -45,7 +45,15 @@ def names() -> list[str]:
 
 
 def make(name: str, **options: Any) -> Researcher:
-    """The researcher of this name or place; UserError with the known names, or naming an option it does not take."""
+    """The researcher of this name or place, or a team of several, `A+B`; each gets the options that it takes.
+
+    UserError with the known names, or naming an option that none takes.
+    """
+    if "+" in name:
+        from researchers.turns import Turns
+
+        parts = [part.strip() for part in name.split("+")]
+        return Turns([make(part, **given) for part, given in zip(parts, deal(parts, options), strict=True)])
     factory = _factory(name)
     (taken,) = deal([name], options)
     try:

@@ -52,6 +52,21 @@ class Scripted:
         self.seconds = seconds
         self.changes = changes  # fields of every outcome
         self.runs: list[str] = []
+        self.lints = True  # whether recipes pass the lint
+        self.dry: list[str] = []  # what was built to try it
+        self.dry_seconds = 0.0
+        self.measures = False  # is a clock running?
+        self.together = False  # did a dry build begin beside a running clock?
+
+    def lint(self, source: bytes) -> str:
+        return "" if self.lints else "no recipe for this machine"
+
+    def dry_build(self, source: bytes, settings: Settings, workdir: Path, stop: threading.Event) -> str:
+        """Takes `dry_seconds`; a recipe whose SCORE is below zero does not run."""
+        self.dry.append(hashlib.sha256(source).hexdigest())
+        self.together = self.together or self.measures
+        time.sleep(self.dry_seconds)
+        return "it does not run" if _constants(source).get("SCORE", 0) < 0 else ""
 
     def settle(self, request: Request, say: Callable[[str], None], stop: threading.Event) -> str:
         return ""
@@ -63,13 +78,17 @@ class Scripted:
         request.workdir.mkdir(parents=True, exist_ok=True)
         (request.workdir / "trainer.log").write_text("the last line\n")
         on_event(Event("phase", {"phase": "train"}))
+        self.measures = True
         end = time.monotonic() + self.seconds
         while time.monotonic() < end:
             if stop.is_set():
+                self.measures = False
                 outcome.status = "stopped"
                 return outcome
             on_event(Event("progress", {"step": 1, "loss": 5.0, "remaining": end - time.monotonic()}))
             time.sleep(min(0.01, self.seconds))
+        self.measures = False
+        on_event(Event("phase", {"phase": "score"}))
         if "SCORE" not in said:
             outcome.status, outcome.reason = said["STATUS"], f"the recipe says {said['STATUS']}"
         else:
@@ -95,6 +114,23 @@ class Night:
         if self.ideas is not None and number > self.ideas:
             raise Exhausted(f"{self.ideas} ideas")
         return Proposal(idea(number), f"idea {number}")
+
+
+class Ahead(Night):
+    """Thinks ahead, for `seconds`, and is paid for it. Without state as well: the k-th idea follows k experiments."""
+
+    name = "ahead"
+    thinks_ahead = True
+
+    def __init__(self, seconds: float = 0.0) -> None:
+        super().__init__()
+        self.seconds = seconds
+
+    def propose(self, view: View) -> Proposal:
+        number = len(view.past) + sum("is being measured" in note for note in view.notes)
+        time.sleep(self.seconds)
+        view.spend({"model": "scripted", "input_tokens": 100, "output_tokens": 10, "usd": 0.01})
+        return Proposal(idea(number), f"idea {number}", {"usage": {"usd": 0.01}})
 
 
 def _constants(source: bytes) -> dict[str, Any]:

@@ -66,10 +66,10 @@ def test_a_night_with_an_agent_and_an_idea_dropped_in_meanwhile(lab: Lab) -> Non
             (lab.path / "program.md").write_text("# try things\nTry rotary embeddings.\n")
 
     loop = Loop(lab, agent("good"), Scripted(), on_event)
-    assert loop.run(Limits(experiments=2)).decided == 2
-    first, second = lab.ledger.get(2), lab.ledger.get(3)
+    assert loop.run(Limits(experiments=3)).decided == 3
+    first, later = lab.ledger.get(2), lab.ledger.get(4)  # the third was being thought of when the idea came
     assert first.researcher == "command" and "try things" in first.description
-    assert "Try rotary embeddings." in second.description  # the file was read again
+    assert "Try rotary embeddings." in later.description  # the file was read again
     assert b"MARK = 'agent 1'" in lab.source(2)
     assert first.detail["by"] == "command" and "dropped" not in first.detail
 

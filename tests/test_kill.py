@@ -16,11 +16,12 @@ from pathlib import Path
 import psutil
 import pytest
 import safetensors.numpy
-from scripted import Limits, Loop, Night, Scripted, check, git, is_source, make_lab, recipe
+from scripted import Ahead, Limits, Loop, Night, Scripted, check, git, is_source, make_lab, recipe
 
 from core import paths
 from core.executor import LocalExecutor
 from core.lab import Lab
+from core.thinking import READY
 
 if sys.platform == "win32":
     pytest.skip("kill -9 and fork are POSIX", allow_module_level=True)
@@ -85,6 +86,36 @@ def test_killed_at_random_instants(tmp_path, settings, seed):
     check(lab)
     total = decided + 3
     assert [e.description for e in lab.ledger.experiments()] == ["baseline", *(f"idea {k}" for k in range(1, total))]
+
+
+@pytest.mark.slow
+def test_killed_while_the_next_proposal_is_made(tmp_path, settings):
+    """A proposal that was ready is neither lost nor counted twice, and what it cost stays with it."""
+    dice = random.Random(11)
+    lab = make_lab(tmp_path / "night", settings)
+    decided = 0
+    for _ in range(12):
+        lab.ledger.close()
+
+        def act(path=lab.path):
+            Loop(Lab.open(path), Ahead(0.01), Scripted(seconds=0.02), lambda event: None).run(Limits())
+
+        pid = in_a_process(act)
+        time.sleep(dice.uniform(0.1, 0.6))
+        kill(pid, tree=dice.random() < 0.5)
+        ready = Lab.open(lab.path).ledger.meta(READY, {})
+        lab = start_again(lab.path)
+        assert lab.ledger.meta(READY, {}) == ready
+        known = {e.description for e in lab.ledger.experiments()}
+        assert not known & {row["description"] for row in ready.values()}
+        after = sum(e.status is not None for e in lab.ledger.experiments())
+        assert after >= decided
+        decided = after
+    Loop(lab, Ahead(), Scripted(), lambda event: None).run(Limits(experiments=3))
+    check(lab)
+    found = lab.ledger.experiments()
+    assert [e.description for e in found] == ["baseline", *(f"idea {k}" for k in range(1, decided + 3))]
+    assert all(lab.ledger.spent(e.number).answers for e in found[1:])
 
 
 @pytest.mark.slow

@@ -22,7 +22,7 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
-from scripted import Limits, Loop, Night, Scripted, check, git, idea, make_lab, recipe
+from scripted import Ahead, Limits, Loop, Night, Scripted, check, git, idea, make_lab, recipe
 
 from core import gitstore, lab, live
 from core.contract import Proposal
@@ -97,7 +97,7 @@ def test_it_ends_before_an_experiment_that_would_outlast_the_deadline(night):
 def test_events_tell_what_happens(night):
     told = []
     loop_of(night, on_event=told.append).run(Limits(experiments=1))
-    assert [e.kind for e in told] == ["start", "phase", "decided"]
+    assert [e.kind for e in told] == ["start", "phase", "phase", "decided"]
     assert told[0].data == {"number": 1, "description": "baseline"}
     assert told[-1].data["status"] == "keep"
 
@@ -426,8 +426,9 @@ class AnyOrder(RuleBasedStateMachine):
 
     given_settings = None  # set by the test
 
-    @initialize()
-    def make(self):
+    @initialize(ahead=st.booleans())
+    def make(self, ahead):
+        self.researcher = Ahead() if ahead else Night()
         self.folder = Path(tempfile.mkdtemp(prefix="any-order-"))
         self.lab = make_lab(self.folder / "night", self.given_settings)
         self.fuse = Fuse()
@@ -458,7 +459,7 @@ class AnyOrder(RuleBasedStateMachine):
 
     @rule(after=cuts, count=st.integers(1, 2))
     def run(self, after, count):
-        self.cut(after, lambda: loop_of(self.lab).run(Limits(experiments=count)))
+        self.cut(after, lambda: loop_of(self.lab, researcher=self.researcher).run(Limits(experiments=count)))
 
     @rule(after=cuts, score=st.floats(min_value=0.5, max_value=2.5))
     def judge(self, after, score):

@@ -61,6 +61,8 @@ def test_what_is_no_score_is_refused(bad):
 
 def test_work_beside_a_training_taints_it():
     assert taint({"others_cores": 1.2, "our_cores": 1.9}).startswith("other processes kept 1.2")
+    own = taint({"others_cores": 1.2, "our_cores": 1.9, "loop_cores": 0.9})
+    assert "1.2 cores busy (0.9 of them the researcher and the loop) beside" in own
     assert taint({"others_cores": 0.1, "our_cores": 1.9}) == ""
     assert taint({"others_cores": 2.0, "our_cores": 30.0}) == ""
     assert taint({}) == ""
