@@ -49,6 +49,7 @@ ATTEMPTS = 3  # times that an agent may answer to one task: the first, and after
 TIME = 1200.0  # seconds that one answer may take
 TOLD = 20  # changes elsewhere that the record names
 LIMIT_WAIT = 900.0  # seconds that a limit is waited out which does not say when it is over
+SHORTEST_KEY = 8  # characters of a value that could be a secret
 MENDABLE = ("crash", "timeout")
 RECENT = 3  # experiments among which a failed one is still worth mending
 KINDS = ("input_tokens", "output_tokens", "cache_read_tokens", "cache_write_tokens")
@@ -113,7 +114,8 @@ class Command:
 
     def estimate(self, view: View) -> str:
         """Who is asked and who pays, one line."""
-        who = f"{self.name} runs `{one_line(shlex.join(self.argv), 80)}`, {self.time_limit:.0f} s at most for an answer"
+        # Not the whole line: it may hold a key.
+        who = f"{self.name} runs {Path(self.argv[0]).name}, {self.time_limit:.0f} s at most for an answer"
         return f"{who}; {'billed by the token to the key that it gets' if self.is_billed() else 'on its own account'}"
 
     def is_billed(self) -> bool:
@@ -293,6 +295,14 @@ class _Task:
             self.usage["usd"] = self.usage["usd"] + usd if known else None
         self.usage["answers"] += 1
 
+    def _without_keys(self, text: str) -> str:
+        """What it was given for itself does not get into the record by its complaints."""
+        given = environment(self.command.passed)
+        for name in self.command.passed:
+            if len(given.get(name, "")) >= SHORTEST_KEY and not name.endswith(("_URL", "_BASE", "_DIR", "_HOME")):
+                text = text.replace(given[name], f"({name})")
+        return text
+
     def _check(self, ended: Ended, answer: Answer) -> None:
         name = self.command.name
         if ended.how == "stop":
@@ -306,7 +316,7 @@ class _Task:
         if ended.status == 0 and not answer.failed:
             return
         errors = (self.place / "err").read_text("utf-8", "replace")[-4000:]
-        words = f"{answer.text[-4000:]}\n{errors}"
+        words = self._without_keys(f"{answer.text[-4000:]}\n{errors}")
         last = one_line(next((w for w in reversed(words.splitlines()) if w.strip()), "it said nothing"), 200)
         if is_limit(words):
             raise Unavailable(f"{name} is at its limit: {last}", _or(retry_after(words), LIMIT_WAIT))
@@ -351,7 +361,7 @@ class _Task:
         for text in (written, self.said):
             line = next((line for line in text.splitlines() if line.strip()), "")
             if line:
-                return one_line(line.lstrip("#*- "), 400)
+                return one_line(self._without_keys(line).lstrip("#*- "), 400)
         return f"an edit by {self.command.name}, which gave no reason"
 
 

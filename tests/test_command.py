@@ -164,6 +164,15 @@ def test_secrets_of_ours_do_not_reach_it(lab: Lab, monkeypatch: pytest.MonkeyPat
     assert proposal.description == "ITS_SECRET=its own"
 
 
+def test_its_own_key_does_not_get_into_the_record(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ITS_SECRET_KEY", SECRET)
+    assert agent("environment", pass_env="ITS_SECRET_KEY").propose(see(lab)).description.endswith("=(ITS_SECRET_KEY)")
+    who = agent("saying", f"Incorrect key {SECRET}: not logged in", pass_env="ITS_SECRET_KEY")
+    with pytest.raises(Unavailable, match=r"Incorrect key \(ITS_SECRET_KEY\)") as caught:
+        who.propose(see(lab))
+    assert caught.value.final and SECRET not in who.estimate(see(lab))
+
+
 # --- hanging -------------------------------------------------------------------------------------
 
 
