@@ -9,53 +9,17 @@ from typing import Any, NoReturn
 
 import click
 
+from console.options import Duration, Moment
+
 SECTIONS = {
     "The three that matter": ["run", "log", "report"],
     "Before": ["doctor", "prepare", "init"],
     "One experiment": ["try", "wait", "train"],
     "Look": ["status", "best", "show", "diff", "sample"],
+    "For agents": ["mcp"],
     "Steer": ["pause", "resume", "stop", "undo", "clean"],
 }
 PREPARE_HELP = "Fetch and tokenize a data set, once."  # the verb itself lives in prepare.py
-
-
-class Duration(click.ParamType):
-    """Seconds, or with a unit: 60, 90s, 5m, 8h, 1h30m."""
-
-    name = "duration"
-
-    def __init__(self, least: float = 0.0) -> None:
-        self.least = least
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        from console.words import duration, parse_duration
-
-        if isinstance(value, int | float):
-            return float(value)
-        try:
-            seconds = parse_duration(str(value))
-        except ValueError as error:
-            self.fail(str(error), param, ctx)
-        if not self.least <= seconds <= 30 * 86400:
-            self.fail(f"{value} is out of range; use {duration(self.least)} to 30 days", param, ctx)
-        return seconds
-
-
-class Moment(click.ParamType):
-    """HH:MM, today or tomorrow, whichever comes next; as a Unix time."""
-
-    name = "HH:MM"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        from datetime import datetime, timedelta
-
-        try:
-            wanted = datetime.strptime(str(value), "%H:%M")
-        except ValueError:
-            self.fail(f"{value!r} is not a time of day; write it as HH:MM, for example 07:30", param, ctx)
-        now = datetime.now()
-        moment = now.replace(hour=wanted.hour, minute=wanted.minute, second=0, microsecond=0)
-        return (moment if moment > now else moment + timedelta(days=1)).timestamp()
 
 
 class Verbs(click.Group):
@@ -213,6 +177,11 @@ def _asking_options(function: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--max-cost", type=click.FloatRange(min=0), metavar="USD", help="Most that this run spends; 10."),
         click.option("--max-tokens", type=click.IntRange(min=1), metavar="N", help="The same in tokens of all kinds."),
         click.option(
+            "--command", metavar="LINE", help='A coding agent, with --researcher command: "agent {prompt_file}".'
+        ),
+        click.option("--time-limit", type=Duration(least=1), metavar="S", help="For one answer of an agent; 20m."),
+        click.option("--pass-env", metavar="A,B", help="Variables that an agent gets on top of the usual ones."),
+        click.option(
             "--attempts", type=click.IntRange(1, 3), metavar="N", help="At one idea that crashes; default: 3."
         ),
     ]
@@ -221,7 +190,7 @@ def _asking_options(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
-ASKING = ("model", "effort", "max_cost", "max_tokens", "attempts")
+ASKING = ("model", "effort", "max_cost", "max_tokens", "command", "time_limit", "pass_env", "attempts")
 
 
 def verb(name: str) -> Callable[[Callable[..., Any]], Any]:
@@ -266,6 +235,7 @@ def cli() -> None:
 @click.option("--researcher", metavar="NAME", default="search", show_default=True, help="Who proposes; A+B: in turns.")
 @click.option("--meanwhile", metavar="NAME", help="Who proposes while that one cannot answer, for example search.")
 @click.option("--demo", is_flag=True, help="About five minutes on two cores: small text, short budgets.")
+@click.option("--notify", metavar="URL", envvar="AUTORESEARCH_NOTIFY", help="Post keeps, stalls and the end there.")
 @click.option("--strict", is_flag=True, help="Refuse to run where the sandbox lacks anything.")
 @_asking_options
 @_making_options
@@ -281,6 +251,7 @@ def run(lab: str | None, as_json: bool, **options: Any) -> int:
     autoresearch run labs/nov24 --experiments 20
     autoresearch run --text ~/books --budget 5m --hours 8
     autoresearch run --researcher claude --max-cost 5 --hours 8
+    autoresearch run --researcher claude-code --hours 8
     """
     from console.running import run_verb
 
@@ -495,6 +466,26 @@ def sample(lab: str | None, as_json: bool, prompt: str, **options: Any) -> None:
     from console.sampling import sample_verb
 
     sample_verb(_screen(as_json), lab, prompt, **options)
+
+
+# --- for agents --------------------------------------------------------------------------------
+
+
+@verb("mcp")
+@_lab_argument
+def mcp(lab: str | None, as_json: bool) -> None:
+    """Serve a lab to an agent, as an MCP server.
+
+    Over standard input and output; needs the extra `mcp`. The tools are the verbs: program, status, best, log, show,
+    diff, try_candidate, wait, report. No call lasts longer than 45 seconds. It speaks JSON with or without --json.
+
+    \b
+    claude mcp add lab -- autoresearch mcp /path/to/the/lab
+    autoresearch mcp labs/nov24
+    """
+    from console.serving import mcp_verb
+
+    mcp_verb(lab)
 
 
 # --- steer -------------------------------------------------------------------------------------

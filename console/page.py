@@ -263,6 +263,8 @@ def facts(r: Row) -> list[tuple[str, str]]:
         ("device idle before", _idle(r)),
         ("audited", "yes" if o.get("audited") else ""),
         ("commit", r.commit[:10]),
+        ("also changed, dropped", "; ".join(map(str, r.detail.get("dropped") or []))),
+        ("not isolated", str(r.detail.get("not_isolated") or "")),
     ]
     return [(what, figure) for what, figure in found if figure]
 

@@ -14,6 +14,7 @@ from console.awake import awake
 from console.display import Ticker, expected, finish_line
 from console.looking import running_state
 from console.making import Wishes, free_disk, make, passes_line
+from console.notifying import Notifier, checked, notifying
 from console.output import Screen
 from console.rows import Row, row
 from console.signals import Asked, ends
@@ -49,6 +50,7 @@ def run_verb(
     strict: bool,
     asking: Mapping[str, Any] | None = None,
     meanwhile: str | None = None,
+    notify: str | None = None,
     **making: Any,
 ) -> int:
     """`asking`: options of the researcher, those that were given."""
@@ -68,9 +70,11 @@ def run_verb(
         given, wishes, experiments = _demo(given, wishes, experiments)
     who = researchers.make(researcher, **(asking or {}))  # an unknown name must not leave a lab behind
     stand_in = _stand_in(meanwhile, who)
+    if notify is not None:
+        checked(notify)
     lab = _lab(screen, given, wishes)
     limits = Limits(experiments, deadline)
-    return _run(screen, lab, (who, stand_in), limits, demo)
+    return _run(screen, lab, (who, stand_in), limits, demo, notify)
 
 
 def _stand_in(name: str | None, who: Any) -> Any:
@@ -155,7 +159,7 @@ def _check_locked(lab: Lab, wishes: Wishes) -> None:
 # --- the run -----------------------------------------------------------------------------------
 
 
-def _run(screen: Screen, lab: Lab, who: tuple[Any, Any], limits: Limits, demo: bool) -> int:
+def _run(screen: Screen, lab: Lab, who: tuple[Any, Any], limits: Limits, demo: bool, notify: str | None) -> int:
     """`who`: the researcher, and who stands in for it (None: nobody)."""
     from core.executor import LocalExecutor
     from core.loop import Limits as LoopLimits
@@ -164,14 +168,18 @@ def _run(screen: Screen, lab: Lab, who: tuple[Any, Any], limits: Limits, demo: b
 
     _must_be_free(lab)
     before = {e.number for e in lab.ledger.experiments() if e.status is not None}
-    with awake() as sleep, Ticker(screen, events=True) as ticker:
-        loop = Loop(lab, who[0], LocalExecutor(), _Narrator(screen, ticker, lab), meanwhile=who[1])
+    with awake() as sleep, Ticker(screen, events=True) as ticker, notifying(notify, lab.tag, _each(lab)) as notifier:
+        loop = Loop(lab, who[0], LocalExecutor(), _Narrator(screen, ticker, lab, notifier), meanwhile=who[1])
         with ends(loop.stop) as asked:
             _banner(screen, lab, " or else ".join(w.name for w in who if w), limits, sleep)
             for warning in warnings(lab.path, os.environ):
                 screen.say(f"  warning: {warning}")
             _prices(screen, lab, [w for w in who if w])
             summary = loop.run(LoopLimits(experiments=limits.experiments, deadline=limits.deadline))
+        lost = _tell_end(notifier, lab, before, asked, summary)
+    if lost:
+        screen.line({"event": "note", "text": lost})
+        screen.say(lost)
     return _ending(screen, lab, before, asked, summary, demo)
 
 
@@ -189,8 +197,8 @@ def _must_be_free(lab: Lab) -> None:
 class _Narrator:
     """Events of the loop -> lines."""
 
-    def __init__(self, screen: Screen, ticker: Ticker, lab: Lab) -> None:
-        self._screen, self._ticker, self._lab = screen, ticker, lab
+    def __init__(self, screen: Screen, ticker: Ticker, lab: Lab, notifier: Notifier | None) -> None:
+        self._screen, self._ticker, self._lab, self._notifier = screen, ticker, lab, notifier
 
     def __call__(self, event: Event) -> None:
         data = event.data
@@ -212,6 +220,27 @@ class _Narrator:
         self._screen.line({"event": "experiment", **found.to_json(), "best": best and best.val_bpb})
         style = "bold green" if found.kept else None
         self._ticker.say(tables.summary_line(found, best.val_bpb if best else None), style)
+        if self._notifier is not None:
+            self._notifier.experiment(found)
+
+
+def _each(lab: Lab) -> float:
+    """Seconds that an experiment takes, roughly."""
+    known = [r.seconds for r in places.look(lab).rows if r.seconds]
+    return max(known, default=lab.settings.budget + OVERHEAD)
+
+
+def _tell_end(notifier: Notifier | None, lab: Lab, before: set[int], asked: Asked, summary: Any) -> str:
+    """Post the end of the run; what to say of posts that did not arrive."""
+    if notifier is None:
+        return ""
+    view = places.look(lab)
+    new = [r for r in view.rows if r.decided and r.number not in before]
+    best = f"; best {bpb(view.best.val_bpb)} (#{view.best.number})" if view.best else ""
+    why = f"stopped by {asked.name}" if asked.signal else f"ended: {summary.reason}"
+    kept = sum(r.kept for r in new)
+    data = {"experiments": len(new), "kept": kept, "best": view.best and view.best.to_json()}
+    return notifier.end(f"{why}; {plural(len(new), 'experiment')}, {kept} kept{best}", data)
 
 
 def _banner(screen: Screen, lab: Lab, researcher: str, limits: Limits, sleep: str) -> None:

@@ -174,6 +174,7 @@ class View:
     check: Callable[[bytes], str] = no_objection  # why this source would not be run; "" if it would. Takes seconds
     spend: Callable[[Mapping[str, Any]], None] = free_of_charge  # puts what an answer cost on the lab's account
     stopped: Callable[[], bool] = never  # is the run over? Whoever starts processes looks now and then, and ends them
+    lab: str = ""  # the lab's folder, for whoever starts processes: to keep them out of it
 
 
 class Researcher(Protocol):

@@ -293,6 +293,7 @@ class Lab:
             settings=json.loads(self.settings.to_json()),
             history=self.ledger.meta("history", []),
             notes=self._refusals(decided),
+            lab=str(self.path),
         )
 
     def _refusals(self, decided: Sequence[Experiment]) -> list[str]:

@@ -32,6 +32,11 @@ BUILT_IN: Mapping[str, Entry] = {
         "researchers.claude:Claude",
         "Claude through its API; costs money, and needs ANTHROPIC_API_KEY",
     ),
+    "claude-code": Entry("researchers.command:ClaudeCode", "Claude Code with your subscription; its own limits"),
+    "codex": Entry("researchers.command:Codex", "OpenAI's Codex CLI with your login"),
+    "aider": Entry("researchers.command:Aider", "aider with the key of any provider"),
+    "gemini": Entry("researchers.command:Gemini", "Google's Gemini CLI with your login"),
+    "command": Entry("researchers.command:Command", "any other coding agent or script, by --command"),
 }
 
 
