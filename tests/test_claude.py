@@ -25,11 +25,11 @@ from core.executor import LocalExecutor
 from core.lab import Lab
 from core.ledger import Spent
 from core.loop import Limits, Loop
+from core.objections import change
 from core.settings import Settings
 from researchers import account, claude_api
 from researchers.claude import Claude
 from researchers.digest import digest
-from researchers.tried import change_key
 
 KEY = "sk-ant-planted-secret-7c1e93"
 RECIPE = "DEPTH = 4  # layers\nLR = 0.02\n\n\ndef build(spec):\n    return None\n"
@@ -246,11 +246,11 @@ def test_tried_ideas_are_refused_with_a_pointer_to_the_result(served: Callable[.
 
 
 def test_changes_are_equal_wherever_they_are() -> None:
-    one = change_key(b"A = 1\nB = 2\nC = 3\n", b"A = 1\nB = 5  # more\nC = 3\n")
-    assert one == change_key(b"X = 0\n\n\nB = 2\nD = 9\n", b"X = 0\nB  =  5\nD = 9\n")
-    assert one != change_key(b"B = 2\n", b"B = 6\n")
-    assert change_key(b"A = 1\n", b"A = 1  # why\n") == ""
-    assert change_key(b"if x:\n    a()\nb()\n", b"if x:\n    a()\n    b()\n") != ""
+    one = change(b"A = 1\nB = 2\nC = 3\n", b"A = 1\nB = 5  # more\nC = 3\n")
+    assert one == change(b"X = 0\n\n\nB = 2\nD = 9\n", b"X = 0\nB  =  5\nD = 9\n")
+    assert one != change(b"B = 2\n", b"B = 6\n")
+    assert change(b"A = 1\n", b"A = 1  # why\n") == ()
+    assert change(b"if x:\n    a()\nb()\n", b"if x:\n    a()\n    b()\n") != ()
 
 
 # --- after a crash -------------------------------------------------------------------------------------
