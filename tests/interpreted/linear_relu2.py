@@ -69,7 +69,7 @@ def test_gradients_are_those_of_finite_differences(sizes, tiles, monkeypatch):
 
 def test_the_operator_keeps_torchs_rules():
     leaves = [t.requires_grad_(True) for t in inputs(0, 5, 8, 16, torch.float32)[:3]]
-    torch.library.opcheck(torch.ops.autoresearch.mlp.default, leaves)
+    torch.library.opcheck(torch.ops.autoresearch.mlp.default, (*leaves, None))
     torch.library.opcheck(
         torch.ops.autoresearch.mlp_dh.default, [leaves[0].detach(), leaves[2].detach(), torch.rand(5, 16)]
     )
