@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from core.errors import UserError
 from core.files import replace_file
 from core.hardware import Hardware
 from core.paths import home
@@ -42,14 +43,22 @@ def choose(
         return found
     times: dict[str, float] = {}
     real: dict[str, dict[str, Any]] = {}
+    failed: UserError | None = None
     for plan in plans[:TRIED]:
-        facts = measure(plan)
+        try:
+            facts = measure(plan)
+        except UserError as error:
+            failed = error
+            say(f"  {told(plan)} does not run: {error.fact[:120]}")
+            continue
         went = _went_on_with(plan, facts.get("describe") or {})
         if went != dict(plan):
             say(f"  out of memory with {told(plan)}; it went on with {told(went)}")
         name = json.dumps(went, sort_keys=True)
         times[name] = min(times.get(name, float("inf")), float(facts["seconds_per_step"]))
         real[name] = went
+    if failed and not times:
+        raise failed
     best = min(times, key=times.__getitem__)
     others = ", ".join(f"{t * 1e3:.0f} ms with {told(real[n])}" for n, t in times.items() if n != best)
     say(f"  {told(real[best])}: {times[best] * 1e3:.0f} ms a step" + (f"; {others}" if others else ""))

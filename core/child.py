@@ -82,6 +82,11 @@ class Worker:
     `begin` sends it: so it can be started before it is needed without a recipe being alive in it."""
 
     def __init__(self, role: str, place: Place) -> None:
+        if sys.platform == "win32":
+            raise UserError(
+                "experiments do not run on Windows itself yet: the channel to their processes is POSIX",
+                "run autoresearch inside WSL2, where the card is seen too",
+            )
         self.role = role
         self.place = place
         self.folder = Path(tempfile.mkdtemp(prefix=f"{role}-", dir=place.workdir))

@@ -493,7 +493,7 @@ class Loop:
         if shared := str(((outcome.get("health") or {}).get("card") or {}).get("tainted") or ""):
             if e.attempts < ATTEMPTS:
                 return None, f"{shared}; it will be measured again"
-            return "invalid", f"measured {e.attempts} times beside other programs: {shared}"
+            return "invalid", f"measured {e.attempts} times, each time disturbed: {shared}"
         best = self.lab.best_samples()
         said = verdict.decide(best, [s.val_bpb for s in samples], self.lab.settings.min_delta)
         return said.status, said.reason

@@ -7,11 +7,14 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import psutil
+
 from core.gpuwatch import Look
 from core.locks import cuda_uuid
 
 # NVML's reasons for a lower clock that make steps slower than they were: heat, a power brake. Being idle is none.
-_HELD_BACK = 0x08 | 0x20 | 0x40 | 0x80
+# Nor is 0x20, by which the driver of a laptop holds its card at the temperature that it has all night.
+_HELD_BACK = 0x08 | 0x40 | 0x80
 
 
 class Nvml:
@@ -70,13 +73,15 @@ class Nvml:
 
     def _others(self, ask: Callable[..., Any], ours: Sequence[int]) -> float | None:
         """Share of the card that other processes used since the last look; None where processes are not told apart."""
-        since = self._seen or int((time.time() - 5) * 1e6)
+        since = max(self._seen, int((time.time() - 5) * 1e6))  # older samples are of what has ended
         samples = ask("nvmlDeviceGetProcessUtilization", since)
         if samples is None:
             return None
         self._seen = max([since, *(int(s.timeStamp) for s in samples)])
+        if ours and samples and not any(s.pid in ours for s in samples):
+            return None  # in a container: the driver counts processes as the host does, and ours are among them
         mine = {os.getpid(), *ours}
-        share: dict[int, int] = {s.pid: int(s.smUtil) for s in samples if s.pid not in mine}
+        share = {s.pid: int(s.smUtil) for s in samples if s.pid not in mine and psutil.pid_exists(s.pid)}
         return min(1.0, sum(share.values()) / 100)
 
 
@@ -85,4 +90,4 @@ def _bytes_of(processes: Any, ours: Sequence[int]) -> int | None:
     if processes is None:
         return None
     mine = [p.usedGpuMemory for p in processes if p.pid in ours]
-    return sum(mine) if mine and all(isinstance(m, int) for m in mine) else None
+    return (sum(mine) or None) if mine and all(isinstance(m, int) for m in mine) else None

@@ -29,7 +29,8 @@ COMMON = words(
 BACKENDS = {
     "torch": words(
         "torch torchgen functorch torch.libs triton pytorch_triton triton_windows nvidia cuda cuda_bindings "
-        "cuda_pathfinder cusparselt cusparselt_cu12 intel_openmp mkl tbb umf tcmlib opt_einsum expecttest"
+        "cuda_pathfinder cusparselt cusparselt_cu12 intel_openmp mkl tbb umf tcmlib opt_einsum expecttest "
+        "flash_attn flash_attn_interface flash_attn_3 flash_attn_config einops"
     ),
     "mlx": words("mlx mlx.libs mlx_metal mlx_cpu mlx_cuda nvidia"),
 }

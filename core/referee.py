@@ -140,7 +140,7 @@ class _Experiment:
         return score
 
     def _score_in_memory(self, text: scoring.Text) -> tuple[scoring.Text, scoring.Score]:
-        """The score, with half of the rows in a batch where memory ends, by a fresh process that has seen no row."""
+        """The score, with half of the rows in a batch where memory ends before any text was shown, in a new process."""
         while True:
             self.outcome.describe["scored_rows"] = text.size
             try:
@@ -159,7 +159,9 @@ class _Experiment:
         worker = self.workers["scorer"]
         self._begin(worker, text)
         scoring.give_weights(worker, self.weights)
-        score = scoring.score(worker, text, scoring.limit(self.place), self.rng)
+        seconds = scoring.limit(self.place)
+        scoring.fill_memory(worker, text, seconds, self.rng)
+        score = scoring.score(worker, text, seconds, self.rng)
         worker.close()
         self.outcome.scored_tokens, self.outcome.total_bytes = score.tokens, score.total_bytes
         self.outcome.total_nats = score.total_nats
@@ -188,6 +190,9 @@ class _Experiment:
         if caches.is_empty(worker.caches):
             return
         target = self.request.workdir / f"caches-{worker.role}"
+        if target == self.outcome.caches:  # of a scorer that was started again, and had a copy of these
+            shutil.rmtree(target)
+            self.outcome.caches = None
         caches.copy(worker.caches, target)
         if self.outcome.caches is not None:  # an earlier child's, of which this one had a copy
             shutil.rmtree(self.outcome.caches)

@@ -228,6 +228,10 @@ def lacking(found: Mapping[str, Any], kinds: Mapping[str, str]) -> list[str]:
 
 def self_check() -> list[Check]:
     """Children that attack the sandbox, and what came of it, for `doctor`."""
+    if sys.platform == "win32":  # what attacks is POSIX
+        from core.doctor import Check
+
+        return [Check("sandbox", None, "; ".join(abilities().missing), "run inside WSL2")]
     from core import selfcheck
 
     return selfcheck.self_check()

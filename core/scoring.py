@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from core import evaluate
-from core.child import Ended, Place, Worker
+from core.child import Ended, OutOfMemory, Place, Worker
 from core.data import Dataset
 from core.evaluate import AuditBatch
 from core.wire import ProtocolError
@@ -83,6 +83,18 @@ def give_weights(worker: Worker, weights: int) -> None:
 # --- scoring -----------------------------------------------------------------------------------------
 
 
+def fill_memory(worker: Worker, text: Text, seconds: float, rng: np.random.Generator) -> None:
+    """One batch of random tokens, whose losses are thrown away. Raises `OutOfMemory` where the batch is too large.
+
+    A child that has seen text must not get another batch size by failing: it could choose, with each size, another
+    of several models, and fail until the best one is scored. So memory has to end here, where there is no text.
+    """
+    shape = (text.size, text.rows.shape[1])
+    tokens = rng.integers(0, text.vocab_size, shape).astype(text.rows.dtype)
+    worker.send("score", arrays={"tokens": tokens})
+    worker.expect("scored", seconds, "logits() of random tokens, before the score", 4 * tokens.size)
+
+
 def score(worker: Worker, text: Text, seconds: float, rng: np.random.Generator) -> Score:
     """Losses of all rows in random order, in batches of one shape; the last is filled with random tokens."""
     deadline = time.monotonic() + seconds
@@ -92,7 +104,10 @@ def score(worker: Worker, text: Text, seconds: float, rng: np.random.Generator) 
         tokens = evaluate.take(text.rows, index, text.vocab_size, rng)
         worker.send("score", arrays={"tokens": tokens})
         doing = f"logits() for the score (row {min(done * text.size, count)} of {count})"
-        message = worker.expect("scored", max(0.1, deadline - time.monotonic()), doing, 4 * tokens.size)
+        try:
+            message = worker.expect("scored", max(0.1, deadline - time.monotonic()), doing, 4 * tokens.size)
+        except OutOfMemory as end:
+            raise Ended("crash", f"{end.reason}; a batch of {text.size} random rows did fit before") from None
         try:
             nats = message.array("nats", "<f4", (text.size, length))
         except ProtocolError as error:

@@ -53,7 +53,7 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         x, w = ctx.saved_tensors
         dy = dy.contiguous()
-        return product(dy, w.T), dy.T @ x
+        return product(dy, w.T.contiguous()), dy.T @ x
 
 
 def linear(x: Tensor, w: Tensor) -> Tensor:

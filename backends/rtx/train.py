@@ -317,8 +317,9 @@ def weight_decay(progress: float) -> float:
 
 
 def out_of_memory(error: RuntimeError) -> bool:
-    """Whether an allocator had no more: of the card, or of the CPU, whose error has no class of its own."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    """Whether memory ended: PyTorch's allocator's, or that of cuBLAS, Triton or the CPU, whose errors have no class."""
+    text = str(error).lower()
+    return any(said in text for said in ("out of memory", "can't allocate memory", "alloc_failed"))
 
 
 # --- training ---------------------------------------------------------------------------------
