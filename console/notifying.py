@@ -17,6 +17,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from http.client import HTTPException
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -38,11 +39,15 @@ def checked(url: str) -> str:
     """The URL, if it is one of http or https. Raises `UserError` without repeating what may be a secret."""
     try:
         parts = urlsplit(url)
-        good = parts.scheme in ("http", "https") and bool(parts.hostname)
+        named = bool(parts.hostname) and not parts.username and (parts.port or 1) > 0
+        good = parts.scheme in ("http", "https") and named and not any(c.isspace() for c in url)
     except ValueError:
         good = False
     if not good:
-        raise UserError("--notify needs a URL of http or https", "give it whole: --notify https://ntfy.sh/my-topic")
+        raise UserError(
+            "--notify needs a URL of http or https, without a user name in it",
+            "give it whole: --notify https://ntfy.sh/my-topic",
+        )
     return url
 
 
@@ -86,7 +91,7 @@ class Notifier:
         self._put("end", text, data)
         self._ended.set()
         self._thread.join(LAST_WORDS)
-        late = self._waiting.qsize() if self._thread.is_alive() else 0
+        late = self._waiting.qsize()
         lost = self.failed + late
         return f"{lost} of the notifications did not arrive{f' ({self.why})' if self.why else ''}" if lost else ""
 
@@ -120,7 +125,7 @@ class Notifier:
             try:
                 with urllib.request.urlopen(request, timeout=TIMEOUT):
                     return
-            except (OSError, ValueError) as error:  # HTTP errors are OSErrors; a strange answer is a ValueError
+            except (OSError, ValueError, HTTPException) as error:  # HTTP errors are OSErrors
                 self.why = _reason(error)
             if left:
                 time.sleep(LOOK)

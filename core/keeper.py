@@ -117,10 +117,18 @@ def _keep(orders: dict[str, Any], closed: threading.Event) -> dict[str, Any]:
             ended = "stop"
         elif time.monotonic() > give_up:
             ended = "time"
-        elif max(out.stat().st_size, err.stat().st_size) > orders["most"]:
+        elif max(_size(out), _size(err)) > orders["most"]:
             ended = "output"
     left = tree.end()
     return {"status": status, "ended": ended, "left": left}
+
+
+def _size(file: Path) -> int:
+    """Bytes of what is printed; endless where the file was taken away, as nothing bounds it then."""
+    try:
+        return file.lstat().st_size
+    except OSError:
+        return sys.maxsize
 
 
 class _Tree:

@@ -212,7 +212,7 @@ class Loop:
             if limits.experiments is not None and len(self._decided) >= limits.experiments:
                 done = limits.experiments
                 return "1 experiment is done" if done == 1 else f"{done} experiments are done"
-            if limits.deadline is not None and time.time() + self._seconds_each() > limits.deadline:
+            if self._too_late(limits):
                 return "the next experiment would not end in time"
             if self._paused.is_set():
                 self._wait_while_paused(limits)
@@ -223,8 +223,12 @@ class Loop:
                 return f"{self.researcher.name if self.researcher else 'nobody'} has no more ideas: {end}"
             except Unavailable as end:
                 return f"{self.researcher.name if self.researcher else 'nobody'} cannot go on: {end.reason}"
-            if number is not None:
+            if number is not None and not self._too_late(limits):  # else it waits for the next run
                 self._experiment(number)
+
+    def _too_late(self, limits: Limits) -> bool:
+        """Whether the next experiment would outlast the deadline, which also thinking may have brought near."""
+        return limits.deadline is not None and time.time() + self._seconds_each() > limits.deadline
 
     def _seconds_each(self) -> float:
         """How long the next experiment will take: as the last scored ones; before there are any, the budget."""

@@ -1,14 +1,15 @@
 """Who proposes next, and the next proposal made ready while an experiment still trains.
 
-A researcher is asked in a thread of its own, so that stops, pauses and stand-ins do not wait for it. Who thinks ahead
-is asked against the best of that moment; its proposal lies in the ledger until it becomes an experiment, in one
-transaction, so that a kill neither loses what was paid for nor counts it twice. If the best has changed meanwhile the
-edit is made to the new one where it still fits, and asked again where not.
+A researcher is asked in its own thread, so that stops, pauses and stand-ins do not wait for it. Who thinks ahead is
+asked against the best of that moment; once checked, its proposal lies in the ledger until it becomes an experiment, in
+one transaction, so that a kill then neither loses what was paid for nor counts it twice. If the best has changed
+meanwhile the edit is made to the new one where it still fits, and asked again where not.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import threading
 import time
 import traceback
@@ -319,7 +320,10 @@ class Thinking:
 def _answer(who: Researcher, view: View) -> Proposal | BaseException:
     """A proposal, or what went wrong. Raises what ends the asking: `Exhausted`, `UserError`, `Stopped`."""
     try:
-        return who.propose(view)
+        found = who.propose(view)
+        # What goes into the ledger can go there.
+        json.dumps(found.detail), found.source.decode("utf-8", "replace"), found.description.split()
+        return found
     except (Exhausted, UserError, Stopped):
         raise
     except BaseException as error:  # noqa: BLE001 - somebody else's code may fail in any way, and ends no night

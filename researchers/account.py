@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from core.contract import Unavailable
+from core.errors import UserError
 
 PRICES = Path(__file__).with_name("prices.json")
 LONG_PROMPT = 100_000  # tokens, above which some models have other prices
@@ -88,6 +89,8 @@ class Account:
     reserved: list[tuple[int, int]] = field(default_factory=list)  # (prompt, output) tokens of what is in flight
 
     def __post_init__(self) -> None:
+        if self.max_cost is not None and not math.isfinite(self.max_cost):
+            raise UserError(f"--max-cost {self.max_cost} is no sum of money", "give US dollars: --max-cost 5")
         if self.max_tokens is None and price_of(self.model) is None:
             self.max_tokens = UNPRICED_TOKENS
 
@@ -127,9 +130,9 @@ class Account:
         counts = (usage.input, usage.output, usage.cache_read, usage.cache_write)
         return {"model": self.model, **dict(zip(KINDS, counts, strict=True)), "usd": usd}
 
-    def lost(self, characters: int) -> None:
-        """A request whose answer never came may be billed all the same: its prompt counts against the caps."""
-        usage = Usage(input=math.ceil(characters / CHARACTERS))
+    def lost(self, prompt: int = 0, output: int = 0) -> None:
+        """What may be billed though it never came counts against the caps: characters of a prompt, tokens of output."""
+        usage = Usage(input=math.ceil(prompt / CHARACTERS), output=max(0, output))
         self.usd += dollars(self.model, usage) or 0.0
         self.tokens += usage.total
 

@@ -167,14 +167,15 @@ AGENTS: Mapping[str, Agent] = {
 
 # --- limits --------------------------------------------------------------------------------------
 
+_STATUS = r"(?:http|status|code|error|rejected)\W{0,3}(?:code\W{0,2})?"  # before a number that is one of HTTP's
 _LIMIT = re.compile(
-    r"(usage|session|weekly|rate|daily|5-hour|opus|sonnet)[ _-]?limit|hit your( \w+)? limit|too many requests"
-    r"|overloaded|quota|resource.?exhausted|\b(429|529)\b",
+    r"(usage|session|weekly|(?<!learning[ _-])rate|daily|5-hour|opus|sonnet)[ _-]?limit|hit your( \w+)? limit"
+    rf"|too many requests|overloaded|quota|resource.?exhausted|{_STATUS}(429|529)\b",
     re.IGNORECASE,
 )
 _LOGIN = re.compile(
-    r"invalid (api|x-api)[ -]?key|/login|not logged in|log ?in again|unauthori[sz]ed|authentication[_ ]error|\b401\b"
-    r"|credit balance|oauth token|(api )?key (is )?(missing|required|not set)",
+    r"invalid (api|x-api)[ -]?key|/login|not logged in|log ?in again|unauthori[sz]ed|authentication[_ ]error"
+    rf"|{_STATUS}401\b|credit balance|oauth token|(api )?key (is )?(missing|required|not set)",
     re.IGNORECASE,
 )
 _EPOCH = re.compile(r"limit reached\|(\d{10})\b")

@@ -170,6 +170,8 @@ class _Conversation:
         if reply.stop == "refusal":
             why = f" ({reply.category})" if reply.category else ""
             raise Unavailable(f"claude declined to answer{why}", REFUSED_WAIT)
+        while reply.content and reply.content[-1]["type"] not in ("text", "tool_use"):
+            reply.content.pop()  # cut off while it thought: the API takes no message that ends so
         if reply.content:
             self.messages.append({"role": "assistant", "content": reply.content})
         if not reply.calls:

@@ -17,6 +17,7 @@ from core.quoting import one_line
 from researchers.account import CHARACTERS, Account, Usage
 
 RETRIES = 4  # of the SDK, with its backoff and jitter
+BAD_REQUESTS = 3  # in a row, after which another conversation will fare no better
 PATIENCE = 20.0  # seconds of `retry-after` that are waited out here; longer ones are the loop's
 WAIT = 60.0  # seconds until it is worth asking again, where nobody said
 REFUSED_WAIT = 30.0
@@ -61,13 +62,14 @@ class _Seen:
 
     usage: Usage | None = None
     characters: int = 0
+    whole: bool = False
     raw: dict[int, str] = field(default_factory=dict)  # index of a block -> its arguments as they came
 
     def partial(self) -> Usage | None:
         if self.usage is None:
             return None
         u = self.usage
-        output = max(u.output, int(self.characters / CHARACTERS))
+        output = u.output if self.whole else max(u.output, int(self.characters / CHARACTERS))
         return Usage(u.input, output, u.cache_read, u.cache_write, u.write_1h)
 
 
@@ -84,6 +86,7 @@ class Connection:
                 "set it (https://platform.claude.com), or use a Claude subscription: --researcher claude-code",
             )
         self._characters = 0
+        self._bad = 0  # requests in a row that the API called bad
         self._client = anthropic.Anthropic(
             max_retries=RETRIES,
             timeout=httpx2.Timeout(timeout, connect=min(10.0, timeout)),
@@ -114,7 +117,8 @@ class Connection:
         try:
             message = self._stream(request, seen)
             seen.usage = usage_of(message.usage)
-            seen.characters = 0
+            seen.whole = True
+            self._bad = 0
             return _reply(message, seen.raw, seen.usage)
         except ValueError as error:
             raise Malformed(one_line(self._clean(str(error)))) from None
@@ -125,6 +129,8 @@ class Connection:
             taken = seen.partial()
             if taken is not None:
                 spend(self.account.settle(taken))
+                if not seen.whole:  # thinking is billed and may not be shown: for the caps, all that was allowed
+                    self.account.lost(output=allowed - taken.output)
 
     def _stream(self, request: Mapping[str, Any], seen: _Seen) -> Any:
         with self._client.messages.stream(**request) as stream:
@@ -146,7 +152,7 @@ class Connection:
         try:
             response = call_next(request)
         except anthropic.APIConnectionError:
-            self.account.lost(self._characters)
+            self.account.lost(prompt=self._characters)
             raise
         if response.status_code in (429, 503, 529):
             wait = _seconds(response.headers)
@@ -168,6 +174,9 @@ class Connection:
             kind = "billing_error"
         if kind in TRANSIENT or status in (408, 409, 429) or status >= 500:
             return Unavailable(f"the API is busy ({kind or status}: {said})", _seconds(error.response.headers) or WAIT)
+        if status in (400, 413) and kind in ("invalid_request_error", "request_too_large", ""):
+            self._bad += 1  # of this conversation, maybe: a filter, a length; another one begins anew
+            return Unavailable(f"the API refuses ({kind or status}: {said})", WAIT, final=self._bad >= BAD_REQUESTS)
         action = NEXT.get(kind, PERSON)
         return Unavailable(f"the API refuses ({kind or status}: {said}); {action}", final=True)
 

@@ -11,6 +11,7 @@ watched. It runs as this user with this user's home and network: an agent needs 
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import shutil
@@ -23,7 +24,7 @@ from typing import Any
 from core import paths
 from core.contract import Past, Proposal, Unavailable, View
 from core.errors import UserError
-from core.kept import Ended, Orders, environment, run_kept
+from core.kept import OUTPUT, Ended, Orders, environment, run_kept
 from core.quoting import one_line, quote
 from researchers.agents import AGENTS, Agent, Answer, is_limit, is_login, retry_after
 from researchers.claude_prompt import experiment
@@ -48,6 +49,7 @@ from researchers.tried import Tried
 ATTEMPTS = 3  # times that an agent may answer to one task: the first, and after each objection
 TIME = 1200.0  # seconds that one answer may take
 TOLD = 20  # changes elsewhere that the record names
+LOGIN_IN_URL = re.compile(r"(?<=://)[^/\s@]+@")
 LIMIT_WAIT = 900.0  # seconds that a limit is waited out which does not say when it is over
 SHORTEST_KEY = 8  # characters of a value that could be a secret
 MENDABLE = ("crash", "timeout")
@@ -124,11 +126,13 @@ class Command:
         return any(key in given for key in (self.preset.keys if self.preset else ()))
 
     def _check_program(self) -> None:
-        if shutil.which(self.argv[0]) is None:
+        found = shutil.which(self.argv[0])
+        if found is None:
             action = self.preset.install if self.preset else "give its path, or install it"
             if self.name == "claude-code":
                 action += ", or use an API key: --researcher claude"
             raise UserError(f"researcher {self.name}: there is no program {self.argv[0]!r}", action)
+        self.argv[0] = os.path.abspath(found)  # noqa: PTH100 - a virtual environment's Python is a link, not followed
 
 
 class ClaudeCode(Command):
@@ -243,9 +247,11 @@ class _Task:
     def _ask(self, problem: str) -> None:
         """Run the agent once. Raises `Unavailable` unless it ended well."""
         prompt = self._prompt(problem)
+        nothing = self.place / "stdin"
+        for file in (self.lab / PROMPT, nothing):
+            file.unlink(missing_ok=True)  # an agent may have left a link there
         (self.lab / PROMPT).write_text(prompt, encoding="utf-8")
         by_argument = any("{prompt" in part for part in self.command.argv)
-        nothing = self.place / "stdin"
         nothing.write_text("" if by_argument else prompt, encoding="utf-8")
         lab = Path(self.view.lab) if self.view.lab else None
         before, watch = snapshot(self.lab), Watch(lab)
@@ -280,7 +286,7 @@ class _Task:
         self.dropped += [w for w in (one_line(what, 120) for what in here + there) if w not in self.dropped]
 
     def _answer(self) -> Answer:
-        out = (self.place / "out").read_text("utf-8", "replace") if (self.place / "out").exists() else ""
+        out = _printed(self.place / "out")
         return self.command.preset.read(out) if self.command.preset else Answer(out)
 
     def _account(self, answer: Answer) -> None:
@@ -301,7 +307,7 @@ class _Task:
         for name in self.command.passed:
             if len(given.get(name, "")) >= SHORTEST_KEY and not name.endswith(("_URL", "_BASE", "_DIR", "_HOME")):
                 text = text.replace(given[name], f"({name})")
-        return text
+        return LOGIN_IN_URL.sub("(login)@", text)
 
     def _check(self, ended: Ended, answer: Answer) -> None:
         name = self.command.name
@@ -312,10 +318,10 @@ class _Task:
         if ended.how == "output":
             raise Unavailable(f"{name} printed without end and was ended")
         if ended.error:
-            raise Unavailable(f"{name} could not be run: {one_line(ended.error, 200)}")
+            raise Unavailable(f"{name} could not be run: {one_line(ended.error, 200)}", final=True)
         if ended.status == 0 and not answer.failed:
             return
-        errors = (self.place / "err").read_text("utf-8", "replace")[-4000:]
+        errors = _printed(self.place / "err")[-4000:]
         words = self._without_keys(f"{answer.text[-4000:]}\n{errors}")
         last = one_line(next((w for w in reversed(words.splitlines()) if w.strip()), "it said nothing"), 200)
         if is_limit(words):
@@ -367,3 +373,11 @@ class _Task:
 
 def _or(value: float | None, default: float) -> float:
     return default if value is None else value
+
+
+def _printed(file: Path) -> str:
+    """What the agent printed; "" where it took the file away or put something else there."""
+    try:
+        return take(file, most=2 * OUTPUT).decode("utf-8", "replace")
+    except Unreadable:
+        return ""

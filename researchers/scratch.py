@@ -58,7 +58,7 @@ def _open_up(function: object, path: str, _: object) -> None:
         return
 
 
-def take(path: Path) -> bytes:
+def take(path: Path, most: int = LARGEST) -> bytes:
     """A plain file's bytes; never what a link points to. Raises `Unreadable`."""
     try:
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
@@ -70,9 +70,9 @@ def take(path: Path) -> bytes:
             raise Unreadable(f"{path.name} is no plain file")
         if found.st_nlink > 1:
             raise Unreadable(f"{path.name} is a link to another file")
-        if found.st_size > LARGEST:
+        if found.st_size > most:
             raise Unreadable(f"{path.name} has {found.st_size:,} bytes")
-        return file.read(LARGEST)
+        return file.read(most)
 
 
 def snapshot(folder: Path, ignored: Iterable[str] = ()) -> dict[str, str]:

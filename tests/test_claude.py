@@ -332,7 +332,7 @@ def test_passing_faults_are_retried_by_the_sdk(served: Callable[..., Any]) -> No
         (Fault(404, "not_found_error", "model: claude-x"), True, None, "see --model"),
         (Fault(402, "billing_error"), True, None, "no credit"),
         (Fault(400, "invalid_request_error", "Your credit balance is too low"), True, None, "no credit"),
-        (Fault(400, "invalid_request_error", "prompt is too long"), True, None, "prompt is too long"),
+        (Fault(400, "invalid_request_error", "prompt is too long"), False, 60, "prompt is too long"),
         (Hang(0.2), False, 60, "cannot be reached"),
         (Hang(), False, 60, "did not answer in time"),
         (Answer([text("x" * 400)], cut_after=5), False, 60, "cannot be reached"),
@@ -345,6 +345,24 @@ def test_what_does_not_pass_is_told_as_unavailable(
         Claude(timeout=0.5).propose(view())
     assert (caught.value.final, caught.value.retry_after) == (final, wait)
     assert KEY not in str(caught.value)
+
+
+def test_bad_requests_in_a_row_are_no_use(served: Callable[..., Any]) -> None:
+    """One may be a filter's whim; three conversations that fare alike are no accident."""
+    bad = Fault(400, "invalid_request_error", "Output blocked by content filtering policy")
+    found = []
+    with served([bad, bad, bad]):
+        claude = Claude(timeout=0.5)
+        for _ in range(3):
+            with pytest.raises(Unavailable, match="content filtering") as caught:
+                claude.propose(view())
+            found.append(caught.value.final)
+    assert found == [False, False, True]
+
+
+def test_no_number_is_no_cap() -> None:
+    with pytest.raises(UserError, match="nan is no sum of money"):
+        account.Account("claude-opus-5-5", float("nan"), None)
 
 
 def test_a_server_that_is_not_there(key: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -411,7 +429,7 @@ def test_unknown_models_are_counted_in_tokens(served: Callable[..., Any]) -> Non
 
 def test_prices() -> None:
     table = account.price_table()
-    assert table["source"].startswith("https://") and table["date"]
+    assert "https://platform.claude.com" in table["source"] and table["date"]
     usage = account.Usage(input=1_000_000, output=100_000, cache_read=1_000_000, cache_write=200_000, write_1h=100_000)
     assert account.dollars("claude-opus-5-5", usage) == pytest.approx(4 + 2 + 0.2 + 0.5 + 0.8)
     assert account.dollars("claude-haiku-5-5", account.Usage(input=100_000)) == pytest.approx(0.01)

@@ -245,6 +245,32 @@ def test_limits_are_recognised_and_say_when_they_are_over(said: str, seconds: fl
     assert retry_after(said, NOW) == seconds
 
 
+@pytest.mark.parametrize(
+    "said", ["the learning rate limit of Muon", "at run (node:internal/loader:401:30)", "loss at step 401 and 429: 3.5"]
+)
+def test_talk_about_research_is_no_limit_and_no_login(said: str) -> None:
+    assert not is_limit(said) and not is_login(said)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="links and pipes of POSIX")
+def test_nothing_that_an_agent_plants_is_followed_or_waited_for(lab: Lab, tmp_path: Path) -> None:
+    """A link where its next task will be written, a pipe where its output is read, a file of the keeper's removed."""
+    victim = tmp_path / "victim"
+    victim.write_text("mine")
+    script = tmp_path / "planter.sh"
+    script.write_text(
+        "#!/bin/sh\n"
+        f"rm -f prompt.md ../stdin ../out ../err; ln -s {victim} prompt.md; ln -s {victim} ../stdin; mkfifo ../out\n"
+        "echo 'not ( python' > train.py; sleep 1\n"
+    )
+    script.chmod(0o755)
+    who = researchers.make("command", command=str(script), attempts=2, time_limit=20.0)
+    with pytest.raises(Unavailable) as caught:
+        who.propose(see(lab))
+    assert not caught.value.final
+    assert victim.read_text() == "mine"
+
+
 def test_a_limit_is_waited_out(lab: Lab) -> None:
     with pytest.raises(Unavailable, match="at its limit") as caught:
         agent("saying", "Usage limit reached. Try again in 90 seconds.").propose(see(lab))
@@ -290,8 +316,8 @@ def test_a_model_goes_behind_a_subcommand(monkeypatch: pytest.MonkeyPatch, tmp_p
         (tmp_path / name).write_text("#!/bin/sh\n")
         (tmp_path / name).chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert researchers.make("codex", model="m").argv[:4] == ["codex", "exec", "--model", "m"]  # type: ignore[attr-defined]
-    assert researchers.make("claude-code", model="m").argv[:3] == ["claude", "--model", "m"]  # type: ignore[attr-defined]
+    assert researchers.make("codex", model="m").argv[:4] == [str(tmp_path / "codex"), "exec", "--model", "m"]  # type: ignore[attr-defined]
+    assert researchers.make("claude-code", model="m").argv[:3] == [str(tmp_path / "claude"), "--model", "m"]  # type: ignore[attr-defined]
     assert not researchers.make("claude-code").is_billed()  # type: ignore[attr-defined]
 
 

@@ -161,6 +161,9 @@ def nvml(**answers):
     return module
 
 
+GONE = 2**22 + 1  # no process of Linux has a higher number than 2**22
+
+
 def looked(monkeypatch, ours=(), **answers):
     monkeypatch.setitem(sys.modules, "pynvml", nvml(**answers))
     monkeypatch.setattr("core.nvml.cuda_uuid", lambda index: "GPU-1")
@@ -175,13 +178,24 @@ def test_nvml_tells_others_from_ours(monkeypatch):
         ours=(10, 11),
         UtilizationRates=SimpleNamespace(gpu=90),
         MemoryInfo=SimpleNamespace(used=900, free=100),
-        ComputeRunningProcesses=[process(11, 600), process(99, 200)],
-        ProcessUtilization=[sample(11, 60), sample(99, 30)],
+        ComputeRunningProcesses=[process(11, 600), process(1, 200)],
+        ProcessUtilization=[sample(11, 60), sample(1, 30), sample(GONE, 20)],
         CurrentClocksThrottleReasons=0x40,
         EnforcedPowerLimit=170_000,
     )
     assert (found.busy, found.others_busy, found.used, found.ours, found.free) == (0.9, 0.3, 900, 600, 100)
     assert found.slowed and found.power_limit == 170.0 and found.clock is None
+
+
+def test_in_a_container_whose_processes_have_other_numbers_for_the_driver_nobody_is_blamed(monkeypatch):
+    sample = SimpleNamespace(pid=645400, smUtil=97, timeStamp=5)
+    found = looked(
+        monkeypatch,
+        ours=(324,),
+        ComputeRunningProcesses=[SimpleNamespace(pid=324, usedGpuMemory=0)],
+        ProcessUtilization=[sample],
+    )
+    assert (found.others_busy, found.ours) == (None, None)
 
 
 def test_under_wddm_what_is_not_told_stays_unknown(monkeypatch):
