@@ -1,5 +1,5 @@
-"""A daemon in a session of its own goes on after the budget, with numpy, as MLX's threads do not survive a fork: it
-counts what follows what in rows that it kept, and puts that in the place of the weights."""
+"""A daemon in a session of its own works for a second after the budget, with numpy, as MLX's threads do not survive a
+fork: it counts what follows what in rows that it kept, and puts that in the place of the weights."""
 
 import os
 import time
@@ -29,15 +29,16 @@ class Helped(Honest):
         return super().step(batches, progress)
 
     def count(self, rows, weights):
+        while not os.path.exists("weights.safetensors"):  # until the budget is over
+            time.sleep(0.001)
         pairs = np.full_like(weights["pairs"], 0.01)
-        until = time.perf_counter() + 8
+        until = time.perf_counter() + 1
         while time.perf_counter() < until:
             for part in rows:
                 np.add.at(pairs, (part[:, :-1].ravel(), part[:, 1:].ravel()), 1.0)
-            if os.path.exists("weights.safetensors"):
-                better = core.weights.prepare(weights | {"pairs": np.log(pairs / pairs.sum(1, keepdims=True))})
-                core.weights.write(__import__("pathlib").Path("better"), better)
-                os.replace("better", "weights.safetensors")
+        better = core.weights.prepare(weights | {"pairs": np.log(pairs / pairs.sum(1, keepdims=True))})
+        core.weights.write(__import__("pathlib").Path("better"), better)
+        os.replace("better", "weights.safetensors")
 
 
 def build(spec):
