@@ -348,12 +348,10 @@ def test_what_does_not_pass_is_told_as_unavailable(
 
 
 def test_bad_requests_in_a_row_are_no_use(served: Callable[..., Any]) -> None:
-    """One may be a filter's whim; three conversations that fare alike are no accident."""
     bad = Fault(400, "invalid_request_error", "Output blocked by content filtering policy")
     found = []
     with served([bad, bad, bad]):
-        claude = Claude(timeout=0.5)
-        for _ in range(3):
+        for claude in [Claude(timeout=0.5)] * 3:
             with pytest.raises(Unavailable, match="content filtering") as caught:
                 claude.propose(view())
             found.append(caught.value.final)

@@ -252,7 +252,7 @@ CASES = [
     Case("hang build", "timeout", "took more than 4 s", ((BUILD, BUILD + "    while True: pass\n"),), HURRY),
     Case("hang step", "timeout", "training (2 s budget)", (in_step("while True: pass"),)),
     Case("sleep", "timeout", "training (2 s budget)", (OS, in_step("time.sleep(60)"))),
-    Case("hang logits", "timeout", "logits() for the score", (before(LOGITS, "while True: pass"),), HURRY),
+    Case("hang logits", "timeout", "logits() of random tokens", (before(LOGITS, "while True: pass"),), HURRY),
     Case("hang weights", "timeout", "weights()", (OS, trained_in_weights("time.sleep(60)"))),
     Case("late weights", "timeout", "weights()", (OS, trained_in_weights("time.sleep(1.5)"))),
     # It dies.
