@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.compiled import Compiled, compiled
+from benchmarks.compiled import Case, Compiled
 from kernels import attention, attention_backward, rotated_norm
 from kernels.attention_tiles import BACKWARD, FORWARD, ROWS, Tile, padded
 
@@ -20,36 +19,14 @@ PLAIN = {"T", "H", "G", "window"}  # integers that need not be multiples of 16; 
 PRODUCT = {80: "mma.sync", 86: "mma.sync", 89: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma", 120: "mma.sync"}
 
 
-@dataclass(frozen=True)
-class Part:
-    """One kernel of attention with one configuration for one target."""
-
-    label: str
-    kernel: Any  # under @triton.jit
-    target: int  # compute capability
-    types: Mapping[str, str]  # of the arguments that are no constants
-    constants: Mapping[str, Any]
-    warps: int
-    stages: int
-    aligned: tuple[str, ...]  # integers that are multiples of 16
-    expected: str = ""  # an instruction that must be there
-
-    def compile(self) -> Compiled:
-        signature = dict(self.types) | dict.fromkeys(self.constants, "constexpr")
-        in_order = {name: signature[name] for name in self.kernel.arg_names}
-        return compiled(
-            self.kernel, in_order, self.constants, self.warps, self.stages, self.target, aligned=self.aligned
-        )
-
-
-def parts(target: int, head: int) -> Iterator[Part]:
+def parts(target: int, head: int) -> Iterator[Case]:
     """All that runs for heads of this size."""
     yield forward_part(target, head)
     yield backward_part(target, head)
     yield from pass_parts(target, head)
 
 
-def forward_part(target: int, head: int, tile: Tile | None = None, dtype: str = "bf16") -> Part:
+def forward_part(target: int, head: int, tile: Tile | None = None, dtype: str = "bf16") -> Case:
     tile = tile or FORWARD[target][padded(head)]
     constants = {"vt": 3 * HEADS * head, "M": tile.queries, "N": tile.keys}
     kernel = attention.forward_kernel
@@ -58,7 +35,7 @@ def forward_part(target: int, head: int, tile: Tile | None = None, dtype: str = 
 
 def backward_part(
     target: int, head: int, tile: Tile | None = None, dtype: str = "bf16", ones: tuple[str, ...] = ()
-) -> Part:
+) -> Case:
     """ones: integers that are 1, for which Triton compiles a variant: ("G",) where no heads are grouped."""
     tile = tile or BACKWARD[target][padded(head)]
     constants = {"gt": HEADS * head, "M": tile.queries, "N": tile.keys} | dict.fromkeys(ones, 1)
@@ -66,7 +43,7 @@ def backward_part(
     return _part("backward", kernel, target, head, dtype, constants, tile.warps, tile.stages, PRODUCT[target])
 
 
-def pass_parts(target: int, head: int, dtype: str = "bf16") -> Iterator[Part]:
+def pass_parts(target: int, head: int, dtype: str = "bf16") -> Iterator[Case]:
     """The kernels that go over memory once: before the forward, before and after the backward."""
     passing = {
         "rotation": rotated_norm.rotated_kernel,
@@ -93,7 +70,7 @@ def passes(target: int, head: int, dtype: str = "bf16") -> Iterator[Compiled]:
 def _part(
     name: str, kernel: Any, target: int, head: int, dtype: str, constants: Mapping[str, Any], warps: int, stages: int,
     expected: str = "",
-) -> Part:  # fmt: skip
+) -> Case:  # fmt: skip
     wanted = {"D": head, "DP": padded(head), **constants}
     values = {argument: wanted[argument] for argument in kernel.arg_names if argument in wanted}
     types = {}
@@ -106,4 +83,4 @@ def _part(
             types[argument] = "i32"
     strides = tuple(a for a, kind in types.items() if kind == "i32" and a not in PLAIN)
     label = f"attention {name} of {head} {dtype}"
-    return Part(label, kernel, target, types, values, warps, stages, strides, expected)
+    return Case(label, kernel, target, types, values, warps, stages, strides, expected)

@@ -2,39 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator
 
 import triton.language as tl
 
 from benchmarks import compile_attention
-from benchmarks.compiled import Compiled, compiled
+from benchmarks.compiled import Case, Compiled
 from kernels import linear_relu2, muon, residual_norm, softcapped_loss
 
 ACC = {"ACC": tl.float32}
 WARPS, STAGES = 4, 3  # Triton's own, where a launch says nothing
-
-
-@dataclass(frozen=True)
-class Case:
-    """One kernel with one configuration for one target."""
-
-    label: str
-    kernel: Any  # under @triton.jit
-    target: int  # compute capability
-    types: Mapping[str, str]  # of the arguments that are no constants
-    constants: Mapping[str, Any]
-    warps: int
-    stages: int
-    aligned: tuple[str, ...] = ()  # integers that are multiples of 16
-    expected: str = ""  # an instruction that must be there: a product that misses the tensor cores is useless
-
-    def compile(self) -> Compiled:
-        signature = dict(self.types) | dict.fromkeys(self.constants, "constexpr")
-        return compiled(
-            self.kernel, signature, self.constants, self.warps, self.stages, self.target, aligned=self.aligned
-        )
 
 
 def product(target: int, odd: bool) -> str:
@@ -146,14 +123,7 @@ def attention(target: int) -> Iterator[Case]:
     if target not in compile_attention.TARGETS:
         return
     for head in (32, 64, 128):
-        yield from map(attention_case, compile_attention.parts(target, head))
-
-
-def attention_case(part: compile_attention.Part) -> Case:
-    return Case(
-        part.label, part.kernel, part.target, part.types, part.constants, part.warps, part.stages, part.aligned,
-        part.expected,
-    )  # fmt: skip
+        yield from compile_attention.parts(target, head)
 
 
 def cases(target: int) -> list[Case]:

@@ -100,6 +100,27 @@ def compiled(
     )
 
 
+@dataclass(frozen=True)
+class Case:
+    """One kernel with one configuration for one target."""
+
+    label: str
+    kernel: Any  # under @triton.jit
+    target: int  # compute capability
+    types: Mapping[str, str]  # of the arguments that are no constants
+    constants: Mapping[str, Any]
+    warps: int
+    stages: int
+    aligned: tuple[str, ...] = ()  # integers that are multiples of 16
+    expected: str = ""  # an instruction that must be there: a product that misses the tensor cores is useless
+
+    def compile(self) -> Compiled:
+        signature = dict(self.types) | dict.fromkeys(self.constants, "constexpr")
+        return compiled(
+            self.kernel, signature, self.constants, self.warps, self.stages, self.target, aligned=self.aligned
+        )
+
+
 def resources(cubin: bytes) -> dict[str, int]:
     """REG, STACK, LOCAL and (static) SHARED of the one function in a binary. Bytes, except for REG."""
     with tempfile.TemporaryDirectory() as place:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from core import referee
 from core.errors import UserError
+from core.gap import Stopped
 from core.quoting import quote
 from core.recipe import constants, replace
 from core.settings import Settings
@@ -20,10 +21,6 @@ ROWS = 2  # of text in the one step; the recipe's own batch only takes longer
 NICE = 19  # the lowest priority there is
 LOG_LINES = 20
 LOG_CHARACTERS = 2000
-
-
-class Stopped(Exception):
-    """`stop` was set before there was an answer. Nothing is known of the candidate."""
 
 
 def dry_build(

@@ -13,7 +13,6 @@ from typing import Protocol
 from core import gpuwatch
 from core.errors import UserError
 from core.facts import Facts
-from core.gap import Stopped
 from core.outcome import Event, Outcome, Request
 from core.settings import Settings
 
@@ -70,10 +69,7 @@ class LocalExecutor:
     def dry_build(self, source: bytes, settings: Settings, workdir: Path, stop: threading.Event) -> str:
         from core import dryrun
 
-        try:
-            return dryrun.dry_build(source, settings, workdir, stop=stop)
-        except dryrun.Stopped as stopped:
-            raise Stopped from stopped
+        return dryrun.dry_build(source, settings, workdir, stop=stop)
 
     def _wait_for_card(self, request: Request, on_event: Callable[[Event], None], stop: threading.Event) -> None:
         """A shared card is waited for: what is measured beside a game is worth nothing."""

@@ -31,7 +31,7 @@ class Watch:
         self._clock = _clock()
         self._card: gpuwatch.Watch | None = None
         if device.startswith("cuda"):
-            self._card = gpuwatch.Watch(device, lambda: _tree(pid), card or Nvml())
+            self._card = gpuwatch.Watch(device, lambda: [p.pid for p in _tree(pid)] or [pid], card or Nvml())
 
     def report(self) -> dict[str, Any]:
         """JSON. `others_cores`: how many cores other processes kept busy on average, `loop_cores`: how many of these
@@ -67,11 +67,13 @@ def own_seconds(pid: int) -> float:
     return sum(t.user + t.system for t in _tree_times(pid) or [])
 
 
-def _tree(pid: int) -> list[int]:
+def _tree(pid: int) -> list[psutil.Process]:
+    """The living processes below and including `pid`; empty when it is gone."""
     try:
-        return [pid, *(child.pid for child in psutil.Process(pid).children(recursive=True))]
+        root = psutil.Process(pid)
+        return [root, *root.children(recursive=True)]
     except psutil.Error:
-        return [pid]
+        return []
 
 
 def _tree_seconds(pid: int) -> float | None:
@@ -85,16 +87,12 @@ def _tree_seconds(pid: int) -> float | None:
 
 def _tree_times(pid: int) -> list[Any] | None:
     """What psutil says of each living process below and including `pid`; None when it is gone."""
-    try:
-        root = psutil.Process(pid)
-        tree = [root, *root.children(recursive=True)]
-    except psutil.Error:
-        return None
+    tree = _tree(pid)
     found = []
     for process in tree:
         with suppress(psutil.Error):
             found.append(process.cpu_times())
-    return found
+    return found if tree else None
 
 
 def _clock() -> float | None:

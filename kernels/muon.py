@@ -28,16 +28,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels import plain
+from kernels.plain import FLOOR, POLAR_EXPRESS
 from kernels.targets import choose, dot, interpreted
-
-POLAR_EXPRESS = (  # (a, b, c) of each iteration: all singular values go to 1
-    (8.156554524902461, -22.48329292557795, 15.878769915207462),
-    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
-    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
-    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
-    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
-)
-FLOOR = 1e-10  # of the second moment, and of the length that is divided by
 
 
 @dataclass(frozen=True)
@@ -320,14 +313,4 @@ def reference(
     steps: int = 5,
 ) -> None:
     """The same as muon_ in plain torch, any dtype."""
-    (m, n), (lr, mu, decay) = weights.shape[1:], rates.unbind()
-    lr = lr * max(1.0, m / n) ** 0.5
-    momentum.lerp_(grads, 1 - mu)
-    g = reference_orthogonalise(grads.lerp_(momentum, mu), dtype, steps)
-    mean = g.square().mean(dim=-1 if m >= n else -2, keepdim=True)
-    second.lerp_(mean, 1 - beta2)
-    scale = second.clamp_min(FLOOR).rsqrt()
-    length = mean.sum(dim=(-2, -1), keepdim=True).sqrt()
-    rescaled = (mean * scale.square()).sum(dim=(-2, -1), keepdim=True).sqrt()
-    g *= scale * (length / rescaled.clamp_min(FLOOR))
-    weights -= lr * g + lr * decay * weights * ((g * weights) >= 0)
+    plain.muon_(weights, grads, momentum, second, rates, dtype, beta2, steps, reference_orthogonalise)

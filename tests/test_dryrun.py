@@ -10,7 +10,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from core.dryrun import Stopped, dry_build, smaller
+from core.dryrun import dry_build, smaller
+from core.gap import Stopped
 from core.settings import Settings
 
 ROOT = Path(__file__).resolve().parent.parent
