@@ -483,9 +483,15 @@ def _ask(
         found = {k: v for k, v in message.fields.items() if k not in ("describe", "health")}
         return found | {"describe": _plain(message), "health": watch.report()}
     except Ended as end:
-        raise RecipeFailed(end, worker.child.log_tail(LOG_LINES)) from None
+        raise _failed(end, worker) from None
     finally:
         worker.close()
+
+
+def _failed(end: Ended, worker: Worker) -> RecipeFailed:
+    """The child is ended first: what it printed last may still be on its way when it has said that it failed."""
+    worker.kill()
+    return RecipeFailed(end, worker.child.log_tail(LOG_LINES))
 
 
 def sample(
@@ -520,7 +526,7 @@ def sample(
             text.append(_draw(message.array("logits", "<f4", (1, settings.vocab_size))[0], temperature, random))
             yield text[-1]
     except Ended as end:
-        raise RecipeFailed(end, worker.child.log_tail(LOG_LINES)) from None
+        raise _failed(end, worker) from None
     finally:
         os.close(fd)
         worker.close()

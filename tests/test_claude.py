@@ -578,7 +578,8 @@ def test_the_key_reaches_no_worker(
 ) -> None:
     """A candidate that prints all it can see of its surroundings: the dry build's log comes back without the key."""
     spy = tiny_recipe.replace("def build(spec):\n", "def build(spec):\n    import os\n    print(dict(os.environ))\n"
-                              "    print(open(f'/proc/{os.getppid()}/environ').read())\n")  # fmt: skip
+                              "    try:\n        print(open(f'/proc/{os.getppid()}/environ').read())\n"
+                              "    finally:\n        raise ValueError('seen')\n")  # fmt: skip
     told = dry_build(spy.encode(), settings, tmp_path)
     assert "HOME" in told and KEY not in told
     assert found_keys(tmp_path) == []
