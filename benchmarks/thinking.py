@@ -5,12 +5,15 @@
     autoresearch run LAB --experiments 30 --researcher benchmarks.thinking:Instant
     python -m benchmarks.thinking LAB
 
-`log` tells the share of the time that the device was idle; the last command the step rates beside each of the two. Both
-change one learning rate after the other by next to nothing, so that all experiments of a lab do the same work.
+`log` tells the share of the time that the device was idle; the last command the step rates beside each of the two, and
+those of one training while there was thought over those while there was none, which a machine whose speed drifts
+cannot blur. Both change one learning rate after the other by next to nothing, so that all experiments of a lab do the
+same work.
 """
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections import defaultdict
@@ -18,9 +21,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean, stdev
 
+import numpy as np
+
 from core.contract import Proposal, View
 from core.recipe import constants, replace
 
+MARGIN = 2.0  # seconds around the end of the thought, and at both ends of a training, that belong to neither side
 CONSTANTS = ("MATRIX_LR", "EMBEDDING_LR", "UNEMBEDDING_LR", "SCALAR_LR")
 
 
@@ -65,11 +71,38 @@ def rates(place: Path) -> dict[str, list[float]]:
     return found
 
 
+def beside_thought(place: Path) -> list[float]:
+    """For each untainted training beside which the next proposal was thought of: steps per second in its first third,
+    while `Simulated` thinks, over those of the rest."""
+    from core.lab import Lab
+
+    lab, found = Lab.open(place), []
+    budget = lab.settings.budget
+    for e in lab.ledger.experiments():
+        outcome = e.outcome or {}
+        if e.researcher != Simulated.name or e.tainted or not e.val_bpb:
+            continue
+        seconds, steps = np.array(outcome["curve"])[:, :2].T
+
+        def rate(start: float, end: float, seconds: np.ndarray = seconds, steps: np.ndarray = steps) -> float:
+            done = np.interp([start, end], seconds, steps)
+            return float(done[1] - done[0]) / (end - start)
+
+        third = budget / 3
+        found.append(rate(MARGIN, third - MARGIN) / rate(third + MARGIN, budget - MARGIN))
+    return found
+
+
 def main(places: Sequence[str]) -> None:
     for place in places:
         for who, found in rates(Path(place)).items():
             spread = stdev(found) if len(found) > 1 else 0.0
             print(f"{place}, {who}: {mean(found):.2f} steps/s over {len(found)}, standard deviation {spread:.2f}")
+        ratios = beside_thought(Path(place))
+        if len(ratios) > 1:
+            error = stdev(ratios) / math.sqrt(len(ratios))
+            told = f"{mean(ratios):.3f} ± {error:.3f} of the rate without thought, over {len(ratios)} trainings"
+            print(f"{place}: {told}")
 
 
 if __name__ == "__main__":

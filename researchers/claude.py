@@ -152,7 +152,9 @@ class _Conversation:
         raise Unavailable(f"claude handed nothing in within {ANSWERS} answers", REFUSED_WAIT)
 
     def _ask(self) -> Reply:
-        return self.claude.connection.ask(system(self.view), TOOLS, self.messages, ANSWER_TOKENS, self._spend)
+        return self.claude.connection.ask(
+            system(self.view), TOOLS, self.messages, ANSWER_TOKENS, self._spend, self.view.stopped
+        )
 
     def _spend(self, usage: Mapping[str, Any]) -> None:
         self.usage["answers"] += 1

@@ -11,7 +11,7 @@ from typing import Any
 import anthropic
 import httpx2
 
-from core.contract import Unavailable
+from core.contract import Unavailable, never
 from core.errors import UserError
 from core.quoting import one_line
 from researchers.account import CHARACTERS, Account, Usage
@@ -100,8 +100,10 @@ class Connection:
         messages: Sequence[Mapping[str, Any]],
         wanted: int,
         spend: Callable[[Mapping[str, Any]], None],
+        stopped: Callable[[], bool] = never,
     ) -> Reply:
-        """Raises `Unavailable`, and `Malformed` for an answer that cannot be read."""
+        """Raises `Unavailable`, and `Malformed` for an answer that cannot be read. Once `stopped` says so the answer is
+        not waited for any longer; what it has taken by then is billed, and so told to `spend`."""
         self._characters = sum(len(json.dumps(part)) for part in (system, tools, messages))
         allowed = self.account.reserve(self._characters, wanted)
         request: dict[str, Any] = {
@@ -115,7 +117,7 @@ class Connection:
             request["output_config"] = {"effort": self.effort}
         seen = _Seen()
         try:
-            message = self._stream(request, seen)
+            message = self._stream(request, seen, stopped)
             seen.usage = usage_of(message.usage)
             seen.whole = True
             self._bad = 0
@@ -132,7 +134,7 @@ class Connection:
                 if not seen.whole:  # thinking is billed and may not be shown: for the caps, all that was allowed
                     self.account.lost(output=allowed - taken.output)
 
-    def _stream(self, request: Mapping[str, Any], seen: _Seen) -> Any:
+    def _stream(self, request: Mapping[str, Any], seen: _Seen, stopped: Callable[[], bool]) -> Any:
         with self._client.messages.stream(**request) as stream:
             for event in stream:
                 if event.type == "message_start":
@@ -145,6 +147,8 @@ class Connection:
                     seen.characters += len(piece) + len(getattr(delta, "thinking", None) or "")
                     if delta.type == "input_json_delta":
                         seen.raw[event.index] += delta.partial_json
+                if stopped():  # last, so that what has come is on the bill
+                    raise Unavailable("the run is over")
             return stream.get_final_message()
 
     def _each_attempt(self, request: Any, call_next: Any) -> Any:

@@ -74,6 +74,7 @@ class Answer:
     output_tokens: int | None = None  # what is billed; by default what was sent
     seconds: float = 0.0  # of thinking before anything comes
     cut_after: int | None = None  # events after which the connection is closed
+    pause: float = 0.0  # seconds between two events of a stream
 
     def reason(self) -> str:
         called = any(b["type"] == "tool_use" for b in self.content)
@@ -288,6 +289,7 @@ class _Handler(BaseHTTPRequestHandler):
             data = f"event: {name}\ndata: {json.dumps(event)}\n\n".encode()
             self.wfile.write(f"{len(data):x}\r\n".encode() + data + b"\r\n")
             self.wfile.flush()
+            self.server.api.closing.wait(answer.pause)
         self.wfile.write(b"0\r\n\r\n")
 
     def _reset(self) -> None:
