@@ -13,8 +13,6 @@ from __future__ import annotations
 import gc
 import importlib
 import math
-import os
-import socket
 import sys
 import time
 import traceback
@@ -30,7 +28,7 @@ from core import weights as weight_files
 from core.clock import Budget, StepTimes
 from core.contract import Device, Spec, Training
 from core.errors import UserError
-from core.wire import Channel, ChannelClosed, Message, close_all
+from core.wire import Channel, ChannelClosed, Message, close_all, own_channel
 
 PROGRESS_EVERY = 1.0  # seconds between two messages of progress
 WARMUP = (0.0, 0.5, 1.0)  # progress at which a step is tried before the clock starts
@@ -51,7 +49,7 @@ class RecipeError(Exception):
 
 def main() -> None:
     role, backend = sys.argv[1:3]
-    channel = Channel(socket.socket(fileno=int(os.environ["AUTORESEARCH_CHANNEL"])), take_fds=True)
+    channel = own_channel()
     device_module = importlib.import_module(f"backends.{backend}.device")
     roles = {
         "trainer": train, "warm-up": rehearse, "scorer": answer, "auditor": answer, "measure": measure, "dry": dry
