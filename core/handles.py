@@ -16,6 +16,7 @@ import sys
 from typing import Protocol
 
 POSTBOX = "AUTORESEARCH_POSTBOX"  # the child's variable with the descriptor of its postbox; POSIX only
+WITHIN = 10.0  # seconds for what takes microseconds
 FILE_GENERIC_READ = 0x120089
 ELSEWHERE = "handles are duplicated on Windows only"
 
@@ -49,8 +50,8 @@ def pair() -> tuple[socket.socket, socket.socket]:
     so each end is asked whether the other is its peer. Small messages are not held back (TCP_NODELAY).
     """
     with socket.create_server(("127.0.0.1", 0), backlog=1) as server:
-        ours = socket.create_connection(server.getsockname()[:2], timeout=10)
-        server.settimeout(10)
+        ours = socket.create_connection(server.getsockname()[:2], timeout=WITHIN)
+        server.settimeout(WITHIN)
         theirs, _ = server.accept()
     if ours.getsockname() != theirs.getpeername() or theirs.getsockname() != ours.getpeername():
         ours.close()
@@ -111,10 +112,12 @@ class WindowsTaker:
 
 
 class Postbox:
-    """Both sides on POSIX: an end of a unix socket pair. Descriptors come in the order in which they were given."""
+    """Both sides on POSIX: an end of a unix socket pair. Descriptors come in the order in which they were given; what
+    is given and not taken fills the socket after 70 or more."""
 
     def __init__(self, end: socket.socket) -> None:
         self._end = end
+        self._end.settimeout(WITHIN)
         self._given = 0
 
     @classmethod

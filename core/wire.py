@@ -175,7 +175,7 @@ class Channel:
         try:
             return [giver.give(fd) for fd in fds]
         except OSError as error:
-            raise ChannelClosed(f"no file can be handed over ({error.strerror})") from error
+            raise ChannelClosed(f"no file can be handed over ({error.strerror or error})") from error
 
     def _write(self, data: bytes | memoryview, deadline: float, fds: list[int]) -> None:
         view = memoryview(data)

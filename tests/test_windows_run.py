@@ -14,13 +14,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from windows_stand_in import StandIn, members
 
 from core import handles, processes, sandbox, sandbox_windows, selfcheck_windows
 from core.data import Dataset
 from core.outcome import Request
 from core.referee import execute
 from core.settings import Settings
-from windows_stand_in import StandIn, members
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the stand-in for Windows' jobs is written for Linux")
 
