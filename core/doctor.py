@@ -28,7 +28,7 @@ from core.errors import UserError
 from core.hardware import GIB, Hardware, choose, remedy
 from core.paths import data_root, home, project_root
 from core.places import synced_by
-from core.windows import restart_pending
+from core.windows import long_paths, restart_pending
 
 OURS = ("cli", "prepare", "core", "backends", "researchers", "benchmarks", "kernels")
 NEEDED = (
@@ -299,6 +299,10 @@ def _host_checks(hardware: Hardware) -> Iterator[Check]:
         yield Check("power", True, "mains" if power.plugged else "no battery, or it does not tell")
     if restart_pending():
         yield Check("restart", None, "an installed update waits for a restart, which may come tonight", "restart first")
+    if not long_paths():
+        key = r"HKLM\SYSTEM\CurrentControlSet\Control\FileSystem"
+        action = f"as administrator: reg add {key} /v LongPathsEnabled /t REG_DWORD /d 1 /f"
+        yield Check("paths", None, "paths end at 260 characters, which compile caches may exceed", action)
     yield _sleep_check(hardware)
     yield _clock_check()
     if hardware.wsl:

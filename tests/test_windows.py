@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -41,8 +42,31 @@ def test_a_pending_restart_is_announced(win32, keys, due):
     assert bool(said) is due and all("restart first" in line for line in said)
 
 
+class LongPaths:
+    """A winreg with this value of LongPathsEnabled; None: it has none."""
+
+    HKEY_LOCAL_MACHINE = 0
+
+    def __init__(self, value):
+        self.value = value
+
+    def OpenKey(self, root, name):
+        return contextlib.nullcontext(name)
+
+    def QueryValueEx(self, key, name):
+        if self.value is None or not (key.endswith("FileSystem") and name == "LongPathsEnabled"):
+            raise FileNotFoundError(2, "no such value")
+        return self.value, 4
+
+
+@pytest.mark.parametrize(("value", "long"), [(1, True), (0, False), (None, False)])
+def test_short_paths_are_told_by_doctor(win32, value, long):
+    win32.setitem(sys.modules, "winreg", LongPaths(value))
+    assert windows.long_paths() is long
+
+
 def test_elsewhere_no_registry_is_asked():
-    assert windows.restart_pending() is False
+    assert windows.restart_pending() is False and windows.long_paths() is True
 
 
 @pytest.mark.parametrize(
