@@ -110,7 +110,9 @@ def _own_modules() -> Check:
             foreign.append(f"{name} ({places[0]})")
     if foreign:
         detail = f"another package hides ours: {', '.join(foreign)}"
-        return Check("own modules", False, detail, "install into an environment of its own: python3 -m venv .venv")
+        return Check(
+            "own modules", False, detail, f"install into an environment of its own: {sys.executable} -m venv .venv"
+        )
     return Check("own modules", True, f"core, backends, kernels and the others come from {root}")
 
 
@@ -235,11 +237,12 @@ def _home_checks(hardware: Hardware) -> Iterator[Check]:
     place = home()
     yield _writable(place)
     free = hardware.disk_free
-    action = f"free space there, or move it: export AUTORESEARCH_HOME=PATH (now {place})"
+    setting = "$env:AUTORESEARCH_HOME = 'PATH'" if hardware.os == "windows" else "export AUTORESEARCH_HOME=PATH"
+    action = f"free space there, or move it: {setting} (now {place})"
     yield Check("disk", free >= MIN_DISK, f"{free / GIB:.1f} GiB free, {MIN_DISK / GIB:.0f} GiB are asked", action)
     kind = _file_system(place, _mounts())
     synced = synced_by(place, os.environ)
-    move = "export AUTORESEARCH_HOME=PATH on a local disk"
+    move = f"{setting} on a local disk"
     if kind in _NETWORK:
         yield Check("file system", None, f"{place} is on {kind}: locks and SQLite are slow or unsafe there", move)
     elif synced:
