@@ -30,9 +30,8 @@ IDLE_PRIORITY = 0x40
 # JOB_OBJECT_LIMIT_: no process outlives us; a fault ends a process, where it would show a dialogue and wait
 KILL_ON_JOB_CLOSE, DIE_ON_UNHANDLED_EXCEPTION = 0x2000, 0x400
 JOB_MEMORY, ACTIVE_PROCESS = 0x200, 0x8
-EXTENDED_LIMITS, UI_LIMITS = 9, 4  # JOBOBJECTINFOCLASS
-# JOB_OBJECT_UILIMIT_: others' windows, the clipboard (read and write), display settings, global atoms, shutting down
-NO_USER_INTERFACE = 0x1 | 0x2 | 0x4 | 0x10 | 0x20 | 0x80
+EXTENDED_LIMITS = 9  # JobObjectExtendedLimitInformation; limits of the user interface would forbid to nest the job,
+# and a terminal or an editor that runs us has often put us into one
 KILLED = 137  # exit status of what a job ended
 
 
@@ -102,9 +101,10 @@ class Windows:
         )
         limits.Basic.ActiveProcessLimit = processes
         limits.JobMemoryLimit = memory_bytes
+        call = library("kernel32").SetInformationJobObject
         try:
-            self._set(job, EXTENDED_LIMITS, limits)
-            self._set(job, UI_LIMITS, wintypes.DWORD(NO_USER_INTERFACE))
+            done = call(wintypes.HANDLE(job), EXTENDED_LIMITS, ctypes.byref(limits), ctypes.sizeof(limits))
+            checked(done, "SetInformationJobObject")
         except OSError:
             self.close(job)
             raise
@@ -142,11 +142,6 @@ class Windows:
 
     def close(self, job: int) -> None:
         checked(library("kernel32").CloseHandle(wintypes.HANDLE(job)), "CloseHandle")
-
-    def _set(self, job: int, kind: int, value: Any) -> None:
-        call = library("kernel32").SetInformationJobObject
-        done = call(wintypes.HANDLE(job), kind, ctypes.byref(value), ctypes.sizeof(value))
-        checked(done, "SetInformationJobObject")
 
 
 def library(name: str) -> Any:
@@ -297,7 +292,8 @@ def missing() -> list[str]:
     return [
         "Windows: a recipe can read and write this user's files (no AppContainer yet)",
         "Windows: a recipe can open network connections",
-        "Windows: a recipe can read the memory of this user's other processes, the referee's too",
+        "Windows: a recipe can read and write the memory of this user's other processes, the referee's too",
+        "Windows: a recipe can read the clipboard and send input to other programs' windows",
         "Windows: with a GPU backend memory is looked at every 0.1 s, a faster rise can overshoot",
         "the calls of Windows' job objects and handles were never run on a Windows machine",
     ]

@@ -13,11 +13,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
-from windows_stand_in import StandIn, members
+from scripted import Limits, Loop, Night, Scripted, check, make_lab
+from windows_stand_in import StandIn, members, refuse_open_files
 
 from core import handles, processes, sandbox, sandbox_windows, selfcheck_windows
 from core.data import Dataset
+from core.lab import Lab
 from core.outcome import Request
 from core.referee import execute
 from core.settings import Settings
@@ -55,13 +58,16 @@ EARLY = peek()
 
 
 def test_an_experiment_is_scored_and_audited(
-    jobs: StandIn, settings: Settings, dataset: Dataset, tiny_recipe: str, tmp_path: Path
+    jobs: StandIn, settings: Settings, dataset: Dataset, tiny_recipe: str, tmp_path: Path, monkeypatch
 ) -> None:
+    """No file is replaced or removed while it is open."""
     recipe = tiny_recipe.replace('{"depth": 1,', '{"depth": 1, "early": EARLY,') + EARLY
     work = tmp_path / "work"
+    refused = refuse_open_files(monkeypatch)
     request = Request(recipe.encode(), settings, dataset, settings.seed, "1", work, audit="always", lint=False)
     outcome = execute(request)
     assert (outcome.status, outcome.reason, outcome.audited) == ("scored", "", True)
+    assert refused == []
     assert outcome.steps > 5 and 1.0 < outcome.val_bpb < 9.0
     assert outcome.describe["early"] == 0
     assert outcome.peak_memory > 10**7
@@ -70,6 +76,38 @@ def test_an_experiment_is_scored_and_audited(
     assert any("network" in lack for lack in outcome.sandbox["abilities"]["missing"])
     assert len(jobs.limits) == 3 and {limit for limit, _ in jobs.limits} == {settings.memory_limit}
     assert {p.name for p in work.iterdir()} == {"weights.safetensors", "trainer.log", "scorer.log", "auditor.log"}
+
+
+def test_a_night_moves_no_open_file(settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lab, ledger, git and the loop's files with Windows' rules; the experiments follow a script."""
+    monkeypatch.setattr(sys, "platform", "win32")
+    refused = refuse_open_files(monkeypatch)
+    lab = make_lab(tmp_path / "lab", settings)
+    Loop(lab, Night(), Scripted(), lambda event: None).run(Limits(experiments=12))
+    lab = Lab.open(tmp_path / "lab")
+    Loop(lab, Night(), Scripted(), lambda event: None).run(Limits(experiments=4))
+    assert refused == []
+    check(lab)
+    assert len(lab.ledger.experiments()) == 16 and sum(e.is_kept for e in lab.ledger.experiments()) >= 3
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="pathlib keeps os's functions to itself there")
+def test_what_windows_refuses_is_refused_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rules that the tests above go by."""
+    (tmp_path / "folder").mkdir()
+    file = tmp_path / "folder" / "file"
+    file.write_text("x")
+    refused = refuse_open_files(monkeypatch)
+    with file.open(), pytest.raises(PermissionError):
+        file.replace(tmp_path / "other")
+    with file.open(), pytest.raises(PermissionError):
+        (tmp_path / "folder").rename(tmp_path / "moved")
+    mapped = np.memmap(file, np.uint8, "r")
+    with pytest.raises(PermissionError):
+        file.unlink()
+    del mapped
+    file.unlink()
+    assert len(refused) == 3
 
 
 # A daemon in a session of its own, whose parents have gone; then the recipe ends as a crash does.

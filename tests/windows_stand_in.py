@@ -1,11 +1,13 @@
 """What Windows does with a tree of processes, done on Linux, so that the rest of that way runs for real.
 
 A process starts stopped; a job's processes are found by a mark in their environment, which all that they start
-inherits, and are really killed; sockets and files reach them through `core.handles.Postbox`.
+inherits, and are really killed; sockets and files reach them through `core.handles.Postbox`. `refuse_open_files` makes
+the file system refuse what Windows refuses.
 """
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import secrets
@@ -13,10 +15,12 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import psutil
+import pytest
 
 from core import processes
 from core.handles import POSTBOX, Postbox
@@ -100,3 +104,56 @@ def environ(pid: int) -> bytes:
         return Path(f"/proc/{pid}/environ").read_bytes()
     except OSError:
         return b""
+
+
+# --- open files --------------------------------------------------------------------------------------
+
+
+def refuse_open_files(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """From now on no file is replaced, moved or removed that a process of ours has open or mapped, and no folder with
+    such a file in it is moved: `PermissionError`, as on Windows for files that Python has opened. Returns what was
+    refused; a retry adds to it."""
+    refused: list[str] = []
+
+    def guarded(name: str) -> Callable[..., None]:
+        real = getattr(os, name)
+
+        def call(*paths: Any, **more: Any) -> None:
+            folder = more.get("dir_fd", more.get("src_dir_fd"))
+            base = Path(f"/proc/self/fd/{folder}").resolve() if folder is not None else Path.cwd()
+            for path in paths:
+                whole = base / os.fsdecode(path)
+                if holder := who_holds(whole):
+                    refused.append(f"{name} {whole}, open in {holder}")
+                    raise PermissionError(13, "The process cannot access the file", str(whole))
+            real(*paths, **more)
+
+        return call
+
+    for name in ("replace", "rename", "unlink", "remove"):
+        monkeypatch.setattr(os, name, guarded(name))
+    return refused
+
+
+def who_holds(path: Path) -> int | None:
+    """A process of ours that has it, or something in it, open or mapped."""
+    wanted = str(path.parent.resolve() / path.name)  # what a link leads to is not asked for
+    for pid in [os.getpid(), *processes.descendants(os.getpid())]:
+        if any(held == wanted or held.startswith(f"{wanted}/") for held in held_by(pid)):
+            return pid
+    return None
+
+
+def held_by(pid: int) -> Iterator[str]:
+    """Paths of the files that the process has open or mapped; of folders Windows knows no descriptors."""
+    try:
+        descriptors = list(Path(f"/proc/{pid}/fd").iterdir())
+        maps = Path(f"/proc/{pid}/maps").read_text(errors="replace")
+    except OSError:
+        return
+    for descriptor in descriptors:
+        with contextlib.suppress(OSError):
+            if descriptor.is_file():
+                yield str(descriptor.readlink())
+    for line in maps.splitlines():
+        yield line.split(maxsplit=5)[5] if line.count("/") else ""
