@@ -18,8 +18,11 @@ import pytest
 from scripted import Limits, Loop, Night, Scripted, check, make_lab
 from windows_stand_in import StandIn, members, refuse_open_files
 
+from console.output import Screen
+from console.running import run_verb
 from core import handles, processes, sandbox, sandbox_windows, selfcheck_windows
 from core.data import Dataset
+from core.errors import UserError
 from core.lab import Lab
 from core.outcome import Request
 from core.referee import execute
@@ -150,6 +153,14 @@ def test_doctor_looks_at_the_channel_the_end_and_the_memory(jobs: StandIn) -> No
     checks = sandbox.self_check()
     assert [check.ok for check in checks[:3]] == [True, True, True], [check.line() for check in checks]
     assert [check.name for check in checks[3:]] == ["sandbox: lacks"] * len(sandbox_windows.missing())
+
+
+def test_strict_refuses_windows_and_makes_nothing(jobs: StandIn, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    limits = {"experiments": 1, "hours": None, "until": None}
+    with pytest.raises(UserError, match=rf"lacks {len(sandbox_windows.missing())} things: Windows: a recipe can read"):
+        run_verb(Screen(False), "night", researcher="search", demo=False, strict=True, **limits)
+    assert not (tmp_path / "labs").exists()
 
 
 def test_doctor_says_that_no_child_can_be_started(jobs: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
