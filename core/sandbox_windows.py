@@ -190,33 +190,28 @@ def hard_limit(policy: sandbox.Policy) -> int:
 def launch(
     argv: list[str], policy: sandbox.Policy, *, cwd: Path, log: Path, system: System | None = None
 ) -> WindowsChild:
-    """Start suspended, put into the job, let go: nothing of the child runs before the job holds it."""
+    """Start suspended, put into the job, let go: nothing of the child runs before the job holds it. `OSError` when that
+    is refused; nothing is left then."""
     system = system or Windows()
-    job = system.make_job(hard_limit(policy), policy.processes)
-    try:
+    with contextlib.ExitStack() as undo:
+        job = system.make_job(hard_limit(policy), policy.processes)
+        undo.callback(system.close, job)
         ours, theirs = handles.pair()
-    except OSError:
-        system.close(job)
-        raise
-    with theirs:
-        try:
+        undo.callback(ours.close)
+        with theirs:
             env = {**policy.env, wire.CHANNEL: wire.NOTED}
             process = system.start(sandbox.command(argv, policy), env, cwd, policy.nice > 0)
-        except OSError:
-            ours.close()
-            system.close(job)
-            raise
-        try:
-            system.assign(job, process)
-            psutil.Process(process.pid).resume()
-        except (OSError, psutil.Error) as error:
-            process.kill()
-            ours.close()
-            system.close(job)
-            raise OSError(f"the child could not be put into its job: {error}") from error
-        giver = system.giver(process)
-        with contextlib.suppress(OSError):  # it has ended: its channel closes now, and its log says why
-            tell(process, giver.share(theirs))
+            try:
+                system.assign(job, process)
+                psutil.Process(process.pid).resume()
+            except (OSError, psutil.Error) as error:
+                process.kill()
+                process.wait()
+                raise OSError(f"the child could not be put into its job: {error}") from error
+            giver = system.giver(process)
+            with contextlib.suppress(OSError):  # it has ended: its channel closes now, and its log says why
+                tell(process, giver.share(theirs))
+        undo.pop_all()
     return WindowsChild(process, ours, policy, CappedLog(log, policy.log_bytes), system, job, giver)
 
 
