@@ -285,7 +285,7 @@ class WindowsChild(sandbox.Child):
 
 def missing() -> list[str]:
     return [
-        "Windows: a recipe can read and write this user's files (no AppContainer yet)",
+        "Windows: a recipe can read and write this user's files, prepared data among them (no AppContainer yet)",
         "Windows: a recipe can open network connections",
         "Windows: a recipe can read and write the memory of this user's other processes, the referee's too",
         "Windows: a recipe can read the clipboard and send input to other programs' windows",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import selectors
 import socket
 import struct
 import threading
@@ -36,11 +37,12 @@ def noted_pair() -> tuple[Channel, Channel, handles.Postbox, handles.Postbox]:
 
 
 @pytest.fixture(params=["descriptors", "noted"])
-def channels(request: pytest.FixtureRequest) -> Iterator[Pair]:
-    """Each test by both ways in which files travel."""
+def channels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pair]:
+    """Each test by both ways: as on POSIX, and as on Windows, which waits by select()."""
     if request.param == "descriptors":
         ends, boxes = pair(take_fds=True), []
     else:
+        monkeypatch.setattr(wire, "Selector", selectors.SelectSelector)
         *ends, giver, taker = noted_pair()
         boxes = [giver, taker]
     yield tuple(ends)
@@ -177,8 +179,8 @@ def test_dribbling_does_not_extend_the_time() -> None:
     thread.join()
 
 
-def test_closing_and_not_reading() -> None:
-    left, right = pair()
+def test_closing_and_not_reading(channels: Pair) -> None:
+    left, right = channels
     with pytest.raises(ChannelTimeout):
         left.send("big", {}, {"a": np.zeros(10**7)}, timeout=0.3)
     right.close()
