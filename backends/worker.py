@@ -13,8 +13,6 @@ from __future__ import annotations
 import gc
 import importlib
 import math
-import os
-import socket
 import sys
 import time
 import traceback
@@ -30,7 +28,7 @@ from core import weights as weight_files
 from core.clock import Budget, StepTimes
 from core.contract import Device, Spec, Training
 from core.errors import UserError
-from core.wire import Channel, ChannelClosed, Message, close_all
+from core.wire import Channel, ChannelClosed, Message, close_all, own_channel
 
 PROGRESS_EVERY = 1.0  # seconds between two messages of progress
 WARMUP = (0.0, 0.5, 1.0)  # progress at which a step is tried before the clock starts
@@ -51,7 +49,7 @@ class RecipeError(Exception):
 
 def main() -> None:
     role, backend = sys.argv[1:3]
-    channel = Channel(socket.socket(fileno=int(os.environ["AUTORESEARCH_CHANNEL"])), take_fds=True)
+    channel = own_channel()
     device_module = importlib.import_module(f"backends.{backend}.device")
     roles = {
         "trainer": train, "warm-up": rehearse, "scorer": answer, "auditor": answer, "measure": measure, "dry": dry
@@ -310,14 +308,14 @@ class Loop:
         self._said = -math.inf
 
     def run(self) -> None:
-        mark = time.monotonic()
+        mark = time.perf_counter()  # monotonic() ticks every 16 ms on Windows
         while self._has_room():
             self._step += 1
             loss = call(f"step {self._step}", self._training.step, self._stream, self._budget.progress())
             self._pending.append((self._step, loss))
             if len(self._pending) > 1:
                 self._read_oldest()
-            now = time.monotonic()
+            now = time.perf_counter()
             self._times.add(now - mark)
             mark = now
             self._tell(now)
@@ -439,13 +437,13 @@ def measure(channel: Channel, device: Device, begin: Message) -> None:
     warm = time.monotonic() - began
     batches.served = 0
     seconds, steps = begin.number("seconds"), 0
-    start = time.monotonic()
+    start = time.perf_counter()
     times = []
-    while steps < 3 or time.monotonic() - start < seconds:
-        mark = time.monotonic()
+    while steps < 3 or time.perf_counter() - start < seconds:
+        mark = time.perf_counter()
         steps += 1
         read_loss(device, steps, call(f"step {steps}", training.step, batches, 0.5))
-        times.append(time.monotonic() - mark)
+        times.append(time.perf_counter() - mark)
     facts = {
         "seconds_per_step": sorted(times)[len(times) // 4],  # what else runs here only ever makes steps slower
         "steps": steps,

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks import gpu_rtx
 from benchmarks.gpu import ROOT, Order
 from benchmarks.gpu_run import run, shape
 from benchmarks.peers import PEER_NAMES, load_peer, rates, windowed_sdpa
@@ -26,6 +27,7 @@ from core.contract import Spec
 from core.recipe import replace
 
 Row = dict[str, Any]
+RTX_GB = 8.0  # of 10^9 bytes; more really fails
 REPEATS, WARMUP = (15, 3) if torch.cuda.is_available() else (1, 1)
 LAST_LEVEL_CACHE = 128 * 2**20  # bytes, more than any card has: inputs are rotated so that none lies in it
 TOLERANCE = {torch.bfloat16: 0.03, torch.float32: 1e-4}  # of the root mean square of what is wanted
@@ -325,6 +327,11 @@ def step(order: Order) -> Iterator[Row]:
     yield from steps(order, lambda tokens, progress: training.step(tokens, progress))
 
 
+def rtx(order: Order) -> Iterator[Row]:
+    """The recipe for gaming cards, held to the memory of a small one, against the usual path of ports."""
+    yield from gpu_rtx.small() if order.device == "cpu" else gpu_rtx.on_card(RTX_GB)
+
+
 def upstream(order: Order) -> Iterator[Row]:
     """Upstream's model and optimizer as they stand, compiled, with the best attention at hand in place of its own."""
     peer = load_peer(
@@ -415,6 +422,7 @@ SECTIONS: dict[str, Callable[[Order], Iterator[Row]]] = {
     "muon": muon,
     "fp8": fp8,
     "step": step,
+    "rtx": rtx,
     "upstream": upstream,
     "run": run,
 }

@@ -2,15 +2,19 @@
 
 A cache is code that later runs, and it is written by a child that is not trusted; it may even still be writing
 while its folder is copied. So a copy follows no link, takes regular files with one name only, opens every folder
-through the descriptor of the one above it, and stops at a size.
+through the descriptor of the one above it, and stops at a size. Windows knows no such descriptors; what is a link is
+left out there by a look before it is opened, and a child that swaps it just then is not noticed.
 """
 
 from __future__ import annotations
 
 import os
-import shutil
 import stat
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+
+from core.files import is_link
 
 MOST_BYTES = 4 * 2**30
 MOST_FILES = 200_000
@@ -22,19 +26,41 @@ def copy(source: Path, target: Path) -> int:
     What is not copied (links, devices, files beyond the limits) is only a cache miss for whoever reads the copy.
     """
     target.mkdir(parents=True, exist_ok=True)
-    if not hasattr(os, "fwalk"):
-        shutil.copytree(source, target, symlinks=True, dirs_exist_ok=True)
-        return sum(f.stat().st_size for f in target.rglob("*") if f.is_file())
     copied = files = 0
-    for folder, _, names, descriptor in os.fwalk(source, follow_symlinks=False):
-        inside = target / Path(folder).relative_to(source)
+    for inside, names, open_file in _folders(source):
         for name in names:
             if files >= MOST_FILES or copied >= MOST_BYTES:
                 return copied
-            size = _copy_file(name, descriptor, inside, MOST_BYTES - copied)
-            copied += size
+            copied += _copy_file(name, open_file, target / inside, MOST_BYTES - copied)
             files += 1
     return copied
+
+
+Folder = tuple[Path, list[str], Callable[[str], int]]
+
+
+def _folders(source: Path) -> Iterator[Folder]:
+    """Each folder: its path below `source`, its files' names, and what opens one of them without following a link."""
+    if not hasattr(os, "fwalk"):
+        for folder, below, names in os.walk(source):
+            here = Path(folder)
+            below[:] = [name for name in below if not is_link(here / name)]
+            yield here.relative_to(source), names, partial(_open_by_path, here)
+        return
+    for folder, _, names, descriptor in os.fwalk(source, follow_symlinks=False):  # type: ignore[attr-defined]  # POSIX
+        yield Path(folder).relative_to(source), names, partial(_open_beside, descriptor)
+
+
+def _open_beside(folder: int, name: str) -> int:
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK  # type: ignore[attr-defined]  # POSIX
+    return os.open(name, flags, dir_fd=folder)
+
+
+def _open_by_path(folder: Path, name: str) -> int:
+    path = folder / name
+    if is_link(path) or not path.is_file():
+        raise OSError(f"{path} is not a plain file")
+    return os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
 
 
 def is_empty(folder: Path) -> bool:
@@ -42,10 +68,9 @@ def is_empty(folder: Path) -> bool:
     return not any(names for _, _, names in os.walk(folder))
 
 
-def _copy_file(name: str, folder: int, target: Path, most: int) -> int:
-    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK
+def _copy_file(name: str, open_file: Callable[[str], int], target: Path, most: int) -> int:
     try:
-        fd = os.open(name, flags, dir_fd=folder)
+        fd = open_file(name)
     except OSError:
         return 0  # a link, or gone meanwhile
     with os.fdopen(fd, "rb") as file:

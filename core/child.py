@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import psutil
 
-from core import caches, sandbox, wire
+from core import caches, files, sandbox, wire
 from core.contract import Spec
 from core.errors import UserError
 from core.outcome import Status
@@ -32,6 +32,14 @@ MEMORY_SHARE = 0.9  # of the machine's memory, where no limit is set
 EXIT_AFTER_CLOSING = 10.0  # seconds between the end of a child's channel and that of its process, on a busy machine
 LIBRARY_CAP = 120.0  # seconds to import torch or mlx; from a cold disk it is slow
 OUT_OF_MEMORY = "out of"  # begins the reason of a child that took more than it may
+NT_FAULTS = 0xC0000000  # NTSTATUS of severity "error" begin here
+NT_NAMES = {
+    0xC0000005: " (access violation)",
+    0xC0000017: " (out of memory)",
+    0xC00000FD: " (stack overflow)",
+    0xC0000135: " (a DLL is missing)",
+    0xC0000409: " (the process was aborted)",
+}
 LOOK_AT_DISK = 1.0  # seconds between two looks
 
 
@@ -82,11 +90,6 @@ class Worker:
     `begin` sends it: so it can be started before it is needed without a recipe being alive in it."""
 
     def __init__(self, role: str, place: Place) -> None:
-        if sys.platform == "win32":
-            raise UserError(
-                "experiments do not run on Windows itself yet: the channel to their processes is POSIX",
-                "run autoresearch inside WSL2, where the card is seen too",
-            )
         self.role = role
         self.place = place
         self.folder = Path(tempfile.mkdtemp(prefix=f"{role}-", dir=place.workdir))
@@ -106,7 +109,7 @@ class Worker:
         )
         argv = [sys.executable, "-m", "backends.worker", role, settings.backend]
         self.child = sandbox.launch(argv, policy, cwd=self.scratch, log=place.workdir / f"{role}.log")
-        self._channel = wire.Channel(self.child.channel, watch=self._watch)
+        self._channel = wire.Channel(self.child.channel, watch=self._watch, giver=self.child.giver)
 
     # --- talking -----------------------------------------------------------------------------------
 
@@ -244,8 +247,8 @@ class Worker:
         if code == SANDBOX_NOT_APPLIED and not self._ready:
             raise SandboxFailed("the sandbox could not be applied", f"see `doctor`; {self.child.log_tail(3)}")
         if code >= 0:
-            return Ended("crash", f"the {self.role} ended by itself in {doing}, with exit status {code}")
-        name = signal.Signals(-code).name
+            return Ended("crash", f"the {self.role} ended by itself in {doing}, with exit status {_status(code)}")
+        name = "SIGKILL" if code == -9 else signal.Signals(-code).name  # which Windows' list of signals lacks
         hint = "; the machine may have run out of memory" if name == "SIGKILL" else ""
         return Ended("crash", f"the {self.role} was killed by {name} in {doing}{hint}")
 
@@ -262,6 +265,11 @@ class Worker:
         _remove(self.folder)
 
 
+def _status(code: int) -> str:
+    """An exit status as it is looked up: on Windows that of a fault is an NTSTATUS, written in hexadecimal."""
+    return str(code) if code < NT_FAULTS else f"{code:#x}{NT_NAMES.get(code, '')}"
+
+
 def _exceeded(reason: str) -> Ended:
     return OutOfMemory(reason) if reason.startswith(OUT_OF_MEMORY) else Ended("crash", reason)
 
@@ -274,7 +282,8 @@ def _remove(folder: Path) -> None:
     def open_up(function: Callable[..., Any], path: str, _: Any) -> None:
         parent = Path(path).parent
         for place in (parent, Path(path)):
-            if not place.is_symlink() and place.is_dir():
+            # Windows removes no read-only file; elsewhere a file may be one of ours by another name.
+            if not files.is_link(place) and (place.is_dir() or sys.platform == "win32"):
                 place.chmod(0o700)
         try:
             function(path)

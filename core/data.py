@@ -30,6 +30,7 @@ from typing import Any, Literal
 import numpy as np
 
 from core.errors import DataError
+from core.files import replace_open
 from core.stream import Text, TokenStream
 from core.tokenizer import Tokenizer
 
@@ -303,7 +304,7 @@ def _write_checked(path: Path, stamps: Mapping[str, Any]) -> None:
     temporary = path / f"{CHECKED}.{os.getpid()}"
     try:
         temporary.write_text(json.dumps(stamps), "utf-8")
-        temporary.replace(path / CHECKED)
+        replace_open(temporary, path / CHECKED)
     except OSError:
         with contextlib.suppress(OSError):  # a read-only data set is hashed again each time
             temporary.unlink()

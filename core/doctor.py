@@ -28,7 +28,7 @@ from core.errors import UserError
 from core.hardware import GIB, Hardware, choose, remedy
 from core.paths import data_root, home, project_root
 from core.places import synced_by
-from core.windows import restart_pending
+from core.windows import long_paths, restart_pending
 
 OURS = ("cli", "prepare", "core", "backends", "researchers", "benchmarks", "kernels")
 NEEDED = (
@@ -110,7 +110,9 @@ def _own_modules() -> Check:
             foreign.append(f"{name} ({places[0]})")
     if foreign:
         detail = f"another package hides ours: {', '.join(foreign)}"
-        return Check("own modules", False, detail, "install into an environment of its own: python3 -m venv .venv")
+        return Check(
+            "own modules", False, detail, f"install into an environment of its own: {sys.executable} -m venv .venv"
+        )
     return Check("own modules", True, f"core, backends, kernels and the others come from {root}")
 
 
@@ -235,11 +237,12 @@ def _home_checks(hardware: Hardware) -> Iterator[Check]:
     place = home()
     yield _writable(place)
     free = hardware.disk_free
-    action = f"free space there, or move it: export AUTORESEARCH_HOME=PATH (now {place})"
+    setting = "$env:AUTORESEARCH_HOME = 'PATH'" if hardware.os == "windows" else "export AUTORESEARCH_HOME=PATH"
+    action = f"free space there, or move it: {setting} (now {place})"
     yield Check("disk", free >= MIN_DISK, f"{free / GIB:.1f} GiB free, {MIN_DISK / GIB:.0f} GiB are asked", action)
     kind = _file_system(place, _mounts())
     synced = synced_by(place, os.environ)
-    move = "export AUTORESEARCH_HOME=PATH on a local disk"
+    move = f"{setting} on a local disk"
     if kind in _NETWORK:
         yield Check("file system", None, f"{place} is on {kind}: locks and SQLite are slow or unsafe there", move)
     elif synced:
@@ -299,6 +302,10 @@ def _host_checks(hardware: Hardware) -> Iterator[Check]:
         yield Check("power", True, "mains" if power.plugged else "no battery, or it does not tell")
     if restart_pending():
         yield Check("restart", None, "an installed update waits for a restart, which may come tonight", "restart first")
+    if not long_paths():
+        key = r"HKLM\SYSTEM\CurrentControlSet\Control\FileSystem"
+        action = f"as administrator: reg add {key} /v LongPathsEnabled /t REG_DWORD /d 1 /f"
+        yield Check("paths", None, "paths end at 260 characters, which compile caches may exceed", action)
     yield _sleep_check(hardware)
     yield _clock_check()
     if hardware.wsl:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 import shutil
+import stat
 import sys
 import time
 from pathlib import Path
+
+REPARSE_POINT = 0x400  # FILE_ATTRIBUTE_REPARSE_POINT
 
 
 def replace_file(path: Path, content: bytes) -> None:
@@ -58,10 +61,22 @@ def sync_folder(folder: Path) -> None:
 
 def remove(path: Path) -> None:
     """A file, a link or a whole folder; nothing where nothing is."""
-    if path.is_dir() and not path.is_symlink():
+    if path.is_dir() and not is_link(path):
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
+
+
+def is_link(path: Path) -> bool:
+    try:
+        return leads_elsewhere(path.lstat())
+    except OSError:
+        return False
+
+
+def leads_elsewhere(facts: os.stat_result) -> bool:
+    """A symbolic link, or on Windows whatever else is one (to Python before 3.12 a junction is a folder)."""
+    return stat.S_ISLNK(facts.st_mode) or bool(getattr(facts, "st_file_attributes", 0) & REPARSE_POINT)
 
 
 def tree_bytes(path: Path) -> int:

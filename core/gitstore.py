@@ -21,6 +21,7 @@ import psutil
 from git.cmd import Git
 
 from core.errors import LabError
+from core.files import replace_open
 
 ZERO = "0" * 40  # as an old value: the ref must not exist yet; as a new value: delete it
 FULL = 2**16  # bytes; with less room a failure of git is taken for a full disk
@@ -180,7 +181,7 @@ class GitStore:
         for left in (fresh, fresh.with_name(f"{fresh.name}.lock")):  # of a git that was killed
             left.unlink(missing_ok=True)
         self._run("read-tree", commit, env={"GIT_INDEX_FILE": str(fresh)})
-        fresh.replace(self.path / "index")
+        replace_open(fresh, self.path / "index")
 
     def clear_stale_locks(self, prefixes: Sequence[str], patience: float = 1.5) -> list[str]:
         """Remove the `.lock` files of refs under `prefixes` that no living git holds. The caller holds the lab's lock.

@@ -25,7 +25,7 @@ from typing import Any
 
 from core.data import file_sha256
 from core.errors import DataError, UserError
-from core.files import replace_file, sync_folder
+from core.files import replace_file, replace_open, sync_folder
 
 Say = Callable[[str], None]
 Meter = Callable[[str, int, int], None]
@@ -210,7 +210,7 @@ def _fetch_file(wanted: Wanted, remote: Remote, count: Callable[[int], None], sa
         sha256, right = _check(part, remote)
         if right:
             note = Note(remote.size, sha256, remote.etag, remote.commit)
-            part.replace(target)
+            replace_open(part, target)
             sync_folder(target.parent)
             replace_file(_note_file(target), json.dumps(asdict(note)).encode())
             return

@@ -15,7 +15,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from core.files import remove, sync_folder, tree_bytes
+from core.files import remove, replace_open, sync_folder, tree_bytes
 
 LOGS_KEPT = 300  # experiments
 LEFT_BEHIND = 3600.0  # seconds after which scratch in tmp/ that nothing wrote to counts as left by a dead process
@@ -53,7 +53,7 @@ class Products:
                 if product.is_file():
                     _sync(product)
                 remove(place / name)
-                product.replace(place / name)
+                replace_open(product, place / name)
                 sync_folder(place)
             if (place / name).exists():
                 self._only(place, name)
@@ -101,8 +101,5 @@ def _last_written(path: Path) -> float:
 
 
 def _sync(file: Path) -> None:
-    fd = os.open(file, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+    with file.open("r+b") as opened:  # Windows puts on disk only what may be written
+        os.fsync(opened.fileno())

@@ -29,7 +29,7 @@ from core import locks, paths
 from core.contract import Past, View
 from core.data import Dataset
 from core.errors import DataError, LabError
-from core.files import remove, remove_unfinished, replace_file, sync_folder
+from core.files import remove, remove_unfinished, replace_file, replace_open, sync_folder
 from core.gitstore import GitStore
 from core.keeping import Products
 from core.ledger import Experiment, Ledger
@@ -487,11 +487,11 @@ def _tag(name: str) -> str:
 def _move_into_place(made: Path, path: Path) -> None:
     """As a whole; into a folder that is there (somebody may stand in it) entry by entry, the pointer last."""
     if not path.exists():
-        made.rename(path)
+        replace_open(made, path)
         sync_folder(path.parent)
         return
     for entry in sorted(made.iterdir(), key=lambda entry: entry.name == POINTER):
-        entry.rename(path / entry.name)
+        replace_open(entry, path / entry.name)
     made.rmdir()
     sync_folder(path)
 
@@ -499,7 +499,7 @@ def _move_into_place(made: Path, path: Path) -> None:
 def _locked_settings(record: Path, ledger: Ledger) -> Settings:
     file = record / "settings.json"
     try:
-        settings = Settings.from_json(file.read_text())
+        settings = Settings.from_json(file.read_text("utf-8"))
     except (OSError, ValueError, TypeError) as error:
         raise LabError(f"the settings {file} are missing or damaged", "restore the file from a backup") from error
     locked = ledger.meta("settings_sha256")
@@ -527,7 +527,7 @@ def _pointer(path: Path) -> dict[str, Any] | None:
 def _last_used() -> Path | None:
     file = paths.home() / "last-lab"
     try:
-        last = Path(file.read_text())
+        last = Path(file.read_text("utf-8"))
     except OSError:
         return None
     return last if (last / POINTER).is_file() else None

@@ -86,7 +86,7 @@ class Live:
             with self._lock:
                 text = json.dumps({**self._state, "updated": time.time()}, default=str)
             try:
-                beside.write_text(text)
+                beside.write_text(text, "utf-8")
                 replace_open(beside, self._path)
             except OSError:  # a full disk must not end an experiment because of its progress line
                 with suppress(OSError):

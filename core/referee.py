@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from core import caches, guard, health, scoring
+from core import caches, files, guard, health, scoring
 from core import weights as weight_files
 from core.child import Ended, OutOfMemory, Place, Worker
 from core.clock import Limit
@@ -97,8 +97,10 @@ class _Experiment:
         score = self._judge(scoring.Text.of(self.request.dataset, self.place))
         if weight_files.file_digest(self.weights) != digest:
             raise Ended("invalid", "the weights were changed while they were scored")
+        os.close(self.weights)  # Windows moves no open file
+        self.weights = -1
         kept = self.request.workdir / "weights.safetensors"
-        trainer.weights_file.replace(kept)
+        files.replace_open(trainer.weights_file, kept)
         self.outcome.status, self.outcome.val_bpb, self.outcome.weights = "scored", score.bpb, kept
 
     def _roles(self) -> list[str]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-import select
+import selectors
 import socket
 import subprocess
 import sys
@@ -24,6 +24,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from core import cgroups, landlock, paths, readable, trees
 from core.childlog import CappedLog
+from core.handles import Giver
 
 if TYPE_CHECKING:
     from core.doctor import Check
@@ -41,7 +42,9 @@ PASSED_ON = readable.words(
     "LANG LC_ALL LC_CTYPE TZ OMP_NUM_THREADS OMP_PROC_BIND OMP_WAIT_POLICY MKL_NUM_THREADS OPENBLAS_NUM_THREADS "
     "GOMP_SPINCOUNT KMP_BLOCKTIME ATEN_CPU_CAPABILITY ONEDNN_MAX_CPU_ISA "
     "CUDA_VISIBLE_DEVICES CUDA_DEVICE_ORDER CUDA_HOME CUDA_PATH HIP_VISIBLE_DEVICES ROCM_PATH TRITON_PTXAS_PATH "
-    "PYTORCH_CUDA_ALLOC_CONF PYTORCH_ALLOC_CONF LD_LIBRARY_PATH CC CXX SDKROOT SYSTEMROOT WINDIR PATHEXT COMSPEC"
+    "PYTORCH_CUDA_ALLOC_CONF PYTORCH_ALLOC_CONF LD_LIBRARY_PATH CC CXX SDKROOT SYSTEMROOT SYSTEMDRIVE WINDIR PATHEXT "
+    "COMSPEC PROGRAMDATA PROGRAMFILES PROGRAMFILES(X86) PROCESSOR_ARCHITECTURE PROCESSOR_IDENTIFIER "
+    "NUMBER_OF_PROCESSORS"
 )
 
 
@@ -105,10 +108,10 @@ def standard_policy(
     temporary = scratch / "tmp"
     temporary.mkdir(parents=True, exist_ok=True)
     # torch.compile keeps its precompiled header (seconds of g++) under TMPDIR and a user's name, not in its cache; MLX
-    # keeps all that it compiles (Linux) there.
+    # keeps all that it compiles (Linux) there. On Windows, where links are for administrators, neither is so.
     for name, kept in ((f"torchinductor_{USER}", "headers"), ("mlx", "mlx")):
         (caches / kept).mkdir(parents=True, exist_ok=True)
-        if not (temporary / name).is_symlink():
+        if sys.platform != "win32" and not (temporary / name).is_symlink():
             (temporary / name).symlink_to(caches / kept, target_is_directory=True)
     return Policy(
         readable=tuple(Path(p).resolve() for p in readable),
@@ -161,6 +164,11 @@ def environment(home: Path, temporary: Path, caches: Path) -> dict[str, str]:
         "PYTHONDONTWRITEBYTECODE": "1",
         "PYTHONNOUSERSITE": "1",
     }
+    if sys.platform == "win32":
+        from core import sandbox_windows
+
+        del made["PYTORCH_ALLOC_CONF"]  # segments that grow are not built for Windows
+        made |= sandbox_windows.environment(home, caches)
     return {**made, **{name: os.environ[name] for name in PASSED_ON if name in os.environ}}
 
 
@@ -229,16 +237,17 @@ def lacking(found: Mapping[str, Any], kinds: Mapping[str, str]) -> list[str]:
 def self_check() -> list[Check]:
     """Children that attack the sandbox, and what came of it, for `doctor`."""
     if sys.platform == "win32":  # what attacks is POSIX
-        from core.doctor import Check
+        from core import selfcheck_windows
 
-        return [Check("sandbox", None, "; ".join(abilities().missing), "run inside WSL2")]
+        return selfcheck_windows.self_check()
     from core import selfcheck
 
     return selfcheck.self_check()
 
 
 def launch(argv: list[str], policy: Policy, *, cwd: Path, log: Path) -> Child:
-    """Start `argv` under `policy`. The child's end of the channel is the number in its AUTORESEARCH_CHANNEL.
+    """Start `argv` under `policy`. The child's end of the channel is what its AUTORESEARCH_CHANNEL says: a descriptor,
+    or that a note on standard input tells (see `core.wire.own_channel`).
 
     A Python command (`argv[0]` is `sys.executable`) gets its import path from `core/inside.py`: project, standard
     library, listed packages; never the working directory. Raises OSError when no process can be started.
@@ -349,6 +358,7 @@ class Child:
     ) -> None:
         self.pid = process.pid
         self.channel = channel
+        self.giver: Giver | None = None  # by which files are handed over where the channel carries none
         self.enforced: dict[str, Any] = {}  # what the launcher applied; complete once the child runs
         self._process = process
         self._policy = policy
@@ -400,16 +410,16 @@ class Child:
 
     def _keep(self) -> None:
         """Drain the output, listen to the launcher, look at the tree, until the launcher has gone."""
-        os.set_blocking(self._output, False)
+        os.set_blocking(self._output, False)  # type: ignore[attr-defined,unused-ignore]  # Windows: since Python 3.12
         pause = LOOK_EVERY if self._group and "memory" in self._group.limits else WATCH_EVERY
-        poll = select.poll()
+        poll = selectors.DefaultSelector()
         for descriptor in (self._output, self._status):
-            poll.register(descriptor, select.POLLIN)
+            poll.register(descriptor, selectors.EVENT_READ)
         look_at = time.monotonic()
         said = b""
         while True:
             wait = max(0.0, look_at - time.monotonic())
-            ready = {descriptor for descriptor, _ in poll.poll(wait * 1000)}
+            ready = {key.fd for key, _ in poll.select(wait)}
             if self._output in ready:
                 self._drain(1 << 20)
             if self._status in ready:
@@ -422,6 +432,7 @@ class Child:
             if time.monotonic() >= look_at:
                 self._look()
                 look_at = time.monotonic() + pause
+        poll.close()
         self._finish()
 
     def _hear(self, said: dict[str, Any]) -> None:

@@ -23,7 +23,7 @@ import numpy as np
 from core.data import MANIFEST, ORIGIN, PARTS, SCHEMA, Dataset, file_sha256, token_dtype
 from core.documents import Corpus, document_key
 from core.errors import DataError
-from core.files import remove_unfinished, replace_file, sync_folder
+from core.files import remove_unfinished, replace_file, replace_open, sync_folder
 from core.tokenizer import SPLIT_PATTERN, Tokenizer, train
 
 SHARD_TOKENS = 2**26
@@ -393,8 +393,8 @@ def _put(work: Path, final: Path) -> None:
     aside = final.parent / f".{final.name}.damaged"
     shutil.rmtree(aside, ignore_errors=True)
     if final.exists():
-        final.rename(aside)
-    work.rename(final)
+        replace_open(final, aside)
+    replace_open(work, final)
     sync_folder(final.parent)
     shutil.rmtree(aside, ignore_errors=True)
 

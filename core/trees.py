@@ -10,6 +10,7 @@ from pathlib import Path
 import psutil
 
 from core import processes
+from core.files import leads_elsewhere
 
 LINUX = sys.platform == "linux"
 
@@ -74,8 +75,10 @@ def disk_usage(folders: Iterable[Path]) -> int:
         try:
             with os.scandir(waiting.pop()) as entries:
                 for entry in entries:
-                    total += getattr(entry.stat(follow_symlinks=False), "st_blocks", 0) * 512
-                    if entry.is_dir(follow_symlinks=False):
+                    facts = entry.stat(follow_symlinks=False)
+                    blocks = getattr(facts, "st_blocks", None)  # not on Windows, which tells the size alone
+                    total += facts.st_size if blocks is None else blocks * 512
+                    if entry.is_dir(follow_symlinks=False) and not leads_elsewhere(facts):
                         waiting.append(entry.path)
         except OSError:
             continue

@@ -18,6 +18,7 @@ NOT_MEASURING = frozenset(
         *("attacks", "doctor", "documents", "errors", "facts", "files", "gitstore", "gpuwatch", "guard", "hardware"),
         *("hub", "nvml", "places", "torchbuild", "windows"),
         *("keeping", "lab", "ledger", "live", "locks", "loop", "paths", "recipe", "recovery", "selfcheck"),
+        "selfcheck_windows",
         *("verdict", "versions"),
         *("gap", "idle", "objections", "reapply", "thinking", "waiting"),
     }

@@ -7,17 +7,21 @@ because the file is handed over as a descriptor.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
+import mmap
 import os
 import stat
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from core import files
 
 HEADER_LIMIT = 8 * 2**20  # bytes
 NAMES = {
@@ -78,11 +82,18 @@ def digest(weights: Mapping[str, np.ndarray]) -> str:
 
 def file_digest(fd: int) -> str:
     """SHA-256 of the whole file behind `fd`."""
-    whole, at = hashlib.sha256(), 0
-    while data := os.pread(fd, 2**22, at):
-        whole.update(data)
-        at += len(data)
-    return whole.hexdigest()
+    with _mapped(fd) as content:
+        return hashlib.sha256(content).hexdigest()
+
+
+@contextlib.contextmanager
+def _mapped(fd: int) -> Iterator[mmap.mmap | bytes]:
+    """What is behind `fd`, whatever position it stands at: a child may have the same one, and move it."""
+    if os.fstat(fd).st_size == 0:  # cannot be mapped
+        yield b""
+        return
+    with mmap.mmap(fd, 0, access=mmap.ACCESS_READ) as content:
+        yield content
 
 
 def write(path: Path, weights: Mapping[str, np.ndarray]) -> int:
@@ -107,6 +118,8 @@ def write(path: Path, weights: Mapping[str, np.ndarray]) -> int:
 
 def open_untrusted(path: Path, most: int) -> int:
     """A read-only descriptor of a regular file of at most `most` bytes that a child wrote; no link is followed."""
+    if not hasattr(os, "O_NOFOLLOW") and files.is_link(path):  # the child has ended, so it stays what it is
+        raise WeightsError("the weights are not a regular file")
     try:
         fd = os.open(
             path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
@@ -126,22 +139,24 @@ def open_untrusted(path: Path, most: int) -> int:
 def read(fd: int) -> dict[str, np.ndarray]:
     """Arrays of the file behind `fd`, mapped and read-only. `WeightsError` on anything but a well-formed file."""
     total = os.fstat(fd).st_size
-    head = os.pread(fd, 8, 0)
+    with _mapped(fd) as content:
+        head = content[: 8 + HEADER_LIMIT]
     if len(head) < 8:
         raise WeightsError(f"the weights' file has {total} bytes and no header")
-    (length,) = struct.unpack("<Q", head)
+    (length,) = struct.unpack("<Q", head[:8])
     if length > min(HEADER_LIMIT, total - 8):
         raise WeightsError(f"the weights' header claims {length} bytes of {total}")
     try:
-        listed = json.loads(os.pread(fd, length, 8).decode())
+        listed = json.loads(head[8 : 8 + length].decode())
     except (ValueError, RecursionError) as error:
         raise WeightsError("the weights' header is not JSON") from error
     if not isinstance(listed, dict):
         raise WeightsError("the weights' header is not an object")
     listed.pop("__metadata__", None)
     body = total - 8 - length
-    with os.fdopen(os.dup(fd), "rb") as file:
-        mapped = np.memmap(file, np.uint8, "r", 8 + length, (body,)) if body else np.empty(0, np.uint8)
+    mapped = np.empty(0, np.uint8)
+    if body:
+        mapped = np.frombuffer(mmap.mmap(fd, total, access=mmap.ACCESS_READ), np.uint8, body, 8 + length)
     return {name: _array(name, entry, mapped) for name, entry in listed.items()}
 
 

@@ -29,6 +29,19 @@ def restart_pending() -> bool:
     return False
 
 
+def long_paths() -> bool:
+    """Whether programs may use paths of more than 260 characters, as compile caches have them; elsewhere always."""
+    if sys.platform != "win32":
+        return True
+    import winreg
+
+    try:
+        with winreg.OpenKey(winreg.HKEY_LOCAL_MACHINE, r"SYSTEM\CurrentControlSet\Control\FileSystem") as key:
+            return bool(winreg.QueryValueEx(key, "LongPathsEnabled")[0])
+    except OSError:
+        return False
+
+
 def warnings(folder: Path, environ: Mapping[str, str]) -> list[str]:
     """What to say before a night in this lab, one line each; also on other systems, which have such clients too."""
     found = []

@@ -1,9 +1,12 @@
-"""Messages between the referee and its children: JSON, raw arrays and file descriptors over a socket pair.
+"""Messages between the referee and its children: JSON, raw arrays and open files over a socket pair.
 
 A message is a fixed prefix, a JSON header and the bytes of its arrays, one after another:
 
-    prefix  "ARW1", header bytes (uint32), array bytes (uint64), file descriptors (uint32); little endian
-    header  {"kind": str, "fields": {...}, "arrays": [[name, dtype, [sizes]], ...]}
+    prefix  "ARW1", header bytes (uint32), array bytes (uint64), files (uint32); little endian
+    header  {"kind": str, "fields": {...}, "arrays": [[name, dtype, [sizes]], ...], "files": [number, ...]}
+
+Open files travel beside the bytes, as descriptors of a unix socket. Where there is none (Windows) they are opened in
+the child's process first, and the header's `files` are the numbers that they have there (`core/handles.py`).
 
 A child is not trusted once a recipe is loaded in it, so whoever receives names the most that it accepts;
 everything beyond is a `ProtocolError` before memory is taken for it. Nothing is ever unpickled.
@@ -15,15 +18,17 @@ import contextlib
 import json
 import math
 import os
-import select
+import selectors
 import socket
 import struct
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NoReturn
 
 import numpy as np
+
+from core.handles import Giver, Taker, own_socket
 
 MAGIC = b"ARW1"
 PREFIX = struct.Struct("<4sIQI")
@@ -33,6 +38,10 @@ FDS_LIMIT = 4096  # descriptors in one message
 FDS_PER_CALL = 200  # the kernel takes 253 in one sendmsg (SCM_MAX_FD)
 SLICE = 0.1  # seconds between two looks at `watch` while waiting
 CHUNK = 2**20  # bytes in one system call
+CHANNEL = "AUTORESEARCH_CHANNEL"  # the child's variable: the descriptor of its end, or NOTED
+NOTED = "noted"  # a note on standard input tells what the channel is
+# epoll would make a descriptor for every wait; select() knows no number above 1023, but on Windows, which has no poll.
+Selector = getattr(selectors, "PollSelector", selectors.SelectSelector)
 DTYPES = frozenset(["|b1", "|u1", "<u2", "<u4", "<i4", "<i8", "<f4", "<f8"])
 
 
@@ -105,14 +114,25 @@ class Channel:
     """One end of a socket pair. Not for several threads at once.
 
     `watch` is called while it waits, every SLICE seconds, and may raise to end the wait. With `take_fds` false
-    (the referee's end) descriptors that come along are closed by the kernel.
+    (the referee's end) descriptors that come along are closed by the kernel. `giver` (the referee's end) and `taker`
+    (the child's) are for a socket that carries none.
     """
 
-    def __init__(self, sock: socket.socket, *, take_fds: bool = False, watch: Callable[[], None] | None = None) -> None:
+    def __init__(
+        self,
+        sock: socket.socket,
+        *,
+        take_fds: bool = False,
+        watch: Callable[[], None] | None = None,
+        giver: Giver | None = None,
+        taker: Taker | None = None,
+    ) -> None:
         self._sock = sock
         self._sock.setblocking(False)
-        self._take_fds = take_fds
+        self._take_fds = take_fds and taker is None
         self._watch = watch
+        self._giver = giver
+        self._taker = taker
         self._prefix = bytearray()
         self._header: bytearray | None = None
         self._arrays: bytearray | None = None
@@ -137,17 +157,25 @@ class Channel:
         """Send one message. Numbers in `fields` must be finite."""
         packed = {name: _little_endian(a) for name, a in (arrays or {}).items()}
         listed = [[name, a.dtype.str, list(a.shape)] for name, a in packed.items()]
-        header = json.dumps(
-            {"kind": kind, "fields": dict(fields or {}), "arrays": listed}, allow_nan=False, separators=(",", ":")
-        ).encode()
+        said: dict[str, Any] = {"kind": kind, "fields": dict(fields or {}), "arrays": listed}
+        if self._giver is not None:
+            said["files"] = self._give(self._giver, fds)
+        header = json.dumps(said, allow_nan=False, separators=(",", ":")).encode()
         if len(header) > HEADER_LIMIT:
             raise ProtocolError(f"a header of {len(header)} bytes; at most {HEADER_LIMIT} are accepted")
         size = sum(a.nbytes for a in packed.values())
         deadline = time.monotonic() + timeout
-        self._write(PREFIX.pack(MAGIC, len(header), size, len(fds)) + header, deadline, list(fds))
+        beside = list(fds) if self._giver is None else []
+        self._write(PREFIX.pack(MAGIC, len(header), size, len(fds)) + header, deadline, beside)
         for a in packed.values():
             if a.nbytes:
                 self._write(a.reshape(-1).view(np.uint8).data, deadline, [])
+
+    def _give(self, giver: Giver, fds: Sequence[int]) -> list[int]:
+        try:
+            return [giver.give(fd) for fd in fds]
+        except OSError as error:
+            raise ChannelClosed(f"no file can be handed over ({error.strerror or error})") from error
 
     def _write(self, data: bytes | memoryview, deadline: float, fds: list[int]) -> None:
         view = memoryview(data)
@@ -156,9 +184,9 @@ class Channel:
             # While descriptors are left, one byte goes with each group of them.
             part = view[:1] if len(fds) > FDS_PER_CALL else view[:CHUNK]
             try:
-                sent = socket.send_fds(self._sock, [part], group) if group else self._sock.send(part)
+                sent = _send_fds(self._sock, part, group) if group else self._sock.send(part)
             except (BlockingIOError, InterruptedError):
-                self._wait(select.POLLOUT, deadline)
+                self._wait(selectors.EVENT_WRITE, deadline)
                 continue
             except OSError as error:
                 raise ChannelClosed(f"the other side is gone ({error.strerror})") from error
@@ -190,7 +218,20 @@ class Channel:
         if self._take_fds and len(fds) != fd_count:
             close_all(fds)
             raise ProtocolError(f"{fd_count} descriptors were announced and {len(fds)} came")
-        return _parse(header, payload, fds)
+        message, numbers = _parse(header, payload, fds)
+        return message if self._taker is None else replace(message, fds=self._take(self._taker, numbers, fd_count))
+
+    def _take(self, taker: Taker, numbers: Any, count: int) -> list[int]:
+        if not _are_sizes(numbers, FDS_LIMIT) or len(numbers) != count:
+            raise ProtocolError(f"{count} files were announced, and their numbers are {str(numbers)[:80]}")
+        taken: list[int] = []
+        try:
+            for number in numbers:
+                taken.append(taker.take(number))
+        except OSError as error:
+            close_all(taken)
+            raise ProtocolError(f"file {number} did not come: {error}") from error
+        return taken
 
     def _fill(self, buffer: bytearray, size: int, deadline: float) -> None:
         while len(buffer) < size:
@@ -198,7 +239,7 @@ class Channel:
             try:
                 data = self._read(want)
             except (BlockingIOError, InterruptedError):
-                self._wait(select.POLLIN, deadline)
+                self._wait(selectors.EVENT_READ, deadline)
                 continue
             except OSError as error:
                 raise ChannelClosed(f"the other side is gone ({error.strerror})") from error
@@ -212,7 +253,7 @@ class Channel:
     def _read(self, size: int) -> bytes:
         if not self._take_fds:
             return self._sock.recv(size)
-        data, fds, _, _ = socket.recv_fds(self._sock, size, FDS_PER_CALL)
+        data, fds, _, _ = socket.recv_fds(self._sock, size, FDS_PER_CALL)  # type: ignore[attr-defined]  # POSIX
         self._fds += fds
         return data
 
@@ -222,10 +263,24 @@ class Channel:
         left = deadline - time.monotonic()
         if left <= 0:
             raise ChannelTimeout("no answer in time")
-        poll = select.poll()
-        poll.register(self._sock, event)
-        # Without a watcher and without a deadline there is nothing to wake up for.
-        poll.poll(None if self._watch is None and math.isinf(left) else 1000 * min(SLICE, left))
+        with Selector() as selector:
+            selector.register(self._sock, event)
+            # Without a watcher and without a deadline there is nothing to wake up for.
+            selector.select(None if self._watch is None and math.isinf(left) else min(SLICE, left))
+
+
+def own_channel() -> Channel:
+    """In a child: its end of the channel to the referee."""
+    named = os.environ[CHANNEL]
+    if named != NOTED:
+        return Channel(socket.socket(fileno=int(named)), take_fds=True)
+    sock, taker = own_socket()
+    return Channel(sock, taker=taker)
+
+
+def _send_fds(sock: socket.socket, part: memoryview, fds: list[int]) -> int:
+    """Bytes sent, with all of the descriptors. On POSIX; elsewhere a channel has a giver."""
+    return int(socket.send_fds(sock, [part], fds))  # type: ignore[attr-defined]
 
 
 def close_all(fds: Sequence[int]) -> None:
@@ -242,7 +297,8 @@ def _little_endian(a: np.ndarray) -> np.ndarray:
     return packed
 
 
-def _parse(header: bytearray, payload: bytearray, fds: list[int]) -> Message:
+def _parse(header: bytearray, payload: bytearray, fds: list[int]) -> tuple[Message, Any]:
+    """The message, and what its `files` are, unchecked."""
     try:
         parsed = json.loads(bytes(header).decode(), parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
@@ -252,7 +308,7 @@ def _parse(header: bytearray, payload: bytearray, fds: list[int]) -> Message:
     kind, fields, listed = parsed.get("kind"), parsed.get("fields"), parsed.get("arrays")
     if not isinstance(kind, str) or not isinstance(fields, dict) or not isinstance(listed, list):
         raise ProtocolError("the header must hold `kind`, `fields` and `arrays`")
-    return Message(kind[:40], fields, _unpack(listed, payload), fds)
+    return Message(kind[:40], fields, _unpack(listed, payload), fds), parsed.get("files", [])
 
 
 def _no_constant(text: str) -> NoReturn:
@@ -280,9 +336,9 @@ def _unpack(listed: list[Any], payload: bytearray) -> dict[str, np.ndarray]:
     return arrays
 
 
-def _are_sizes(sizes: Any) -> bool:
+def _are_sizes(sizes: Any, most: int = 8) -> bool:
     return (
         isinstance(sizes, list)
-        and len(sizes) <= 8
+        and len(sizes) <= most
         and all(isinstance(n, int) and not isinstance(n, bool) and 0 <= n < 2**40 for n in sizes)
     )

@@ -143,8 +143,8 @@ AGENTS: Mapping[str, Agent] = {
             "aider",
             "aider --message-file {prompt_file} --yes-always --no-git --no-stream --no-pretty --no-check-update "
             "--read program.md --read digest.md --file train.py --file idea.txt",
-            install="python -m pip install aider-install && aider-install",
-            login="set the key of your provider, as in `export OPENAI_API_KEY=...`",
+            install="python -m pip install aider-install; aider-install",
+            login="set the key of your provider, as in OPENAI_API_KEY",
             passed=("OPENAI_API_KEY", "OPENAI_API_BASE", "ANTHROPIC_API_KEY", "GEMINI_API_KEY", "DEEPSEEK_API_KEY",
                     "OPENROUTER_API_KEY", "OLLAMA_API_BASE", "AIDER_MODEL"),
             keys=("OPENAI_API_KEY", "ANTHROPIC_API_KEY", "GEMINI_API_KEY", "DEEPSEEK_API_KEY", "OPENROUTER_API_KEY"),

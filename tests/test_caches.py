@@ -10,6 +10,13 @@ import pytest
 from core import caches
 
 
+@pytest.fixture(params=["fwalk", "no fwalk"], autouse=True)
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every test twice: as on POSIX, and as on Windows, whose folders have no descriptors."""
+    if request.param == "no fwalk":
+        monkeypatch.delattr(os, "fwalk")
+
+
 def test_files_come_along_with_their_right_to_be_run(tmp_path: Path) -> None:
     source, target = tmp_path / "source", tmp_path / "target"
     (source / "inductor" / "ab").mkdir(parents=True)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import sys
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from types import SimpleNamespace
 
 import pytest
 
-from core import files, sandbox_windows, windows
+from core import child, files, sandbox_windows, windows
 from core.places import synced_by
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -40,8 +42,31 @@ def test_a_pending_restart_is_announced(win32, keys, due):
     assert bool(said) is due and all("restart first" in line for line in said)
 
 
+class LongPaths:
+    """A winreg with this value of LongPathsEnabled; None: it has none."""
+
+    HKEY_LOCAL_MACHINE = 0
+
+    def __init__(self, value):
+        self.value = value
+
+    def OpenKey(self, root, name):
+        return contextlib.nullcontext(name)
+
+    def QueryValueEx(self, key, name):
+        if self.value is None or not (key.endswith("FileSystem") and name == "LongPathsEnabled"):
+            raise FileNotFoundError(2, "no such value")
+        return self.value, 4
+
+
+@pytest.mark.parametrize(("value", "long"), [(1, True), (0, False), (None, False)])
+def test_short_paths_are_told_by_doctor(win32, value, long):
+    win32.setitem(sys.modules, "winreg", LongPaths(value))
+    assert windows.long_paths() is long
+
+
 def test_elsewhere_no_registry_is_asked():
-    assert windows.restart_pending() is False
+    assert windows.restart_pending() is False and windows.long_paths() is True
 
 
 @pytest.mark.parametrize(
@@ -88,28 +113,74 @@ def test_a_file_that_stays_open_is_an_error_in_the_end(win32, tmp_path):
         files.replace_open(tmp_path / "new", tmp_path / "old", patience=0.05)
 
 
+class Kernel:
+    """kernel32, whose calls are noted and answer 7, or 0 where they are to be refused."""
+
+    def __init__(self, *refused):
+        self.refused, self.calls = refused, []
+
+    def __getattr__(self, name):
+        def call(*arguments):
+            self.calls.append((name, [getattr(a, "_obj", getattr(a, "value", a)) for a in arguments]))
+            return 0 if name in self.refused else 7
+
+        return call
+
+
 def test_the_job_ends_its_processes_when_we_end_and_holds_memory_and_number(monkeypatch):
-    seen = {}
-
-    class Function:
-        restype = None
-
-        def __init__(self, name):
-            self.name = name
-
-        def __call__(self, *arguments):
-            if self.name == "SetInformationJobObject":
-                seen.update(kind=arguments[1], limits=arguments[2]._obj)
-            return 7
-
-    kernel = SimpleNamespace(
-        CreateJobObjectW=Function("CreateJobObjectW"), SetInformationJobObject=Function("SetInformationJobObject")
-    )
+    kernel = Kernel()
     monkeypatch.setattr(sandbox_windows, "library", lambda name: kernel)
-    assert sandbox_windows.make_job(2**30, 12) == 7
-    limits = seen["limits"]
+    assert sandbox_windows.Windows().make_job(2**30, 12) == 7
+    (_, (_, kind, limits, _)) = kernel.calls[1]
     assert limits.Basic.LimitFlags & 0x2000  # JOB_OBJECT_LIMIT_KILL_ON_JOB_CLOSE: no child outlives us
+    assert limits.Basic.LimitFlags & 0x400  # JOB_OBJECT_LIMIT_DIE_ON_UNHANDLED_EXCEPTION: no dialogue that waits
     assert (limits.Basic.ActiveProcessLimit, limits.JobMemoryLimit) == (12, 2**30)
+    assert kind == 9 and len(kernel.calls) == 2  # no JobObjectBasicUIRestrictions, with which no job can be nested
+
+
+@pytest.mark.parametrize(("refused", "closed"), [("CreateJobObjectW", False), ("SetInformationJobObject", True)])
+def test_a_job_without_its_limits_is_none(monkeypatch, refused, closed):
+    kernel = Kernel(refused)
+    monkeypatch.setattr(sandbox_windows, "library", lambda name: kernel)
+    monkeypatch.setattr(sandbox_windows.ctypes, "get_last_error", lambda: 5, raising=False)
+    with pytest.raises(OSError, match=r"refused with error 5"):
+        sandbox_windows.Windows().make_job(0, 12)
+    assert ("CloseHandle" in dict(kernel.calls)) is closed
+
+
+@pytest.mark.parametrize(
+    ("status", "said"),
+    [(3, "3"), (0xC0000005, "0xc0000005 (access violation)"), (0xC0000999, "0xc0000999"), (1, "1")],
+)
+def test_the_status_of_a_fault_is_said_as_it_is_looked_up(status, said):
+    assert child._status(status) == said
+
+
+def test_a_read_only_file_and_a_junction_are_no_obstacle_to_removing_a_scratch_folder(win32, tmp_path):
+    (tmp_path / "scratch").mkdir()
+    file = tmp_path / "scratch" / "file"
+    file.write_text("x")
+    file.chmod(0o400)
+    refusals = []
+    real = os.unlink
+
+    def unlink(path, **more):  # as Windows does
+        if not os.stat(path, **more).st_mode & 0o200:  # noqa: PTH116 - may be relative to a folder
+            refusals.append(path)
+            raise PermissionError(13, "Access is denied", str(path))
+        real(path, **more)
+
+    win32.setattr(os, "unlink", unlink)
+    child._remove(tmp_path / "scratch")
+    assert refusals and not (tmp_path / "scratch").exists()
+
+
+def test_what_only_windows_calls_a_link():
+    """A junction is a folder with a reparse point; Python before 3.12 does not say that it is a link."""
+    plain = SimpleNamespace(st_mode=0o040755, st_file_attributes=0x10)
+    junction = SimpleNamespace(st_mode=0o040755, st_file_attributes=0x410)
+    assert not files.leads_elsewhere(plain) and files.leads_elsewhere(junction)
+    assert files.leads_elsewhere(SimpleNamespace(st_mode=0o120777))
 
 
 def test_the_readmes_powershell_lines_use_nothing_that_powershell_5_lacks():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import selectors
 import socket
 import struct
 import threading
@@ -17,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from core import wire
+from core import handles, wire
 from core.wire import Channel, ChannelClosed, ChannelTimeout, Message, ProtocolError
 
 Pair = tuple[Channel, Channel]
@@ -28,11 +29,24 @@ def pair(**options: bool) -> Pair:
     return Channel(one), Channel(other, **options)
 
 
-@pytest.fixture
-def channels() -> Iterator[Pair]:
-    ends = pair(take_fds=True)
-    yield ends
-    for end in ends:
+def noted_pair() -> tuple[Channel, Channel, handles.Postbox, handles.Postbox]:
+    """The way of Windows: TCP, and files by number."""
+    one, other = handles.pair()
+    giver, taker = (handles.Postbox(end) for end in socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM))
+    return Channel(one, giver=giver), Channel(other, taker=taker), giver, taker
+
+
+@pytest.fixture(params=["descriptors", "noted"])
+def channels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pair]:
+    """Each test by both ways: as on POSIX, and as on Windows, which waits by select()."""
+    if request.param == "descriptors":
+        ends, boxes = pair(take_fds=True), []
+    else:
+        monkeypatch.setattr(wire, "Selector", selectors.SelectSelector)
+        *ends, giver, taker = noted_pair()
+        boxes = [giver, taker]
+    yield tuple(ends)
+    for end in [*ends, *boxes]:
         end.close()
 
 
@@ -87,15 +101,16 @@ def test_messages_larger_than_the_sockets_buffer_and_not_contiguous(channels: Pa
     np.testing.assert_array_equal(message.arrays["a"], big)
 
 
-def test_descriptors_come_along_however_many(channels: Pair, tmp_path: Path) -> None:
+def test_descriptors_come_along_however_many(channels: Pair, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     left, right = channels
     (tmp_path / "text").write_text("here")
-    fds = [os.open(tmp_path / "text", os.O_RDONLY) for _ in range(450)]
+    many = 450 if request.node.callspec.params["channels"] == "descriptors" else 30
+    fds = [os.open(tmp_path / "text", os.O_RDONLY) for _ in range(many)]
     left.send("files", {"n": 1}, {"a": np.ones(3)}, fds)
     left.send("next")
     wire.close_all(fds)
     message = right.receive(5)
-    assert len(message.fds) == 450
+    assert len(message.fds) == many
     assert {os.pread(fd, 10, 0) for fd in message.fds} == {b"here"}
     wire.close_all(message.fds)
     assert right.receive(5).kind == "next"
@@ -109,6 +124,29 @@ def test_a_receiver_that_takes_no_descriptors_gets_none(tmp_path: Path) -> None:
     os.close(fd)
     assert list(right.receive(5).fds) == []
     assert len(list(Path("/dev/fd").iterdir())) == before
+
+
+@pytest.mark.parametrize("files", ["[]", "[1,1]", "[2]", "[-1]", "[true]", "null", "{}", '["1"]'])
+def test_a_child_takes_no_other_files_than_were_given(files: str, tmp_path: Path) -> None:
+    left, right, giver, _ = noted_pair()
+    fd = os.open(tmp_path, os.O_RDONLY)
+    giver.give(fd)
+    os.close(fd)
+    text = b'{"kind":"x","fields":{},"arrays":[],"files":%s}' % files.encode()
+    left._sock.sendall(struct.pack("<4sIQI", b"ARW1", len(text), 0, 1) + text)
+    with pytest.raises(ProtocolError):
+        right.receive(5)
+    for end in (left, right):
+        end.close()
+
+
+def test_a_file_for_a_child_that_has_gone(tmp_path: Path) -> None:
+    left, _, _, taker = noted_pair()
+    taker.close()
+    fd = os.open(tmp_path, os.O_RDONLY)
+    with pytest.raises(ChannelClosed, match="no file can be handed over"):
+        left.send("file", fds=[fd])
+    os.close(fd)
 
 
 def test_timeout_in_the_middle_of_a_message_loses_nothing() -> None:
@@ -141,8 +179,8 @@ def test_dribbling_does_not_extend_the_time() -> None:
     thread.join()
 
 
-def test_closing_and_not_reading() -> None:
-    left, right = pair()
+def test_closing_and_not_reading(channels: Pair) -> None:
+    left, right = channels
     with pytest.raises(ChannelTimeout):
         left.send("big", {}, {"a": np.zeros(10**7)}, timeout=0.3)
     right.close()
