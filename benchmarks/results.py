@@ -180,6 +180,7 @@ class BackendResult:
     name: str  # "cpu", "mlx", "cuda", "rtx", "upstream"
     status: Status
     reason: str = ""  # of every status but "measured", for people
+    recipe: str = "shipped"  # or the first 12 hex digits of the SHA-256 of another train.py
     departs: list[str] = field(default_factory=list)  # with "different": "the sliding window is dropped", ...
     device: str = ""
     dtype: str = ""
@@ -274,7 +275,9 @@ def save(result: Result, path: Path) -> None:
     except OSError as error:
         temporary.unlink(missing_ok=True)
         why = "no space is left on the disk" if error.errno == errno.ENOSPC else (error.strerror or str(error))
-        raise UserError(f"{path} cannot be written: {why}", "free some space, or name another file with --out") from None
+        raise UserError(
+            f"{path} cannot be written: {why}", "free some space, or name another file with --out"
+        ) from None
 
 
 def load(path: Path) -> Result:
