@@ -12,17 +12,18 @@ either. This module loads neither torch nor mlx.
 from __future__ import annotations
 
 import math
-import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
+from benchmarks.results import KernelResult, Peak
 from core.errors import UserError
 
+Direction = Literal["forward", "both", "step"]  # both: forward and backward; step: of an optimizer
 TOLERANCE = {"float32": 1e-4, "bfloat16": 0.03, "float16": 0.01}  # of the root mean square of what is wanted
 MUON_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.06, "float16": 0.06}  # fifteen products in a row, each rounded
 LAST_LEVEL_CACHE = 32 * 2**20  # bytes, where the system does not tell
@@ -66,11 +67,6 @@ class Work:
     flops: float
     bytes: float
 
-    @property
-    def intensity(self) -> float:
-        """FLOPs per byte."""
-        return self.flops / self.bytes
-
 
 @dataclass(frozen=True)
 class Side:
@@ -89,7 +85,8 @@ class Case:
     """
 
     kernel: str  # attention, mlp, head, optimizer
-    what: str  # "window 128 of 256, forward and backward"
+    what: str  # "B 16, T 256, H 1, D 128, window 128"
+    direction: Direction
     work: Work
     shape: Shape
     make: Callable[[int, Shape], tuple[Any, ...]]
@@ -129,20 +126,7 @@ class Clock(Protocol):
 # --- the roofline ---------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Roof:
-    """The most that this device did here and now."""
-
-    flops_per_second: float
-    bytes_per_second: float
-    source: str
-
-    def rate(self, work: Work) -> float:
-        """FLOP/s that the roofline allows this work."""
-        return min(self.flops_per_second, self.bytes_per_second * work.intensity)
-
-
-def measured_roof(clock: Clock, seconds: float) -> Roof:
+def measured_peak(clock: Clock, seconds: float) -> Peak:
     """The fastest of square products of several sizes, and of passes over four times the last-level cache."""
     sizes, rates = clock.product_sizes(), {}
     for size in sizes:
@@ -152,11 +136,12 @@ def measured_roof(clock: Clock, seconds: float) -> Roof:
     passes = clock.streams(count)
     traffic = {what: moved / _fastest(clock, call, seconds / 2 / len(passes)) for what, (moved, call) in passes.items()}
     fastest = max(traffic, key=traffic.__getitem__)
-    source = (
-        f"fastest {clock.dtype} product of {best} x {best} matrices; fastest {fastest} of {count / 2**20:.0f} MiB, what "
-        f"is read and what is written counted; {clock.where}"
+    return Peak(
+        rates[best],
+        f"measured: fastest {clock.dtype} product of {best} x {best} matrices, {clock.where}",
+        traffic[fastest],
+        f"measured: fastest {fastest} of {count / 2**20:.0f} MiB, what is read and what is written counted",
     )
-    return Roof(rates[best], traffic[fastest], source)
 
 
 def _fastest(clock: Clock, call: Callable[[], Any], seconds: float) -> float:
@@ -172,66 +157,31 @@ def _fastest(clock: Clock, call: Callable[[], Any], seconds: float) -> float:
 # --- one case -------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Line:
-    """One side of one case, measured. Times in seconds."""
-
-    backend: str
-    kernel: str
-    what: str
-    side: str
-    ours: bool
-    dtype: str
-    flops: float
-    bytes: float
-    error: float | None = None  # root mean square of the difference, as a share of that of what is wanted; the worst
-    tolerance: float | None = None
-    passed: bool = False
-    median: float | None = None
-    low: float | None = None  # quartiles
-    high: float | None = None
-    calls: int = 0
-    inputs: int = 0  # sets of inputs that took turns
-    roof_share: float | None = None  # of the rate that the roofline allows
-    ratio: float | None = None  # how many times as long as ours: median over rounds
-    ratio_low: float | None = None  # quartiles over rounds
-    ratio_high: float | None = None
-    not_measured: str = ""
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
-
-def measure(backend: str, case: Case, clock: Clock, roof: Roof, seconds: float) -> list[Line]:
+def measure(backend: str, case: Case, clock: Clock, seconds: float) -> list[KernelResult]:
     """Every side of the case: first held to the reference, then timed in turns for about `seconds` each."""
-    common = {"backend": backend, "kernel": case.kernel, "what": case.what, "dtype": clock.dtype,
-              "flops": case.work.flops, "bytes": case.work.bytes}  # fmt: skip
-    sets = rotated(case, clock)
     small, tolerance = replace(case.shape, rows=max(1, case.shape.rows // 8)), case.tolerance[clock.dtype]
     wanted = [clock.array(x) for x in case.reference(*case.make(0, small))]
     errors = {side.name: worst(clock, side.run(*case.make(0, small)), wanted) for side in case.sides}
-    right = [side for side in case.sides if errors[side.name] <= tolerance]
-    times = timed(right, sets, clock, seconds)
-    ours = next((side.name for side in right if side.ours), None)
+    sets = rotated(case, clock)
+    times = timed([side for side in case.sides if errors[side.name] <= tolerance], sets, clock, seconds)
+
+    def line(name: str, ours: bool, **found: Any) -> KernelResult:
+        given: dict[str, Any] = {"seconds": [], "error": None, "passed": False, **found}
+        return KernelResult(
+            case.kernel, name, backend, case.direction, clock.dtype, case.what, flops=case.work.flops,
+            bytes=case.work.bytes, tolerance=tolerance, ours=ours, **given,
+        )  # fmt: skip
+
     lines = []
     for side in case.sides:
-        found = {"side": side.name, "ours": side.ours, "error": errors[side.name], "tolerance": tolerance}
-        if side.name not in times:
-            why = f"it does not compute the same: {errors[side.name]:.2g} away, {tolerance:.2g} allowed"
-            lines.append(Line(**common, **found, not_measured=why))  # type: ignore[arg-type]
-            continue
-        spread = quartiles(times[side.name])
-        ratios = {}
-        if ours and not side.ours:
-            by_round = [mine / other for mine, other in zip(times[side.name], times[ours], strict=True)]
-            ratios = dict(zip(("ratio_low", "ratio", "ratio_high"), quartiles(by_round), strict=True))
-        share = case.work.flops / spread[1] / roof.rate(case.work)
-        figures = dict(zip(("low", "median", "high"), spread, strict=True))
-        figures |= {"calls": len(times[side.name]), "inputs": len(sets), "roof_share": share, "passed": True, **ratios}
-        lines.append(Line(**common, **found, **figures))  # type: ignore[arg-type]
-    for name, why in case.refused.items():
-        lines.append(Line(**common, side=name, ours=False, not_measured=why))  # type: ignore[arg-type]
-    return lines
+        error = errors[side.name]
+        finite = error if math.isfinite(error) else None
+        if error <= tolerance:
+            found = {"seconds": times[side.name], "error": finite, "passed": True, "inputs": len(sets)}
+        else:
+            found = {"error": finite, "note": f"it does not compute the same: {error:.2g} away, {tolerance:.2g} allowed"}
+        lines.append(line(side.name, side.ours, **found))
+    return lines + [line(name, False, note=why) for name, why in case.refused.items()]
 
 
 def rotated(case: Case, clock: Clock) -> list[tuple[Any, ...]]:
@@ -271,12 +221,6 @@ def timed(
             times[side.name].append(time.perf_counter() - start)
         turn += 1
     return times
-
-
-def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
-    """Lower quartile, median, upper quartile of at least two values."""
-    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
-    return low, middle, high
 
 
 # --- what the work of each kernel is ----------------------------------------------------------------
@@ -319,10 +263,25 @@ def muon_stacks(shape: Shape) -> list[tuple[int, int, int]]:
     return [(4 * shape.depth, C, C), (shape.depth, 4 * C, C), (shape.depth, C, 4 * C)]
 
 
-def windows(shape: Shape) -> list[tuple[int, str]]:
-    """(window, its name): those of a pattern of S and L."""
-    half = shape.context // 2
-    return [(shape.context, f"all {shape.context} tokens"), (half, f"window of {half} in {shape.context}")]
+def windows(shape: Shape) -> list[int]:
+    """Those of a pattern of S and L."""
+    return [shape.context, shape.context // 2]
+
+
+def attention_text(shape: Shape, window: int) -> str:
+    return f"B {shape.rows}, T {shape.context}, H {shape.heads}, D {shape.head_dim}, window {window}"
+
+
+def mlp_text(shape: Shape) -> str:
+    return f"N {shape.tokens}, C {shape.dim}, hidden {4 * shape.dim}"
+
+
+def head_text(shape: Shape) -> str:
+    return f"N {shape.tokens}, C {shape.dim}, V {shape.vocab}"
+
+
+def muon_text(shape: Shape) -> str:
+    return f"Muon, {sum(count for count, _, _ in muon_stacks(shape))} matrices of {shape.dim}"
 
 
 def linux_cache(folder: Path = Path("/sys/devices/system/cpu/cpu0/cache")) -> int:

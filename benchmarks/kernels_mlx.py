@@ -7,7 +7,7 @@ on a GPU.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
@@ -139,12 +139,13 @@ def both_ways(
     reference: Callable[..., mx.array],
 ) -> Iterator[Case]:
     """A case for the forward alone and one for forward and backward."""
-    for way, wrap, work in (
+    ways: list[tuple[cases.Direction, Any, cases.Work]] = [
         ("forward", forward_only, works[0]),
-        ("forward and backward", differentiated, works[1]),
-    ):
+        ("both", differentiated, works[1]),
+    ]
+    for way, wrap, work in ways:
         named = [Side(name, mx.compile(wrap(function)), i == 0) for i, (name, function) in enumerate(sides.items())]
-        yield Case(kernel, f"{what}, {way}", work, shape, make, named, widened(wrap(reference)))
+        yield Case(kernel, what, way, work, shape, make, named, widened(wrap(reference)))
 
 
 # --- attention, MLP, head -------------------------------------------------------------------------
@@ -159,7 +160,7 @@ def _attention(shape: Shape, recipe: ModuleType, dtype: Any) -> Iterator[Case]:
         q, k, v, dy = (source.normal(of.rows, H, T, D, dtype=dtype) for _ in range(4))
         return evaluated(q * D**-0.5, k, v, dy)
 
-    for window, name in cases.windows(shape):
+    for window in cases.windows(shape):
         dense = mx.where((distance >= 0) & (distance <= window), 0.0, -mx.inf)
         mask = dense.astype(dtype)
 
@@ -173,7 +174,7 @@ def _attention(shape: Shape, recipe: ModuleType, dtype: Any) -> Iterator[Case]:
         works = [cases.attention_work(shape, window, dtype.size, back) for back in (False, True)]
         ours = recipe.make_attention(T, window)
         sides = {"recipe (key slices)": ours, "MLX SDPA, dense mask": fused, "plain MLX": formula}
-        yield from both_ways("attention", name, shape, works, make, sides, formula)
+        yield from both_ways("attention", cases.attention_text(shape, window), shape, works, make, sides, formula)
 
 
 def _mlp(shape: Shape, recipe: ModuleType, dtype: Any) -> Iterator[Case]:
@@ -194,7 +195,7 @@ def _mlp(shape: Shape, recipe: ModuleType, dtype: Any) -> Iterator[Case]:
 
     works = [cases.mlp_work(shape, dtype.size, back) for back in (False, True)]
     sides = {"recipe": ours, "plain MLX": formula}
-    yield from both_ways("mlp", f"{shape.tokens} x {C} x {4 * C}", shape, works, make, sides, formula)
+    yield from both_ways("mlp", cases.mlp_text(shape), shape, works, make, sides, formula)
 
 
 def plain_loss(x: mx.array, head: mx.array, targets: mx.array) -> mx.array:
@@ -223,9 +224,8 @@ def _head(shape: Shape, recipe: ModuleType, dtype: Any, device: str) -> Case:
 
     ours = Side("recipe (a few rows at a time)", mx.compile(wrap(recipe.make_loss(streams))), True)
     sides = [ours, Side("plain MLX", mx.compile(wrap(plain_loss)))]
-    what = f"{shape.tokens} x {shape.dim} x {shape.vocab}, forward and backward"
-    work = cases.head_work(shape, dtype.size, True)
-    return Case("head", what, work, shape, make, sides, widened(wrap(plain_loss)))
+    what, work = cases.head_text(shape), cases.head_work(shape, dtype.size, True)
+    return Case("head", what, "both", work, shape, make, sides, widened(wrap(plain_loss)))
 
 
 # --- optimizers -----------------------------------------------------------------------------------
@@ -288,8 +288,7 @@ def _muon(shape: Shape, recipe: ModuleType, dtype: Any) -> Case:
     ]
     works = [cases.muon_work(L, m, n, MUON_STEPS) for L, m, n in of]
     work = cases.Work(sum(w.flops for w in works), sum(w.bytes for w in works))
-    what = f"Muon, {sum(L for L, _, _ in of)} matrices"
-    return Case("optimizer", what, work, shape, make, sides, wide, tolerance=cases.MUON_TOLERANCE)
+    return Case("optimizer", cases.muon_text(shape), "step", work, shape, make, sides, wide, tolerance=cases.MUON_TOLERANCE)
 
 
 def _adam(shape: Shape, recipe: ModuleType) -> Case:
@@ -340,4 +339,4 @@ def _adam(shape: Shape, recipe: ModuleType) -> Case:
     sides = [Side("recipe", mx.compile(ours), True), Side("mlx.optimizers.AdamW", mx.compile(mlxs))]
     size = count * shape.vocab * shape.dim
     work = cases.Work(12.0 * size, 7.0 * 4 * size)
-    return Case("optimizer", f"AdamW, {size / 1e6:.1f}M parameters", work, replace(shape), make, sides, reference)
+    return Case("optimizer", f"AdamW, {size / 1e6:.1f}M parameters", "step", work, shape, make, sides, reference)

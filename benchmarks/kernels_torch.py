@@ -117,13 +117,13 @@ def both_ways(
     refused: dict[str, str],
 ) -> Iterator[Case]:
     """A case for the forward alone and one for forward and backward."""
-    ways: list[tuple[str, Callable[[Callable[..., Tensor]], Callable[..., list[Tensor]]], cases.Work]] = [
+    ways: list[tuple[cases.Direction, Callable[[Callable[..., Tensor]], Callable[..., list[Tensor]]], cases.Work]] = [
         ("forward", forward_only, works[0]),
-        ("forward and backward", lambda f: differentiated(f, leaves), works[1]),
+        ("both", lambda f: differentiated(f, leaves), works[1]),
     ]
     for way, wrap, work in ways:
         named = [Side(name, wrap(function), i == 0) for i, (name, function) in enumerate(sides.items())]
-        yield Case(kernel, f"{what}, {way}", work, shape, make, named, widened(wrap(reference)), refused)
+        yield Case(kernel, what, way, work, shape, make, named, widened(wrap(reference)), refused)
 
 
 class Source:
@@ -175,7 +175,7 @@ def _cpu_attention(shape: Shape, recipe: ModuleType, dtype: torch.dtype) -> Iter
         q, k, v, dy = (source.normal(of.rows * H, T, D, dtype=dtype) for _ in range(4))
         return q * D**-0.5, k, v, dy
 
-    for window, name in cases.windows(shape):
+    for window in cases.windows(shape):
         mask, seen = recipe.band(window, dtype), (distance >= 0) & (distance <= window)
 
         def ours(q: Tensor, k: Tensor, v: Tensor, window: int = window, mask: Tensor = mask) -> Tensor:
@@ -191,7 +191,7 @@ def _cpu_attention(shape: Shape, recipe: ModuleType, dtype: torch.dtype) -> Iter
 
         works = tuple(cases.attention_work(shape, window, dtype.itemsize, back) for back in (False, True))
         sides = {"recipe (key slices)": ours, "PyTorch SDPA": sdpa, "plain PyTorch": formula}
-        yield from both_ways("attention", name, shape, works, make, sides, formula, 3, {})  # type: ignore[arg-type]
+        yield from both_ways("attention", cases.attention_text(shape, window), shape, works, make, sides, formula, 3, {})  # type: ignore[arg-type]
 
 
 def plain_mlp(x: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
@@ -217,8 +217,7 @@ def _cpu_mlp(shape: Shape, recipe: ModuleType, dtype: torch.dtype) -> Iterator[C
     works = tuple(cases.mlp_work(shape, dtype.itemsize, back) for back in (False, True))
     make = _mlp_inputs(shape, dtype, torch.device("cpu"), torch.float32)
     sides = {"recipe (own backward)": ours, "plain PyTorch": plain_mlp}
-    what = f"{shape.tokens} x {shape.dim} x {4 * shape.dim}"
-    yield from both_ways("mlp", what, shape, works, make, sides, plain_mlp, 3, {})  # type: ignore[arg-type]
+    yield from both_ways("mlp", cases.mlp_text(shape), shape, works, make, sides, plain_mlp, 3, {})  # type: ignore[arg-type]
 
 
 def plain_loss(x: Tensor, head: Tensor, targets: Tensor) -> Tensor:
@@ -254,9 +253,8 @@ def loss_case(
         return run
 
     named = [Side(name, wrap(function), i == 0) for i, (name, function) in enumerate(sides.items())]
-    what = f"{shape.tokens} x {shape.dim} x {shape.vocab}, forward and backward"
-    work = cases.head_work(shape, width, True)
-    return Case("head", what, work, shape, make, named, widened(wrap(plain_loss)), refused)
+    what, work = cases.head_text(shape), cases.head_work(shape, width, True)
+    return Case("head", what, "both", work, shape, make, named, widened(wrap(plain_loss)), refused)
 
 
 def _cpu_head(shape: Shape, recipe: ModuleType, dtype: torch.dtype) -> Case:
@@ -304,8 +302,8 @@ def muon_case(shape: Shape, make: Callable[[int, Shape], tuple[Any, ...]], sides
     of = cases.muon_stacks(shape)
     works = [cases.muon_work(L, m, n, MUON_STEPS) for L, m, n in of]
     work = cases.Work(sum(w.flops for w in works), sum(w.bytes for w in works))
-    what = f"Muon, {sum(L for L, _, _ in of)} matrices"
-    return Case("optimizer", what, work, shape, make, sides, wide_muon, tolerance=cases.MUON_TOLERANCE)
+    what = cases.muon_text(shape)
+    return Case("optimizer", what, "step", work, shape, make, sides, wide_muon, tolerance=cases.MUON_TOLERANCE)
 
 
 def _cpu_muon(shape: Shape, recipe: ModuleType, dtype: torch.dtype) -> Case:
@@ -395,4 +393,4 @@ def adam_case(shape: Shape, device: torch.device, ours: dict[str, Callable[[list
     count = sum(rows * columns for rows, columns in adam_parameters(shape))
     work = cases.Work(12.0 * count, 7.0 * 4 * count)
     sides = [Side(name, run(i), name in ours) for i, name in enumerate(makers)]
-    return Case("optimizer", f"AdamW, {count / 1e6:.1f}M parameters", work, shape, make, sides, reference)
+    return Case("optimizer", f"AdamW, {count / 1e6:.1f}M parameters", "step", work, shape, make, sides, reference)

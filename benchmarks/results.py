@@ -219,16 +219,18 @@ class KernelResult:
     kernel: str  # "attention, window 128", "mlp", "head", "optimizer"
     way: str  # "ours", "sdpa", "torch.compile", ...
     backend: str
-    direction: Literal["forward", "backward"]
+    direction: Literal["forward", "backward", "both", "step"]  # both: forward and backward; step: of an optimizer
     dtype: str
     shape: str  # "B 16, T 256, H 2, D 64"
-    seconds: Repeats
+    seconds: list[Number]  # of each call; those of all ways of one part took turns. Empty: not measured, see `note`
     flops: Number  # of one call
     bytes: Number  # that one call must move at least
     error: float | None  # rms against the float64 reference, as a share; None: not finite
     tolerance: Number
     passed: bool
     note: str = ""
+    ours: bool = False  # a way of this project's; the others are peers
+    inputs: int = 0  # sets of inputs that took turns, so that none lay in a cache
 
     def flops_per_second(self) -> float:
         return self.flops / statistics.median(self.seconds)

@@ -1,0 +1,233 @@
+"""Results as one self-contained HTML page, PNGs of its plots, and Markdown: no script, no font, nothing from elsewhere.
+
+    write([result], folder)          backends of one machine
+    write(results, folder)           machines side by side; results of different work in parts of their own
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from benchmarks import kernel_table, markdown, plots, shown
+from benchmarks.results import Result
+from console.page import STYLE
+from console.words import plural, size
+from core.errors import UserError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+ROOM = 16 * 2**20  # bytes that a page and its pictures may need
+SERIES = "".join(f"--s{i}: {c}; " for i, c in enumerate(plots.OKABE_ITO))
+DARK = "".join(f"--s{i}: {c}; " for i, c in enumerate(plots.DARK))
+OWN_STYLE = f"""
+:root {{ {SERIES}}}
+@media (prefers-color-scheme: dark) {{ :root {{ {DARK}}} }}
+h3 {{ font-size: 1rem; margin: 1.6rem 0 .4rem }}
+.plots {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 21rem), 1fr)); gap: 1rem;
+  align-items: start }}
+figure {{ margin: 0; padding: .6rem; background: var(--panel); border-radius: .6rem; --ground: var(--panel) }}
+svg text {{ font-family: system-ui, "Liberation Sans", sans-serif }}
+ul {{ padding-left: 1.2rem }}
+li {{ overflow-wrap: anywhere }}
+.noise {{ color: var(--soft) }}
+.ours td {{ font-weight: 600 }}
+caption {{ text-align: left; color: var(--soft); padding: .2rem .6rem }}
+@media (max-width: 44rem) {{
+  table.cards thead {{ position: absolute; left: -200vw }}
+  table.cards tr {{ display: block; border: 1px solid var(--line); border-radius: .5rem; margin: 0 0 .7rem; padding: .3rem 0 }}
+  table.cards td, table.cards td.n {{ display: flex; justify-content: space-between; gap: 1rem; border: 0; width: auto;
+    text-align: right; white-space: normal; overflow-wrap: anywhere; padding: .15rem .6rem }}
+  table.cards td:empty {{ display: none }}
+  table.cards td::before {{ content: attr(data-head); color: var(--soft); text-align: left; flex: none; font-weight: 400 }}
+}}
+"""
+ABOUT = (
+    "Every backend computes the same reference model on the same text, batches and starting weights; before anything "
+    "is timed, logits, loss, gradients and one optimizer step are held against each other, and what differs is not "
+    "compared. Figures are medians over repeats that alternate between backends, with the lowest and the highest."
+)
+
+
+def write(results: Sequence[Result], folder: Path) -> list[Path]:
+    """index.html, results.md and one PNG for each plot, each replaced as a whole; their paths.
+
+    Raises `UserError` where nothing was given, the folder cannot be made, or the disk is full: files that were there
+    stay as they were.
+    """
+    if not results:
+        raise UserError("there is no result to show", "run `autoresearch bench`, or name result files")
+    files: dict[str, bytes] = {}
+    with _explained(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(folder).free
+        if free < ROOM:
+            raise UserError(
+                f"{folder} has {size(free)} left, and a page may need {size(ROOM)}", "free some space, or name another"
+            )
+        files["index.html"] = html(results).encode("utf-8")
+        files["results.md"] = markdown.table(results).encode("utf-8")
+        for name, figure in pictures(results).items():
+            files[f"{name}.png"] = plots.png(figure)
+        return _replaced(files, folder)
+
+
+class _explained:  # noqa: N801 - reads as a verb where it is used
+    """A disk's errors as one sentence that says what to do."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if not isinstance(error, OSError):
+            return
+        why = "no space is left on the disk" if error.errno == errno.ENOSPC else (error.strerror or str(error))
+        raise UserError(f"the page cannot be written to {self.folder}: {why}", "name another folder") from error
+
+
+def _replaced(files: dict[str, bytes], folder: Path) -> list[Path]:
+    """All are written beside their places before the first is moved."""
+    written: list[tuple[Path, Path]] = []
+    try:
+        for name, content in files.items():
+            beside = folder / f".{name}.part"
+            written.append((beside, folder / name))
+            beside.write_bytes(content)
+        for beside, place in written:
+            os.replace(beside, place)
+    finally:
+        for beside, _ in written:
+            beside.unlink(missing_ok=True)
+    return [place for _, place in written]
+
+
+def pictures(results: Sequence[Result]) -> dict[str, Figure]:
+    """Name -> figure, of all groups of the same work."""
+    groups = shown.works(results)
+    found: dict[str, Figure] = {}
+    for group in groups:
+        suffix = f"-{group[0].work.profile}-{group[0].work_id[:6]}" if len(groups) > 1 else ""
+        found.update({f"{name}{suffix}": figure for name, figure in plots.plots(group).items()})
+    return found
+
+
+# --- the page -------------------------------------------------------------------------------------
+
+
+def html(results: Sequence[Result]) -> str:
+    """The whole page."""
+    groups = shown.works(results)
+    machines = plural(len({r.machine.id() for r in results}), "machine")
+    return f"""<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>autoresearch bench: {escape(machines)}</title>
+<style>{STYLE}{OWN_STYLE}</style>
+<h1>autoresearch bench</h1>
+<p class="scale">{escape(ABOUT)}</p>
+{"".join(group(g) for g in groups)}
+<footer>Made by <code>autoresearch bench</code>. The figures are as good as the machines were idle.</footer>
+</html>
+"""
+
+
+def group(results: Sequence[Result]) -> str:
+    """Everything about results of one work."""
+    found, named = shown.series(results), shown.named(results)
+    parts = [f"<section><h2>{escape(markdown.work_line(results[0]))}</h2>", _machines(results), _sentences(results)]
+    figures = [
+        f"<figure>{plots.svg(figure, f'{results[0].work_id[:6]} {name}')}</figure>"
+        for name, figure in plots.plots(results).items()
+    ]
+    if figures:
+        parts.append(f'<div class="plots">{"".join(figures)}</div>')
+    if not found:
+        parts.append('<p class="soft">Nothing was measured.</p>')
+    for title, columns in markdown.TABLES if found else ():
+        parts.append(f"<h3>{escape(title)}</h3>{_grid(found, [*named, *columns])}")
+    parts += [_troubles(results), _parity(results), _kernels(results), _notes(results), "</section>\n"]
+    return "".join(parts)
+
+
+def _list(lines: Sequence[str]) -> str:
+    return f"<ul>{''.join(f'<li>{line}</li>' for line in lines)}</ul>" if lines else ""
+
+
+def _machines(results: Sequence[Result]) -> str:
+    named = zip(shown.places(results), results, strict=True)
+    return _list([escape(markdown.machine_line(place, result)) for place, result in named])
+
+
+def _sentences(results: Sequence[Result]) -> str:
+    lines = [escape(s[0].upper() + s[1:] if len(results) == 1 else s) + "." for s in shown.sentences(results)]
+    return f"<h3>Side by side</h3>{_list(lines)}" if lines else ""
+
+
+def _grid(found: Sequence[shown.Series], columns: Sequence[shown.Column]) -> str:
+    heads, lines = shown.grid(found, columns)
+    return cards(heads, lines, [c.number for c in columns])
+
+
+def cards(heads: Sequence[str], lines: Sequence[Sequence[str]], numbers: Sequence[bool], ours: Sequence[bool] = ()) -> str:
+    """A table that becomes a card for each line where the window is narrow."""
+    kinds = [' class="n"' if number else "" for number in numbers]
+    head = "".join(f"<th{kind}>{escape(text)}</th>" for kind, text in zip(kinds, heads, strict=True))
+    body = []
+    for i, line in enumerate(lines):
+        cells = zip(kinds, heads, line, strict=True)
+        inner = "".join(f'<td{kind} data-head="{escape(h, quote=True)}">{escape(text)}</td>' for kind, h, text in cells)
+        body.append(f"<tr{' class=ours' if ours and ours[i] else ''}>{inner}</tr>")
+    table = f'<table class="cards"><thead><tr>{head}</tr></thead><tbody>{"".join(body)}</tbody></table>'
+    return f'<div class="wide">{table}</div>'
+
+
+def _troubles(results: Sequence[Result]) -> str:
+    lines = [
+        f"<strong>{escape(name)}</strong> ({escape(status)}): {escape(why)}"
+        for name, status, why in shown.troubles(results)
+    ]
+    return f"<h3>Not compared</h3>{_list(lines)}" if lines else ""
+
+
+def _parity(results: Sequence[Result]) -> str:
+    lines = [f"{escape(s.name)}: {escape(shown.checked(s))}" for s in shown.series(results) if s.backend.parity]
+    return f"<h3>Same work</h3>{_list(lines)}" if lines else ""
+
+
+def _kernels(results: Sequence[Result]) -> str:
+    return "".join(_kernels_of(place, r) for place, r in zip(shown.places(results), results, strict=True) if r.kernels)
+
+
+def _kernels_of(place: str, result: Result) -> str:
+    lines = list(kernel_table.lines(result.kernels, result.kernel_peaks))
+    numbers = [i >= kernel_table.WORDS for i in range(len(kernel_table.HEADS))]
+    table = cards(kernel_table.HEADS, lines, numbers, [k.ours for k in result.kernels])
+    peaks = _list([escape(line) for line in kernel_table.peak_lines(result.kernel_peaks)])
+    return f"<h3>Kernels, {escape(place)}</h3>{peaks}{table}"
+
+
+def _notes(results: Sequence[Result]) -> str:
+    def lines() -> Iterator[str]:
+        for place, result in zip(shown.places(results), results, strict=True):
+            for backend in result.backends:
+                if backend.peak is not None:
+                    p = backend.peak
+                    rates = f"{kernel_table.rate_text(p.flops)}, {kernel_table.byte_text(p.bandwidth)}"
+                    sources = f"{p.flops_source}; {p.bandwidth_source}"
+                    yield f"{escape(place)}, {escape(backend.name)}: {rates} ({escape(sources)})"
+                if backend.energy is not None:
+                    yield f"{escape(place)}, {escape(backend.name)}, energy: {escape(backend.energy.source)}"
+            yield from (f"{escape(place)}: {escape(note)}" for note in result.notes)
+
+    found = _list(list(lines()))
+    return f"<h3>Peaks, energy, notes</h3>{found}" if found else ""
