@@ -9,8 +9,15 @@ from dataclasses import dataclass
 from benchmarks.results import KernelResult, Peak
 
 DIRECTIONS = {"forward": "forward", "backward": "backward", "both": "forward + backward", "step": "step"}
-HEADS = ("backend", "kernel", "what", "way", "time", "rate", "traffic", "of the roofline", "against ours", "error")
-WORDS = 4  # of HEADS stand on the left: they are no numbers
+HEADS = ("way", "time", "rate", "traffic", "of the roofline", "against ours", "error")
+
+
+@dataclass(frozen=True)
+class Line:
+    """One way of one case: a text under each of HEADS."""
+
+    texts: list[str]
+    ours: bool
 
 
 @dataclass(frozen=True)
@@ -44,10 +51,6 @@ def roof(k: KernelResult, peak: Peak) -> float:
     return min(peak.flops, peak.bandwidth * k.flops / k.bytes)
 
 
-def peak_of(k: KernelResult, peaks: Mapping[str, Peak]) -> Peak | None:
-    return peaks.get(f"{k.backend}/{k.dtype}")
-
-
 def same_work(k: KernelResult, other: KernelResult) -> bool:
     mine, its = ((x.backend, x.dtype, x.kernel, x.shape, x.direction) for x in (k, other))
     return mine == its
@@ -66,17 +69,24 @@ def ratio(k: KernelResult, all_of_them: Sequence[KernelResult]) -> Ratio | None:
     return Ratio(middle, low, high)
 
 
-def lines(kernels: Sequence[KernelResult], peaks: Mapping[str, Peak]) -> Iterator[list[str]]:
-    """Texts under HEADS."""
-    for k in kernels:
-        name = [f"{k.backend} {k.dtype}", k.kernel, f"{k.shape}, {DIRECTIONS[k.direction]}"]
-        if not k.seconds:
-            yield [*name, k.way, f"not measured: {k.note}", "", "", "", "", _error(k)]
-            continue
-        found, peak = ratio(k, kernels), peak_of(k, peaks)
-        share = f"{100 * k.flops_per_second() / roof(k, peak):.0f} %" if peak else "-"
-        yield [*name, k.way, _times(k.seconds), rate_text(k.flops_per_second()), byte_text(k.bytes_per_second()), share,
-               "ours" if k.ours else _against(found), _error(k)]  # fmt: skip
+def cases(kernels: Sequence[KernelResult], peaks: Mapping[str, Peak]) -> Iterator[tuple[str, list[Line]]]:
+    """(title, its ways) of each piece of work, in the order in which they ran."""
+    titles = dict.fromkeys(title(k) for k in kernels)
+    for one in titles:
+        yield one, [_line(k, kernels, peaks) for k in kernels if title(k) == one]
+
+
+def title(k: KernelResult) -> str:
+    return f"{k.backend} {k.dtype}, {k.kernel}, {DIRECTIONS[k.direction]}: {k.shape}"
+
+
+def _line(k: KernelResult, kernels: Sequence[KernelResult], peaks: Mapping[str, Peak]) -> Line:
+    if not k.seconds:
+        return Line([k.way, f"not measured: {k.note}", "", "", "", "", _error(k)], k.ours)
+    found, peak = ratio(k, kernels), peaks.get(f"{k.backend}/{k.dtype}")
+    share = f"{100 * k.flops_per_second() / roof(k, peak):.0f} %" if peak else "-"
+    rates = [rate_text(k.flops_per_second()), byte_text(k.bytes_per_second()), share]
+    return Line([k.way, _times(k.seconds), *rates, "ours" if k.ours else _against(found), _error(k)], k.ours)
 
 
 def _times(seconds: Sequence[float]) -> str:

@@ -30,17 +30,17 @@ OWN_STYLE = f"""
 :root {{ {SERIES}}}
 @media (prefers-color-scheme: dark) {{ :root {{ {DARK}}} }}
 h3 {{ font-size: 1rem; margin: 1.6rem 0 .4rem }}
-.plots {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 21rem), 1fr)); gap: 1rem;
-  align-items: start }}
-figure {{ margin: 0; padding: .6rem; background: var(--panel); border-radius: .6rem; --ground: var(--panel) }}
+.plots {{ columns: 21rem; column-gap: 1rem }}
+figure {{ break-inside: avoid; margin: 0 0 1rem; padding: .6rem; background: var(--panel); border-radius: .6rem; --ground: var(--panel) }}
 svg text {{ font-family: system-ui, "Liberation Sans", sans-serif }}
 ul {{ padding-left: 1.2rem }}
 li {{ overflow-wrap: anywhere }}
-.noise {{ color: var(--soft) }}
 .ours td {{ font-weight: 600 }}
-caption {{ text-align: left; color: var(--soft); padding: .2rem .6rem }}
+tr.case th {{ color: var(--ink); border-bottom: 1px solid var(--line); padding-top: .9rem }}
+tr.case span {{ color: var(--soft); font-weight: 400 }}
 @media (max-width: 44rem) {{
-  table.cards thead {{ position: absolute; left: -200vw }}
+  table.cards thead {{ display: none }}
+  table.cards tr.case, table.cards tr.case th {{ display: block; border: 0; padding: .3rem 0 0 }}
   table.cards tr {{ display: block; border: 1px solid var(--line); border-radius: .5rem; margin: 0 0 .7rem; padding: .3rem 0 }}
   table.cards td, table.cards td.n {{ display: flex; justify-content: space-between; gap: 1rem; border: 0; width: auto;
     text-align: right; white-space: normal; overflow-wrap: anywhere; padding: .15rem .6rem }}
@@ -169,7 +169,7 @@ def _machines(results: Sequence[Result]) -> str:
 
 
 def _sentences(results: Sequence[Result]) -> str:
-    lines = [escape(s[0].upper() + s[1:] if len(results) == 1 else s) + "." for s in shown.sentences(results)]
+    lines = [f"{escape(s)}." for s in shown.sentences(results)]
     return f"<h3>Side by side</h3>{_list(lines)}" if lines else ""
 
 
@@ -178,17 +178,26 @@ def _grid(found: Sequence[shown.Series], columns: Sequence[shown.Column]) -> str
     return cards(heads, lines, [c.number for c in columns])
 
 
-def cards(heads: Sequence[str], lines: Sequence[Sequence[str]], numbers: Sequence[bool], ours: Sequence[bool] = ()) -> str:
+def cards(heads: Sequence[str], lines: Sequence[Sequence[str]], numbers: Sequence[bool]) -> str:
     """A table that becomes a card for each line where the window is narrow."""
-    kinds = [' class="n"' if number else "" for number in numbers]
-    head = "".join(f"<th{kind}>{escape(text)}</th>" for kind, text in zip(kinds, heads, strict=True))
-    body = []
-    for i, line in enumerate(lines):
-        cells = zip(kinds, heads, line, strict=True)
-        inner = "".join(f'<td{kind} data-head="{escape(h, quote=True)}">{escape(text)}</td>' for kind, h, text in cells)
-        body.append(f"<tr{' class=ours' if ours and ours[i] else ''}>{inner}</tr>")
-    table = f'<table class="cards"><thead><tr>{head}</tr></thead><tbody>{"".join(body)}</tbody></table>'
-    return f'<div class="wide">{table}</div>'
+    return _table(heads, numbers, "".join(_line(heads, line, numbers) for line in lines))
+
+
+def _table(heads: Sequence[str], numbers: Sequence[bool], body: str) -> str:
+    head = "".join(f"<th{_kind(number)}>{escape(text)}</th>" for text, number in zip(heads, numbers, strict=True))
+    return f'<div class="wide"><table class="cards"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def _line(heads: Sequence[str], line: Sequence[str], numbers: Sequence[bool], kind: str = "") -> str:
+    cells = "".join(
+        f'<td{_kind(number)} data-head="{escape(head, quote=True)}">{escape(text)}</td>'
+        for head, text, number in zip(heads, line, numbers, strict=True)
+    )
+    return f"<tr{kind}>{cells}</tr>"
+
+
+def _kind(number: bool) -> str:
+    return ' class="n"' if number else ""
 
 
 def _troubles(results: Sequence[Result]) -> str:
@@ -209,11 +218,15 @@ def _kernels(results: Sequence[Result]) -> str:
 
 
 def _kernels_of(place: str, result: Result) -> str:
-    lines = list(kernel_table.lines(result.kernels, result.kernel_peaks))
-    numbers = [i >= kernel_table.WORDS for i in range(len(kernel_table.HEADS))]
-    table = cards(kernel_table.HEADS, lines, numbers, [k.ours for k in result.kernels])
     peaks = _list([escape(line) for line in kernel_table.peak_lines(result.kernel_peaks)])
-    return f"<h3>Kernels, {escape(place)}</h3>{peaks}{table}"
+    heads, width = kernel_table.HEADS, len(kernel_table.HEADS)
+    numbers = [i > 0 for i in range(width)]
+    body = []
+    for title, lines in kernel_table.cases(result.kernels, result.kernel_peaks):
+        name, _, what = title.partition(": ")
+        body.append(f'<tr class="case"><th colspan="{width}">{escape(name)} <span>{escape(what)}</span></th></tr>')
+        body += [_line(heads, line.texts, numbers, ' class="ours"' if line.ours else "") for line in lines]
+    return f"<h3>Kernels, {escape(place)}</h3>{peaks}{_table(heads, numbers, ''.join(body))}"
 
 
 def _notes(results: Sequence[Result]) -> str:
