@@ -179,7 +179,10 @@ def measure(backend: str, case: Case, clock: Clock, seconds: float) -> list[Kern
         if error <= tolerance:
             found = {"seconds": times[side.name], "error": finite, "passed": True, "inputs": len(sets)}
         else:
-            found = {"error": finite, "note": f"it does not compute the same: {error:.2g} away, {tolerance:.2g} allowed"}
+            found = {
+                "error": finite,
+                "note": f"it does not compute the same: {error:.2g} away, {tolerance:.2g} allowed",
+            }
         lines.append(line(side.name, side.ours, **found))
     return lines + [line(name, False, note=why) for name, why in case.refused.items()]
 

@@ -288,7 +288,9 @@ def _muon(shape: Shape, recipe: ModuleType, dtype: Any) -> Case:
     ]
     works = [cases.muon_work(L, m, n, MUON_STEPS) for L, m, n in of]
     work = cases.Work(sum(w.flops for w in works), sum(w.bytes for w in works))
-    return Case("optimizer", cases.muon_text(shape), "step", work, shape, make, sides, wide, tolerance=cases.MUON_TOLERANCE)
+    return Case(
+        "optimizer", cases.muon_text(shape), "step", work, shape, make, sides, wide, tolerance=cases.MUON_TOLERANCE
+    )
 
 
 def _adam(shape: Shape, recipe: ModuleType) -> Case:
@@ -318,7 +320,7 @@ def _adam(shape: Shape, recipe: ModuleType) -> Case:
 
     def mlxs(*given: mx.array) -> list[mx.array]:
         adam = optimizers.AdamW(ADAM_LR, list(ADAM_BETAS), ADAM_EPSILON, weight_decay=0.0, bias_correction=True)
-        held = {name: s for name, s in zip(names, _flat(given), strict=True)}
+        held = dict(zip(names, _flat(given), strict=True))
         adam.state["step"] = mx.array(step - 1, mx.uint64)
         for name in names:
             adam.state[name] = {"m": held[name][2], "v": held[name][3]}

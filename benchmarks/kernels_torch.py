@@ -191,7 +191,9 @@ def _cpu_attention(shape: Shape, recipe: ModuleType, dtype: torch.dtype) -> Iter
 
         works = tuple(cases.attention_work(shape, window, dtype.itemsize, back) for back in (False, True))
         sides = {"recipe (key slices)": ours, "PyTorch SDPA": sdpa, "plain PyTorch": formula}
-        yield from both_ways("attention", cases.attention_text(shape, window), shape, works, make, sides, formula, 3, {})  # type: ignore[arg-type]
+        yield from both_ways(
+            "attention", cases.attention_text(shape, window), shape, works, make, sides, formula, 3, {}
+        )  # type: ignore[arg-type]
 
 
 def plain_mlp(x: Tensor, w1: Tensor, w2: Tensor) -> Tensor:

@@ -1,14 +1,11 @@
 """Results as one self-contained HTML page, PNGs of its plots, and Markdown: no script, no font, nothing from elsewhere.
 
-    write([result], folder)          backends of one machine
-    write(results, folder)           machines side by side; results of different work in parts of their own
+write([result], folder)          backends of one machine
+write(results, folder)           machines side by side; results of different work in parts of their own
 """
 
 from __future__ import annotations
 
-import errno
-import os
-import shutil
 from collections.abc import Iterator, Sequence
 from html import escape
 from pathlib import Path
@@ -16,14 +13,14 @@ from typing import TYPE_CHECKING
 
 from benchmarks import kernel_table, markdown, plots, shown
 from benchmarks.results import Result
+from benchmarks.writing import write_files
 from console.page import STYLE
-from console.words import plural, size
+from console.words import plural
 from core.errors import UserError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-ROOM = 16 * 2**20  # bytes that a page and its pictures may need
 SERIES = "".join(f"--s{i}: {c}; " for i, c in enumerate(plots.OKABE_ITO))
 DARK = "".join(f"--s{i}: {c}; " for i, c in enumerate(plots.DARK))
 OWN_STYLE = f"""
@@ -31,7 +28,8 @@ OWN_STYLE = f"""
 @media (prefers-color-scheme: dark) {{ :root {{ {DARK}}} }}
 h3 {{ font-size: 1rem; margin: 1.6rem 0 .4rem }}
 .plots {{ columns: 21rem; column-gap: 1rem }}
-figure {{ break-inside: avoid; margin: 0 0 1rem; padding: .6rem; background: var(--panel); border-radius: .6rem; --ground: var(--panel) }}
+figure {{ break-inside: avoid; margin: 0 0 1rem; padding: .6rem; background: var(--panel);
+  border-radius: .6rem; --ground: var(--panel) }}
 svg text {{ font-family: system-ui, "Liberation Sans", sans-serif }}
 ul {{ padding-left: 1.2rem }}
 li {{ overflow-wrap: anywhere }}
@@ -41,11 +39,13 @@ tr.case span {{ color: var(--soft); font-weight: 400 }}
 @media (max-width: 44rem) {{
   table.cards thead {{ display: none }}
   table.cards tr.case, table.cards tr.case th {{ display: block; border: 0; padding: .3rem 0 0 }}
-  table.cards tr {{ display: block; border: 1px solid var(--line); border-radius: .5rem; margin: 0 0 .7rem; padding: .3rem 0 }}
+  table.cards tr {{ display: block; border: 1px solid var(--line); border-radius: .5rem; margin: 0 0 .7rem;
+    padding: .3rem 0 }}
   table.cards td, table.cards td.n {{ display: flex; justify-content: space-between; gap: 1rem; border: 0; width: auto;
     text-align: right; white-space: normal; overflow-wrap: anywhere; padding: .15rem .6rem }}
   table.cards td:empty {{ display: none }}
-  table.cards td::before {{ content: attr(data-head); color: var(--soft); text-align: left; flex: none; font-weight: 400 }}
+  table.cards td::before {{ content: attr(data-head); color: var(--soft); text-align: left; flex: none;
+    font-weight: 400 }}
 }}
 """
 ABOUT = (
@@ -63,51 +63,12 @@ def write(results: Sequence[Result], folder: Path) -> list[Path]:
     """
     if not results:
         raise UserError("there is no result to show", "run `autoresearch bench`, or name result files")
-    files: dict[str, bytes] = {}
-    with _explained(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(folder).free
-        if free < ROOM:
-            raise UserError(
-                f"{folder} has {size(free)} left, and a page may need {size(ROOM)}", "free some space, or name another"
-            )
-        files["index.html"] = html(results).encode("utf-8")
-        files["results.md"] = markdown.table(results).encode("utf-8")
-        for name, figure in pictures(results).items():
-            files[f"{name}.png"] = plots.png(figure)
-        return _replaced(files, folder)
 
+    def make() -> dict[str, bytes]:
+        files = {"index.html": html(results).encode(), "results.md": markdown.table(results).encode()}
+        return files | {f"{name}.png": plots.png(figure) for name, figure in pictures(results).items()}
 
-class _explained:  # noqa: N801 - reads as a verb where it is used
-    """A disk's errors as one sentence that says what to do."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if not isinstance(error, OSError):
-            return
-        why = "no space is left on the disk" if error.errno == errno.ENOSPC else (error.strerror or str(error))
-        raise UserError(f"the page cannot be written to {self.folder}: {why}", "name another folder") from error
-
-
-def _replaced(files: dict[str, bytes], folder: Path) -> list[Path]:
-    """All are written beside their places before the first is moved."""
-    written: list[tuple[Path, Path]] = []
-    try:
-        for name, content in files.items():
-            beside = folder / f".{name}.part"
-            written.append((beside, folder / name))
-            beside.write_bytes(content)
-        for beside, place in written:
-            os.replace(beside, place)
-    finally:
-        for beside, _ in written:
-            beside.unlink(missing_ok=True)
-    return [place for _, place in written]
+    return write_files(make, folder)
 
 
 def pictures(results: Sequence[Result]) -> dict[str, Figure]:
@@ -125,18 +86,24 @@ def pictures(results: Sequence[Result]) -> dict[str, Figure]:
 
 def html(results: Sequence[Result]) -> str:
     """The whole page."""
-    groups = shown.works(results)
     machines = plural(len({r.machine.id() for r in results}), "machine")
+    body = "".join(group(g) for g in shown.works(results))
+    foot = "Made by <code>autoresearch bench</code>. The figures are as good as the machines were idle."
+    return document("autoresearch bench", machines, ABOUT, body, foot)
+
+
+def document(title: str, subject: str, about: str, body: str, foot: str) -> str:
+    """A whole page. `body` and `foot` are HTML, the rest is text."""
     return f"""<!doctype html>
 <html lang="en">
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>autoresearch bench: {escape(machines)}</title>
+<title>{escape(title)}: {escape(subject)}</title>
 <style>{STYLE}{OWN_STYLE}</style>
-<h1>autoresearch bench</h1>
-<p class="scale">{escape(ABOUT)}</p>
-{"".join(group(g) for g in groups)}
-<footer>Made by <code>autoresearch bench</code>. The figures are as good as the machines were idle.</footer>
+<h1>{escape(title)}</h1>
+<p class="scale">{escape(about)}</p>
+{body}
+<footer>{foot}</footer>
 </html>
 """
 
@@ -159,18 +126,18 @@ def group(results: Sequence[Result]) -> str:
     return "".join(parts)
 
 
-def _list(lines: Sequence[str]) -> str:
+def bullets(lines: Sequence[str]) -> str:
     return f"<ul>{''.join(f'<li>{line}</li>' for line in lines)}</ul>" if lines else ""
 
 
 def _machines(results: Sequence[Result]) -> str:
     named = zip(shown.places(results), results, strict=True)
-    return _list([escape(markdown.machine_line(place, result)) for place, result in named])
+    return bullets([escape(markdown.machine_line(place, result)) for place, result in named])
 
 
 def _sentences(results: Sequence[Result]) -> str:
     lines = [f"{escape(s)}." for s in shown.sentences(results)]
-    return f"<h3>Side by side</h3>{_list(lines)}" if lines else ""
+    return f"<h3>Side by side</h3>{bullets(lines)}" if lines else ""
 
 
 def _grid(found: Sequence[shown.Series], columns: Sequence[shown.Column]) -> str:
@@ -205,12 +172,12 @@ def _troubles(results: Sequence[Result]) -> str:
         f"<strong>{escape(name)}</strong> ({escape(status)}): {escape(why)}"
         for name, status, why in shown.troubles(results)
     ]
-    return f"<h3>Not compared</h3>{_list(lines)}" if lines else ""
+    return f"<h3>Not compared</h3>{bullets(lines)}" if lines else ""
 
 
 def _parity(results: Sequence[Result]) -> str:
     lines = [f"{escape(s.name)}: {escape(shown.checked(s))}" for s in shown.series(results) if s.backend.parity]
-    return f"<h3>Same work</h3>{_list(lines)}" if lines else ""
+    return f"<h3>Same work</h3>{bullets(lines)}" if lines else ""
 
 
 def _kernels(results: Sequence[Result]) -> str:
@@ -218,7 +185,7 @@ def _kernels(results: Sequence[Result]) -> str:
 
 
 def _kernels_of(place: str, result: Result) -> str:
-    peaks = _list([escape(line) for line in kernel_table.peak_lines(result.kernel_peaks)])
+    peaks = bullets([escape(line) for line in kernel_table.peak_lines(result.kernel_peaks)])
     heads, width = kernel_table.HEADS, len(kernel_table.HEADS)
     numbers = [i > 0 for i in range(width)]
     body = []
@@ -242,5 +209,5 @@ def _notes(results: Sequence[Result]) -> str:
                     yield f"{escape(place)}, {escape(backend.name)}, energy: {escape(backend.energy.source)}"
             yield from (f"{escape(place)}: {escape(note)}" for note in result.notes)
 
-    found = _list(list(lines()))
+    found = bullets(list(lines()))
     return f"<h3>Peaks, energy, notes</h3>{found}" if found else ""

@@ -78,14 +78,16 @@ def scores(found: Sequence[Series]) -> Figure | None:
     values = [(i, s) for i, s in enumerate(found) if s.backend.bpbs()]
     if not values:
         return None
-    figure, axes = _frame(f"val_bpb after {values[0][1].result.work.budget:g} s", "val_bpb (lower is better)", len(values))
+    figure, axes = frame(
+        f"val_bpb after {values[0][1].result.work.budget:g} s", "val_bpb (lower is better)", len(values)
+    )
     for line, (i, s) in enumerate(values):
         axes.plot(s.backend.bpbs(), [line] * len(s.backend.bpbs()), MARKERS[i % 7], color=colour(i), markersize=8,
                   markeredgecolor=GROUND, alpha=0.9)  # fmt: skip
         mean = statistics.fmean(s.backend.bpbs())
         axes.annotate(f"{mean:.4f}", (max(s.backend.bpbs()), line), (9, 0), textcoords="offset points", va="center",
                       color=INK)  # fmt: skip
-    _categories(axes, [s.name for _, s in values])
+    categories(axes, [s.name for _, s in values])
     low, high = axes.get_xlim()
     room = max(high - low, 1e-3)
     axes.set_xlim(low - 0.05 * room, high + 0.28 * room)
@@ -103,17 +105,21 @@ def waits(found: Sequence[Series]) -> Figure | None:
         ("compile", lambda s: _median(s, "compile_seconds")),
         ("scoring", lambda s: s.backend.scoring_seconds() or 0.0),
     ]
-    figure, axes = _frame("Beside training", "seconds of an experiment", len(measured), legend=1)
+    figure, axes = frame("Beside training", "seconds of an experiment", len(measured), legend=1)
     left = np.zeros(len(measured))
     for i, (name, seconds) in enumerate(parts):
         widths = np.array([seconds(s) for s in measured])
-        axes.barh(range(len(measured)), widths, 0.6, left, color=colour(i), hatch=HATCHES[i], edgecolor=GROUND, label=name)
+        axes.barh(
+            range(len(measured)), widths, 0.6, left, color=colour(i), hatch=HATCHES[i], edgecolor=GROUND, label=name
+        )
         left += widths
     for line, total in enumerate(left):
-        axes.annotate(shown.seconds(float(total)), (total, line), (5, 0), textcoords="offset points", va="center", color=INK)
-    _categories(axes, [s.name for s in measured])
+        axes.annotate(
+            shown.seconds(float(total)), (total, line), (5, 0), textcoords="offset points", va="center", color=INK
+        )
+    categories(axes, [s.name for s in measured])
     axes.set_xlim(0, max(left.max() * 1.22, 1e-3))
-    _legend(figure, axes, 4)
+    legend(figure, axes, 4)
     return figure
 
 
@@ -122,12 +128,16 @@ def _median(s: Series, name: str) -> float:
 
 
 def _bars(
-    title: str, label: str, values: Sequence[tuple[str, Sequence[float]]], spell: Callable[[float], str], unit: float = 1.0
+    title: str,
+    label: str,
+    values: Sequence[tuple[str, Sequence[float]]],
+    spell: Callable[[float], str],
+    unit: float = 1.0,
 ) -> Figure | None:
     """Medians as bars, lowest and highest as a line, the median in words behind it."""
     if not values:
         return None
-    figure, axes = _frame(title, label, len(values))
+    figure, axes = frame(title, label, len(values))
     top = max(max(v) for _, v in values) / unit
     for line, (_, measured) in enumerate(values):
         middle, low, high = (f(measured) / unit for f in (statistics.median, min, max))
@@ -136,22 +146,22 @@ def _bars(
             axes.plot([low, high], [line, line], color=INK, linewidth=1.6, marker="|", markersize=9)
         axes.annotate(spell(middle * unit), (max(high, middle), line), (6, 0), textcoords="offset points", va="center",
                       color=INK)  # fmt: skip
-    _categories(axes, [name for name, _ in values])
+    categories(axes, [name for name, _ in values])
     axes.set_xlim(0, top * 1.3)
     axes.xaxis.set_major_formatter(lambda value, _: count(value) if value >= 1000 else f"{value:g}")
     return figure
 
 
-def _categories(axes: Axes, names: Sequence[str]) -> None:
+def categories(axes: Axes, names: Sequence[str]) -> None:
     axes.locator_params(axis="x", nbins=5)
-    axes.set_yticks(range(len(names)), [_short(n) for n in names])
+    axes.set_yticks(range(len(names)), [short(n) for n in names])
     axes.set_ylim(len(names) - 0.4, -0.6)
     axes.tick_params(axis="y", length=0)
     axes.grid(True, axis="x", color=LINE, linewidth=0.8)
     axes.grid(False, axis="y")
 
 
-def _short(name: str, most: int = 18) -> str:
+def short(name: str, most: int = 18) -> str:
     return name if len(name) <= most else name[: most - 1] + "…"
 
 
@@ -164,15 +174,15 @@ def loss(found: Sequence[Series]) -> Figure | None:
     if not curves:
         return None
     rows = -(-len(curves) // 2)
-    figure, axes = _frame("Training loss", "seconds of training", 6, legend=rows)
+    figure, axes = frame("Training loss", "seconds of training", 6, legend=rows)
     for i, s, points in curves:
         x, y = _smooth(points)
         axes.plot(x, y, color=colour(i), linestyle=DASHES[i % 7], linewidth=2, marker=MARKERS[i % 7], markersize=5,
-                  markevery=max(1, len(x) // 7), markeredgecolor=GROUND, label=_short(s.name))  # fmt: skip
+                  markevery=max(1, len(x) // 7), markeredgecolor=GROUND, label=short(s.name))  # fmt: skip
     axes.set_ylabel("nats per token", color=SOFT)
     axes.grid(True, axis="both", color=LINE, linewidth=0.8)
     axes.set_xlim(left=0)
-    _legend(figure, axes, 2)
+    legend(figure, axes, 2)
     return figure
 
 
@@ -206,11 +216,11 @@ def roofs(results: Sequence[Result]) -> list[tuple[str, list[KernelResult], Peak
 
 
 def roofline(name: str, lines: Sequence[KernelResult], peak: Peak) -> Figure:
-    """Achieved FLOP/s over FLOPs per byte (Williams et al. 2009): ours filled, others hollow; the roof measured there."""
+    """Achieved FLOP/s over FLOPs per byte (Williams et al. 2009): ours filled, others hollow."""
     from matplotlib.lines import Line2D
 
     kernels = list(dict.fromkeys(part(k) for k in lines))
-    figure, axes = _frame(f"Roofline, {name.replace('-', ' ')}", "FLOPs per byte that must be moved", 7, legend=2)
+    figure, axes = frame(f"Roofline, {name.replace('-', ' ')}", "FLOPs per byte that must be moved", 7, legend=2)
     x = [k.flops / k.bytes for k in lines]
     y = [k.flops_per_second() for k in lines]
     low, high = min(*x, peak.flops / peak.bandwidth) / 3, max(*x, peak.flops / peak.bandwidth) * 3
@@ -233,15 +243,17 @@ def roofline(name: str, lines: Sequence[KernelResult], peak: Peak) -> Figure:
                   xycoords="axes fraction", va="top", color=INK)  # fmt: skip
     handles = [Line2D([], [], color=colour(i), marker=MARKERS[i % 7], linestyle="", markersize=8, label=k)
                for i, k in enumerate(kernels)]  # fmt: skip
-    hollow = Line2D([], [], color=SOFT, marker="o", markerfacecolor="none", linestyle="", markersize=7, label="a peer's")
-    _legend(figure, axes, 3, [*handles, hollow])
+    hollow = Line2D(
+        [], [], color=SOFT, marker="o", markerfacecolor="none", linestyle="", markersize=7, label="a peer's"
+    )
+    legend(figure, axes, 3, [*handles, hollow])
     return figure
 
 
 # --- frame and files ------------------------------------------------------------------------------
 
 
-def _frame(title: str, label: str, lines: int, legend: int = 0) -> tuple[Figure, Axes]:
+def frame(title: str, label: str, lines: int, legend: int = 0) -> tuple[Figure, Axes]:
     """A figure with room for `lines` lines, and `legend` rows of a legend under it."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -263,7 +275,7 @@ def _frame(title: str, label: str, lines: int, legend: int = 0) -> tuple[Figure,
     return figure, axes
 
 
-def _legend(figure: Figure, axes: Axes, columns: int, handles: Sequence[Any] | None = None) -> None:
+def legend(figure: Figure, axes: Axes, columns: int, handles: Sequence[Any] | None = None) -> None:
     found = handles if handles is not None else axes.get_legend_handles_labels()[0]
     figure.legend(handles=list(found), loc="lower center", ncols=columns, frameon=False, fontsize=FONT, labelcolor=INK,
                   bbox_to_anchor=(0.5, 0.0), handlelength=2.2, columnspacing=1.1, borderaxespad=0.2)  # fmt: skip

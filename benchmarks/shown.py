@@ -249,4 +249,5 @@ def checked(one: Series) -> str:
         return "not checked"
     worst = max(held, key=lambda p: (p.difference or 0.0) / p.tolerance if p.tolerance else 0.0)
     away = "not finite" if worst.difference is None else f"{worst.difference:.1e}"
-    return f"{sum(p.passed for p in held)} of {len(held)} agree; nearest to its limit: {worst.worst}, {away} of {worst.tolerance:.0e}"
+    nearest = f"nearest to its limit: {worst.worst}, {away} of {worst.tolerance:.0e}"
+    return f"{sum(p.passed for p in held)} of {len(held)} agree; {nearest}"
