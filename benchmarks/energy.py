@@ -111,9 +111,7 @@ def _nvml(index: int) -> tuple[Counter | None, str]:
         pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)
     except pynvml.NVMLError as error:
         return None, f"not told: NVML: {error}"
-    return Counter(
-        lambda: pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1e3, "NVML: the whole card"
-    ), ""
+    return Counter(lambda: pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1e3, "NVML: the whole card"), ""
 
 
 # --- Macs --------------------------------------------------------------------------------------

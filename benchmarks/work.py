@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -191,7 +192,5 @@ def write_batches(chosen: BenchProfile, dataset: Dataset, file: Path) -> None:
         for step in range(chosen.fixed_steps):
             out[step] = stream.next(chosen.rows, chosen.context)
     out.flush()
-    import os
-
     for fd in fds:
         os.close(fd)
