@@ -1,4 +1,4 @@
-"""Joules of a stretch of work, where the machine tells: NVML for a card, RAPL for a processor, powermetrics on a Mac."""
+"""Joules of some work, where the machine tells: NVML for a card, RAPL for a processor, powermetrics on macOS."""
 
 from __future__ import annotations
 

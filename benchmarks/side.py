@@ -34,6 +34,7 @@ class Order:
     """What a side is asked. Paths never reach a result."""
 
     task: Literal["parity", "steps"]
+    name: str  # of the side
     backend: str
     recipe: str  # file
     folder: str  # for what it writes
@@ -65,11 +66,15 @@ def main() -> None:
 
 
 def parity(order: Order, device: Device) -> dict[str, Any]:
-    """Arrays of the reference checkpoint, in a file for the parent to compare."""
-    found = reference.computed(Path(order.recipe).read_bytes(), device, order.dtype or "float32")
-    file = Path(order.folder) / f"{order.backend}-{order.dtype or 'float32'}.npz"
-    np.savez(file, **{name: np.asarray(array, np.float32) for name, array in found.items()})
-    return {"file": str(file)}
+    """Arrays of the reference checkpoint, in files for the parent to compare: in float32, where backends agree best,
+    and in the dtype that is timed."""
+    recipe, files = Path(order.recipe).read_bytes(), {}
+    for dtype in dict.fromkeys(("float32", order.dtype or device.dtype.value)):
+        found = reference.computed(recipe, device, dtype)
+        files[dtype] = str(Path(order.folder) / f"{order.name}-{dtype}.npz")
+        np.savez(files[dtype], **{name: np.asarray(array, np.float32) for name, array in found.items()})
+        tell("parity", dtype=dtype)
+    return {"files": files}
 
 
 # --- steps -------------------------------------------------------------------------------------
