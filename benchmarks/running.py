@@ -287,7 +287,7 @@ def assembled(taken: _Taken, profile: BenchProfile) -> BackendResult:
     base = BackendResult(
         name=contender.name,
         status="measured",
-        recipe="shipped" if contender.shipped else hashlib.sha256(contender.recipe.read_bytes()).hexdigest()[:12],
+        recipe=_recipe(contender),
         parity=list(taken.parity),
         **taken.facts,
     )
@@ -309,6 +309,12 @@ def assembled(taken: _Taken, profile: BenchProfile) -> BackendResult:
     if taken.failed:
         return replace(base, status="crashed", reason=taken.failed)
     return base if answers else replace(base, status="crashed", reason="it was not measured: the bench ended before")
+
+
+def _recipe(contender: Contender) -> str:
+    if contender.name == UPSTREAM:
+        return "its own"
+    return "shipped" if contender.shipped else hashlib.sha256(contender.recipe.read_bytes()).hexdigest()[:12]
 
 
 def speed(answers: Sequence[Mapping[str, Any]], places: Sequence[int], profile: BenchProfile) -> Speed:
