@@ -180,7 +180,7 @@ class BackendResult:
     name: str  # "cpu", "mlx", "cuda", "rtx", "upstream"
     status: Status
     reason: str = ""  # of every status but "measured", for people
-    recipe: str = "shipped"  # or the first 12 hex digits of the SHA-256 of another train.py
+    recipe: str = "shipped"  # "its own" (upstream), or 12 hex digits of the SHA-256 of another train.py
     departs: list[str] = field(default_factory=list)  # with "different": "the sliding window is dropped", ...
     device: str = ""
     dtype: str = ""
@@ -263,8 +263,33 @@ class Result:
 # --- files -------------------------------------------------------------------------------------
 
 
+def plain(result: Result) -> dict[str, Any]:
+    """The result as JSON's own types."""
+    found: dict[str, Any] = _finite(asdict(result))
+    return found
+
+
 def dumps(result: Result) -> str:
-    return json.dumps(_finite(asdict(result)), indent=1, sort_keys=False, ensure_ascii=True) + "\n"
+    return json.dumps(plain(result), indent=1, ensure_ascii=True) + "\n"
+
+
+def reserve(path: Path, chosen_by_user: bool) -> Path:
+    """A place for a new result that can be written to, known before minutes of work. UserError where it cannot, or
+    where a file that the user named exists; a name of our own is counted up instead."""
+    path = path.expanduser().absolute()
+    if chosen_by_user and path.exists():
+        raise UserError(f"{path} exists", "name another file with --out, or remove it")
+    tried = (path.with_name(f"{path.stem}-{i}{path.suffix}") for i in range(2, 1000))
+    while path.exists():
+        path = next(tried)
+    probe = path.with_name(path.name + ".part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        probe.write_bytes(b"")
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror}", "name another place with --out") from None
+    return path
 
 
 def save(result: Result, path: Path) -> None:
