@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from benchmarks import lab_table, page, plots
 from benchmarks.lab_facts import LabFacts
-from benchmarks.markdown import escaped
+from benchmarks.markdown import escaped, rows
 from benchmarks.transfer import Run, compare
 from benchmarks.writing import write_files
 
@@ -51,25 +51,18 @@ def facts(labs: Sequence[LabFacts]) -> list[str]:
 
 
 def markdown(labs: Sequence[LabFacts], lines: Sequence[lab_table.Line], runs: Sequence[Run]) -> str:
-    def rows() -> Iterator[str]:
+    def written() -> Iterator[str]:
         yield from (f"- {escaped(fact)}" for fact in [*facts(labs), *lab_table.sentences(labs)])
         yield ""
         if lines:
-            yield from _grid(heads(labs), [texts(line) for line in lines])
+            yield from rows(heads(labs), [texts(line) for line in lines], [False] * (len(labs) + 2))
         else:
             yield "No lab has kept anything yet."
         if runs:
             yield ""
-            yield from _grid(TRANSFER_HEADS, list(transfers(runs, labs)))
+            yield from rows(TRANSFER_HEADS, list(transfers(runs, labs)), [False, False, False, True, False])
 
-    return "\n".join(rows()) + "\n"
-
-
-def _grid(names: Sequence[str], lines: Sequence[Sequence[str]]) -> Iterator[str]:
-    yield f"| {' | '.join(map(escaped, names))} |"
-    yield f"|{' --- |' * len(names)}"
-    for line in lines:
-        yield f"| {' | '.join(map(escaped, line))} |"
+    return "\n".join(written()) + "\n"
 
 
 def write(labs: Sequence[LabFacts], lines: Sequence[lab_table.Line], runs: Sequence[Run], folder: Path) -> list[Path]:

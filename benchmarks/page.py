@@ -111,7 +111,7 @@ def document(title: str, subject: str, about: str, body: str, foot: str) -> str:
 def group(results: Sequence[Result]) -> str:
     """Everything about results of one work."""
     found, named = shown.series(results), shown.named(results)
-    parts = [f"<section><h2>{escape(markdown.work_line(results[0]))}</h2>", _machines(results), _sentences(results)]
+    parts = [f"<section><h2>{escape(markdown.work_line(results[0]))}</h2>", _machines(results)]
     figures = [
         f"<figure>{plots.svg(figure, f'{results[0].work_id[:6]} {name}')}</figure>"
         for name, figure in plots.plots(results).items()
@@ -122,7 +122,14 @@ def group(results: Sequence[Result]) -> str:
         parts.append('<p class="soft">Nothing was measured.</p>')
     for title, columns in markdown.TABLES if found else ():
         parts.append(f"<h3>{escape(title)}</h3>{_grid(found, [*named, *columns])}")
-    parts += [_troubles(results), _parity(results), _kernels(results), _notes(results), "</section>\n"]
+    parts += [
+        _against(results),
+        _troubles(results),
+        _parity(results),
+        _kernels(results),
+        _notes(results),
+        "</section>\n",
+    ]
     return "".join(parts)
 
 
@@ -135,9 +142,15 @@ def _machines(results: Sequence[Result]) -> str:
     return bullets([escape(markdown.machine_line(place, result)) for place, result in named])
 
 
-def _sentences(results: Sequence[Result]) -> str:
-    lines = [f"{escape(s)}." for s in shown.sentences(results)]
-    return f"<h3>Side by side</h3>{bullets(lines)}" if lines else ""
+def _against(results: Sequence[Result]) -> str:
+    heads, lines = shown.against(results)
+    if not lines:
+        return ""
+    how = (
+        "Multiples of the first's median, with the 95 % interval over the repeats; within noise is what the repeats, or "
+        "two benches of one machine, differ by anyway."
+    )
+    return f'<h3>Side by side</h3><p class="soft">{how}</p>{cards(heads, lines, [False] + [True] * (len(heads) - 1))}'
 
 
 def _grid(found: Sequence[shown.Series], columns: Sequence[shown.Column]) -> str:

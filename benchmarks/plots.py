@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from benchmarks import shown
+from benchmarks import comparing, shown
 from benchmarks.kernel_table import byte_text, part, rate_text
 from benchmarks.results import KernelResult, Peak, Result
 from benchmarks.shown import Series
@@ -209,7 +209,7 @@ def roofs(results: Sequence[Result]) -> list[tuple[str, list[KernelResult], Peak
         for key, peak in result.kernel_peaks.items():
             backend, _, dtype = key.partition("/")
             lines = [k for k in result.kernels if k.backend == backend and k.dtype == dtype and k.passed and k.seconds]
-            suffix = f"-{shown.letter(i)}" if len(results) > 1 else ""
+            suffix = f"-{comparing.letter(i)}" if len(results) > 1 else ""
             if lines and peak.flops > 0 and peak.bandwidth > 0:
                 found.append((f"{backend}-{dtype}{suffix}", lines, peak))
     return found

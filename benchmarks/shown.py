@@ -1,16 +1,17 @@
 """What tables, pages and plots show of results: the series to be compared, their figures as text, and what is noise.
 
 A series is one backend on one machine. Every figure that was measured several times is shown as its median with the
-lowest and the highest; two series whose ranges meet differ by no more than noise, and that is said.
+lowest and the highest. What is noise is `benchmarks.comparing`'s to say.
 """
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from string import ascii_uppercase
 
+from benchmarks import comparing
+from benchmarks.metrics import METRICS
 from benchmarks.results import BackendResult, Result
 from console.words import count, duration, size
 
@@ -21,7 +22,7 @@ NONE = "-"
 class Series:
     """One backend on one machine that did the work."""
 
-    name: str  # "mlx", or "mlx on B" where there are several machines
+    name: str  # "mlx", or "B mlx" where there are several machines
     place: str  # the machine's line: "A: AMD EPYC, 2 cores, 24 GiB"
     result: Result
     backend: BackendResult
@@ -31,13 +32,7 @@ def places(results: Sequence[Result]) -> list[str]:
     """The machines' lines, with a letter before each where there are several."""
     if len(results) == 1:
         return [results[0].machine.label]
-    return [f"{letter(i)}: {r.machine.label}" for i, r in enumerate(results)]
-
-
-def letter(number: int) -> str:
-    """0 -> A, 25 -> Z, 26 -> AA."""
-    high, low = divmod(number, len(ascii_uppercase))
-    return (letter(high - 1) if high else "") + ascii_uppercase[low]
+    return [f"{comparing.letter(i)}: {r.machine.label}" for i, r in enumerate(results)]
 
 
 def series(results: Sequence[Result], every: bool = False) -> list[Series]:
@@ -45,13 +40,14 @@ def series(results: Sequence[Result], every: bool = False) -> list[Series]:
     found = []
     for i, (result, place) in enumerate(zip(results, places(results), strict=True)):
         for backend in result.backends if every else result.measured():
-            suffix = f" on {letter(i)}" if len(results) > 1 else ""
-            found.append(Series(shown_name(backend) + suffix, place, result, backend))
+            prefix = f"{comparing.letter(i)} " if len(results) > 1 else ""
+            found.append(Series(prefix + shown_name(backend), place, result, backend))
     return found
 
 
 def shown_name(backend: BackendResult) -> str:
-    return backend.name if backend.recipe == "shipped" else f"{backend.name} ({backend.recipe})"
+    usual = backend.recipe in ("shipped", "its own")  # upstream runs its own
+    return backend.name if usual else f"{backend.name} ({backend.recipe})"
 
 
 def works(results: Sequence[Result]) -> list[list[Result]]:
@@ -194,42 +190,32 @@ def grid(found: Sequence[Series], columns: Sequence[Column]) -> tuple[list[str],
     return [c.head for c in columns], [[c.text(one) for c in columns] for one in found]
 
 
-# --- against the fastest ----------------------------------------------------------------------------
+# --- against the first ------------------------------------------------------------------------------
+
+VERDICTS = {"better": "better", "worse": "worse", "within noise": "within noise", "not told": "too few repeats to tell"}
 
 
-@dataclass(frozen=True)
-class Against:
-    """How one series stands to another. Ratios over one: it is faster."""
-
-    one: Series
-    other: Series
-    ratio: float
-    low: float
-    high: float
-
-    @property
-    def noise(self) -> bool:
-        """Whether the ranges of the repeats meet."""
-        return self.low <= 1 <= self.high
-
-
-def against(one: Series, other: Series) -> Against | None:
-    """Tokens per second as a ratio of medians; its range is that of the repeats against each other."""
-    mine, its = speeds(one), speeds(other)
-    if not mine or not its:
-        return None
-    ratio = statistics.median(mine) / statistics.median(its)
-    return Against(one, other, ratio, min(mine) / max(its), max(mine) / min(its))
+def against(results: Sequence[Result]) -> tuple[list[str], list[list[str]]]:
+    """Heads and lines: each metric of every series as a multiple of the first's, and whether that is noise."""
+    found = comparing.columns(results)
+    if len(found) < 2:
+        return [], []
+    others = [{d.metric: d for d in comparing.compare(found[0], column)} for column in found[1:]]
+    heads = ["against " + found[0].label, *(column.label for column in found[1:])]
+    lines = []
+    for metric in METRICS:
+        cells = [_difference(other[metric.name]) for other in others]
+        if any(cells):
+            lines.append([metric.name, *(cell or NONE for cell in cells)])
+    return heads, lines
 
 
-def sentences(results: Sequence[Result]) -> Iterator[str]:
-    """One for each series but the fastest: how much slower, and whether that is noise."""
-    found = sorted((s for s in series(results) if speeds(s)), key=lambda s: -statistics.median(speeds(s)))
-    for other in found[1:]:
-        if (pair := against(found[0], other)) is None:
-            continue
-        words = f"{pair.ratio:.2f} times as many tokens/s as {other.name} ({pair.low:.2f} to {pair.high:.2f})"
-        yield f"{found[0].name} makes {words}" + ("; that is within the noise" if pair.noise else "")
+def _difference(found: comparing.Difference) -> str:
+    """'0.40x (0.37 to 0.42), worse'; empty where one of the two was not measured."""
+    if found.ratio is None:
+        return ""
+    reach = f" ({found.low:.2f} to {found.high:.2f})" if found.low is not None and found.high is not None else ""
+    return f"{found.ratio:.2f}x{reach}, {VERDICTS[found.verdict]}"
 
 
 def troubles(results: Sequence[Result]) -> list[tuple[str, str, str]]:
