@@ -21,7 +21,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 
 from benchmarks.results import KernelResult, Peak
-from core.errors import UserError
+from benchmarks.work import BenchProfile
 
 Direction = Literal["forward", "both", "step"]  # both: forward and backward; step: of an optimizer
 TOLERANCE = {"float32": 1e-4, "bfloat16": 0.03, "float16": 0.01}  # of the root mean square of what is wanted
@@ -51,13 +51,6 @@ class Shape:
     @property
     def tokens(self) -> int:
         return self.rows * self.context
-
-
-SHAPES = {
-    "tiny": Shape("tiny", 16, 256, 1, 128, 4, 8192),
-    "small": Shape("small", 8, 1024, 4, 128, 4, 8192),
-    "gpu": Shape("gpu", 64, 2048, 4, 128, 8, 8192),
-}
 
 
 @dataclass(frozen=True)
@@ -159,32 +152,47 @@ def _fastest(clock: Clock, call: Callable[[], Any], seconds: float) -> float:
 
 def measure(backend: str, case: Case, clock: Clock, seconds: float) -> list[KernelResult]:
     """Every side of the case: first held to the reference, then timed in turns for about `seconds` each."""
-    small, tolerance = replace(case.shape, rows=max(1, case.shape.rows // 8)), case.tolerance[clock.dtype]
-    wanted = [clock.array(x) for x in case.reference(*case.make(0, small))]
-    errors = {side.name: worst(clock, side.run(*case.make(0, small)), wanted) for side in case.sides}
+    tolerance, refused = case.tolerance[clock.dtype], dict(case.refused)
+    errors: dict[str, float] = {}
+    for name, tried in checked(case, clock).items():
+        if isinstance(tried, str):
+            refused[name] = tried
+        else:
+            errors[name] = tried
     sets = rotated(case, clock)
-    times = timed([side for side in case.sides if errors[side.name] <= tolerance], sets, clock, seconds)
+    able = [side for side in case.sides if errors.get(side.name, math.inf) <= tolerance]
+    times = timed(able, sets, clock, seconds)
+    ours = {side.name for side in case.sides if side.ours}
 
-    def line(name: str, ours: bool, **found: Any) -> KernelResult:
+    def line(name: str, **found: Any) -> KernelResult:
         given: dict[str, Any] = {"seconds": [], "error": None, "passed": False, **found}
         return KernelResult(
             case.kernel, name, backend, case.direction, clock.dtype, case.what, flops=case.work.flops,
-            bytes=case.work.bytes, tolerance=tolerance, ours=ours, **given,
+            bytes=case.work.bytes, tolerance=tolerance, ours=name in ours, **given,
         )  # fmt: skip
 
     lines = []
-    for side in case.sides:
-        error = errors[side.name]
+    for name, error in errors.items():
         finite = error if math.isfinite(error) else None
-        if error <= tolerance:
-            found = {"seconds": times[side.name], "error": finite, "passed": True, "inputs": len(sets)}
+        if name in times:
+            lines.append(line(name, seconds=times[name], error=finite, passed=True, inputs=len(sets)))
         else:
-            found = {
-                "error": finite,
-                "note": f"it does not compute the same: {error:.2g} away, {tolerance:.2g} allowed",
-            }
-        lines.append(line(side.name, side.ours, **found))
-    return lines + [line(name, False, note=why) for name, why in case.refused.items()]
+            why = f"it does not compute the same: {error:.2g} away, {tolerance:.2g} allowed"
+            lines.append(line(name, error=finite, note=why))
+    return lines + [line(name, note=why) for name, why in refused.items()]
+
+
+def checked(case: Case, clock: Clock) -> dict[str, float | str]:
+    """Side -> how far it is from the reference, or why it cannot do the case at all."""
+    small = replace(case.shape, rows=max(1, case.shape.rows // 8))
+    wanted = [clock.array(x) for x in case.reference(*case.make(0, small))]
+    found: dict[str, float | str] = {}
+    for side in case.sides:
+        try:
+            found[side.name] = worst(clock, side.run(*case.make(0, small)), wanted)
+        except Exception as error:  # noqa: BLE001 - compilers' and peers' errors share no base but this
+            found[side.name] = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+    return found
 
 
 def rotated(case: Case, clock: Clock) -> list[tuple[Any, ...]]:
@@ -297,7 +305,8 @@ def linux_cache(folder: Path = Path("/sys/devices/system/cpu/cpu0/cache")) -> in
     return max(found, default=LAST_LEVEL_CACHE)
 
 
-def shape_of(name: str) -> Shape:
-    if name not in SHAPES:
-        raise UserError(f"there is no bench profile {name!r}", f"known are: {', '.join(SHAPES)}")
-    return SHAPES[name]
+def shape_of(profile: BenchProfile) -> Shape:
+    """The bench's model, and the rows that go through it at once."""
+    depth, aspect, head = (int(profile.model[name]) for name in ("DEPTH", "ASPECT_RATIO", "HEAD_DIM"))
+    heads = -(-depth * aspect // head)
+    return Shape(profile.name, profile.micro_rows, profile.context, heads, head, depth, profile.vocab_size)

@@ -214,8 +214,10 @@ def _difference(found: comparing.Difference) -> str:
     """'0.40x (0.37 to 0.42), worse'; empty where one of the two was not measured."""
     if found.ratio is None:
         return ""
-    reach = f" ({found.low:.2f} to {found.high:.2f})" if found.low is not None and found.high is not None else ""
-    return f"{found.ratio:.2f}x{reach}, {VERDICTS[found.verdict]}"
+    digits = 3 if abs(found.ratio - 1) < 0.1 else 2
+    known = found.low is not None and found.high is not None
+    reach = f" ({found.low:.{digits}f} to {found.high:.{digits}f})" if known else ""
+    return f"{found.ratio:.{digits}f}x{reach}, {VERDICTS[found.verdict]}"
 
 
 def troubles(results: Sequence[Result]) -> list[tuple[str, str, str]]:
