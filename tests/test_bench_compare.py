@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks import comparing, results
@@ -185,6 +185,7 @@ def test_val_bpb_is_judged_over_seeds():
     assert verdict("val_bpb in the budget", a, backend("b", 0.1, bpb=())) == "not told"
 
 
+@settings(deadline=None)
 @given(
     st.lists(st.floats(0.01, 100.0), min_size=2, max_size=9),
     st.lists(st.floats(0.01, 100.0), min_size=2, max_size=9),
