@@ -14,8 +14,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from benchmarks.machine import anonymous
 from benchmarks.side import Order
-from core.doctor import redact
 from core.paths import project_root
 from core.sandbox import preloaded
 
@@ -113,4 +113,4 @@ def _reason(code: int, expired: bool, limit: float, last: str, errors: str) -> s
         how = f"killed by {signal.Signals(-code).name}"
     else:
         how = f"ended with status {code}"
-    return redact(f"{how} {last}" + (f": {said[:300]}" if said else ""))
+    return anonymous(f"{how} {last}" + (f": {said[:300]}" if said else ""))
