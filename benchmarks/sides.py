@@ -61,6 +61,8 @@ def listen(
         expired = threading.Event()
         timer = threading.Timer(limit, lambda: (expired.set(), _end(process)))
         timer.start()
+        # What it left running would hold the pipe open, and so us.
+        threading.Thread(target=lambda: (process.wait(), _end(process)), daemon=True).start()
         try:
             found, last = _events(process, told)
             process.wait()
