@@ -57,7 +57,12 @@ def bench_verb(
     file = results.reserve(out or Path(f"bench-{chosen.name}-{date.today().isoformat()}.json"), out is not None)
     dataset = prepare(chosen.data, vocab_size=chosen.vocab_size, progress=lambda line: _aside(screen, line))
     _aside(screen, f"{hardware.summary()}; profile {chosen.name}: {chosen.about}")
-    result = measured(screen, plan, dataset, hardware, file)
+    try:
+        result = measured(screen, plan, dataset, hardware, file)
+    except KeyboardInterrupt:
+        if file.exists():
+            _aside(screen, f"what was measured so far is in {file}")
+        raise
     written = keep_or_tell(screen, result, file)
     screen.document(results.plain(result))
     shown([result], screen, markdown, page)

@@ -59,10 +59,19 @@ def listen(
             start_new_session=True,
         )  # fmt: skip
         expired = threading.Event()
-        timer = threading.Timer(limit, lambda: (expired.set(), _end(process)))
+
+        def expire() -> None:
+            expired.set()
+            _end(process)
+
+        def clear_up() -> None:
+            """What it left running would hold the pipe open, and so us."""
+            process.wait()
+            _end(process)
+
+        timer = threading.Timer(limit, expire)
         timer.start()
-        # What it left running would hold the pipe open, and so us.
-        threading.Thread(target=lambda: (process.wait(), _end(process)), daemon=True).start()
+        threading.Thread(target=clear_up, daemon=True).start()
         try:
             found, last = _events(process, told)
             process.wait()
