@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,8 @@ from benchmarks.work import BenchProfile
 from cli import cli
 from console.output import Screen
 from core.errors import UserError
+from core.facts import Power
+from core.hardware import probe
 
 SMALL = BenchProfile(
     name="tiny",
@@ -137,6 +140,13 @@ def test_a_result_that_cannot_be_written_is_printed(tmp_path, capsys):
     said = capsys.readouterr()
     assert "no space is left on the disk" in said.err
     assert results.parse(json.loads(said.out), "stdout") == made
+
+
+def test_a_busy_machine_and_a_battery_are_noted():
+    hardware = replace(probe(), threads=4, power=Power(plugged=False))
+    said = list(bench.notes(hardware, {"others_cores": 1.5}))
+    assert "1.5 of 4 processors" in said[0] and "battery" in said[1]
+    assert not list(bench.notes(replace(hardware, power=Power()), {"others_cores": 0.1}))
 
 
 # --- sides -------------------------------------------------------------------------------------
