@@ -95,7 +95,7 @@ def notes(hardware: Hardware, health: Mapping[str, Any]) -> Iterator[str]:
     """What to know when reading the result."""
     others = float(health.get("others_cores", 0.0))
     if others > BUSY * hardware.threads:
-        yield f"other programs kept {others:.1f} of {hardware.threads} processors busy: measure again on a quiet machine"
+        yield f"others kept {others:.1f} of {hardware.threads} processors busy: measure again on a quiet machine"
     if hardware.power.plugged is False:
         yield "the machine ran on battery, which slows many down"
 
