@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
 from datetime import date
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import backends
 from benchmarks import results, running, work
@@ -21,6 +23,7 @@ from core import hardware as machines
 from core import locks
 from core.errors import UserError
 from core.hardware import Hardware
+from core.health import Watch
 from prepare import prepare
 
 if TYPE_CHECKING:
@@ -29,6 +32,7 @@ if TYPE_CHECKING:
 SEEDS = (42, 43, 44, 45, 46, 47, 48, 49)
 REPEATS, QUICK_REPEATS = 5, 3
 SCORED, QUICK_SCORED = 3, 1
+BUSY = 0.1  # share of the machine's processors that others keep busy, above which a result says so
 
 
 def bench_verb(
@@ -57,7 +61,12 @@ def bench_verb(
     file = results.reserve(out or Path(f"bench-{chosen.name}-{date.today().isoformat()}.json"), out is not None)
     dataset = prepare(chosen.data, vocab_size=chosen.vocab_size, progress=lambda line: _aside(screen, line))
     _aside(screen, f"{hardware.summary()}; profile {chosen.name}: {chosen.about}")
-    result = measured(screen, plan, dataset, hardware, file)
+    try:
+        result = measured(screen, plan, dataset, hardware, file)
+    except KeyboardInterrupt:
+        if file.exists():
+            _aside(screen, f"what was measured so far is in {file}")
+        raise
     written = keep_or_tell(screen, result, file)
     screen.document(results.plain(result))
     shown([result], screen, markdown, page)
@@ -77,8 +86,18 @@ def measured(screen: Screen, plan: running.Plan, dataset: Dataset, hardware: Har
         progress = stack.enter_context(telling(screen, stages(plan)))
         machine = fingerprint(hardware, names)
         described = work.describe(plan.profile, dataset)
+        watch = Watch(os.getpid())
         run = running.Run(plan, dataset, described, machine, folder, lambda r: _keep(r, file), progress)
-        return run.go()
+        return replace(run.go(), notes=list(notes(hardware, watch.report())))
+
+
+def notes(hardware: Hardware, health: Mapping[str, Any]) -> Iterator[str]:
+    """What to know when reading the result."""
+    others = float(health.get("others_cores", 0.0))
+    if others > BUSY * hardware.threads:
+        yield f"others kept {others:.1f} of {hardware.threads} processors busy: measure again on a quiet machine"
+    if hardware.power.plugged is False:
+        yield "the machine ran on battery, which slows many down"
 
 
 def _aside(screen: Screen, line: str) -> None:

@@ -19,6 +19,7 @@ from benchmarks.results import BackendResult, Result, Work
 from core.errors import UserError
 
 CONFIDENCE = 0.95
+TINY = 1e-18  # a variance of logarithms that is rounding
 Verdict = Literal["better", "worse", "within noise", "not told"]
 
 
@@ -117,12 +118,15 @@ def interval(a: Sequence[float], b: Sequence[float]) -> tuple[float | None, floa
         return None, None
     x, y = [math.log(v) for v in a], [math.log(v) for v in b]
     middle = statistics.fmean(y) - statistics.fmean(x)
-    if statistics.pvariance(x) + statistics.pvariance(y) == 0:  # repeats that do not differ at all
+    parts = [(statistics.variance(side) / len(side), len(side) - 1) for side in (x, y)]  # variance of the mean, freedom
+    variance = sum(v for v, _ in parts)
+    if variance < TINY:  # repeats that do not differ at all
         return math.exp(middle), math.exp(middle)
-    from scipy.stats import ttest_ind
+    from scipy.special import stdtrit
 
-    found = ttest_ind(y, x, equal_var=False).confidence_interval(CONFIDENCE)
-    return math.exp(found.low), math.exp(found.high)
+    freedom = variance**2 / sum(v**2 / n for v, n in parts)  # Welch and Satterthwaite
+    half = float(stdtrit(freedom, (1 + CONFIDENCE) / 2)) * math.sqrt(variance)
+    return math.exp(middle - half), math.exp(middle + half)
 
 
 def _judge(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import platform
+import re
 from collections.abc import Iterable
 
 from benchmarks.results import Accelerator, Machine
@@ -13,7 +14,13 @@ from core.hardware import Hardware
 from core.paths import project_root
 
 LIBRARIES = ("autoresearch", "torch", "mlx", "triton", "numpy")
+FOLDERS = re.compile(r"(?<![\w<./\\])(?:[A-Za-z]:)?(?:[\\/][^\s'\":,;()\\/]+)+[\\/](?=[^\s'\":,;()\\/]+)")
 MEASURING = ("benchmarks/side.py", "benchmarks/work.py", "backends/reference.py", "backends/worker.py")
+
+
+def anonymous(text: str) -> str:
+    """A message as a result may hold it: no folders, no names of users and hosts, no keys."""
+    return redact(FOLDERS.sub("", text))
 
 
 def fingerprint(hardware: Hardware, backends: Iterable[str]) -> Machine:
@@ -21,9 +28,9 @@ def fingerprint(hardware: Hardware, backends: Iterable[str]) -> Machine:
     if hardware.chip:
         cards = [Accelerator(hardware.chip, hardware.memory, "Apple GPU, unified memory")]
     return Machine(
-        label=redact(hardware.summary()),
+        label=anonymous(hardware.summary()),
         os=hardware.os,
-        release=redact(hardware.release),
+        release=anonymous(hardware.release),
         machine=hardware.machine,
         cpu=hardware.cpu,
         flags=list(hardware.flags),

@@ -13,6 +13,7 @@ import json
 import math
 import statistics
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -300,7 +301,8 @@ def save(result: Result, path: Path) -> None:
         temporary.write_text(dumps(result), encoding="utf-8")
         temporary.replace(path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
         why = "no space is left on the disk" if error.errno == errno.ENOSPC else (error.strerror or str(error))
         raise UserError(
             f"{path} cannot be written: {why}", "free some space, or name another file with --out"

@@ -22,13 +22,13 @@ import numpy as np
 import backends
 from backends.reference import LIBRARIES
 from benchmarks import parity, sides, upstream
+from benchmarks.machine import anonymous
 from benchmarks.results import BackendResult, Energy, Fixed, Machine, Parity, Peak, Result, Score, Speed, Work
 from benchmarks.scoring import Scoring, score
 from benchmarks.side import Order
 from benchmarks.work import BenchProfile, initial, shapes, write_batches
 from core import hardware as machines
 from core.data import Dataset
-from core.doctor import redact
 from core.errors import UserError
 from core.hardware import Hardware
 
@@ -275,7 +275,7 @@ class Run:
         )
 
     def _ended(self, text: str) -> None:
-        self.progress.done(redact(text))
+        self.progress.done(anonymous(text))
         self.keep(self.result())
 
 
@@ -294,7 +294,7 @@ def assembled(taken: _Taken, profile: BenchProfile) -> BackendResult:
     if contender.obstacle:
         return replace(base, status="unavailable", reason=contender.obstacle)
     if taken.departs:
-        departs = [redact(d) for d in taken.departs]
+        departs = [anonymous(d) for d in taken.departs]
         return replace(base, status="different", reason="it does not compute the reference model", departs=departs)
     if answers:
         base = replace(
@@ -360,7 +360,7 @@ def energy(answers: Sequence[Mapping[str, Any]], profile: BenchProfile) -> Energ
     found = [a["energy"] for a in answers]
     told = [e for e in found if e["joules"] is not None]
     if not told:
-        return Energy(None, None, redact(found[0]["source"]))
+        return Energy(None, None, anonymous(found[0]["source"]))
     tokens = (len(answers[0]["seconds"]) - profile.warm_steps) * profile.batch_tokens
     joules = statistics.median(e["joules"] for e in told)
     return Energy(joules / tokens, statistics.median(e["watts"] for e in told), told[0]["source"])

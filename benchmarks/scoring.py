@@ -7,10 +7,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.machine import anonymous
 from benchmarks.results import Score
 from benchmarks.work import BenchProfile
 from core.data import Dataset
-from core.doctor import redact
 from core.outcome import Event, Outcome, Request
 from core.recipe import replace
 from core.referee import execute
@@ -72,7 +72,7 @@ def taken(outcome: Outcome, seed: int) -> Score:
     return Score(
         seed=seed,
         val_bpb=outcome.val_bpb if outcome.status == "scored" else None,
-        reason="" if outcome.status == "scored" else redact(f"{outcome.status}: {outcome.reason}"),
+        reason="" if outcome.status == "scored" else anonymous(f"{outcome.status}: {outcome.reason}"),
         steps=outcome.steps,
         tokens=outcome.tokens,
         training_seconds=outcome.training_seconds,

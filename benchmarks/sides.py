@@ -14,8 +14,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from benchmarks.machine import anonymous
 from benchmarks.side import Order
-from core.doctor import redact
 from core.paths import project_root
 from core.sandbox import preloaded
 
@@ -59,8 +59,19 @@ def listen(
             start_new_session=True,
         )  # fmt: skip
         expired = threading.Event()
-        timer = threading.Timer(limit, lambda: (expired.set(), _end(process)))
+
+        def expire() -> None:
+            expired.set()
+            _end(process)
+
+        def clear_up() -> None:
+            """What it left running would hold the pipe open, and so us."""
+            process.wait()
+            _end(process)
+
+        timer = threading.Timer(limit, expire)
         timer.start()
+        threading.Thread(target=clear_up, daemon=True).start()
         try:
             found, last = _events(process, told)
             process.wait()
@@ -113,4 +124,4 @@ def _reason(code: int, expired: bool, limit: float, last: str, errors: str) -> s
         how = f"killed by {signal.Signals(-code).name}"
     else:
         how = f"ended with status {code}"
-    return redact(f"{how} {last}" + (f": {said[:300]}" if said else ""))
+    return anonymous(f"{how} {last}" + (f": {said[:300]}" if said else ""))
