@@ -10,6 +10,7 @@ import click
 
 SUBCOMMANDS = {  # name -> (module with a click command called `command`, what it says in the help)
     "compare": ("benchmarks.compare_command", "Lay result files of several machines side by side."),
+    "page": ("benchmarks.page_command", "One page of all machines whose results are there."),
     "kernels": ("benchmarks.kernel_command", "The kernels against their peers and the measured roofline."),
     "labs": ("benchmarks.labs", "What the loop found on different hardware, and what of it transfers."),
 }

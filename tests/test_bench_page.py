@@ -29,9 +29,14 @@ from benchmarks.results import (
     Score,
     Speed,
     Work,
+    load,
+    save,
 )
+from cli import cli
 from core.errors import UserError
+from core.paths import project_root
 
+SHIPPED = sorted((project_root() / "benchmarks" / "results").glob("*.json"))
 WORK = Work(
     "tiny", 1, "kjv", "a" * 64, "b" * 64, "c" * 64, 2048, 256, 2048, 8, {"DEPTH": 4}, 1_835_144, 32, 32768, 10.0
 )
@@ -257,3 +262,35 @@ def test_a_file_in_the_way_and_no_results_are_told(tmp_path: Path) -> None:
                          ids=["phone", "phone, three machines", "desktop, three machines"])  # fmt: skip
 def test_the_page_in_a_browser(width: int, results: list[Result], tmp_path: Path) -> None:
     assert_readable(look(page.html(results), width, tmp_path), figures=len(page.pictures(results)))
+
+
+# --- bench page ----------------------------------------------------------------------------------
+
+
+def run(*argv: str) -> int:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["bench", "page", *argv])
+    return int(ended.value.code or 0)
+
+
+def test_many_files_make_one_page_and_a_damaged_one_is_left_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for i, result in enumerate(three()[:2]):
+        save(result, tmp_path / f"{i}.json")
+    (tmp_path / "damaged.json").write_text("{")
+    files = [str(tmp_path / name) for name in ("0.json", "1.json", "damaged.json")]
+    assert run(*files, "--out", str(tmp_path / "out")) == 1
+    told = capsys.readouterr()
+    assert "2 results on" in told.out and "left out: " in told.err and "damaged.json" in told.err
+    text = (tmp_path / "out" / "index.html").read_text()
+    assert "A: AMD EPYC" in text and "B: Apple M4 Max" in text
+    assert run(files[2], "--out", str(tmp_path / "other")) == 1
+    assert "none of 1 file can be read" in capsys.readouterr().err and not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize("file", SHIPPED, ids=lambda f: f.name)
+def test_results_that_are_shipped_can_be_read(file: Path) -> None:
+    result = load(file)
+    assert not result.quick and result.measured()
+    assert not re.search(r"/(?:home|Users|root|tmp|work)/", file.read_text())
