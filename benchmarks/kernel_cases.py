@@ -25,7 +25,8 @@ from benchmarks.work import BenchProfile
 
 Direction = Literal["forward", "both", "step"]  # both: forward and backward; step: of an optimizer
 TOLERANCE = {"float32": 1e-4, "bfloat16": 0.03, "float16": 0.01}  # of the root mean square of what is wanted
-MUON_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.06, "float16": 0.06}  # fifteen products in a row, each rounded
+# The orthogonalisation multiplies the smallest singular values a thousandfold, and the roundings in them.
+MUON_TOLERANCE = {"float32": 5e-3, "bfloat16": 0.06, "float16": 0.06}
 LAST_LEVEL_CACHE = 32 * 2**20  # bytes, where the system does not tell
 MOST_INPUTS = 12  # sets of inputs; smaller cases than that fit a cache whatever is done
 LEAST_ROUNDS = 3  # whatever time they take
@@ -120,7 +121,7 @@ class Clock(Protocol):
 
 
 def measured_peak(clock: Clock, seconds: float) -> Peak:
-    """The fastest of square products of several sizes, and of passes over four times the last-level cache."""
+    """The fastest of square products of several sizes, and of passes over memory far beyond the last-level cache."""
     sizes, rates = clock.product_sizes(), {}
     for size in sizes:
         rates[size] = 2 * size**3 / _fastest(clock, clock.product(size), seconds / 2 / len(sizes))
@@ -133,8 +134,16 @@ def measured_peak(clock: Clock, seconds: float) -> Peak:
         rates[best],
         f"measured: fastest {clock.dtype} product of {best} x {best} matrices, {clock.where}",
         traffic[fastest],
-        f"measured: fastest {fastest} of {count / 2**20:.0f} MiB, what is read and what is written counted",
+        f"measured: fastest {fastest} over {count / 2**20:.0f} MiB, what is read and what is written counted",
     )
+
+
+def higher(one: Peak | None, other: Peak) -> Peak:
+    """Of two measurements of one device the better of each: what else the machine did can only have lowered them."""
+    if one is None:
+        return other
+    flops, moved = max((one, other), key=lambda p: p.flops), max((one, other), key=lambda p: p.bandwidth)
+    return Peak(flops.flops, flops.flops_source, moved.bandwidth, moved.bandwidth_source)
 
 
 def _fastest(clock: Clock, call: Callable[[], Any], seconds: float) -> float:

@@ -63,13 +63,18 @@ def child(order: Order, tell: Callable[[dict[str, Any]], None]) -> None:
 
     device = backends.load(order.backend).open_device()
     clock, found = opened(order, device)
-    tell({"stage": "peaks of products and memory"})
-    tell({"peak": [f"{order.backend}/{clock.dtype}", asdict(kernel_cases.measured_peak(clock, ROOF_SECONDS))]})
+
+    def peak() -> None:
+        tell({"stage": "peaks of products and memory"})
+        tell({"peak": [f"{order.backend}/{clock.dtype}", asdict(kernel_cases.measured_peak(clock, ROOF_SECONDS))]})
+
+    peak()
     for case in found:
         if order.only in ("", case.kernel):
             tell({"stage": f"{case.kernel}, {case.direction}: {case.what}"})
             for line in kernel_cases.measure(order.backend, case, clock, order.seconds):
                 tell({"kernel": asdict(line)})
+    peak()  # once more: other programs may have had their turn at the start
 
 
 def opened(order: Order, device: Device) -> tuple[Clock, Iterator[Case]]:
@@ -150,7 +155,7 @@ def _gathered(found: Found, said: queue.Queue[str | None], stage: Callable[[str]
             stage(given["stage"])
         elif "peak" in given:
             key, peak = given["peak"]
-            found.peaks[key] = Peak(**peak)
+            found.peaks[key] = kernel_cases.higher(found.peaks.get(key), Peak(**peak))
         else:
             found.kernels.append(KernelResult(**given["kernel"]))
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from types import ModuleType
 from typing import Any
 
@@ -19,6 +20,7 @@ from benchmarks.kernel_cases import Case, Shape, Side
 from core.paths import project_root
 from core.recipe import replace as replace_constants
 
+STREAM_BYTES = 2**24
 CAP = 15.0
 RATES = {"matrix": 1.0, "momentum": 0.9, "decay": 0.5}
 BETA2, MUON_STEPS, FLOOR = 0.95, 5, 1e-10
@@ -54,9 +56,20 @@ class MlxClock:
         return lambda: a @ b
 
     def streams(self, size: int) -> dict[str, tuple[int, Callable[[], Any]]]:
-        a, b = mx.ones(size // 4), mx.ones(size // 4)
-        mx.eval(a, b)
-        return {"copy": (2 * size, lambda: -a), "sum of two arrays": (3 * size, lambda: a + b)}
+        """A part at a time: a result of the whole size would be fresh memory each time, and page faults be timed."""
+        whole = [mx.ones(STREAM_BYTES // 4) for _ in range(max(2, size // STREAM_BYTES))]
+        mx.eval(whole)
+        moved = len(whole) * STREAM_BYTES
+
+        def copies() -> None:
+            for part in whole:
+                mx.eval(-part)
+
+        def sums() -> None:
+            for a, b in pairwise(whole):
+                mx.eval(a + b)
+
+        return {"copy": (2 * moved, copies), "sum of two arrays": (3 * (moved - STREAM_BYTES), sums)}
 
 
 def arrays(x: Any) -> Iterator[mx.array]:

@@ -35,7 +35,7 @@ def _group(results: Sequence[Result]) -> Iterator[str]:
         yield ""
     heads, lines = shown.against(results)
     if lines:
-        yield from rows(heads, lines, [False] + [True] * (len(heads) - 1))
+        yield from rows(heads, lines, [False] * len(heads))
         yield ""
     for name, status, why in shown.troubles(results):
         yield f"- **{escaped(name)} is not compared ({status})**: {escaped(why)}"

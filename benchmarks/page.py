@@ -150,7 +150,7 @@ def _against(results: Sequence[Result]) -> str:
         "Multiples of the first's median, with the 95 % interval over the repeats; within noise is what the repeats, "
         "or two benches of one machine, differ by anyway."
     )
-    return f'<h3>Side by side</h3><p class="soft">{how}</p>{cards(heads, lines, [False] + [True] * (len(heads) - 1))}'
+    return f'<h3>Side by side</h3><p class="soft">{how}</p>{cards(heads, lines, [False] * len(heads))}'
 
 
 def _grid(found: Sequence[shown.Series], columns: Sequence[shown.Column]) -> str:
