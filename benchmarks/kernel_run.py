@@ -23,7 +23,7 @@ from core.contract import Device
 from core.paths import project_root
 from core.sandbox import preloaded
 
-ROOF_SECONDS = 2.0
+ROOF_SECONDS = 1.0  # at the start and at the end
 PATIENCE = 240.0  # seconds without a word after which a backend's process is ended: a compilation may take long
 
 

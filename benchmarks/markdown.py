@@ -8,6 +8,7 @@ from benchmarks import shown
 from benchmarks.results import Result
 from console.words import duration
 
+_ESCAPES = str.maketrans({s: f"\\{s}" for s in "\\`*_[]#"} | {s: f"&#{ord(s)};" for s in "<>|&"})
 TABLES = (
     ("Speed and memory", shown.SPEED),
     ("What was learnt", shown.LEARNT),
@@ -57,10 +58,7 @@ def rows(heads: Sequence[str], lines: Sequence[Sequence[str]], numbers: Sequence
 
 def escaped(text: str) -> str:
     """A file that somebody sent may hold anything: nothing of it becomes markup."""
-    plain = " ".join(text.split())
-    for sign in "\\`*_[]<>|#":
-        plain = plain.replace(sign, f"&#{ord(sign)};" if sign in "<>|" else f"\\{sign}")
-    return plain
+    return " ".join(text.split()).translate(_ESCAPES)
 
 
 def work_line(result: Result) -> str:
