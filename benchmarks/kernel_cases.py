@@ -86,15 +86,19 @@ class Case:
     make: Callable[[int, Shape], tuple[Any, ...]]
     sides: Sequence[Side]
     reference: Callable[..., Any]  # the same results in the widest dtype that is there
-    refused: dict[str, str] = field(default_factory=dict)  # name -> why it cannot do the case
+    refused: Mapping[str, str] = field(default_factory=dict)  # name -> why it cannot do the case
     tolerance: Mapping[str, float] = field(default_factory=lambda: TOLERANCE)  # by compute dtype
 
 
 class Clock(Protocol):
     """What a backend must offer to be timed."""
 
-    dtype: str
-    where: str  # "2 threads", the card's name
+    @property
+    def dtype(self) -> str: ...
+
+    @property
+    def where(self) -> str:
+        """The number of threads, or the card's name."""
 
     def wait(self, results: Any) -> None:
         """Return when these are computed."""

@@ -116,8 +116,8 @@ def show(screen: Screen, found: Sequence[Found]) -> None:
             made = Table(box=None, pad_edge=False, title=title, title_justify="left", title_style="bold")
             for i, head in enumerate(kernel_table.HEADS):
                 made.add_column(head, justify="right" if i else "left")
-            for line in lines:
-                made.add_row(*map(Text, line.texts))
+            for way in lines:
+                made.add_row(*map(Text, way.texts))
             screen.say()
             screen.show(made)
         if one.failed:

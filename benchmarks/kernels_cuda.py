@@ -16,7 +16,9 @@ from torch import Tensor
 from benchmarks import kernel_cases as cases
 from benchmarks.kernel_cases import Case, Shape, Side
 from benchmarks.kernels_torch import (
-    ADAM,
+    ADAM_BETAS,
+    ADAM_EPSILON,
+    ADAM_LR,
     BETA2,
     CAP,
     MUON_STEPS,
@@ -72,16 +74,19 @@ def _attention(shape: Shape, clock: TorchClock, dtype: torch.dtype) -> Iterator[
         def windowed(function: Callable[..., Tensor], window: int = window) -> Callable[..., Tensor]:
             return lambda q, k, v, cos, sin: function(q, k, v, cos, sin, window)
 
-        sides = {ours_named(clock.device): windowed(portable.attention)}
-        refused = {}
+        sides: dict[str, Callable[..., Tensor]] = {ours_named(clock.device): windowed(portable.attention)}
+        refused: dict[str, str] = {}
         for name, peer in ((n, p) for n, p in PEERS.items() if n != "triton"):
             if why := peer.why_not(asked(shape)):
                 refused[name] = why
             else:
                 sides[name] = windowed(peer.make(asked(shape)))
-        works = tuple(cases.attention_work(shape, window, dtype.itemsize, back) for back in (False, True))
+
+        def work(both: bool, window: int = window) -> cases.Work:
+            return cases.attention_work(shape, window, dtype.itemsize, both)
+
         what, formula = cases.attention_text(shape, window), windowed(attention_reference)
-        yield from both_ways("attention", what, shape, works, make, sides, formula, 3, refused)  # type: ignore[arg-type]
+        yield from both_ways("attention", what, shape, work, make, sides, formula, 3, refused)
 
 
 def plain_mlp(x: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
@@ -119,8 +124,11 @@ def _mlp(shape: Shape, clock: TorchClock, dtype: torch.dtype) -> Iterator[Case]:
         "torch.compile": compiled(plain_mlp, clock),
         "plain PyTorch": plain_mlp,
     }
-    works = tuple(cases.mlp_work(shape, dtype.itemsize, back) for back in (False, True))
-    yield from both_ways("mlp", cases.mlp_text(shape), shape, works, make, sides, plain_mlp, 3, {})  # type: ignore[arg-type]
+
+    def work(both: bool) -> cases.Work:
+        return cases.mlp_work(shape, dtype.itemsize, both)
+
+    yield from both_ways("mlp", cases.mlp_text(shape), shape, work, make, sides, plain_mlp, 3)
 
 
 def _head(shape: Shape, clock: TorchClock, dtype: torch.dtype) -> Case:
@@ -157,6 +165,6 @@ def _muon(shape: Shape, clock: TorchClock, dtype: torch.dtype) -> Case:
 
 def _adam(shape: Shape, clock: TorchClock) -> Case:
     def fused(params: list[Tensor]) -> Any:
-        return torch.optim.AdamW(params, weight_decay=0.0, fused=True, **ADAM)  # type: ignore[arg-type]
+        return torch.optim.AdamW(params, ADAM_LR, ADAM_BETAS, ADAM_EPSILON, weight_decay=0.0, fused=True)
 
     return adam_case(shape, clock.device, {"fused, as in the recipe": fused})

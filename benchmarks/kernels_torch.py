@@ -6,7 +6,7 @@ the plain formula under torch.compile.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -25,7 +25,7 @@ from kernels import plain
 CAP = 15.0
 RATES = (1.0, 0.9, 0.5)  # learning rate, momentum, weight decay of the optimizer's case: each of them shows in one step
 BETA2, MUON_STEPS = 0.95, 5
-ADAM = {"lr": 0.1, "betas": (0.8, 0.95), "eps": 1e-10}
+ADAM_LR, ADAM_BETAS, ADAM_EPSILON = 0.1, (0.8, 0.95), 1e-10
 
 
 @dataclass(frozen=True)
@@ -109,21 +109,21 @@ def both_ways(
     kernel: str,
     what: str,
     shape: Shape,
-    works: tuple[cases.Work, cases.Work],
+    work: Callable[[bool], cases.Work],  # of the forward (False), of both
     make: Callable[[int, Shape], tuple[Any, ...]],
-    sides: dict[str, Callable[..., Tensor]],  # the first is ours
+    sides: Mapping[str, Callable[..., Tensor]],  # the first is ours
     reference: Callable[..., Tensor],
     leaves: int,
-    refused: dict[str, str],
+    refused: Mapping[str, str] | None = None,
 ) -> Iterator[Case]:
     """A case for the forward alone and one for forward and backward."""
     ways: list[tuple[cases.Direction, Callable[[Callable[..., Tensor]], Callable[..., list[Tensor]]], cases.Work]] = [
-        ("forward", forward_only, works[0]),
-        ("both", lambda f: differentiated(f, leaves), works[1]),
+        ("forward", forward_only, work(False)),
+        ("both", lambda f: differentiated(f, leaves), work(True)),
     ]
-    for way, wrap, work in ways:
+    for way, wrap, needed in ways:
         named = [Side(name, wrap(function), i == 0) for i, (name, function) in enumerate(sides.items())]
-        yield Case(kernel, what, way, work, shape, make, named, widened(wrap(reference)), refused)
+        yield Case(kernel, what, way, needed, shape, make, named, widened(wrap(reference)), refused or {})
 
 
 class Source:
@@ -189,11 +189,15 @@ def _cpu_attention(shape: Shape, recipe: ModuleType, dtype: torch.dtype) -> Iter
         def formula(q: Tensor, k: Tensor, v: Tensor, seen: Tensor = seen) -> Tensor:
             return plain_attention(q, k, v, seen)
 
-        works = tuple(cases.attention_work(shape, window, dtype.itemsize, back) for back in (False, True))
-        sides = {"recipe (key slices)": ours, "PyTorch SDPA": sdpa, "plain PyTorch": formula}
-        yield from both_ways(
-            "attention", cases.attention_text(shape, window), shape, works, make, sides, formula, 3, {}
-        )  # type: ignore[arg-type]
+        def work(both: bool, window: int = window) -> cases.Work:
+            return cases.attention_work(shape, window, dtype.itemsize, both)
+
+        sides: dict[str, Callable[..., Tensor]] = {
+            "recipe (key slices)": ours,
+            "PyTorch SDPA": sdpa,
+            "plain PyTorch": formula,
+        }
+        yield from both_ways("attention", cases.attention_text(shape, window), shape, work, make, sides, formula, 3)
 
 
 def plain_mlp(x: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
@@ -216,10 +220,12 @@ def _cpu_mlp(shape: Shape, recipe: ModuleType, dtype: torch.dtype) -> Iterator[C
     def ours(x: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
         return recipe.linear(recipe.SquaredReLU.apply(recipe.linear(x, w1)), w2)  # type: ignore[no-any-return]
 
-    works = tuple(cases.mlp_work(shape, dtype.itemsize, back) for back in (False, True))
+    def work(both: bool) -> cases.Work:
+        return cases.mlp_work(shape, dtype.itemsize, both)
+
     make = _mlp_inputs(shape, dtype, torch.device("cpu"), torch.float32)
-    sides = {"recipe (own backward)": ours, "plain PyTorch": plain_mlp}
-    yield from both_ways("mlp", cases.mlp_text(shape), shape, works, make, sides, plain_mlp, 3, {})  # type: ignore[arg-type]
+    sides: dict[str, Callable[..., Tensor]] = {"recipe (own backward)": ours, "plain PyTorch": plain_mlp}
+    yield from both_ways("mlp", cases.mlp_text(shape), shape, work, make, sides, plain_mlp, 3)
 
 
 def plain_loss(x: Tensor, head: Tensor, targets: Tensor) -> Tensor:
@@ -341,12 +347,12 @@ def adam_parameters(shape: Shape) -> list[tuple[int, int]]:
 
 def plain_adam(params: Sequence[Tensor], grads: Sequence[Tensor]) -> list[Tensor]:
     """The first step of Adam without decay, from moments of zero; the new weights."""
-    beta1, beta2 = ADAM["betas"]  # type: ignore[misc]
+    beta1, beta2 = ADAM_BETAS
     found = []
     for p, g in zip(params, grads, strict=True):
         first, second = g * (1 - beta1), g.square() * (1 - beta2)
-        step = (first / (1 - beta1)) / ((second / (1 - beta2)).sqrt() + ADAM["eps"])
-        found.append(p - ADAM["lr"] * step)  # type: ignore[operator]
+        step = (first / (1 - beta1)) / ((second / (1 - beta2)).sqrt() + ADAM_EPSILON)
+        found.append(p - ADAM_LR * step)
     return found
 
 
@@ -365,7 +371,7 @@ def _cpu_adam(shape: Shape, recipe: ModuleType) -> Case:
     device = torch.device("cpu")
 
     def recipes(params: list[Tensor]) -> Any:
-        return recipe.AdamW([{"params": params, "lr": ADAM["lr"], "betas": ADAM["betas"]}])
+        return recipe.AdamW([{"params": params, "lr": ADAM_LR, "betas": ADAM_BETAS}])
 
     return adam_case(shape, device, {"recipe (fused)": recipes})
 
@@ -374,7 +380,7 @@ def adam_case(shape: Shape, device: torch.device, ours: dict[str, Callable[[list
     """Every side has its own parameters, equal at the start: an optimizer holds the moments of its own."""
 
     def torchs(params: list[Tensor]) -> Any:
-        return torch.optim.AdamW(params, weight_decay=0.0, foreach=True, **ADAM)  # type: ignore[arg-type]
+        return torch.optim.AdamW(params, ADAM_LR, ADAM_BETAS, ADAM_EPSILON, weight_decay=0.0, foreach=True)
 
     makers = {**ours, "torch.optim.AdamW (foreach)": torchs}
 

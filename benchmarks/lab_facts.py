@@ -71,7 +71,7 @@ class LabFacts:
     first_source: str
     best_source: str
     tried: list[Tried] = field(default_factory=list)
-    kind: Literal["autoresearch-lab"] = KIND
+    kind: Literal["autoresearch-lab"] = "autoresearch-lab"
     schema: int = SCHEMA
 
     @property
@@ -175,8 +175,9 @@ def _targets(node: ast.Assign | ast.AnnAssign) -> list[str]:
 def _without_docstrings(tree: ast.AST) -> ast.AST:
     for node in ast.walk(tree):
         body = getattr(node, "body", None)
-        first = body[0] if isinstance(body, list) and len(body) > 1 else None
-        if isinstance(first, ast.Expr) and isinstance(getattr(first.value, "value", None), str):
+        if not isinstance(body, list) or len(body) < 2:
+            continue
+        if isinstance(body[0], ast.Expr) and isinstance(getattr(body[0].value, "value", None), str):
             del body[0]
     return tree
 

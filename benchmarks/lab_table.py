@@ -59,7 +59,7 @@ class Line:
         directions = {c.direction for c in self.cells if c.kept}
         if self.keeps == len(self.cells):
             if len(directions) > 1:
-                return "kept by all, in opposite directions: it depends on the hardware"
+                return "kept by all, in opposite directions"
             return "kept by all, the same way" if directions != {"changed"} else "kept by all"
         only = self.keeps == 1
         refused = any(not c.kept and c.lost for c in self.cells)

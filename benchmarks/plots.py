@@ -260,7 +260,7 @@ def frame(title: str, label: str, lines: int, legend: int = 0) -> tuple[Figure, 
 
     foot, head = 0.62 + 0.28 * legend, 0.42
     height = foot + head + max(1.1, 0.42 * lines)
-    figure = Figure(figsize=(WIDTH, height), facecolor=GROUND, layout="none")
+    figure = Figure(figsize=(WIDTH, height), facecolor=GROUND)
     FigureCanvasAgg(figure)
     axes = figure.add_axes((0.28, foot / height, 0.68, 1 - (foot + head) / height))
     figure.text(0.02, 1 - 0.2 / height, title, fontsize=FONT + 2.5, fontweight="bold", color=INK, va="center",
@@ -286,7 +286,7 @@ def finish(figure: Figure) -> Figure:
     from matplotlib.text import Text
 
     for text in figure.findobj(Text):
-        if text.get_size() == 10.0:  # matplotlib's default, of annotations and ticks
+        if text.get_fontsize() == 10.0:  # matplotlib's default, of annotations and ticks
             text.set_fontsize(FONT)
         text.set_parse_math(False)
     (axes,) = figure.axes

@@ -222,7 +222,7 @@ def _difference(found: comparing.Difference) -> str:
 
 def troubles(results: Sequence[Result]) -> list[tuple[str, str, str]]:
     """(series, status, why) of everything that is not compared."""
-    found = []
+    found: list[tuple[str, str, str]] = []
     for one in series(results, every=True):
         if one.backend.status != "measured":
             why = "; ".join([*one.backend.departs, one.backend.reason]).strip("; ")

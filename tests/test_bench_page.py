@@ -136,6 +136,10 @@ def test_the_page_is_whole_and_self_contained(results: list[Result]) -> None:
     assert found.open == [] and found.outside == []
     assert len(found.ids) == len(set(found.ids))  # the plots' clip paths must not be each other's
     assert "<script" not in text and not re.search(r"url\((?!#)", text)
+    for svg in re.findall(
+        r"<svg.*?</svg>", text, re.DOTALL
+    ):  # in the dark, a colour that is no variable stays as it is
+        assert not re.search(r"(?:fill|stroke): #", svg)
     for words in (
         "killed by SIGKILL",
         "the sliding window is dropped",
