@@ -172,8 +172,13 @@ def measure(backend: str, case: Case, clock: Clock, seconds: float) -> list[Kern
             refused[name] = tried
         else:
             errors[name] = tried
-    sets = rotated(case, clock)
-    able = [side for side in case.sides if errors.get(side.name, math.inf) <= tolerance]
+    sets, able = rotated(case, clock), []
+    for side in (s for s in case.sides if errors.get(s.name, math.inf) <= tolerance):
+        if why := obstacle(lambda side=side: clock.wait(side.run(*sets[0]))):  # type: ignore[misc]
+            refused[side.name] = f"with all rows: {why}"
+            del errors[side.name]
+        else:
+            able.append(side)
     times = timed(able, sets, clock, seconds)
     ours = {side.name for side in case.sides if side.ours}
 
@@ -201,11 +206,22 @@ def checked(case: Case, clock: Clock) -> dict[str, float | str]:
     wanted = [clock.array(x) for x in case.reference(*case.make(0, small))]
     found: dict[str, float | str] = {}
     for side in case.sides:
-        try:
+
+        def check(side: Side = side) -> None:
             found[side.name] = worst(clock, side.run(*case.make(0, small)), wanted)
-        except Exception as error:  # noqa: BLE001 - compilers' and peers' errors share no base but this
-            found[side.name] = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+
+        if why := obstacle(check):
+            found[side.name] = why
     return found
+
+
+def obstacle(call: Callable[[], None]) -> str:
+    """Why it fails, in one line; empty where it does not."""
+    try:
+        call()
+    except Exception as error:  # noqa: BLE001 - compilers' and peers' errors, and no memory left, share no base but this
+        return " ".join(f"{type(error).__name__}: {error}".split())[:200]
+    return ""
 
 
 def rotated(case: Case, clock: Clock) -> list[tuple[Any, ...]]:

@@ -36,6 +36,7 @@ VARIABLES |= {colour: f"--s{i}" for i, colour in enumerate(OKABE_ITO)}
 WIDTH = 5.2  # inches of 72 points: 374 CSS pixels on a phone
 FONT = 10.5
 PNG_DPI = 200
+WIDE = 20.0  # times the lowest: from there on bars are logarithmic, or those of a slow machine could not be seen
 MOST_LINES = 8  # curves in one plot; more cannot be told apart
 
 
@@ -138,7 +139,10 @@ def _bars(
     if not values:
         return None
     figure, axes = frame(title, label, len(values))
-    top = max(max(v) for _, v in values) / unit
+    top, low_end = max(max(v) for _, v in values) / unit, min(min(v) for _, v in values) / unit
+    if wide := top > WIDE * low_end > 0:
+        axes.set_xscale("log")
+        axes.set_xlabel(f"{label}, logarithmic")
     for line, (_, measured) in enumerate(values):
         middle, low, high = (f(measured) / unit for f in (statistics.median, min, max))
         axes.barh(line, middle, 0.6, color=colour(line), hatch=HATCHES[line % 7], edgecolor=GROUND)
@@ -147,13 +151,18 @@ def _bars(
         axes.annotate(spell(middle * unit), (max(high, middle), line), (6, 0), textcoords="offset points", va="center",
                       color=INK)  # fmt: skip
     categories(axes, [name for name, _ in values])
-    axes.set_xlim(0, top * 1.3)
+    if wide:
+        axes.set_xlim(low_end / 3, top * 8)
+        axes.minorticks_off()
+    else:
+        axes.set_xlim(0, top * 1.3)
     axes.xaxis.set_major_formatter(lambda value, _: count(value) if value >= 1000 else f"{value:g}")
     return figure
 
 
 def categories(axes: Axes, names: Sequence[str]) -> None:
-    axes.locator_params(axis="x", nbins=5)
+    if axes.get_xscale() == "linear":
+        axes.locator_params(axis="x", nbins=5)
     axes.set_yticks(range(len(names)), [short(n) for n in names])
     axes.set_ylim(len(names) - 0.4, -0.6)
     axes.tick_params(axis="y", length=0)

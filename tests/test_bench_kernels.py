@@ -108,6 +108,22 @@ def test_who_fails_is_told_and_the_others_are_timed() -> None:
     assert len({len(line.seconds) for line in lines if line.passed}) == 1  # rounds are whole
 
 
+def test_who_has_no_room_for_all_rows_is_told() -> None:
+    case = next(c for c in found_cases() if c.kernel == "mlp")
+    (ours, *_) = case.sides
+
+    def hungry(x: Any, *rest: Any) -> Any:
+        if len(x) > SMALL.tokens // 8:
+            raise MemoryError("9.6 of 10.0 GiB")
+        return ours.run(x, *rest)
+
+    (told,) = [
+        line for line in kernel_cases.measure("cpu", replace(case, sides=[ours, Side("peer", hungry)]), CLOCK, 0.0)
+        if not line.passed
+    ]  # fmt: skip
+    assert (told.way, told.note) == ("peer", "with all rows: MemoryError: 9.6 of 10.0 GiB")
+
+
 def test_what_is_not_finite_or_of_another_shape_is_infinitely_wrong() -> None:
     wanted = [np.ones((2, 2))]
     for bad in (torch.full((2, 2), torch.nan), torch.ones(4)):
