@@ -26,7 +26,7 @@ NUMBERS = Path(__file__).with_name("faults.json")
 SAMPLED = 256  # logits of which the values themselves are shipped
 SOFTCAP = 15.0
 FITTED = 1e-3  # of the logits' rms: the most by which a fitted softcap may miss
-SAME_FAULT = 3.0  # times the reference's tolerance: what two backends with the same mistake may differ by
+SAME_FAULT = 2.0  # times the reference's tolerance: what two backends with the same mistake may differ by
 
 
 @dataclass(frozen=True)
