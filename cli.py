@@ -16,10 +16,14 @@ SECTIONS = {
     "Before": ["doctor", "prepare", "init"],
     "One experiment": ["try", "wait", "train"],
     "Look": ["status", "best", "show", "diff", "sample"],
+    "Compare": ["bench"],
     "For agents": ["mcp"],
     "Steer": ["pause", "resume", "stop", "undo", "clean"],
 }
-PREPARE_HELP = "Fetch and tokenize a data set, once."  # the verb itself lives in prepare.py
+LAZY = {  # verbs that live elsewhere and are not imported for a help page: module, command, what the page says
+    "prepare": ("prepare", "main", "Fetch and tokenize a data set, once."),
+    "bench": ("benchmarks.command", "bench", "Benchmark backends, machines and kernels on the same work."),
+}
 
 
 class Verbs(click.Group):
@@ -29,10 +33,12 @@ class Verbs(click.Group):
         return [name for names in SECTIONS.values() for name in names]
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        if cmd_name == "prepare":
-            from prepare import main as command
+        if cmd_name in LAZY:
+            from importlib import import_module
 
-            return command
+            module, command, _ = LAZY[cmd_name]
+            found: click.Command = getattr(import_module(module), command)
+            return found
         return super().get_command(ctx, cmd_name)
 
     def resolve_command(
@@ -53,8 +59,8 @@ class Verbs(click.Group):
                 formatter.write_dl([(name, self._summary(ctx, name)) for name in names], col_max=10)
 
     def _summary(self, ctx: click.Context, name: str) -> str:
-        if name == "prepare":  # not imported for a help page
-            return PREPARE_HELP
+        if name in LAZY:
+            return LAZY[name][2]
         command = super().get_command(ctx, name)
         return command.get_short_help_str(90) if command else ""
 
@@ -121,7 +127,7 @@ def check_modules() -> None:
     from importlib.util import find_spec
 
     root = Path(__file__).resolve().parent
-    for name in ("core", "kernels", "prepare", "backends", "console"):
+    for name in ("core", "kernels", "prepare", "backends", "benchmarks", "console"):
         spec = find_spec(name)
         if spec is None:
             raise click.ClickException(f"the module {name!r} of autoresearch is missing from {root}; install it again")

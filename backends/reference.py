@@ -77,8 +77,8 @@ def rows() -> np.ndarray:
     return np.random.default_rng(6).integers(0, VOCAB, (ROWS, CONTEXT + 1), dtype=np.int32)
 
 
-def training(recipe: bytes, device: Device) -> Training:
-    """A recipe at the reference's shapes, in float32, with the checkpoint loaded."""
+def training(recipe: bytes, device: Device, dtype: str = "float32") -> Training:
+    """A recipe at the reference's shapes, with the checkpoint loaded."""
     source = replace(recipe.decode("utf-8"), CONSTANTS)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "train.py"
@@ -87,7 +87,7 @@ def training(recipe: bytes, device: Device) -> Training:
         assert spec is not None and spec.loader is not None
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
-    made: Training = module.build(Spec(VOCAB, CONTEXT, VOCAB - 1, device.name, "float32", 1, 0))
+    made: Training = module.build(Spec(VOCAB, CONTEXT, VOCAB - 1, device.name, dtype, 1, 0))
     made.load_weights(checkpoint({name: w.shape for name, w in made.weights().items()}))
     return made
 
@@ -98,9 +98,9 @@ def compute(backend: str) -> dict[str, np.ndarray]:
     return computed(loaded.recipe(), loaded.open_device())
 
 
-def computed(recipe: bytes, device: Device) -> dict[str, np.ndarray]:
+def computed(recipe: bytes, device: Device, dtype: str = "float32") -> dict[str, np.ndarray]:
     """Logits, loss, gradients and the change of every weight in one optimizer step."""
-    made, tokens = training(recipe, device), rows()
+    made, tokens = training(recipe, device, dtype), rows()
     found = {"logits": device.to_numpy(made.logits(device.from_numpy(tokens[:, :-1])))}
     gradients: Mapping[str, np.ndarray] = made.gradients(device.from_numpy(tokens))  # type: ignore[attr-defined]
     found.update({f"gradient of {name}": g for name, g in gradients.items()})

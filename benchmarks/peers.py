@@ -19,11 +19,10 @@ def rates(peer: Mapping[str, Any]) -> dict[str, Any]:
     return {name.lower(): peer[name] for name in PEER_NAMES}
 
 
-def load_peer(path: Path, given: Mapping[str, Any], wanted: Sequence[str]) -> dict[str, Any]:
-    """Names of the part of an upstream train.py that defines: imports, classes, functions and plain constants.
+def definitions(path: Path) -> ast.Module:
+    """The part of an upstream train.py that defines: imports, classes, functions and plain constants.
 
     What needs a GPU or prepared data is left out: the probe of the card, the kernel's download, the training loop.
-    `given`: names that stand for what is left out; `wanted`: names that must then be there.
     """
     if not path.is_file():
         raise UserError(f"{path} does not exist", "--peer takes the folder of an upstream clone")
@@ -38,10 +37,18 @@ def load_peer(path: Path, given: Mapping[str, Any], wanted: Sequence[str]) -> di
                 continue
         if isinstance(node, ast.Import | ast.ImportFrom | ast.ClassDef | ast.FunctionDef | ast.Assign):
             body.append(node)
+    return ast.Module(body, [])
+
+
+def load_peer(path: Path, given: Mapping[str, Any], wanted: Sequence[str]) -> dict[str, Any]:
+    """The names that `definitions` defines.
+
+    `given`: names that stand for what is left out; `wanted`: names that must then be there.
+    """
+    module = definitions(path)
     namespace: dict[str, Any] = {"__name__": "peer", **given}
-    module = SimpleNamespace(__dict__=namespace)
-    sys.modules["peer"] = module  # type: ignore[assignment]  # dataclasses look their module up
-    exec(compile(ast.Module(body, []), str(path), "exec"), namespace)
+    sys.modules["peer"] = SimpleNamespace(__dict__=namespace)  # type: ignore[assignment]  # for dataclasses
+    exec(compile(module, str(path), "exec"), namespace)
     missing = [name for name in wanted if name not in namespace]
     if missing:
         raise UserError(f"{path} does not define {', '.join(missing)}", "--peer takes an upstream clone or fork")

@@ -22,10 +22,10 @@ MAY_IMPORT = {
     "kernels": {"kernels"},
     "backends": {"core", "backends", "kernels"},
     "researchers": {"core", "researchers"},
-    "benchmarks": {"core", "backends", "kernels", "researchers", "benchmarks", "prepare"},
+    "benchmarks": {"core", "backends", "kernels", "researchers", "benchmarks", "prepare", "console"},
     "console": {"core", "backends", "researchers", "console", "prepare"},
     "prepare": {"core"},
-    "cli": {"core", "backends", "researchers", "console", "prepare"},
+    "cli": {"core", "backends", "researchers", "console", "prepare", "benchmarks"},
 }
 
 
