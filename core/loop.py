@@ -427,7 +427,7 @@ class Loop:
             experiment=f"{self.lab.tag}-{e.number}",
             workdir=workdir,
             caches=self.lab.best_caches(),
-            would_keep=lambda bpb: verdict.decide(best, [bpb], delta).status == "keep",
+            would_keep=lambda bpb: verdict.decide_simple(best, [bpb], delta).status == "keep",
         )
 
     def _record(self, number: int, outcome: Mapping[str, Any]) -> None:
@@ -499,7 +499,7 @@ class Loop:
                 return None, f"{shared}; it will be measured again"
             return "invalid", f"measured {e.attempts} times, each time disturbed: {shared}"
         best = self.lab.best_samples()
-        said = verdict.decide(best, [s.val_bpb for s in samples], self.lab.settings.min_delta)
+        said = verdict.decide_simple(best, [s.val_bpb for s in samples], self.lab.settings.min_delta)
         return said.status, said.reason
 
     def _why_again(self, e: Experiment, sample: Sample) -> str:
@@ -507,8 +507,8 @@ class Loop:
         best = self.lab.best()
         if best is not None and self.ledger.samples(best.number)[-1].versions != sample.versions:
             return "the best was not measured with the same versions"
-        keeps = verdict.decide(self.lab.best_samples(), [sample.val_bpb], self.lab.settings.min_delta).status == "keep"
-        return "would be kept and was not audited" if keeps and e.state != "audited" else ""
+        said = verdict.decide_simple(self.lab.best_samples(), [sample.val_bpb], self.lab.settings.min_delta)
+        return "would be kept and was not audited" if said.status == "keep" and e.state != "audited" else ""
 
     def _measure_best_again(self, dataset: Dataset) -> bool:
         """After a change of versions the incumbent's old score says nothing. False after a stop."""
