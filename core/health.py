@@ -14,6 +14,7 @@ import psutil
 from core import gpuwatch
 from core.apple import conditions
 from core.facts import LocalFacts
+from core.interruptions import Interruptions
 from core.nvml import Nvml
 
 
@@ -29,6 +30,7 @@ class Watch:
         self._loop = _tree_seconds(os.getpid()) or 0.0
         self._all = _busy_seconds()
         self._clock = _clock()
+        self._interruptions = Interruptions()
         self._card: gpuwatch.Watch | None = None
         if device.startswith("cuda"):
             self._card = gpuwatch.Watch(device, lambda: [p.pid for p in _tree(pid)] or [pid], card or Nvml())
@@ -52,6 +54,7 @@ class Watch:
             "cpu_mhz_before": self._clock,
             "cpu_mhz_after": _clock(),
             "temperature_c": _temperature(),
+            **self._interruptions.report(),
             **({"card": card, "tainted": card["tainted"]} if card else {}),
             **({"conditions": conditions(LocalFacts())} if sys.platform == "darwin" else {}),
         }
