@@ -221,7 +221,11 @@ class Deciding:
         incumbent = runs.scores(best.number)
         if not incumbent:
             return Step("control", "the best has no run that these could be compared with", first)
-        return verdict.decide(incumbent, mine, runs.noise(), self._night(e), self.rule(), self._smaller_by(e, best))
+        step = verdict.decide(incumbent, mine, runs.noise(), self._night(e), self.rule(), self._smaller_by(e, best))
+        if step.status in KEPT and max(r.order for r in incumbent) < min(r.order for r in mine):
+            reason = f"{step.reason}; before it is kept the best is run beside it, as the machine may have moved"
+            return Step("control", reason, 1 + max(r.seed for r in incumbent), step.record)
+        return step
 
     def _disturbed(self, e: Experiment, made: Sequence[Sample], best: Experiment | None) -> Step | None:
         """The last run was disturbed: once more with its seed, at most twice, and then it is passed by. A baseline is

@@ -136,9 +136,9 @@ class Measuring:
             if len(made) >= DISTURBED and all(s.tainted for s in made[-DISTURBED:]):
                 self._begin_epoch(number, made[-1:], f"the machine is not what it was: {disturbed}")
             return
-        runs = self._runs()
-        if moved := noise.drift(runs.scores(number), runs.noise()):
-            good = [s for s in made if not s.tainted]
+        runs, good = self._runs(), [s for s in made if not s.tainted]
+        usual = runs.noise(leave_out=good[-noise.CHANGE_POINTS :])  # what may have moved does not say what is usual
+        if moved := noise.drift(runs.scores(number), usual):
             self._begin_epoch(number, good[-moved.runs :], moved.reason)
 
     def _begin_epoch(self, number: int, carry: Sequence[Sample], why: str) -> None:

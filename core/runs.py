@@ -34,7 +34,7 @@ class Runs:
 
     def with_run(self, number: int, seed: int, bpb: float) -> Runs:
         """As if experiment `number` had made this one too."""
-        made = Sample(number, seed, bpb, False, dict(self.versions), "", epoch=self.epoch)
+        made = Sample(number, seed, bpb, False, dict(self.versions), "", id=-1, epoch=self.epoch)
         return replace(self, samples=[*self.samples, made])
 
     def of_now(self, number: int) -> list[Sample]:
@@ -48,11 +48,13 @@ class Runs:
         good = [(k, s) for k, s in found if not s.tainted]
         return [Run(s.seed, s.val_bpb, k) for k, s in good or found]
 
-    def noise(self) -> Noise:
+    def noise(self, leave_out: Sequence[Sample] = ()) -> Noise:
+        """Of this lab, from every run that was not disturbed but for those that are left out."""
+        left_out = {s.id for s in leave_out}
         groups: dict[tuple[int, int, str], list[Run]] = defaultdict(list)
         repeats: dict[tuple[tuple[int, int, str], int], list[float]] = defaultdict(list)
         for k, s in enumerate(self.samples):
-            if s.tainted:
+            if s.tainted or s.id in left_out:
                 continue
             key = (s.number, s.epoch, json.dumps(s.versions, sort_keys=True))
             groups[key].append(Run(s.seed, s.val_bpb, k))

@@ -93,11 +93,11 @@ def test_the_baseline_shows_the_noise(night):
 
 
 def test_a_night_of_placebos_keeps_nothing_where_upstream_s_rule_would(night):
-    loop_of(night, researcher=Ideas(2.0)).run(Limits(experiments=40))
+    loop_of(night, researcher=Ideas(2.0)).run(Limits(experiments=25))
     check(night)
     found = night.ledger.experiments()
     assert [e.number for e in found if e.is_kept] == [1]
-    assert sum(e.verdict["simple"] == "keep" for e in found[1:]) > 5
+    assert sum(e.verdict["simple"] == "keep" for e in found[1:]) > 3
     assert all(e.verdict["rule"] == "statistical" for e in found)
 
 
@@ -112,6 +112,7 @@ def test_a_true_gain_is_kept_after_several_seeds_each_of_them_audited(night):
     assert len({s.seed for s in samples}) == len(samples)
     assert all(s.outcome["audited"] for s in samples) and executor.audits[False] == 0
     assert e.val_bpb == pytest.approx(sum(s.val_bpb for s in samples) / len(samples))
+    assert night.ledger.samples(1)[-1].id > samples[0].id, "the best was run beside it"
     low, high = e.verdict["interval"]
     assert low < 4 * SD < high
 
