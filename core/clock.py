@@ -86,6 +86,10 @@ class Stopwatch:
         if self._stopped is None:
             self._stopped = self._now()
 
+    def never_mind(self) -> None:
+        """As if it had not been stopped."""
+        self._stopped = None
+
     def go_on(self) -> float:
         """The seconds for which it stood still just now."""
         if self._stopped is None:

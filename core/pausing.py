@@ -2,7 +2,8 @@
 
 The trainer writes its weights when a share of the budget is used, on its clock, and says so. Then, in this order:
 
-    1. the trainer's whole tree is stopped, and known to be (core/freezing.py); only now the clock stands still
+    1. the trainer's whole tree is stopped, and known to be (core/freezing.py), and so is what it had sent to a graphics
+       card (`gpuwatch.at_rest`); only now the clock stands still
     2. a prober, a sandboxed process that waited with its libraries loaded, gets recipe, weights and probe text;
        trusted code scores it there as in the scorer; the prober is ended and its folder removed
     3. the tree is looked at again: if any of it ran meanwhile, the experiment is invalid
@@ -26,12 +27,14 @@ from pathlib import Path
 import numpy as np
 import psutil
 
-from core import probing, scoring
+from core import apple, gpuwatch, probing, scoring
 from core import weights as weight_files
 from core.child import BackendFailed, Ended, Place, Worker
 from core.clock import Stopwatch
+from core.facts import LocalFacts
 from core.freezing import RAN_AT_MOST, FreezeError, Frozen
 from core.health import Watch
+from core.nvml import Nvml
 from core.outcome import Outcome, Request
 from core.weights import WeightsError
 from core.wire import Message, ProtocolError
@@ -55,6 +58,7 @@ class Prober:
         self._most = most
         self._probe = request.probe or probing.Probe(shares=())
         self._next = 0
+        self._card = card(place.settings.device)
         self._rng = np.random.default_rng()
         self.workers = {f"prober-{n + 1}": Worker("prober", place, f"prober-{n + 1}") for n in range(len(self.shares))}
 
@@ -64,16 +68,14 @@ class Prober:
 
     def look(self, trainer: Worker, message: Message, clock: Stopwatch, watch: Watch) -> None:
         """Answer the trainer's word that its weights lie there. `Ended` where it is hopeless, or ran in the pause."""
-        seconds = clock.elapsed()
-        index = self._accept(trainer, message, seconds)
-        frozen = self._stop(trainer, index, seconds)
+        index = self._accept(trainer, message, clock.elapsed())
+        frozen = self._stop(trainer, index, clock)
         if frozen is None:
             trainer.send("go on", {"paused": 0.0})
         else:
             self._look(trainer, index, frozen, clock, watch)
 
     def _look(self, trainer: Worker, index: int, frozen: Frozen, clock: Stopwatch, watch: Watch) -> None:
-        clock.stop()
         watch.pause()
         began = time.monotonic()
         bpb = self._score(trainer, index)
@@ -115,17 +117,24 @@ class Prober:
         self._next = index + 1
         return index
 
-    def _stop(self, trainer: Worker, index: int, seconds: float) -> Frozen | None:
-        """None, with the reason noted, where the training goes on at once."""
-        share = seconds / self._request.seconds()
+    def _stop(self, trainer: Worker, index: int, clock: Stopwatch) -> Frozen | None:
+        """Trainer and clock stand still; None, with the reason noted, where the training goes on at once."""
+        share = clock.elapsed() / self._request.seconds()
         if share > self.shares[index] + probing.LATE:
             self._leave_out(index, f"it came at {share:.0%}, and compares with nothing")
             return None
         try:
-            return trainer.child.freeze()
+            frozen = trainer.child.freeze()
         except FreezeError as error:
             self._leave_out(index, f"the training could not be stopped: {error}")
             return None
+        if self._card is None:
+            clock.stop()
+        elif reason := gpuwatch.at_rest(self._place.settings.device, self._card, clock, self._place.stop):
+            frozen.thaw()
+            self._leave_out(index, reason)
+            return None
+        return frozen
 
     def _leave_out(self, index: int, reason: str) -> None:
         self._outcome.unprobed.append(f"no look at {self.shares[index]:.0%} of the budget: {reason}")
@@ -189,6 +198,13 @@ class Prober:
         """Wait until the pause has one of its lengths."""
         if self._place.stop.wait(pause_length(took) - took):
             raise Ended("stopped", "stopped on request")
+
+
+def card(device: str) -> gpuwatch.Source | None:
+    """Through what is seen that the device has come to rest; None for a CPU, which rests when its processes do."""
+    if device == "cpu":
+        return None
+    return Nvml() if device.startswith("cuda") else apple.GpuLoad(LocalFacts())
 
 
 def pause_length(took: float) -> float:

@@ -38,13 +38,13 @@ for slot in (1, 2):
 threading.Thread(target=count, args=(3,), daemon=True).start()
 count(0)
 """
-# POSIX timers send SIGCONT: the kernel wakes the process although nobody of its tree runs. Many, as a SIGSTOP takes away
-# the signals that wait then, and a timer whose signal is lost does not start again.
+# POSIX timers send SIGCONT: the kernel wakes the process although nobody of its tree runs. Many, as a SIGSTOP takes
+# away the signals that wait then, and a timer whose signal is lost does not start again.
 ALARMED = """
 import ctypes, signal
 libc = ctypes.CDLL(None)
 class Event(ctypes.Structure):
-    _fields_ = [("value", ctypes.c_void_p), *((n, ctypes.c_int) for n in ("signal", "how")), ("rest", ctypes.c_byte * 64)]
+    _fields_ = [("value", ctypes.c_void_p), ("signal", ctypes.c_int), ("how", ctypes.c_int), ("x", ctypes.c_byte * 64)]
 signal.signal(signal.SIGCONT, lambda *_: None)  # else the kernel drops what is ignored
 failed = 0
 for n in range(30):
