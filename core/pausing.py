@@ -30,7 +30,7 @@ import psutil
 from core import apple, gpuwatch, probing, scoring
 from core import weights as weight_files
 from core.child import BackendFailed, Ended, Place, Worker
-from core.clock import Stopwatch
+from core.clock import SCHEDULING_SLACK, Stopwatch
 from core.facts import LocalFacts
 from core.freezing import RAN_AT_MOST, FreezeError, Frozen
 from core.health import Watch
@@ -84,15 +84,11 @@ class Prober:
             self._outcome.probes.append([share, round(clock.elapsed(), 3), bpb])
             forecast = self._probe.judge(index, bpb)
             if forecast is not None and forecast.hopeless:
-                self._give_up(forecast, bpb, clock.elapsed())
+                self._give_up(forecast, bpb, clock, watch)
         self._fill(time.monotonic() - began)
         if (ran := frozen.ran()) > RAN_AT_MOST and trainer.child.wait(DEATH_SHOWS) is None:
             raise Ended("invalid", f"the recipe ran while its clock stood still: {_how(ran)}")
-        watch.go_on()
-        paused = clock.go_on()
-        timings = self._outcome.timings
-        timings["probing"] = round(timings.get("probing", 0.0) + paused, 3)
-        trainer.send("go on", {"paused": paused})
+        trainer.send("go on", {"paused": self._go_on(clock, watch)})
         frozen.thaw()
 
     def close(self) -> None:
@@ -119,9 +115,10 @@ class Prober:
 
     def _stop(self, trainer: Worker, index: int, clock: Stopwatch) -> Frozen | None:
         """Trainer and clock stand still; None, with the reason noted, where the training goes on at once."""
-        share = clock.elapsed() / self._request.seconds()
-        if share > self.shares[index] + probing.LATE:
-            self._leave_out(index, f"it came at {share:.0%}, and compares with nothing")
+        budget, seconds = self._request.seconds(), clock.elapsed()
+        late = seconds - self.shares[index] * budget
+        if late > max(probing.LATE * budget, SCHEDULING_SLACK):
+            self._leave_out(index, f"it came {late:.2f} s late, at {seconds / budget:.0%}, and compares with nothing")
             return None
         try:
             frozen = trainer.child.freeze()
@@ -135,6 +132,13 @@ class Prober:
             self._leave_out(index, reason)
             return None
         return frozen
+
+    def _go_on(self, clock: Stopwatch, watch: Watch) -> float:
+        """The seconds that the pause took; from now on time counts."""
+        watch.go_on()
+        paused, timings = clock.go_on(), self._outcome.timings
+        timings["probing"] = round(timings.get("probing", 0.0) + paused, 3)
+        return paused
 
     def _leave_out(self, index: int, reason: str) -> None:
         self._outcome.unprobed.append(f"no look at {self.shares[index]:.0%} of the budget: {reason}")
@@ -188,8 +192,10 @@ class Prober:
             return ""
         return f"a second copy of the recipe could take {wanted / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free"
 
-    def _give_up(self, forecast: probing.Forecast, bpb: float, seconds: float) -> None:
-        self._outcome.training_seconds = round(seconds, 3)
+    def _give_up(self, forecast: probing.Forecast, bpb: float, clock: Stopwatch, watch: Watch) -> None:
+        self._go_on(clock, watch)
+        seconds = clock.elapsed()
+        self._outcome.training_seconds = self._outcome.timings["training"] = round(seconds, 3)
         saved = self._request.seconds() - seconds
         self._outcome.stopped_early = probing.as_record(forecast, bpb, saved)
         raise Ended("hopeless", forecast.sentence())

@@ -44,10 +44,11 @@ class Forecast:
 
     def sentence(self) -> str:
         """For people."""
+        chance = f"{self.chance:.1%}" if self.chance >= 0.001 else "less than 0.1%"
         return (
             f"at {self.share:.0%} of the budget the probe was {self.gap:+.4f} bpb against the best; by {self.runs} "
-            f"earlier runs it would end {self.expected:+.4f} ± {self.spread:.4f} against it: a chance of "
-            f"{self.chance:.1%} to be better"
+            f"earlier runs it would end {self.expected:+.4f} ± {self.spread:.4f} against it, with a chance of "
+            f"{chance} to be better"
         )
 
 

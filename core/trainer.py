@@ -142,8 +142,6 @@ class Trainer:
             raise Ended(
                 "timeout", f"trained {seconds:.2f} s of {self.limit.budget:g} s; {allowed:.2f} s over is allowed"
             )
-        if self.prober is not None:
-            self.prober.close()
         self.run.lap("training")
 
     def _wait_for_end(self) -> Message:
@@ -170,6 +168,8 @@ class Trainer:
         )
         took = time.monotonic() - began
         self.worker.kill()
+        if self.prober is not None:
+            self.prober.close()
         known = {k: v for k, v in self.outcome.describe.items() if k in ("compiled", "dtype", "peak")}
         self.outcome.describe |= plain(message) | known
         peak = message.fields.get("peak_memory")

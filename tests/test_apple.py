@@ -141,7 +141,7 @@ def test_conditions_are_read():
 
 
 def test_how_busy_the_gpu_is():
-    said = '  | "PerformanceStatistics" = {"In use system memory"=901,"Device Utilization %"=37,"Renderer Utilization %"=30}'
+    said = '  | "PerformanceStatistics" = {"In use system memory"=9,"Device Utilization %"=37,"Tiler Utilization %"=3}'
     assert GpuLoad(mac(commands={IOREG: said})).look("gpu", ()).busy == 0.37
     unknown = GpuLoad(mac()).look("gpu", ())
     assert unknown.busy is None and unknown.error
