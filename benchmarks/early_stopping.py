@@ -42,7 +42,7 @@ LOOKS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 PAIRS = ((0.3, 0.6), (0.3,), (0.5,), (0.2, 0.4, 0.6), (0.4, 0.7))  # shares that `replay` compares
 VOCAB, CONTEXT, STEPS = 1024, 64, 240
 BASE: Mapping[str, Any] = {
-    "DEPTH": 3, "ASPECT_RATIO": 21, "HEAD_DIM": 32, "TOTAL_BATCH_SIZE": 2**10, "WEIGHT_DECAY": 0.0,
+    "DEPTH": 3, "ASPECT_RATIO": 21, "HEAD_DIM": 32, "TOTAL_BATCH_SIZE": 2**9, "WEIGHT_DECAY": 0.0,
     "EMBEDDING_LR": 1.5, "ADAM_BETAS": (0.8, 0.99),
 }  # fmt: skip
 SCHEDULES = {
@@ -51,7 +51,7 @@ SCHEDULES = {
     "FINAL_LR_FRAC": (0.05, 0.1, 0.2),
 }
 OTHERS = {
-    "DEPTH": (1, 2, 4, 5), "HEAD_DIM": (64,), "TOTAL_BATCH_SIZE": (2**9, 2**11, 2**12), "WEIGHT_DECAY": (0.1, 0.3),
+    "DEPTH": (1, 2, 4, 5), "HEAD_DIM": (64,), "TOTAL_BATCH_SIZE": (2**8, 2**10, 2**11), "WEIGHT_DECAY": (0.1, 0.3),
     "WINDOW_PATTERN": ("L", "SL"),
 }  # fmt: skip
 RATES = ("EMBEDDING_LR", "UNEMBEDDING_LR", "MATRIX_LR", "SCALAR_LR")  # times 1/4 to 4
@@ -63,9 +63,9 @@ ORDERS = 100  # random orders of a lab's candidates
 
 
 def edits(rng: np.random.Generator) -> Iterator[dict[str, Any]]:
-    """Changes of one or two constants, every other one of a schedule."""
+    """Changes of one or two constants, each once, every other one of a schedule."""
     base = {name: c.value for name, c in recipe.constants(_source()).items()} | dict(BASE)
-    number = 0
+    number, seen = 0, set[str]()
     while True:
         schedule = number % 2 == 0
         change: dict[str, Any] = {}
@@ -77,8 +77,10 @@ def edits(rng: np.random.Generator) -> Iterator[dict[str, Any]]:
                 change[name] = float(f"{base[name] * 4 ** rng.uniform(-1, 1):.3g}")
             else:
                 change |= _one_of(OTHERS, rng)
-        number += 1
-        yield change
+        if (name := json.dumps(change, sort_keys=True)) not in seen:
+            seen.add(name)
+            number += 1
+            yield change
 
 
 def _one_of(space: Mapping[str, Sequence[Any]], rng: np.random.Generator) -> dict[str, Any]:
