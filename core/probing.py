@@ -8,8 +8,9 @@ The rule is the predictive termination criterion of Domhan, Springenberg and Hut
 chance that its final score beats the best falls below CHANCE. The prediction is a normal linear regression of the final
 gap (score minus the best's) on the gap at the probe, over the runs that this lab has finished, with Student's t for a
 new observation. Schedules make learning curves cross in ways that are not normal, so a second bound has to agree which
-assumes no distribution: the jackknife prediction bound (Barber, Candes, Ramdas and Tibshirani 2021) with the largest
-of the leave-one-out residuals, whose error is at most about 1 in n + 1 for n exchangeable runs.
+assumes no distribution: the lowest of the jackknife+ (Barber, Candes, Ramdas and Tibshirani 2021), where each earlier
+run is foretold without itself, and the new run may be as much better than foretold. For n exchangeable runs that errs
+in at most 2 of n + 1 cases, and about 1 in n + 1 where no single run decides the fit.
 """
 
 from __future__ import annotations
@@ -145,7 +146,8 @@ def forecast(pairs: Sequence[tuple[float, float]], share: float, gap: float, nee
     expected = fit.intercept + fit.slope * gap
     deviation = fit.deviation * math.sqrt(1 + 1 / fit.runs + (gap - fit.middle) ** 2 / fit.extent)
     chance = float(stdtr(fit.runs - 2, (needed - expected) / deviation))
-    bound = expected - fit.luckiest  # as if it were the luckiest run of all
+    cross = 1 / fit.runs + (gap - fit.middle) * fit.offsets / fit.extent
+    lowest = float((expected + fit.left_out * (1 - cross)).min())  # of the jackknife+
     return Forecast(
         share=share,
         gap=gap,
@@ -153,7 +155,7 @@ def forecast(pairs: Sequence[tuple[float, float]], share: float, gap: float, nee
         spread=float(stdtrit(fit.runs - 2, 0.975)) * deviation,
         chance=chance,
         runs=fit.runs,
-        hopeless=chance < CHANCE and bound > needed,
+        hopeless=chance < CHANCE and lowest > needed,
     )
 
 
@@ -167,7 +169,8 @@ class _Line:
     middle: float  # mean of x
     extent: float  # sum of squares of x about its mean
     deviation: float  # residual standard deviation, n - 2 degrees of freedom
-    luckiest: float  # the most by which a run ended below what the others would have foretold
+    offsets: np.ndarray  # (n,) x about its mean
+    left_out: np.ndarray  # (n,) by how much y is above what the other pairs foretell
 
 
 def _fit(pairs: Sequence[tuple[float, float]]) -> _Line | None:
@@ -187,8 +190,8 @@ def _fit(pairs: Sequence[tuple[float, float]]) -> _Line | None:
     if slope <= 0 or deviation <= 0:
         return None
     leverage = 1 / len(x) + np.square(x - middle) / extent
-    left_out = residuals / np.maximum(1 - leverage, 1e-9)  # residuals of fits without the point itself
-    return _Line(intercept, slope, len(x), middle, extent, deviation, float(max(0.0, -left_out.min())))
+    left_out = residuals / np.maximum(1 - leverage, 1e-9)
+    return _Line(intercept, slope, len(x), middle, extent, deviation, x - middle, left_out)
 
 
 def as_record(found: Forecast, bpb: float, saved: float) -> dict[str, Any]:

@@ -67,6 +67,22 @@ def test_a_luckier_run_than_foretold_makes_the_rule_careful() -> None:
     assert told(crossed, gap).chance < CHANCE and not told(crossed, gap).hopeless
 
 
+@given(st.integers(0, 1000), st.floats(-0.1, 0.4))
+def test_the_second_bound_is_the_jackknife_plus(seed: int, gap: float) -> None:
+    """Against the same fits made one by one: a run is hopeless exactly when both bounds say so."""
+    pairs = lab_pairs(np.random.default_rng(seed), 15)
+    found = forecast(pairs, 0.3, gap)
+    if found is None:
+        return
+    lowest = []
+    for i, (x, y) in enumerate(pairs):
+        others = np.array(pairs[:i] + pairs[i + 1 :]).T
+        slope, intercept = np.polyfit(*others, 1)
+        lowest.append(intercept + slope * gap + y - (intercept + slope * x))
+    if abs(bound := min(lowest)) > 1e-9:
+        assert found.hopeless == (found.chance < CHANCE and bound > 0)
+
+
 def test_it_keeps_silent_when_nothing_can_be_foretold() -> None:
     pairs = lab_pairs(np.random.default_rng(3), LEAST_PAIRS)
     assert forecast(pairs, 0.3, 0.1) is not None
