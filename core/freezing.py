@@ -4,7 +4,7 @@ SIGSTOP alone proves nothing: a process can be on its way into the kernel, fork 
 ordered a SIGCONT from a timer. So a tree counts as stopped when two looks in a row find the same tasks, all of them
 stopped, with the same count of switches onto a processor: then each of them stood still all the time between the two
 looks, and nobody of the tree was left to wake another. The same comparison when the tree goes on says whether
-one of them ran meanwhile. What a graphics card had been sent before goes on there: `core.gpuwatch.at_rest`.
+one of them ran meanwhile. What a graphics card had been sent before goes on there: `core.pausing.at_rest`.
 """
 
 from __future__ import annotations

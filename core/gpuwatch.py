@@ -15,16 +15,11 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any, Protocol
 
-from core.clock import Stopwatch
-
 EVERY = 2.0  # seconds between two looks during a training
 BUSY = 0.20  # share of the card that others may use on average before a score is worthless
 TAKEN = 512 * 2**20  # bytes that others may take or give back during a training
 SLOWED = 0.25  # share of the looks at which the card was held back by heat or a power brake
 HOT = 90  # degrees Celsius
-REST_SEEN = 1.1  # seconds; a driver's figure is about the last second at most
-REST_EVERY = 0.05  # seconds between two looks at a card that comes to rest
-REST_WITHIN = 2.0  # seconds in which it has to
 WAIT_EVERY = 15.0  # seconds between two looks at a card that is waited for
 QUIET_LOOKS = 2  # in a row, before it counts as free
 WAIT_MOST = 6 * 3600.0  # seconds
@@ -122,29 +117,6 @@ def _why(found: dict[str, Any]) -> str:
         heat = f" at {found['temperature_c']} °C" if found["temperature_c"] else ""
         return f"the card was held back by heat or its power supply{heat} for {found['slowed']:.0%} of the time"
     return ""
-
-
-def at_rest(device: str, source: Source, clock: Stopwatch, stop: threading.Event, patience: float = REST_WITHIN) -> str:
-    """Stop `clock` at the moment from which on the card has been idle; "" then, else why it was not stopped.
-
-    For a training whose processes stand still: what they had sent to the card before goes on there. A driver tells how
-    much of the last second or less was spent in kernels, so the clock stays stopped only when a second look, more
-    than a second later, finds the card idle too: no kernel can have run all the time in between.
-    """
-    deadline = time.monotonic() + patience
-    while True:
-        if (busy := source.look(device, ()).busy) is None:
-            return "the system does not tell whether the card is idle"
-        if busy <= BUSY:
-            clock.stop()
-            stop.wait(REST_SEEN)
-            again = source.look(device, ()).busy
-            if again is not None and again <= BUSY:
-                return ""
-            clock.never_mind()
-        if time.monotonic() > deadline or stop.is_set():
-            return f"the card was still {busy:.0%} busy {patience:g} s after the training's processes had stopped"
-        stop.wait(REST_EVERY)
 
 
 def wait_until_free(

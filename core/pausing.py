@@ -3,7 +3,7 @@
 The trainer writes its weights when a share of the budget is used, on its clock, and says so. Then, in this order:
 
     1. the trainer's whole tree is stopped, and known to be (core/freezing.py), and so is what it had sent to a graphics
-       card (`gpuwatch.at_rest`); only now the clock stands still
+       card (`at_rest`); only now the clock stands still
     2. a prober, a sandboxed process that waited with its libraries loaded, gets recipe, weights and probe text;
        trusted code scores it there as in the scorer; the prober is ended and its folder removed
     3. the tree is looked at again: if any of it ran meanwhile, the experiment is invalid
@@ -39,6 +39,9 @@ from core.outcome import Outcome, Request
 from core.weights import WeightsError
 from core.wire import Message, ProtocolError
 
+REST_SEEN = 1.1  # seconds; a driver's figure is about the last second at most
+REST_EVERY = 0.05  # seconds between two looks at a card that comes to rest
+REST_WITHIN = 2.0  # seconds in which it has to
 SHORTEST = 0.5  # seconds; a pause lasts this, or twice, four times, ... as long
 PROBER_SECONDS = 30.0  # in which a prober has to import, build, load and score
 DEATH_SHOWS = 1.0  # seconds in which the end of a trainer is told, for want of memory say
@@ -127,7 +130,7 @@ class Prober:
             return None
         if self._card is None:
             clock.stop()
-        elif reason := gpuwatch.at_rest(self._place.settings.device, self._card, clock, self._place.stop):
+        elif reason := at_rest(self._place.settings.device, self._card, clock, self._place.stop):
             frozen.thaw()
             self._leave_out(index, reason)
             return None
@@ -211,6 +214,31 @@ def card(device: str) -> gpuwatch.Source | None:
     if device == "cpu":
         return None
     return Nvml() if device.startswith("cuda") else apple.GpuLoad(LocalFacts())
+
+
+def at_rest(
+    device: str, source: gpuwatch.Source, clock: Stopwatch, stop: threading.Event, patience: float = REST_WITHIN
+) -> str:
+    """Stop `clock` at the moment from which on the card has been idle; "" then, else why it was not stopped.
+
+    For a training whose processes stand still: what they had sent to the card before goes on there. A driver tells how
+    much of the last second or less was spent in kernels, so the clock stays stopped only when a second look, more
+    than a second later, finds the card idle too: no kernel can have run all the time in between.
+    """
+    deadline = time.monotonic() + patience
+    while True:
+        if (busy := source.look(device, ()).busy) is None:
+            return "the system does not tell whether the card is idle"
+        if busy <= gpuwatch.BUSY:
+            clock.stop()
+            stop.wait(REST_SEEN)
+            again = source.look(device, ()).busy
+            if again is not None and again <= gpuwatch.BUSY:
+                return ""
+            clock.never_mind()
+        if time.monotonic() > deadline or stop.is_set():
+            return f"the card was still {busy:.0%} busy {patience:g} s after the training's processes had stopped"
+        stop.wait(REST_EVERY)
 
 
 def pause_length(took: float) -> float:

@@ -12,7 +12,6 @@ from scripted import Scripted, recipe
 from test_loop import check, loop_of, night  # noqa: F401 - the fixture
 
 from core import gpuwatch
-from core.clock import Stopwatch
 from core.errors import UserError
 from core.executor import LocalExecutor
 from core.gpuwatch import Look
@@ -217,25 +216,3 @@ def test_without_nvml_or_a_card_the_look_says_so(monkeypatch):
     broken.nvmlInit = lambda: (_ for _ in ()).throw(Error("Driver Not Loaded"))
     monkeypatch.setitem(sys.modules, "pynvml", broken)
     assert Nvml().look("cuda:0", ()).error == "Driver Not Loaded"
-
-
-@pytest.mark.parametrize(
-    ("busy", "why"),
-    [
-        ((1.0, 0.5, 0.0, 0.0), ""),  # what was queued comes to its end
-        ((0.1, 1.0, 1.0, 1.0), "the card was still 100% busy"),  # it had only just begun
-        ((1.0, 1.0), "the card was still 100% busy"),  # a kernel that does not end
-        ((None,), "does not tell"),
-    ],
-)
-def test_a_clock_stands_still_only_while_the_card_rests(busy, why, monkeypatch):
-    for name in ("REST_SEEN", "REST_EVERY"):
-        monkeypatch.setattr(gpuwatch, name, 0.0)
-    now = iter(range(100))
-    clock = Stopwatch(0.0, lambda: float(next(now)))
-    card = Card(*(changed(busy=share) for share in busy))
-    said = gpuwatch.at_rest("cuda:1", card, clock, threading.Event(), patience=0.05)
-    assert why in said and bool(said) == bool(why)
-    assert all(asked == ("cuda:1", ()) for asked in card.asked), "the training counts as everybody does"
-    first, second = clock.elapsed(), clock.elapsed()
-    assert (first == second) == (not why)

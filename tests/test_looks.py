@@ -10,9 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from edits import HANDED, LOGITS, OS, STEP, Edit, before, changed, check_clean, forged
+from test_gpuwatch import Card
 
 from core import pausing, probing, weights
+from core.clock import Stopwatch
 from core.data import Dataset
+from core.gpuwatch import Look
 from core.outcome import Outcome
 from core.probing import Curve, Era, Forecast, Probe
 from core.settings import Settings
@@ -196,6 +199,33 @@ def test_a_stop_in_the_pause_ends_it(looked_at: Run, tmp_path: Path) -> None:
     outcome = looked_at(probe=Probe(SHARES, TOKENS, stopping), stop=stop)
     assert outcome.status == "stopped"
     check_clean(tmp_path / "work")
+
+
+# --- the pause itself -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("busy", "why"),
+    [
+        ((1.0, 0.5, 0.0, 0.0), ""),  # what was queued comes to its end
+        ((0.1, 1.0, 1.0, 1.0), "the card was still 100% busy"),  # it had only just begun
+        ((1.0, 1.0), "the card was still 100% busy"),  # a kernel that does not end
+        ((None,), "does not tell"),
+    ],
+)
+def test_a_clock_stands_still_only_while_the_card_rests(
+    busy: tuple[float | None, ...], why: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("REST_SEEN", "REST_EVERY"):
+        monkeypatch.setattr(pausing, name, 0.0)
+    now = iter(range(100))
+    clock = Stopwatch(0.0, lambda: float(next(now)))
+    card = Card(*(Look(busy=share) for share in busy))
+    said = pausing.at_rest("cuda:1", card, clock, threading.Event(), patience=0.05)
+    assert why in said and bool(said) == bool(why)
+    assert all(asked == ("cuda:1", ()) for asked in card.asked), "the training counts as everybody does"
+    first, second = clock.elapsed(), clock.elapsed()
+    assert (first == second) == (not why)
 
 
 @pytest.mark.parametrize(("took", "length"), [(0.0, 0.5), (0.5, 0.5), (0.51, 1.0), (3.0, 4.0), (33.0, 64.0)])
