@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 import os
+import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -36,6 +37,7 @@ from core.freezing import RAN_AT_MOST, FreezeError, Frozen
 from core.health import Watch
 from core.nvml import Nvml
 from core.outcome import Outcome, Request
+from core.sandbox import GIB
 from core.weights import WeightsError
 from core.wire import Message, ProtocolError
 
@@ -152,7 +154,7 @@ class Prober:
         file = trainer.scratch / f"look-{index}.safetensors"
         fd = -1
         try:
-            if reason := self._lacks_memory(trainer):
+            if reason := lacks_memory(psutil.virtual_memory().available, trainer.child.peak_memory()):
                 self._leave_out(index, reason)
                 return None
             fd = weight_files.open_untrusted(file, self._most)
@@ -186,14 +188,6 @@ class Prober:
     def _text(self) -> scoring.Text:
         """Rows at equal distances in the training part: the same in every run of a lab."""
         return scoring.Text.of(self._request.dataset, self._place, "train", self._probe.tokens)
-
-    def _lacks_memory(self, trainer: Worker) -> str:
-        """A prober takes less than a trainer, which has gradients and an optimizer; what it takes from a machine that
-        has no memory to spare could end the trainer."""
-        free, wanted = psutil.virtual_memory().available, trainer.child.peak_memory()
-        if free >= wanted:
-            return ""
-        return f"a second copy of the recipe could take {wanted / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free"
 
     def _give_up(self, forecast: probing.Forecast, bpb: float, clock: Stopwatch, watch: Watch) -> None:
         self._go_on(clock, watch)
@@ -239,6 +233,17 @@ def at_rest(
         if time.monotonic() > deadline or stop.is_set():
             return f"the card was still {busy:.0%} busy {patience:g} s after the training's processes had stopped"
         stop.wait(REST_EVERY)
+
+
+def lacks_memory(free: int, trainer: int) -> str:
+    """Why no second copy of a recipe should be started beside one that has taken so many bytes; "" if it may.
+
+    A prober takes less than a trainer, which has gradients and an optimizer; but what it takes from a machine that has
+    no memory to spare could end the trainer.
+    """
+    if free >= trainer:
+        return ""
+    return f"a second copy of the recipe could take {trainer / GIB:.1f} GiB of memory, {free / GIB:.1f} GiB are free"
 
 
 def pause_length(took: float) -> float:

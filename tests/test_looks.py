@@ -232,3 +232,9 @@ def test_a_clock_stands_still_only_while_the_card_rests(
 def test_a_pause_has_one_of_a_few_lengths(took: float, length: float) -> None:
     """What a prober could tell a trainer by its own slowness is one of these."""
     assert pausing.pause_length(took) == length
+
+
+def test_a_prober_has_to_fit_beside_the_trainer() -> None:
+    assert pausing.lacks_memory(3 * 2**30, 2**31) == ""
+    said = pausing.lacks_memory(2**30, 2**31)
+    assert "2.0 GiB" in said and "1.0 GiB are free" in said
