@@ -117,7 +117,7 @@ ALARM = """if self.steps > 4:
     class Event(ctypes.Structure):
         _fields_ = [("value", ctypes.c_long), ("signal", ctypes.c_int), ("how", ctypes.c_int), ("x", ctypes.c_long * 8)]
     timer, libc = ctypes.c_void_p(), ctypes.CDLL(None)
-    libc.timer_create(1, ctypes.byref(Event(None, signal.SIGCONT, 0)), ctypes.byref(timer))
+    libc.timer_create(1, ctypes.byref(Event(0, signal.SIGCONT, 0)), ctypes.byref(timer))
     libc.timer_settime(timer, 0, (ctypes.c_long * 4)(0, 0, 0, 400_000_000), None)"""
 
 
