@@ -16,6 +16,7 @@ the best of its labs in turn.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -162,13 +163,14 @@ def main() -> None:
 @click.argument("file", type=click.Path(path_type=Path, dir_okay=False))
 @click.option("--minutes", default=10.0, show_default=True, help="How long to record.")
 def record(file: Path, minutes: float) -> None:
-    """Train and write FILE, again after each run."""
+    """Train and write FILE, again after each run; where FILE has runs already, go on behind them."""
     os.environ.setdefault("AUTORESEARCH_HOME", tempfile.mkdtemp(prefix="early-stopping-"))
     from prepare import prepare
 
     bench = Bench(prepare("kjv", vocab_size=VOCAB))
-    until, runs = time.monotonic() + 60 * minutes, []
-    for edit, seed in plan(np.random.default_rng(8)):
+    until = time.monotonic() + 60 * minutes
+    runs = json.loads(file.read_text("utf-8"))["runs"] if file.exists() else []
+    for edit, seed in itertools.islice(plan(np.random.default_rng(8)), len(runs), None):
         if time.monotonic() > until:
             break
         runs.append(bench.run(edit, seed))
