@@ -35,6 +35,24 @@ class Watch:
         if device.startswith("cuda"):
             self._card = gpuwatch.Watch(device, lambda: [p.pid for p in _tree(pid)] or [pid], card or Nvml())
 
+    def pause(self) -> None:
+        """What happens from now on is none of the training's: a look at it."""
+        self._mark = (time.monotonic(), _busy_seconds(), self._ours_now(), _tree_seconds(os.getpid()) or 0.0)
+        if self._card:
+            self._card.pause()
+
+    def go_on(self) -> None:
+        """After a `pause`: take it out of all that is counted."""
+        now = (time.monotonic(), _busy_seconds(), self._ours_now(), _tree_seconds(os.getpid()) or 0.0)
+        started, busy, ours, loop = (after - before for before, after in zip(self._mark, now))
+        self._started, self._all = self._started + started, self._all + busy
+        self._ours, self._loop = self._ours + ours, self._loop + loop
+        if self._card:
+            self._card.go_on()
+
+    def _ours_now(self) -> float:
+        return _tree_seconds(self._pid) or 0.0
+
     def report(self) -> dict[str, Any]:
         """JSON. `others_cores`: how many cores other processes kept busy on average, `loop_cores`: how many of these
         were this process and what it started beside the training, a researcher for example. Empty when ours is gone."""
