@@ -13,10 +13,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from core import verdict
+from core import probing, verdict
+from core.eras import eras
 from core.ledger import FAILED, KEPT, Experiment, Sample, now
 from core.live import Event
 from core.outcome import Outcome
+from core.probing import Probe
 from core.recovery import ATTEMPTS
 from core.runs import Runs
 from core.session import Session
@@ -50,6 +52,19 @@ class Deciding:
         if lab.settings.verdict == STATISTICAL:
             return self._by_noise(e, self._runs().with_run(e.number, seed, bpb)).status != "discard"
         return verdict.decide_simple(lab.best_samples(), [bpb], lab.settings.min_delta).status == "keep"
+
+    def probe(self, e: Experiment) -> Probe | None:
+        """How the next run of a candidate is looked at: only its first may be stopped early, one in ten never is."""
+        lab, ledger = self._session.lab, self._session.ledger
+        if not lab.settings.probe:
+            return None
+        best, runs = lab.best(), self._runs()
+        if best is None or runs.of_now(e.number) or probing.exempt(e.number):
+            return Probe()
+        rule, simplifies = self.rule(), self._smaller_by(e, best) >= self.rule().min_tokens
+        needed = max(rule.margin * runs.noise().sd, rule.min_effect) if simplifies else 0.0
+        known = eras(ledger.experiments(), runs.samples, best.number, runs.epoch)
+        return Probe(judge=probing.judge(known, needed=needed))
 
     def record(self, number: int, outcome: Mapping[str, Any], seed: int, disturbed: str = "") -> None:
         """running -> scored. `disturbed`: why the run should be taken again."""
@@ -146,13 +161,13 @@ class Deciding:
         outcome = e.outcome or {}
         status, reason = str(outcome.get("status", "crash")), str(outcome.get("reason", ""))
         rule = {"rule": self._session.lab.settings.verdict, "simple": status}
+        disturbed = (outcome.get("health") or {}).get("disturbed")
+        if status in ("timeout", "hopeless") and disturbed and e.attempts < ATTEMPTS:
+            return Step(AGAIN, f"{reason}, while {disturbed}")
         if status == "hopeless":  # what upstream's rule would have said after the rest of the run is as good as sure
             record = {**rule, "simple": "discard", "stopped_early": outcome.get("stopped_early") or {}}
             return Step("discard", f"stopped early: {reason}", record=record)
         if status != "scored":
-            disturbed = (outcome.get("health") or {}).get("disturbed")
-            if status == "timeout" and disturbed and e.attempts < ATTEMPTS:
-                return Step(AGAIN, f"{reason}, while {disturbed}")
             return Step(status, reason, record=rule)
         samples = self._session.ledger.samples(e.number, "verdict")
         if e.val_bpb is None or not samples:

@@ -311,7 +311,8 @@ class Lab:
 
     def _past(self, e: Experiment) -> Past:
         outcome = {"seconds": (e.outcome or {}).get("timings", {}).get("total"), **(e.outcome or {})}
-        facts = ("steps", "tokens", "peak_memory", "params", "training_seconds", "final_loss", "seconds")
+        told = ("steps", "tokens", "peak_memory", "params", "training_seconds", "final_loss", "seconds")
+        early = {"stopped_early": outcome["stopped_early"]} if outcome.get("stopped_early") else {}
         return Past(
             number=e.number,
             status=str(e.status),
@@ -321,7 +322,7 @@ class Lab:
             reason=e.reason,
             log_tail=str(outcome.get("log_tail", "")),
             detail=e.detail,
-            facts={name: outcome[name] for name in facts if name in outcome},
+            facts={**{name: outcome[name] for name in told if name in outcome}, **early},
             tainted=e.tainted,
             best_before=e.best_before,
             parent=e.parent,

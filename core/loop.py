@@ -401,7 +401,8 @@ class Loop:
         told = {"number": number, "description": e.description, **({"seed": seed} if again else {})}
         self._session.on_event(Event("start", told))
         try:
-            outcome, idle = self._measuring.run(e, dataset, seed, lambda bpb: self._deciding.could_keep(e, seed, bpb))
+            judged, probe = lambda bpb: self._deciding.could_keep(e, seed, bpb), self._deciding.probe(e)
+            outcome, idle = self._measuring.run(e, dataset, seed, judged, probe=probe)
         except (UserError, OSError):  # not the experiment's fault
             with suppress(UserError):  # on a full disk; then the next start finds it running and repeats it
                 self.ledger.requeue(number, "could not be run; it will be repeated", counts=False)

@@ -18,6 +18,7 @@ from core.files import remove
 from core.ledger import Experiment, Sample
 from core.live import Event
 from core.outcome import Outcome, Request, always
+from core.probing import Probe
 from core.runs import Runs
 from core.session import Session
 from core.versions import changes
@@ -45,11 +46,14 @@ class Measuring:
         seed: int,
         would_keep: Callable[[float], bool] = always,
         holdout: bool = False,
+        probe: Probe | None = None,
     ) -> tuple[Outcome, dict[str, float]]:
         """One run, not recorded: its outcome, and how long the device had been idle before. A score that `would_keep`
-        is audited."""
-        request = replace(self._request(e, dataset, seed), would_keep=would_keep, holdout=holdout)
+        is audited. `probe`: how the training is looked at, in a lab that looks; by default without stopping it."""
         session = self._session
+        looked_at = (probe or Probe()) if session.lab.settings.probe else None  # all runs of a lab pay the same
+        request = self._request(e, dataset, seed)
+        request = replace(request, would_keep=would_keep, holdout=holdout, probe=looked_at)
         with self._measured():
             idle = session.idle.end()
             self._think_ahead()

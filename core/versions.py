@@ -20,6 +20,7 @@ NOT_MEASURING = frozenset(
         *("keeping", "lab", "ledger", "live", "locks", "loop", "paths", "recipe", "recovery", "selfcheck"),
         *("verdict", "versions", "deciding", "measuring", "schema", "session"),
         *("confirming", "discovery", "evidence", "noise", "runs", "sequential", "size", "steady"),
+        "eras",
         *("gap", "idle", "objections", "reapply", "thinking", "waiting"),
     }
 )

@@ -173,7 +173,7 @@ def check(lab: Lab, are_weights: Callable[[bytes, Lab], bool] = is_source) -> No
     assert len(set(descriptions)) == len(descriptions), "an idea was counted twice"
     blobs = {}
     for e in experiments:
-        scored = e.status in ("keep", "simplify", "discard")
+        scored = e.status in ("keep", "simplify", "discard") and not e.verdict.get("stopped_early")
         assert (e.val_bpb is not None) == scored, e
         if e.status is not None or not statistical:  # one that waits for another run has the runs that were made
             assert bool(lab.ledger.samples(e.number)) == scored, e
