@@ -17,6 +17,7 @@ from core import measuring
 from core.contract import Proposal
 from core.errors import UserError
 from core.lab import Lab
+from core.probing import LEAST_PAIRS, as_record
 from core.verdict import Rule, first_runs
 
 SD = 0.004  # bpb, between seeds
@@ -57,6 +58,22 @@ class Machine(Scripted):
     def execute(self, request, on_event, stop):
         outcome = super().execute(request, on_event, stop)
         self.audits[outcome.audited] += 1
+        return outcome
+
+
+class Looking(Machine):
+    """Looks at its runs, as the referee does: a probe shows the score, half a bit higher and a little off."""
+
+    def execute(self, request, on_event, stop):
+        outcome = super().execute(request, on_event, stop)
+        for index, share in enumerate(request.probe.shares if outcome.val_bpb else ()):
+            probe = outcome.val_bpb + 0.5 + random.Random(f"{outcome.val_bpb}{share}").gauss(0.0, 0.002)
+            outcome.probes.append([share, share * 2.0, probe])
+            found = request.probe.judge(index, probe)
+            if found and found.hopeless:
+                outcome.stopped_early = as_record(found, probe, (1 - share) * 2.0)
+                outcome.status, outcome.reason, outcome.val_bpb = "hopeless", found.sentence(), None
+                break
         return outcome
 
 
@@ -158,6 +175,24 @@ def test_a_crash_on_a_later_seed_ends_it(night):
     check(night)
     assert (e.status, e.val_bpb) == ("crash", None)
     assert [r["seed"] for r in e.verdict["all_runs"]] == [42], "what it cost stays on the record"
+
+
+def test_hopeless_runs_are_stopped_early_and_researchers_are_told(tmp_path, settings):
+    night = make_lab(tmp_path / "night", replace(settings, verdict="statistical", probe=True))
+    researcher = Ideas(*(2.1 + 0.01 * k for k in range(5)))
+    loop_of(night, Looking(), researcher).run(Limits(experiments=21))
+    check(night)
+    found = night.ledger.experiments()
+    early = [e for e in found if e.verdict.get("stopped_early")]
+    assert len(early) >= 9 and min(e.number for e in early) > LEAST_PAIRS + 1
+    assert not {10, 20} & {e.number for e in early}, "one in ten runs to its end"
+    for e in early:
+        assert (e.status, e.val_bpb, night.ledger.samples(e.number)) == ("discard", None, [])
+        assert e.reason.startswith("stopped early: at ") and e.verdict["stopped_early"]["saved_seconds"] > 0
+    view = night.view({})
+    assert [p.number for p in view.past if p.facts.get("stopped_early")] == [e.number for e in early]
+    gain = ends(night, Looking(), 1.9)
+    assert gain.status == "keep", gain.reason
 
 
 # --- the best again ------------------------------------------------------------------------------
@@ -326,7 +361,7 @@ def test_a_slower_machine_shows_in_the_steps_of_the_best(night, monkeypatch):
 
 # --- stops and kills -----------------------------------------------------------------------------
 
-GAINS = [2.0 - 0.001 * k + 0.01 * (k % 3) for k in range(60)]
+GAINS = [2.01, 2.0, 1.97, 1.97, 1.99, 1.94, 1.98]
 
 
 def story(lab) -> list:
@@ -345,7 +380,7 @@ def test_killed_between_and_within_runs_a_night_ends_as_if_it_had_not_been(tmp_p
     statistical = replace(settings, verdict="statistical")
     lab = make_lab(tmp_path / "night", statistical)
     dice = random.Random(5)
-    for _ in range(25):
+    for _ in range(15):
         path, known = lab.path, len(lab.ledger.all_samples())
         lab.ledger.close()
 
@@ -360,12 +395,12 @@ def test_killed_between_and_within_runs_a_night_ends_as_if_it_had_not_been(tmp_p
             loop_of(lab).recover()
         check(lab)
         assert len(lab.ledger.all_samples()) >= known
-    loop_of(lab, researcher=Ideas(*GAINS)).run(Limits(experiments=1))
+    loop_of(lab, researcher=Ideas(*GAINS)).run(Limits(experiments=max(1, 7 - len(story(lab)))))
     told = story(lab)
     calm = make_lab(tmp_path / "calm", statistical)
     loop_of(calm, researcher=Ideas(*GAINS)).run(Limits(experiments=len(told)))
     assert told == story(calm)
-    assert len(told) > 5 and any(status == "keep" for _, status, *_ in told[1:])
+    assert any(status == "keep" for _, status, *_ in told[1:])
 
 
 def test_a_deadline_between_two_runs_leaves_the_experiment_for_the_next_start(night):
