@@ -31,9 +31,11 @@ class Text:
     size: int  # B
 
     @classmethod
-    def of(cls, dataset: Dataset, place: Place) -> Text:
+    def of(cls, dataset: Dataset, place: Place, part: str = "val", tokens: int = 0) -> Text:
+        """At least `tokens` of a part, by default as many of the validation as the settings say."""
         settings = place.settings
-        rows = np.ascontiguousarray(dataset.rows("val", settings.sequence_len, settings.eval_tokens), np.int32)
+        wanted = tokens or settings.eval_tokens
+        rows = np.ascontiguousarray(dataset.rows(part, settings.sequence_len, wanted), np.int32)
         counted = dataset.token_bytes[rows[:, 1:]] > 0
         return cls(rows, counted, dataset.token_bytes, dataset.unigram_nats, min(settings.rows(), len(rows)))
 

@@ -19,7 +19,9 @@ NOT_MEASURING = frozenset(
         *("hub", "nvml", "places", "torchbuild", "windows"),
         *("keeping", "lab", "ledger", "live", "locks", "loop", "paths", "recipe", "recovery", "selfcheck"),
         "selfcheck_windows",
-        *("verdict", "versions"),
+        *("verdict", "versions", "deciding", "measuring", "schema", "session"),
+        *("confirming", "discovery", "evidence", "noise", "runs", "sequential", "size", "steady"),
+        "eras",
         *("gap", "idle", "objections", "reapply", "thinking", "waiting"),
     }
 )
