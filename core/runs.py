@@ -68,12 +68,13 @@ class Runs:
         good = [s for s in present if not s.tainted]
         if not present:
             return Steady()
-        rates: dict[int, list[float]] = defaultdict(list)
-        for s in good:
+        rates: dict[int, list[float]] = defaultdict(list)  # of disturbed runs too: what is usual includes some of that
+        for s in present:
             if found := steady.rate(s.outcome or {}):
                 rates[s.number].append(found)
+        own = [found for s in good if s.number == number and (found := steady.rate(s.outcome or {}))]
         health = ((good[0] if good else present[-1]).outcome or {}).get("health") or {}
-        return Steady(health, bool(good), rates.get(number, ()), steady.spread(list(rates.values())))
+        return Steady(health, bool(good), own, steady.spread(list(rates.values())))
 
     def since(self, number: int) -> list[Sample]:
         """What was run for verdicts since the last good run of experiment `number`; all, where it has none."""
