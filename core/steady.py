@@ -51,8 +51,8 @@ def rate(outcome: Mapping[str, Any]) -> float | None:
 def spread(groups: Sequence[Sequence[float]]) -> float:
     """The relative standard deviation of step rates within groups of one recipe each; 0 where nothing is known.
 
-    The first quartile of the differences of pairs (Q_n of Rousseeuw and Croux, JASA 1993, pooled over groups): disturbed
-    runs among the others do not make it wide."""
+    From the first quartile of the differences of pairs (Q_n of Rousseeuw and Croux, JASA 1993, pooled over groups):
+    disturbed runs among the others do not make it wide."""
     pairs = sorted(abs(math.log(a / b)) for group in groups for a, b in combinations(group, 2))
     return QUARTILE * pairs[(len(pairs) - 1) // 4] if pairs else 0.0
 
