@@ -19,6 +19,7 @@ from core.noise import Noise, Run
 from core.sequential import Design, Look, bounds, luck
 
 TAINTING_SHARE = 0.25  # of our own cores' time, taken by other processes: steps and so the score suffer
+LARGEST = 4.0  # sds: no test looks for a larger gain, which two runs show
 LEAST_DF = 2  # degrees of freedom below which an estimated noise is none
 
 
@@ -188,7 +189,8 @@ class _Case:
 
     def _better(self, sd: float) -> _Question:
         rule, tested = self.rule, self.night.tested
-        least, most = (max(effect, rule.min_effect / sd) for effect in (rule.effect, rule.most_effect))
+        worth = rule.min_effect / sd
+        least, most = (min(max(effect, worth), LARGEST) for effect in (rule.effect, rule.most_effect))
         effect = expected_effect(tested, least, most, rule.shrink)
         share = (effect - least) / (most - least) if most > least else 0.0
         patience, first = (low + share * (high - low) for low, high in (rule.patience, rule.first_patience))
@@ -218,8 +220,8 @@ class _Case:
         rule, now = self.rule, seen[-1]
         margin = max(rule.margin, rule.min_effect / now.sd)
         patience = rule.patience[-1]
-        information = rule.information(margin, rule.simplify_reach)
-        design = Design(margin, patience, patience, information, rule.spending)
+        information = rule.information(min(margin, LARGEST), rule.simplify_reach)
+        design = Design(min(margin, LARGEST), patience, patience, information, rule.spending)
         question = _Question(design, self._level(self.night.simplified), margin * now.sd)
         answer, _ = question.answer(seen)
         if answer == "open" and (ask := self._ask(now, record)):
