@@ -40,7 +40,7 @@ from core.stream import TokenStream
 
 RESULTS = Path(__file__).parent / "results" / "early_stopping.json"
 LOOKS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
-PAIRS = ((0.3, 0.6), (0.3,), (0.5,), (0.2, 0.4, 0.6), (0.4, 0.7))  # shares that `replay` compares
+PAIRS = ((0.4, 0.7), (0.3, 0.6), (0.3,), (0.5,), (0.2, 0.4, 0.6))  # shares that `replay` compares
 VOCAB, CONTEXT, STEPS = 1024, 64, 240
 BASE: Mapping[str, Any] = {
     "DEPTH": 3, "ASPECT_RATIO": 21, "HEAD_DIM": 32, "TOTAL_BATCH_SIZE": 2**9, "WEIGHT_DECAY": 0.0,

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-SHARES = (0.3, 0.6)  # of the budget, at which is looked
+SHARES = (0.4, 0.7)  # of the budget, at which is looked: docs/early_stopping.md compares others
 TOKENS = 8192  # of training text that are scored at a look
 CHANCE = 0.02  # of beating the best; below it a run is hopeless
 LEAST_RUNS = 3  # probed runs of the best, before anything is compared with it
