@@ -57,7 +57,7 @@ OTHERS = {
 }  # fmt: skip
 RATES = ("EMBEDDING_LR", "UNEMBEDDING_LR", "MATRIX_LR", "SCALAR_LR")  # times 1/4 to 4
 BASELINE_RUNS, REPEATED, REPEATS = 6, 3, 4  # seeds of the baseline; this many edits are run on more seeds
-ORDERS = 100  # random orders of a lab's candidates
+ORDERS = 10  # random orders of a lab's candidates
 
 
 # --- recording -----------------------------------------------------------------------------------------
