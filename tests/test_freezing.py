@@ -51,7 +51,7 @@ for n in range(30):
     timer, every = ctypes.c_void_p(), (ctypes.c_long * 4)(0, (20 + n) * 1_000_000, 0, (20 + n) * 1_000_000)
     failed |= libc.timer_create(1, ctypes.byref(Event(None, signal.SIGCONT, 0)), ctypes.byref(timer))
     failed |= libc.timer_settime(timer, 0, every, None)
-print("timers", failed, flush=True)
+print(f"timers {failed}", flush=True)
 number = 0
 while True:
     number += 1
@@ -64,14 +64,16 @@ print("ready", flush=True)
 while True:
     os.kill(other, signal.SIGCONT)
 """
-# Each child starts the next one and ends.
+# Each of a chain of orphans starts the next one and ends; the recipe itself stays.
 MOVING = """
 import os, time
 print("ready", flush=True)
+if os.fork():
+    time.sleep(120)
 while True:
     if os.fork():
         time.sleep(0.001)
-        os._exit(0) if os.getppid() != 1 else os.wait()
+        os._exit(0)
 """
 
 
@@ -127,8 +129,7 @@ def test_nothing_of_a_frozen_tree_runs(name: str, children: list[sandbox.Child],
 def test_a_timer_that_wakes_the_tree_is_found_out(children: list[sandbox.Child], tmp_path: Path) -> None:
     child = start(tmp_path, ALARMED)
     children.append(child)
-    wait_for(lambda: "timers" in child.log_tail())
-    assert "timers 0" in child.log_tail(), "the attack itself works"
+    wait_for(lambda: "timers 0" in child.log_tail())
     try:
         frozen = child.freeze()
     except FreezeError:
