@@ -53,7 +53,7 @@ class Deciding:
             return self._by_noise(e, self._runs().with_run(e.number, seed, bpb)).status != "discard"
         return verdict.decide_simple(lab.best_samples(), [bpb], lab.settings.min_delta).status == "keep"
 
-    def probe(self, e: Experiment) -> Probe | None:
+    def probe(self, e: Experiment, seed: int) -> Probe | None:
         """How the next run of a candidate is looked at: only its first may be stopped early, one in ten never is."""
         lab, ledger = self._session.lab, self._session.ledger
         if not lab.settings.probe:
@@ -64,7 +64,7 @@ class Deciding:
         rule, simplifies = self.rule(), self._smaller_by(e, best) >= self.rule().min_tokens
         needed = max(rule.margin * runs.noise().sd, rule.min_effect) if simplifies else 0.0
         known = eras(ledger.experiments(), runs.samples, best.number, runs.epoch)
-        return Probe(judge=probing.judge(known, needed=needed))
+        return Probe(judge=probing.judge(known, needed=needed, seed=seed))
 
     def record(self, number: int, outcome: Mapping[str, Any], seed: int, disturbed: str = "") -> None:
         """running -> scored. `disturbed`: why the run should be taken again."""
