@@ -73,22 +73,23 @@ class Measuring:
         session, e = self._session, self._session.ledger.get(number)
         session.note(f"running #{number} again, with seed {seed}: {why}")
         session.live.begin(number, f"#{number} again, with seed {seed}: {why}")
-        outcome, _ = self.run(e, dataset, seed, holdout=holdout)
+        outcome, idle = self.run(e, dataset, seed, holdout=holdout)
         if outcome.status == "stopped":
             return None
         if outcome.status == "scored" and outcome.val_bpb is not None:
-            self._take(e, seed, purpose, outcome)
+            self._take(e, seed, purpose, outcome, idle)
         else:
             said = f"#{number} with seed {seed}: {outcome.status} ({outcome.reason})"
             session.ledger.event("remeasured", said, number)
         session.lab.products.clear_work({number})
         return outcome
 
-    def _take(self, e: Experiment, seed: int, purpose: str, outcome: Outcome) -> None:
+    def _take(self, e: Experiment, seed: int, purpose: str, outcome: Outcome, idle: Mapping[str, float]) -> None:
         """The sample, and with it, in one transaction, what it says of the machine."""
         ledger, lab = self._session.ledger, self._session.lab
         why = self.disturbed(e.number, outcome)
-        taken = {**slim(outcome), "health": {**outcome.health, **({"disturbed": why} if why else {})}}
+        health = {**outcome.health, **({"disturbed": why} if why else {})}
+        taken = {**slim(outcome), "health": health, "idle": dict(idle)}
         with ledger.transaction():
             said = f"#{e.number} with seed {seed}: {outcome.val_bpb:.6f}{f', disturbed: {why}' if why else ''}"
             versions = self._session.measured_with
