@@ -81,7 +81,16 @@ class Row:
         return self.val_bpb - self.best_before
 
     @property
+    def device_seconds(self) -> float | None:
+        """What all of its runs took; the last one too where it had no number, and so is none of `all_runs`."""
+        if self.runs == 1:
+            return self.seconds
+        counted = [float(run["seconds"]) for run in self.verdict["all_runs"] if run.get("seconds")]
+        return sum(counted) + ((self.seconds or 0.0) if self.val_bpb is None else 0.0)
+
+    @property
     def seconds(self) -> float | None:
+        """What its last run took."""
         total = (self.outcome.get("timings") or {}).get("total")
         return float(total) if isinstance(total, int | float) else None
 
@@ -113,7 +122,8 @@ class Row:
             "delta": self.delta, "description": self.description, "researcher": self.researcher, "reason": self.reason,
             "tainted": self.tainted, "undone": self.undone, "commit": self.commit or None, "seconds": self.seconds,
             "started": self.started or None, "finished": self.finished or None, "idle": self.idle,
-            "runs": self.runs, "interval": self.interval, "simple": self.simple or None,
+            "runs": self.runs, "device_seconds": self.device_seconds, "interval": self.interval,
+            "simple": self.simple or None,
         }  # fmt: skip
         more = {"parent": self.parent, "detail": self.detail, "outcome": self.outcome, "verdict": self.verdict}
         return {**short, **more} if full else short
@@ -172,7 +182,9 @@ def uses(all_rows: Iterable[Row]) -> Uses:
     waits = {what: round(sum(r.idle.get(what, 0.0) for r in known), 3) for what in ("thinking", "dry build", "waiting")}
     told = {what: seconds for what, seconds in waits.items() if seconds}
     return Uses(
-        sum(r.seconds or 0.0 for r in known), idle, {**told, "other": round(max(0.0, idle - sum(waits.values())), 3)}
+        sum(r.device_seconds or 0.0 for r in known),
+        idle,
+        {**told, "other": round(max(0.0, idle - sum(waits.values())), 3)},
     )
 
 

@@ -256,6 +256,7 @@ def _banner(screen: Screen, lab: Lab, researcher: str, limits: Limits, sleep: st
     train = lab.dataset().part("train")
     measured = [r for r in view.rows if r.seconds and r.outcome.get("training_seconds")]
     each = expected(s.budget, [(r.seconds or 0.0) - r.outcome["training_seconds"] for r in measured], OVERHEAD)
+    each *= sum(r.runs for r in measured) / len(measured) if measured else 1.0  # an experiment may take several runs
     left = max(0.0, limits.deadline - time.time()) if limits.deadline else None
     rates = [r.outcome["tokens"] / r.outcome["training_seconds"] for r in measured if r.outcome.get("tokens")]
     passes = passes_line(train.tokens, max(rates, default=None), s.budget)

@@ -56,7 +56,7 @@ def log_table(rows: Sequence[Row], scale: Scale, screen: Screen) -> Table:
         cells = [str(r.number), r.shown_status, bpb(r.val_bpb), delta(r.delta)]
         cells += [_between(r), str(r.runs)] if several else []
         cells += [plain(what)]
-        cells += [duration(r.seconds) if r.seconds else ""] if wide else []
+        cells += [duration(r.device_seconds) if r.device_seconds else ""] if wide else []
         cells += [] if narrow else [clock(moment(r.finished)) if r.finished else ""]
         table.add_row(*(Text(cell, style=style if i == 1 else "") for i, cell in enumerate(cells)))
     return table

@@ -18,7 +18,8 @@ def eras(experiments: Sequence[Experiment], samples: Sequence[Sample], best: int
     parents = {e.number: e.parent for e in experiments}
     for s in samples:
         probes, parent = (s.outcome or {}).get("probes"), parents.get(s.number)
-        if not probes or s.tainted or s.purpose not in DECIDING or (curve := Curve.of(probes, s.val_bpb)) is None:
+        curve = Curve.of(probes, s.val_bpb, s.seed) if probes and s.purpose in DECIDING and not s.tainted else None
+        if curve is None:
             continue
         own[s.number, s.epoch].append(curve)
         if parent is not None and s.purpose == "verdict":

@@ -401,7 +401,7 @@ class Loop:
         told = {"number": number, "description": e.description, **({"seed": seed} if again else {})}
         self._session.on_event(Event("start", told))
         try:
-            judged, probe = lambda bpb: self._deciding.could_keep(e, seed, bpb), self._deciding.probe(e)
+            judged, probe = lambda bpb: self._deciding.could_keep(e, seed, bpb), self._deciding.probe(e, seed)
             outcome, idle = self._measuring.run(e, dataset, seed, judged, probe=probe)
         except (UserError, OSError):  # not the experiment's fault
             with suppress(UserError):  # on a full disk; then the next start finds it running and repeats it

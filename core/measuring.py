@@ -19,7 +19,7 @@ from core.ledger import Experiment, Sample
 from core.live import Event
 from core.outcome import Outcome, Request, always
 from core.probing import Probe
-from core.runs import Runs
+from core.runs import Runs, night
 from core.session import Session
 from core.versions import changes
 
@@ -73,22 +73,23 @@ class Measuring:
         session, e = self._session, self._session.ledger.get(number)
         session.note(f"running #{number} again, with seed {seed}: {why}")
         session.live.begin(number, f"#{number} again, with seed {seed}: {why}")
-        outcome, _ = self.run(e, dataset, seed, holdout=holdout)
+        outcome, idle = self.run(e, dataset, seed, holdout=holdout)
         if outcome.status == "stopped":
             return None
         if outcome.status == "scored" and outcome.val_bpb is not None:
-            self._take(e, seed, purpose, outcome)
+            self._take(e, seed, purpose, outcome, idle)
         else:
             said = f"#{number} with seed {seed}: {outcome.status} ({outcome.reason})"
             session.ledger.event("remeasured", said, number)
         session.lab.products.clear_work({number})
         return outcome
 
-    def _take(self, e: Experiment, seed: int, purpose: str, outcome: Outcome) -> None:
+    def _take(self, e: Experiment, seed: int, purpose: str, outcome: Outcome, idle: Mapping[str, float]) -> None:
         """The sample, and with it, in one transaction, what it says of the machine."""
         ledger, lab = self._session.ledger, self._session.lab
         why = self.disturbed(e.number, outcome)
-        taken = {**slim(outcome), "health": {**outcome.health, **({"disturbed": why} if why else {})}}
+        health = {**outcome.health, **({"disturbed": why} if why else {})}
+        taken = {**slim(outcome), "health": health, "idle": dict(idle)}
         with ledger.transaction():
             said = f"#{e.number} with seed {seed}: {outcome.val_bpb:.6f}{f', disturbed: {why}' if why else ''}"
             versions = self._session.measured_with
@@ -142,7 +143,8 @@ class Measuring:
             return
         runs, good = self._runs(), [s for s in made if not s.tainted]
         usual = runs.noise(leave_out=good[-noise.CHANGE_POINTS :])  # what may have moved does not say what is usual
-        if moved := noise.drift(runs.scores(number), usual):
+        fair = night(self._session.ledger.experiments()).fair(runs.scores(number))
+        if moved := noise.drift(fair, usual):
             self._begin_epoch(number, good[-moved.runs :], moved.reason)
 
     def _begin_epoch(self, number: int, carry: Sequence[Sample], why: str) -> None:

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-SHARES = (0.3, 0.6)  # of the budget, at which is looked
+SHARES = (0.4, 0.7)  # of the budget, at which is looked: docs/early_stopping.md compares others
 TOKENS = 8192  # of training text that are scored at a look
 CHANCE = 0.02  # of beating the best; below it a run is hopeless
 LEAST_RUNS = 3  # probed runs of the best, before anything is compared with it
@@ -80,15 +80,16 @@ def exempt(number: int) -> bool:
 
 @dataclass(frozen=True)
 class Curve:
-    """A run that got a score: its probes, by share of the budget, and the score."""
+    """A run that got a score: its probes, by share of the budget, the score, and its seed where that is known."""
 
     probes: Mapping[float, float]
     final: float
+    seed: int | None = None
 
     @classmethod
-    def of(cls, probes: Sequence[Sequence[float]], val_bpb: float | None) -> Curve | None:
+    def of(cls, probes: Sequence[Sequence[float]], val_bpb: float | None, seed: int | None = None) -> Curve | None:
         """From `Outcome.probes` and `Outcome.val_bpb`; None where there is no score."""
-        return None if val_bpb is None else cls({share: bpb for share, _, bpb in probes}, val_bpb)
+        return None if val_bpb is None else cls({share: bpb for share, _, bpb in probes}, val_bpb, seed)
 
 
 @dataclass(frozen=True)
@@ -98,29 +99,35 @@ class Era:
     incumbent: Sequence[Curve]
     tried: Sequence[Curve] = field(default_factory=tuple)
 
-    def level(self, share: float) -> tuple[float, float] | None:
-        """The best's mean probe at this share and its mean score; None without a probed run."""
+    def level(self, share: float, seed: int | None = None) -> tuple[float, float] | None:
+        """The best's mean probe at this share and its mean score; None without a probed run.
+
+        Of its runs on the same seed where there are any: they saw the same text in the same order, and an edit that
+        changes little shares their luck.
+        """
         runs = [curve for curve in self.incumbent if share in curve.probes]
+        runs = [curve for curve in runs if seed is not None and curve.seed == seed] or runs
         if not runs:
             return None
         return float(np.mean([c.probes[share] for c in runs])), float(np.mean([c.final for c in runs]))
 
     def pairs(self, share: float) -> list[tuple[float, float]]:
         """(gap at the probe, final gap) of every run that was compared and has been looked at."""
-        if (level := self.level(share)) is None:
-            return []
-        probe, final = level
-        return [(c.probes[share] - probe, c.final - final) for c in self.tried if share in c.probes]
+        found = []
+        for curve in self.tried:
+            if share in curve.probes and (level := self.level(share, curve.seed)) is not None:
+                found.append((curve.probes[share] - level[0], curve.final - level[1]))
+        return found
 
 
-def judge(eras: Sequence[Era], shares: Sequence[float] = SHARES, needed: float = 0.0) -> Judge:
-    """Who decides for the next candidate. `eras`: of the whole lab, the present one last. `needed`: the final gap at
-    which the run would still matter; 0: it beats the best."""
+def judge(eras: Sequence[Era], shares: Sequence[float] = SHARES, needed: float = 0.0, seed: int | None = None) -> Judge:
+    """Who decides for the next run, on this seed. `eras`: of the whole lab, the present one last. `needed`: the final
+    gap at which the run would still matter; 0: it beats the best."""
 
     def ask(index: int, bpb: float) -> Forecast | None:
         share = shares[index]
         present = eras[-1] if eras else Era(())
-        level = present.level(share)
+        level = present.level(share, seed)
         runs = sum(share in curve.probes for curve in present.incumbent)
         if level is None or runs < LEAST_RUNS:
             return None

@@ -19,6 +19,7 @@ from core.noise import Noise, Run
 from core.sequential import Design, Look, bounds, luck
 
 TAINTING_SHARE = 0.25  # of our own cores' time, taken by other processes: steps and so the score suffer
+LARGEST = 4.0  # sds: no test looks for a larger gain, which two runs show
 LEAST_DF = 2  # degrees of freedom below which an estimated noise is none
 
 
@@ -31,21 +32,21 @@ class Rule:
     baseline_runs: int = 5  # seeds of the baseline at the start of a lab
     cap: int = 36  # runs of one candidate, at most
     control_cap: int = 50  # runs of the incumbent up to which a candidate may ask for more
-    reach: float = 28.0  # information (1/sds²) at which the test for a gain of one sd ends; less for larger gains
+    reach: float = 36.0  # information (1/sds²) at which the test for a gain of one sd ends; less for larger gains
     simplify_reach: float = 12.0  # the same for a simplification
-    sharing: float = 1.5  # verdicts that a run of the incumbent serves; it gets sqrt(sharing) as many (Dunnett)
+    sharing: float = 1.2  # verdicts that a run of the incumbent serves; it gets sqrt(sharing) as many (Dunnett)
     effect: float = 1.0  # sds: the gain that is looked for before anything is known of gains
     most_effect: float = 2.0  # sds: what is looked for after large gains, at most
     shrink: float = 0.75  # of the mean of what was kept: such estimates are too high
-    patience: tuple[float, float] = (0.9, 1.75)  # log of Wald's lower ratio, looking for `effect` and for `most_effect`
-    first_patience: tuple[float, float] = (0.4, 1.1)  # the same at the first look
+    patience: tuple[float, float] = (1.2, 1.75)  # log of Wald's lower ratio, looking for `effect` and for `most_effect`
+    first_patience: tuple[float, float] = (0.6, 1.0)  # the same at the first look
     spending: float = 0.6  # power of the information's share that is the share of error spent
     wealth: float = 0.8  # of alpha: the most that a night of pure noise keeps anything with
     decay: float = 1.6  # of SAFFRON's charges
     lambda_: float = 0.15  # of SAFFRON
     fresh: int = 20  # runs: nothing is kept against a best that has not been run since
     min_tokens: int = 5  # syntax-tree tokens that a simplification must save
-    margin: float = 1.0  # sds that a simplification may lose at most (min_effect, where that is more)
+    margin: float = 1.5  # sds that a simplification may lose at most (min_effect, where that is more)
 
     def information(self, effect: float, reach: float) -> float:
         """At which the test for a gain of `effect` sds ends."""
@@ -188,7 +189,8 @@ class _Case:
 
     def _better(self, sd: float) -> _Question:
         rule, tested = self.rule, self.night.tested
-        least, most = (max(effect, rule.min_effect / sd) for effect in (rule.effect, rule.most_effect))
+        worth = rule.min_effect / sd
+        least, most = (min(max(effect, worth), LARGEST) for effect in (rule.effect, rule.most_effect))
         effect = expected_effect(tested, least, most, rule.shrink)
         share = (effect - least) / (most - least) if most > least else 0.0
         patience, first = (low + share * (high - low) for low, high in (rule.patience, rule.first_patience))
@@ -218,8 +220,8 @@ class _Case:
         rule, now = self.rule, seen[-1]
         margin = max(rule.margin, rule.min_effect / now.sd)
         patience = rule.patience[-1]
-        information = rule.information(margin, rule.simplify_reach)
-        design = Design(margin, patience, patience, information, rule.spending)
+        information = rule.information(min(margin, LARGEST), rule.simplify_reach)
+        design = Design(min(margin, LARGEST), patience, patience, information, rule.spending)
         question = _Question(design, self._level(self.night.simplified), margin * now.sd)
         answer, _ = question.answer(seen)
         if answer == "open" and (ask := self._ask(now, record)):

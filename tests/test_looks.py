@@ -164,7 +164,7 @@ def test_a_hopeless_run_ends_there(looked_at: Run, tmp_path: Path) -> None:
     gaps = [(x, 0.8 * x + 0.005 * rng.standard_normal()) for x in rng.uniform(0, 1, 20)]
     best = [Curve({0.3: 0.5, 0.6: 0.4}, 0.3)] * 3
     eras = [Era(best, [Curve({0.3: 0.5 + x, 0.6: 0.4 + x}, 0.3 + y) for x, y in gaps])]
-    outcome = looked_at(probe=Probe(SHARES, TOKENS, probing.judge(eras)))
+    outcome = looked_at(probe=Probe(SHARES, TOKENS, probing.judge(eras, SHARES)))
     assert outcome.status == "hopeless" and outcome.val_bpb is None and outcome.weights is None
     record = outcome.stopped_early
     assert record["share"] == 0.3 and record["probe"] == outcome.probes[0][2] and record["runs"] == 20

@@ -6,14 +6,15 @@ import json
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from core import probing
 from core.outcome import Outcome
-from core.probing import CHANCE, LEAST_PAIRS, LEAST_RUNS, Curve, Era, Forecast, exempt, forecast, judge
+from core.probing import CHANCE, LEAST_PAIRS, LEAST_RUNS, SHARES, Curve, Era, Forecast, exempt, forecast, judge
 
 Pairs = list[tuple[float, float]]
+FIRST, SECOND = SHARES
 
 
 def lab_pairs(rng: np.random.Generator, count: int, slope: float = 0.5, noise: float = 0.01) -> Pairs:
@@ -45,6 +46,7 @@ def test_the_interval_is_that_of_linear_regression() -> None:
     assert found.runs == 12
 
 
+@settings(deadline=None)
 @given(st.integers(0, 1000), st.floats(-0.1, 0.4), st.floats(0.001, 0.3))
 def test_worse_at_the_probe_is_never_more_hopeful(seed: int, gap: float, worse: float) -> None:
     pairs = lab_pairs(np.random.default_rng(seed), 20)
@@ -67,6 +69,7 @@ def test_a_luckier_run_than_foretold_makes_the_rule_careful() -> None:
     assert told(crossed, gap).chance < CHANCE and not told(crossed, gap).hopeless
 
 
+@settings(deadline=None)
 @given(st.integers(0, 1000), st.floats(-0.1, 0.4))
 def test_the_second_bound_is_the_jackknife_plus(seed: int, gap: float) -> None:
     """Against the same fits made one by one: a run is hopeless exactly when both bounds say so."""
@@ -113,8 +116,8 @@ def test_few_good_runs_are_stopped() -> None:
 
 
 def era(level: float, runs: int, gaps: Pairs) -> Era:
-    best = [Curve({0.3: level + 0.5, 0.6: level + 0.2}, level) for _ in range(runs)]
-    return Era(best, [Curve({0.3: level + 0.5 + x, 0.6: level + 0.2 + x}, level + y) for x, y in gaps])
+    best = [Curve({FIRST: level + 0.5, SECOND: level + 0.2}, level) for _ in range(runs)]
+    return Era(best, [Curve({FIRST: level + 0.5 + x, SECOND: level + 0.2 + x}, level + y) for x, y in gaps])
 
 
 def test_nothing_is_stopped_before_enough_is_known() -> None:
@@ -124,7 +127,7 @@ def test_nothing_is_stopped_before_enough_is_known() -> None:
     assert judge([era(2.0, LEAST_RUNS - 1, gaps)])(0, hopeless) is None
     found = judge([era(2.0, LEAST_RUNS, gaps)])(0, hopeless)
     assert found is not None and found.hopeless and found.gap == pytest.approx(0.3)
-    assert "at 30% of the budget" in found.sentence() and "30 earlier runs" in found.sentence()
+    assert f"at {FIRST:.0%} of the budget" in found.sentence() and "30 earlier runs" in found.sentence()
     same = judge([era(2.0, LEAST_RUNS, gaps)])(0, 2.5)
     assert same is not None and not same.hopeless
 
@@ -135,6 +138,23 @@ def test_runs_against_an_earlier_best_count_by_their_gaps() -> None:
     parts = judge([era(2.4, 3, gaps[:17]), era(2.0, 3, gaps[17:])])(1, 2.2 + 0.1)
     assert whole is not None and parts is not None
     assert parts.chance == pytest.approx(whole.chance) and parts.expected == pytest.approx(whole.expected)
+
+
+def test_the_same_seed_is_compared_where_there_is_one() -> None:
+    """A seed that is 0.2 above the others everywhere: a run on it that is 0.2 above the mean is no worse."""
+    shift = {1: 0.0, 2: 0.0, 3: 0.2}
+    best = [Curve({FIRST: 2.5 + d}, 2.0 + d, seed) for seed, d in shift.items()]
+    gaps = lab_pairs(np.random.default_rng(8), 30)
+    tried = [
+        Curve({FIRST: 2.5 + shift[1 + i % 3] + x}, 2.0 + shift[1 + i % 3] + y, 1 + i % 3)
+        for i, (x, y) in enumerate(gaps)
+    ]
+    assert Era(best, tried).pairs(FIRST) == [pytest.approx(pair) for pair in gaps]
+    lucky, unlucky = judge([Era(best, tried)], seed=1)(0, 2.7), judge([Era(best, tried)], seed=3)(0, 2.7)
+    assert lucky is not None and unlucky is not None
+    assert lucky.hopeless and not unlucky.hopeless and unlucky.gap == pytest.approx(0.0)
+    unknown = judge([Era(best, tried)], seed=9)(0, 2.7)
+    assert unknown is not None and unknown.gap == pytest.approx(0.2 - 0.2 / 3)
 
 
 def test_curves_come_from_outcomes() -> None:

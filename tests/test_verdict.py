@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import math
+from dataclasses import replace
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from core.verdict import decide_simple, taint
+from core.noise import Noise, Run
+from core.verdict import Night, Rule, decide, decide_simple, taint
 
 scores = st.floats(min_value=1e-6, max_value=100.0)
 many = st.lists(scores, min_size=1, max_size=8)
@@ -66,3 +69,138 @@ def test_work_beside_a_training_taints_it():
     assert taint({"others_cores": 0.1, "our_cores": 1.9}) == ""
     assert taint({"others_cores": 2.0, "our_cores": 30.0}) == ""
     assert taint({}) == ""
+
+
+# --- the statistical verdict -----------------------------------------------------------------------------------------
+
+RULE = Rule(min_effect=0.001)
+QUIET = Noise(0.01, 20)
+BEST = [Run(seed, 2.0 + off, seed) for seed, off in enumerate([0.004, -0.004, 0.002, -0.002, 0.0])]
+
+
+def candidate(*scores: float) -> list[Run]:
+    return [Run(seed, score, 5 + seed) for seed, score in enumerate(scores)]
+
+
+def said(scores, best=BEST, noise=QUIET, night=None, rule=RULE, smaller_by=0):
+    return decide(best, candidate(*scores), noise, night or Night(), rule, smaller_by)
+
+
+def test_the_first_recipe_is_the_baseline_and_no_test():
+    step = decide([], candidate(2.0), Noise(0, 0), Night(), RULE)
+    assert (step.status, step.seed) == ("keep", None) and "baseline" in step.reason
+    assert Night.from_records([step.record, {}]) == Night()
+
+
+def test_a_clear_loser_stops_after_one_run():
+    step = said([2.03])
+    assert step.status == "discard" and step.seed is None
+    assert "0.030000" in step.reason and "worse than the best, 2.000000 (1 run against 5)" in step.reason
+    assert step.record["tested"] == {"passed": False, "promising": False, "found": False, "effect": pytest.approx(-3.0)}
+
+
+def test_one_run_never_keeps_and_the_next_is_paired_with_a_run_of_the_best():
+    step = said([1.5])
+    assert (step.status, step.seed) == ("more", 1)
+    assert said([1.5, 1.5]).status == "keep"
+
+
+def decided(score, smaller_by=0):
+    """(the last step, what was asked for, the candidate's runs, the best's) of a candidate that always scores this."""
+    asked, runs, best = [], candidate(score), list(BEST)
+    while (step := decide(best, runs, QUIET, Night(), RULE, smaller_by)).seed is not None:
+        asked.append(step.status)
+        order = 6 + len(asked)
+        if step.status == "more":
+            runs.append(Run(step.seed, score, order))
+        else:
+            best.append(Run(step.seed, 2.0, order))
+    return step, asked, runs, best
+
+
+def test_a_close_call_runs_until_it_is_told_from_noise():
+    """Two sds better: first runs of its own, then the best's too, in the end a keep with the figures."""
+    step, asked, runs, best = decided(1.98)
+    assert step.status == "keep" and "more than noise" in step.reason
+    assert {"more"} <= set(asked) <= {"more", "control"} and 2 <= len(runs) <= 8
+    assert len({run.seed for run in runs}) == len(runs) and len({run.seed for run in best}) == len(best)
+    low, high = step.record["interval"]
+    assert 0 < low < 0.02 < high
+    assert step.record["z"] >= step.record["needed_z"]
+    assert json.loads(json.dumps(step.record)) == step.record
+
+
+def test_without_a_known_noise_the_best_is_run_first():
+    step = said([1.9], best=BEST[:1], noise=Noise(0.0, 0.0))
+    assert (step.status, step.seed) == ("control", 1) and "not known" in step.reason
+
+
+def test_what_is_real_but_not_worth_keeping_is_discarded():
+    noise = Noise(1e-5, 20)
+    steps = said([1.9995, 1.9995, 1.9995], noise=noise, best=[Run(s, 2.0, s) for s in range(5)])
+    assert steps.status == "discard"
+    assert not steps.record["tested"]["found"]
+
+
+def test_equal_scores_without_any_noise_are_a_discard():
+    same = [Run(s, 2.0, s) for s in range(5)]
+    assert said([2.0], best=same, noise=Noise(0.0, 4.0)).status == "discard"
+    assert said([1.9, 1.9], best=same, noise=Noise(0.0, 4.0)).status == "keep"
+
+
+def test_nothing_is_kept_against_a_best_that_was_last_run_long_ago():
+    late = [Run(seed, 1.9, 100 + seed) for seed in range(3)]
+    step = decide(BEST, late, QUIET, Night(), RULE)
+    assert step.status == "control" and "98 runs ago" in step.reason
+    again = decide([*BEST, Run(step.seed, 2.0, 103)], late, QUIET, Night(), RULE)
+    assert again.status == "keep"
+
+
+def test_runs_end_at_the_caps():
+    rule = replace(RULE, cap=4, control_cap=6)
+    best = [*BEST, Run(5, 2.0, 50)]
+    step = decide(best, candidate(1.993, 1.993, 1.993, 1.993), QUIET, Night(), rule)
+    assert step.status == "discard" and "no more runs are allowed" in step.reason
+
+
+def test_as_good_and_smaller_is_a_simplification_and_worse_is_not():
+    assert decided(2.0)[0].status == "discard"
+    step, asked, _, _ = decided(2.0, smaller_by=40)
+    assert step.status == "simplify" and "40 tokens less" in step.reason and len(asked) < 25
+    assert step.record["simplified"]["found"] and not step.record["tested"]["found"]
+    assert decided(2.0, smaller_by=4)[0].status == "discard"
+    step, *_ = decided(2.008, smaller_by=40)
+    assert step.status == "discard" and "cannot be ruled out" in step.reason
+
+
+def test_a_keep_makes_the_next_test_easier_and_its_luck_is_taken_from_the_next_control():
+    kept = said([1.97, 1.97, 1.97])
+    assert kept.status == "keep" and kept.record["kept"]["orders"] == [5, 6, 7]
+    night = Night.from_records([{}, kept.record])
+    assert night.tested[0].found and night.luck > 0
+    fair = night.fair(candidate(1.97, 1.97, 1.97))
+    assert all(run.bpb == pytest.approx(1.97 + night.luck) for run in fair)
+    assert night.fair(BEST) == BEST
+    assert said([1.99, 1.99], night=night).record["level"] > said([1.99, 1.99]).record["level"]
+
+
+def test_the_record_says_what_the_simple_rule_would_have_said():
+    assert said([1.999]).record["simple"] == "keep"  # the best's first run was 2.004
+    assert said([2.0035]).record["simple"] == "discard"
+
+
+@given(st.lists(st.floats(1.95, 2.05), min_size=1, max_size=5), st.randoms())
+@settings(max_examples=50, deadline=None)
+def test_the_same_runs_in_any_order_give_the_same_step(scores, dice):
+    expected = said(scores)
+    runs, best = candidate(*scores), list(BEST)
+    dice.shuffle(runs)
+    dice.shuffle(best)
+    assert decide(best, runs, QUIET, Night(), RULE) == expected
+
+
+@given(st.lists(st.floats(1.9, 2.1), min_size=1, max_size=4), st.floats(0.0, 0.05))
+@settings(max_examples=50, deadline=None)
+def test_better_scores_never_turn_a_keep_into_a_discard(scores, by):
+    rank = {"discard": 0, "more": 1, "control": 1, "keep": 2}
+    assert rank[said([s - by for s in scores]).status] >= rank[said(scores).status]

@@ -1,0 +1,66 @@
+"""The claims of docs/verdict.md on few simulated nights; `python -m benchmarks.nights` plays thousands."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from benchmarks.nights import main, summary
+from benchmarks.simulated import Simple, Statistical, World, nights
+from core.verdict import Rule
+
+RULE = Rule(min_effect=0.0)
+
+
+def row(world, strategy, many, seed=1):
+    return summary(world, "", nights(world, strategy, np.random.SeedSequence(seed).spawn(many)))
+
+
+def test_pure_noise_keeps_next_to_nothing_where_the_naive_rule_keeps_every_night():
+    world = World("noise")
+    assert row(world, Statistical(RULE), 30).anything <= 0.1  # 5 % at most over many nights
+    naive = row(world, Simple(), 100)
+    assert naive.anything > 0.9 and naive.claimed_error > 2
+
+
+def test_gains_of_two_sds_are_found_and_few_keeps_are_false():
+    world = World("mixed", better=0.2, gain=2.0, worse=0.75)
+    found = row(world, Statistical(RULE), 15)
+    assert found.power > 0.8 and found.false_share < 0.08
+    assert 2 < found.time_ratio < 3.2
+    assert row(world, Simple(), 15).false_share > 0.2
+    assert abs(found.confirmed_error) < 4 * found.confirmed_error_se
+
+
+def test_pairs_save_runs_where_seeds_correlate():
+    world = World("alone", better=0.2, gain=1.0, worse=0.75, candidates=60)
+    paired = World("paired", better=0.2, gain=1.0, worse=0.75, candidates=60, correlation=0.9)
+    alone, together = row(world, Statistical(RULE), 8), row(paired, Statistical(RULE), 8)
+    assert together.power > alone.power
+    assert together.time_per_gain < alone.time_per_gain
+
+
+def test_a_jump_of_the_machine_is_seen_and_makes_no_gain():
+    found = row(World("jump", step=-5.0), Statistical(RULE), 10)  # everything after it looks better
+    assert found.epochs >= 0.8
+    assert found.keeps < 1
+
+
+def test_a_stopped_run_counts_its_share():
+    world = World("hopeless", worse=1.0, spread=1e6, caught=1.0, share=0.25, candidates=20)
+    found = row(world, Statistical(RULE), 2)
+    assert found.time == pytest.approx(RULE.baseline_runs + 20 * 0.25, abs=1)
+
+
+def test_the_command_prints_a_table_and_json():
+    arguments = ["--nights", "2", "--candidates", "5", "--jobs", "1", "--only", "noise only, machine creeps"]
+    shown = CliRunner().invoke(main, arguments)
+    assert shown.exit_code == 0 and "three seeds" in shown.output
+    told = CliRunner().invoke(main, [*arguments, "--json"])
+    rows = json.loads(told.stdout)
+    assert [r["rule"] for r in rows] == ["statistical", "naive", "three seeds"]
+    refused = CliRunner().invoke(main, ["--only", "no such world"])
+    assert refused.exit_code == 2 and "no world" in refused.output
