@@ -72,7 +72,8 @@ def parity(order: Order, device: Device) -> dict[str, Any]:
     for dtype in dict.fromkeys(("float32", order.dtype or device.dtype.value)):
         found = reference.computed(recipe, device, dtype)
         files[dtype] = str(Path(order.folder) / f"{order.name}-{dtype}.npz")
-        np.savez(files[dtype], **{name: np.asarray(array, np.float32) for name, array in found.items()})
+        arrays: dict[str, Any] = {name: np.asarray(array, np.float32) for name, array in found.items()}
+        np.savez(files[dtype], **arrays)
         tell("parity", dtype=dtype)
     return {"files": files}
 
