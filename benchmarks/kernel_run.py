@@ -121,6 +121,7 @@ def measured(order: Order, stage: Callable[[str], None], patience: float = PATIE
         found.failed = _gathered(found, said, stage, patience)
     except BaseException:  # Ctrl-C: the device must not stay busy
         process.kill()
+        process.wait()
         raise
     if found.failed:
         process.kill()
