@@ -229,6 +229,7 @@ class Run:
             dtype=taken.facts["dtype"],
             seed=seed,
             workdir=self.folder / f"score-{name}-{seed}",
+            caches=sides.compiled(self._caches(taken), self.folder / f"compiled-{name}"),
         )
         found = score(asked, self.progress.step)
         taken.scores.append(found)
@@ -238,7 +239,8 @@ class Run:
     def _ask(self, taken: _Taken, task: str) -> dict[str, Any] | None:
         """A side's answer; None where it ended without one, which is noted."""
         order = self._order(taken, task)
-        caches = self.folder / f"caches-{taken.contender.name}-{task}"
+        # Compiling is timed with the steps, from nothing on; for parity the usual places serve.
+        caches = self._caches(taken)
 
         def told(event: Mapping[str, Any]) -> None:
             if event["kind"] == "step":
@@ -248,7 +250,7 @@ class Run:
             if taken.contender.name == UPSTREAM:
                 answer = upstream.ask(order, caches, told)
             else:
-                answer = sides.ask(order, caches, told)
+                answer = sides.ask(order, caches if task == "steps" else None, told)
         except sides.SideFailed as failure:
             doing = "proving parity" if task == "parity" else f"repeat {len(taken.answers) + 1}"
             taken.failed = f"in {doing}: {failure}"
@@ -256,6 +258,9 @@ class Run:
             return None
         taken.facts = {name: answer[name] for name in ("device", "dtype", "dtype_reason")}
         return answer
+
+    def _caches(self, taken: _Taken) -> Path:
+        return self.folder / f"caches-{taken.contender.name}"
 
     def _order(self, taken: _Taken, task: str) -> Order:
         profile = self.plan.profile

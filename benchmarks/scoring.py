@@ -32,6 +32,7 @@ class Scoring:
     dtype: str
     seed: int
     workdir: Path
+    caches: Path | None = None  # what was compiled before, as in a night's later experiments
 
 
 def score(asked: Scoring, step: Callable[[float], None]) -> Score:
@@ -65,7 +66,9 @@ def request(asked: Scoring) -> Request:
         warmup_cap=WARMUP_CAP,
     )
     name = f"bench-{asked.backend}-{asked.seed}"
-    return Request(source.encode(), settings, dataset, asked.seed, name, workdir=asked.workdir, audit="never")
+    return Request(
+        source.encode(), settings, dataset, asked.seed, name, workdir=asked.workdir, caches=asked.caches, audit="never"
+    )
 
 
 def taken(outcome: Outcome, seed: int) -> Score:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -34,11 +35,15 @@ class SideFailed(Exception):
     """A side ended without an answer; the message is for people and holds no path and no name of a user."""
 
 
-def ask(order: Order, caches: Path, told: Told, limit: float = LIMIT) -> dict[str, Any]:
-    """The answer of `benchmarks.side`, with what it said of its device. Raises `SideFailed`."""
+def ask(order: Order, caches: Path | None, told: Told, limit: float = LIMIT) -> dict[str, Any]:
+    """The answer of `benchmarks.side`, with what it said of its device. Raises `SideFailed`.
+
+    `caches`: where what is compiled is kept; None: the libraries' usual places, which may hold it already.
+    """
     command = [sys.executable, "-m", "benchmarks.side", json.dumps(asdict(order))]
     environment = {**os.environ, **preloaded(order.backend), "PYTHONPATH": str(project_root())}
-    return listen(command, environment | cache_folders(caches), project_root(), told, limit)
+    folders = cache_folders(caches) if caches else {}
+    return listen(command, environment | folders, project_root(), told, limit)
 
 
 def cache_folders(caches: Path) -> dict[str, str]:
@@ -46,6 +51,15 @@ def cache_folders(caches: Path) -> dict[str, str]:
     for folder in made.values():
         folder.mkdir(parents=True, exist_ok=True)
     return {name: str(folder) for name, folder in made.items()}
+
+
+def compiled(caches: Path, target: Path) -> Path | None:
+    """What sides have compiled, as the referee's children keep it; None where that is nothing."""
+    kept = {caches / "tmp" / "mlx": "mlx", **{caches / n: n for n in CACHES.values() if n != "tmp"}}
+    for folder, name in kept.items():
+        if folder.is_dir() and any(folder.iterdir()) and not (target / name).exists():
+            shutil.copytree(folder, target / name)
+    return target if target.is_dir() else None
 
 
 def listen(

@@ -58,16 +58,16 @@ PROFILES: Mapping[str, BenchProfile] = {
     for p in (
         BenchProfile(
             name="tiny",
-            about="1.5M parameters; two cores do it in minutes",
+            about="1.8M parameters; two cores do it in minutes",
             data="kjv",
             vocab_size=2048,
             context=256,
             batch_tokens=2**11,
             micro_rows=8,
             model=_model(4, 32, 64),
-            fixed_steps=32,
+            fixed_steps=16,
             scored_tokens=2**15,
-            budget=10.0,
+            budget=8.0,
         ),
         BenchProfile(
             name="small",
