@@ -45,8 +45,8 @@ def command(
     """Attention, MLP, head with loss and the optimizers: ours and their peers, forward and backward.
 
     Every way is first held to a reference in a wider type, then timed in turns with the others, on inputs that take
-    turns as well, so that none lies in a cache. The peak of products and of memory is measured at the start: `of the
-    roofline` is the share of what they allow.
+    turns as well, so that none lies in a cache. The peak of products and of memory is measured there and then: `of
+    the roofline` is the share of what they allow.
 
     \b
     autoresearch bench kernels

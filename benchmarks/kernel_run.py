@@ -119,10 +119,13 @@ def measured(order: Order, stage: Callable[[str], None], patience: float = PATIE
         reader.start()
     try:
         found.failed = _gathered(found, said, stage, patience)
-    finally:
-        if process.poll() is None and found.failed:
-            process.kill()
+    except BaseException:  # Ctrl-C: the device must not stay busy
+        process.kill()
         process.wait()
+        raise
+    if found.failed:
+        process.kill()
+    process.wait()
     for reader in readers:
         reader.join(5.0)
     if process.returncode and not found.failed:

@@ -111,7 +111,8 @@ def kept(labs: Sequence[LabFacts], lines: Sequence[lab_table.Line]) -> Figure:
     from matplotlib.lines import Line2D
 
     shown = list(lines)[:MOST]
-    figure, axes = plots.frame("What was kept where", "", len(shown), legend=2)
+    title = f"The first {MOST} of {len(lines)} that were kept" if len(lines) > MOST else "What was kept where"
+    figure, axes = plots.frame(title, "", len(shown), legend=2)
     for y, line in enumerate(shown):
         for x, cell in enumerate(line.cells):
             if cell.kept:

@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -220,6 +221,16 @@ def test_a_child_that_crashes_or_hangs_is_told() -> None:
     crashed = kernel_run.measured(order("nonesuch"), lambda text: None)
     assert crashed.failed.startswith("it ended with status 1: ") and "nonesuch" in crashed.failed
     assert kernel_run.measured(order("cpu"), lambda text: None, patience=0.0).failed == "it said nothing for 0 s"
+
+
+def test_an_interrupted_measurement_leaves_no_process() -> None:
+    def interrupted(text: str) -> None:
+        raise KeyboardInterrupt
+
+    before = set(psutil.Process().children())
+    with pytest.raises(KeyboardInterrupt):
+        kernel_run.measured(order("cpu"), interrupted)
+    assert set(psutil.Process().children()) <= before
 
 
 def test_what_was_said_before_a_crash_stands() -> None:
