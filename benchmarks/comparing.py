@@ -105,6 +105,9 @@ def difference(metric: Metric, base: BackendResult, other: BackendResult) -> Dif
         return Difference(metric.name, metric.value(base), metric.value(other), None, None, None, "not told",
                           f"{missing} was not measured by it")  # fmt: skip
     middle_a, middle_b = statistics.median(a), statistics.median(b)
+    if min(middle_a, middle_b) < metric.least:
+        why = f"under {metric.show(metric.least)} is noise"
+        return Difference(metric.name, middle_a, middle_b, None, None, None, "not told", why)
     ratio = middle_b / middle_a if middle_a > 0 else None
     low, high = interval(a, b)
     verdict, why = _judge(metric, ratio, low, high, min(len(a), len(b)))

@@ -19,6 +19,7 @@ class Metric:
     show: Callable[[float], str]
     higher: bool  # is better
     resolution: float = 0.05  # share by which two benches of one machine differ; see docs/benchmarks.md
+    least: float = 0.0  # below it a figure is noise, and no ratio is taken
     alone: bool = False  # a single figure tells: it comes from arithmetic and not from a clock
 
     def value(self, backend: BackendResult) -> float | None:
@@ -28,7 +29,9 @@ class Metric:
 
     def text(self, backend: BackendResult) -> str:
         value = self.value(backend)
-        return "-" if value is None else self.show(value)
+        if value is None:
+            return "-"
+        return self.show(value) if value >= self.least else f"under {self.show(self.least)}"
 
 
 def _speed(pick: Callable[[BackendResult], Sequence[float]]) -> Callable[[BackendResult], Sequence[float]]:
@@ -65,9 +68,15 @@ METRICS: Sequence[Metric] = (
     Metric("share of peak (MFU)", _mfu, lambda x: f"{x:.1%}", True),
     Metric("peak memory", _speed(lambda b: b.speed.peak_memory if b.speed else ()), size, False),
     Metric("start-up", _speed(lambda b: b.speed.startup_seconds if b.speed else ()), _seconds, False),
-    Metric("compile, first time", _speed(lambda b: b.speed.compile_seconds[:1] if b.speed else ()), _seconds, False),
     Metric(
-        "loss after equal steps", lambda b: (b.fixed.loss,) if b.fixed else (), lambda x: f"{x:.4f}", False, 0.005, True
+        "compile, first time",
+        _speed(lambda b: b.speed.compile_seconds[:1] if b.speed else ()),
+        _seconds,
+        False,
+        least=0.5,
+    ),
+    Metric(
+        "loss after equal steps", lambda b: (b.fixed.loss,) if b.fixed else (), lambda x: f"{x:.4f}", False, 0.01, True
     ),
     Metric("val_bpb in the budget", lambda b: b.bpbs(), lambda x: f"{x:.4f}", False, 0.002),
     Metric("scoring", lambda b: [s.scoring_seconds for s in b.scores if s.val_bpb is not None], _seconds, False),

@@ -133,7 +133,8 @@ class Run:
         self.weights, self.batches = folder / "weights.npz", folder / "batches.npy"
 
     def go(self) -> Result:
-        np.savez(self.weights, **initial(shapes(self.plan.profile)))  # type: ignore[arg-type]  # arrays by name
+        arrays: dict[str, Any] = {**initial(shapes(self.plan.profile))}
+        np.savez(self.weights, **arrays)
         write_batches(self.plan.profile, self.dataset, self.batches)
         for taken in self.taken:
             if taken.runs and taken.contender.name != UPSTREAM:

@@ -167,7 +167,8 @@ def flex(q: Any, k: Any, v: Any, causal: bool, window_size: tuple[int, int]) -> 
         return (i >= j) & (i - j <= back)
 
     mask = create_block_mask(seen, None, None, T, T, device=q.device)
-    return flex_attention(*(x.transpose(1, 2) for x in (q, k, v)), block_mask=mask).transpose(1, 2)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return flex_attention(q, k, v, block_mask=mask).transpose(1, 2)
 
 
 # --- steps -------------------------------------------------------------------------------------

@@ -68,7 +68,7 @@ def test_one_backend_is_proven_timed_and_scored_and_its_file_says_all(small, cap
     assert cpu.speed is not None and len(cpu.speed.step_seconds) == 2 and cpu.speed.steps == 8
     assert cpu.speed.places == [0, 1] and min(cpu.speed.startup_seconds) > 0 and cpu.speed.peak_memory[0] > 2**26
     assert cpu.fixed is not None and cpu.fixed.curve[0][3] > cpu.fixed.loss > 0 and len(cpu.fixed.curve) == 10
-    assert cpu.scores[0].val_bpb is not None and 0.5 < cpu.scores[0].val_bpb < 4 and cpu.scores[0].scored_tokens >= 4096
+    assert cpu.scores[0].val_bpb is not None and 0.5 < cpu.scores[0].val_bpb < 4 and cpu.scores[0].scored_tokens > 4000
     assert cpu.peak is not None and cpu.peak.flops > 1e9 and cpu.peak.bandwidth > 1e8 and 0 < (cpu.mfu() or 0) < 1.5
     assert cpu.energy is not None and cpu.energy.source
     assert {p.dtype for p in cpu.parity} >= {"float32"} and all(p.passed for p in cpu.parity)
@@ -77,7 +77,8 @@ def test_one_backend_is_proven_timed_and_scored_and_its_file_says_all(small, cap
     assert "exists" in capsys.readouterr().err
 
 
-CRASH = "        if self.steps == 5:\n            raise RuntimeError('zaphod42 was here: ' + __file__)\n"
+# In the timed steps, after parity; before MLX has compiled anything anew, which takes half a minute.
+CRASH = "        if TOTAL_BATCH_SIZE == 512:\n            raise RuntimeError('zaphod42 was here: ' + __file__)\n"
 
 
 @pytest.mark.slow
@@ -91,7 +92,7 @@ def test_a_backend_that_crashes_in_the_middle_leaves_the_others_and_tells_no_nam
     argv = ["--backend", "cpu", "--backend", "mlx", "--recipe", "mlx=port.py", "--repeats", "1", "--seeds", "0"]
     assert run(*argv, "--out", "a.json") == 1
     out = capsys.readouterr().out
-    assert "mlx: crashed: in repeat 1: ended with status 1 after step 5 of 10: RuntimeError" in out
+    assert "mlx: crashed: in repeat 1: ended with status 1 after `ready`: RuntimeError" in out
     made = results.load(small / "a.json")
     cpu, mlx = made.backends
     assert (cpu.status, mlx.status) == ("measured", "crashed")
