@@ -186,7 +186,7 @@ def main(many: int, candidates: int, only: str, seed: int, jobs: int, as_json: b
     if not worlds:
         raise click.BadParameter(f"no world has {only!r} in its name", param_hint="--only")
     rule = Rule(min_effect=0.0)  # the simulated gains are all worth keeping
-    rows = []
+    rows: list[Row] = []
     console = Console(stderr=True)
     with ProcessPoolExecutor(jobs) as pool, console.status("") as status:
         players = Players(pool, seed)

@@ -44,7 +44,7 @@ class Rule:
     wealth: float = 0.8  # of alpha: the most that a night of pure noise keeps anything with
     decay: float = 1.6  # of SAFFRON's charges
     lambda_: float = 0.15  # of SAFFRON
-    fresh: int = 20  # runs: nothing is kept against a best that has not been run since
+    fresh: int = 20  # runs after which the best is due to be run again, whatever comes of the candidates
     min_tokens: int = 5  # syntax-tree tokens that a simplification must save
     margin: float = 1.5  # sds that a simplification may lose at most (min_effect, where that is more)
 
@@ -205,9 +205,8 @@ class _Case:
         if now.gain < rule.min_effect:
             record["tested"]["found"] = False
             return Step("discard", f"{what}: real, but less than the {rule.min_effect:g} worth keeping", record=record)
-        age = max(r.order for r in self.candidate) - max(r.order for r in self.incumbent)
-        if age > rule.fresh:
-            reason = f"{what}; the best was last run {age} runs ago, and is run again before this is kept"
+        if max(r.order for r in self.incumbent) < min(r.order for r in self.candidate):  # the machine may have moved
+            reason = f"{what}; the best has not been run since, and is run again before this is kept"
             return Step("control", reason, _unused_seed(self.incumbent, self.candidate), record)
         share = now.information / len(
             self.candidate
