@@ -13,6 +13,8 @@ import pytest
 from scripted import Limits, Loop, Scripted, check, git, make_lab, recipe
 from test_kill import in_a_process, kill
 
+from console.rows import rows
+from console.tables import other_rule_line, verdict_lines
 from core import measuring
 from core.contract import Proposal
 from core.errors import UserError
@@ -175,6 +177,24 @@ def test_a_crash_on_a_later_seed_ends_it(night):
     check(night)
     assert (e.status, e.val_bpb) == ("crash", None)
     assert [r["seed"] for r in e.verdict["all_runs"]] == [42], "what it cost stays on the record"
+
+
+def test_screens_tell_runs_interval_and_what_the_other_rule_would_have_done(night):
+    loop_of(night, Machine(timings={"total": 3.0}), Ideas(2.0, 1.97, 1.985, 1.985)).run(Limits(experiments=5))
+    ends(night, Disturbed(6, 99), 1.0)
+    found = rows(night.ledger.experiments())
+    kept = next(r for r in found[1:] if r.kept)
+    assert (kept.runs, kept.device_seconds) == (len(runs(night, kept.number)), 3.0 * kept.runs) and kept.runs > 1
+    lines = verdict_lines(kept)
+    assert lines[0].startswith("runs  ") and lines[0].count("seed") == kept.runs
+    low, high = kept.interval
+    assert (
+        f"between {low:+.6f} and {high:+.6f}" in lines[1] and low < night.ledger.get(kept.number).verdict["gain"] < high
+    )
+    assert "upstream's rule would have said: keep" in verdict_lines(found[-1])
+    would = [f"#{r.number}" for r in found if r.verdict["simple"] == "keep" and not r.kept]
+    assert f"have kept {', '.join(would)} as well" in other_rule_line(found) and "#6" in would
+    assert {"runs", "interval", "simple"} <= kept.to_json().keys()
 
 
 def test_hopeless_runs_are_stopped_early_and_researchers_are_told(tmp_path, settings):
