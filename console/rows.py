@@ -55,6 +55,7 @@ class Row:
     finished: str = ""
     detail: dict[str, Any] = field(default_factory=dict)
     outcome: dict[str, Any] = field(default_factory=dict)
+    verdict: dict[str, Any] = field(default_factory=dict)  # how it was decided: level, evidence, effect, runs
 
     @property
     def delta(self) -> float | None:
@@ -97,7 +98,8 @@ class Row:
             "tainted": self.tainted, "undone": self.undone, "commit": self.commit or None, "seconds": self.seconds,
             "started": self.started or None, "finished": self.finished or None, "idle": self.idle,
         }  # fmt: skip
-        return {**short, "parent": self.parent, "detail": self.detail, "outcome": self.outcome} if full else short
+        return {**short, "parent": self.parent, "detail": self.detail, "outcome": self.outcome,
+                "verdict": self.verdict} if full else short
 
 
 def row(experiment: Any) -> Row:
@@ -119,6 +121,7 @@ def row(experiment: Any) -> Row:
         finished=experiment.finished or "",
         detail=dict(experiment.detail or {}),
         outcome=dict(experiment.outcome or {}),
+        verdict=dict(experiment.verdict or {}),
     )
 
 

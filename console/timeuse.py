@@ -1,0 +1,163 @@
+"""Where a night's time went, and whether its clock can be believed. Pure functions of what the ledger holds.
+
+How long a run took is the referee's own count, by a clock that nobody sets. Moments (started, finished) are the
+machine's time of day: it may be set, and it runs on while the machine sleeps. What does not agree is told.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from console.rows import Row
+from console.words import moment
+from core.ledger import Sample
+
+SLEPT = 120.0  # seconds, beside half the run: a time of day that ran ahead by more is told
+SET_BACK = 5.0  # seconds by which a clock may seem to run backwards: moments are whole seconds
+
+
+@dataclass(frozen=True)
+class Oddity:
+    """The time of day and the time that passed disagree."""
+
+    number: int
+    seconds: float  # above zero: the machine slept, or its clock was set forward; below: it was set back
+
+
+@dataclass(frozen=True)
+class TimeUse:
+    """Seconds. Nothing counts twice, apart from `repeats`, which is a part of the first three."""
+
+    training: float = 0.0  # of runs with a score that counts
+    scoring: float = 0.0  # with the audit
+    starting: float = 0.0  # start, warm-up and compiling, handing over weights
+    wasted: dict[str, float] = field(default_factory=dict)  # crash, timeout, invalid, tainted: whole runs
+    idle: dict[str, float] = field(default_factory=dict)  # thinking, dry build, waiting, other
+    paused: float = 0.0
+    repeats: dict[str, float] = field(default_factory=dict)  # further seeds, re-runs of the best, confirmations
+    stopped_early: int = 0  # hopeless runs that were ended
+    saved: float = 0.0  # by that
+    wall: float | None = None  # from the first start to the last end; None where the clock cannot be believed
+    oddities: tuple[Oddity, ...] = ()
+
+    @property
+    def busy(self) -> float:
+        return self.training + self.scoring + self.starting + sum(self.wasted.values())
+
+    @property
+    def accounted(self) -> float:
+        return self.busy + sum(self.idle.values()) + self.paused
+
+    @property
+    def away(self) -> float | None:
+        """Of the wall clock, what nothing is known of: no run was going on, or what it did was dropped."""
+        return None if self.wall is None else max(0.0, self.wall - self.accounted)
+
+
+def time_use(rows: Sequence[Row], samples: Mapping[int, Sequence[Sample]]) -> TimeUse:
+    """`samples` by experiment. Ledgers of earlier versions have the outcome of an experiment's run there alone."""
+    training = scoring = starting = saved = 0.0
+    wasted: dict[str, float] = {}
+    repeats: dict[str, float] = {}
+    stopped = 0
+    for kind, again, outcome in runs(rows, samples):
+        timings = outcome.get("timings") or {}
+        total = _seconds(timings.get("total"))
+        if kind:
+            wasted[kind] = wasted.get(kind, 0.0) + total
+            continue
+        trained = min(total, _seconds(outcome.get("training_seconds")) or _seconds(timings.get("training")))
+        scored = min(total - trained, _seconds(timings.get("scoring")) + _seconds(timings.get("audit")))
+        training, scoring, starting = training + trained, scoring + scored, starting + total - trained - scored
+        if again:
+            repeats[again] = repeats.get(again, 0.0) + total
+        early = outcome.get("stopped_early") or {}
+        stopped, saved = stopped + bool(early), saved + _seconds(early.get("saved_seconds"))
+    idle, paused = _idle(rows)
+    oddities = tuple(odd_clocks(rows, samples))
+    return TimeUse(
+        training, scoring, starting, wasted, idle, paused, repeats, stopped, saved,
+        _wall(rows, oddities, samples), oddities,
+    )  # fmt: skip
+
+
+def runs(rows: Sequence[Row], samples: Mapping[int, Sequence[Sample]]) -> Iterable[tuple[str, str, dict[str, Any]]]:
+    """(why it was wasted or "", which kind of repeat it is or "", its outcome) of every run that is recorded."""
+    for r in rows:
+        recorded = [s for s in samples.get(r.number, ()) if s.outcome]
+        if not recorded and r.outcome:
+            yield _waste(r, r.tainted), "", r.outcome
+        elif r.outcome.get("status") not in (None, "scored"):  # the run that failed has no sample
+            yield _waste(r, False), "", r.outcome
+        first = True
+        for s in recorded:
+            again = "" if first and s.purpose == "verdict" else AGAIN.get(s.purpose, s.purpose)
+            first = False
+            yield ("tainted" if s.tainted else ""), again, dict(s.outcome or {})
+
+
+AGAIN = {"verdict": "further seeds", "control": "the best again", "confirm": "confirming"}
+
+
+def _waste(r: Row, tainted: bool) -> str:
+    status = str(r.outcome.get("status") or "")
+    if status in ("crash", "timeout", "invalid"):
+        return status
+    return r.status if r.failed else "tainted" if tainted else ""
+
+
+def _idle(rows: Sequence[Row]) -> tuple[dict[str, float], float]:
+    """(seconds by what the device waited for, seconds paused)."""
+    paused = sum(_seconds(r.idle.get("paused")) for r in rows)
+    total = max(0.0, sum(_seconds(r.idle.get("seconds")) for r in rows) - paused)
+    waits = {w: sum(_seconds(r.idle.get(w)) for r in rows) for w in ("thinking", "dry build", "waiting")}
+    waits["other"] = max(0.0, total - sum(waits.values()))
+    return {what: seconds for what, seconds in waits.items() if seconds >= 0.5}, paused
+
+
+def odd_clocks(rows: Sequence[Row], samples: Mapping[int, Sequence[Sample]]) -> Iterable[Oddity]:
+    """Experiments during which the time of day did not pass as time did, and those that began before the one ahead of
+    them had ended."""
+    before: Row | None = None
+    for r in rows:
+        began, ended = moment(r.started), moment(r.finished)
+        if began is None or ended is None:
+            continue
+        passed, busy = (ended - began).total_seconds(), _busy_between(r, samples)
+        if passed < -SET_BACK or (busy is not None and passed < busy - SET_BACK):
+            yield Oddity(r.number, passed - (busy or 0.0))
+        elif busy is not None and passed - busy > max(SLEPT, 0.5 * busy):
+            yield Oddity(r.number, passed - busy)
+        last = moment(before.finished) if before else None
+        if last is not None and (began - last).total_seconds() < -SET_BACK:
+            yield Oddity(r.number, (began - last).total_seconds())
+        before = r
+
+
+def _busy_between(r: Row, samples: Mapping[int, Sequence[Sample]]) -> float | None:
+    """Seconds of all runs that were recorded between an experiment's start and end: its own, and those of the best in
+    between. None where its duration is not known."""
+    own = [s for s in samples.get(r.number, ()) if s.outcome and s.purpose == "verdict"]
+    between = [
+        s for n, of_one in samples.items() if n != r.number for s in of_one
+        if s.outcome and s.purpose == "control" and r.started <= s.created <= r.finished
+    ]  # fmt: skip
+    totals = [_seconds((s.outcome or {}).get("timings", {}).get("total")) for s in (*own, *between)]
+    if not own:
+        totals.append(r.seconds or 0.0)
+    return sum(totals) if all(totals) else None
+
+
+def _wall(rows: Sequence[Row], oddities: Sequence[Oddity], samples: Mapping[int, Sequence[Sample]]) -> float | None:
+    began = [m for r in rows if (m := moment(r.started))]
+    ended = [m for r in rows if (m := moment(r.finished))]
+    ended += [m for of_one in samples.values() for s in of_one if (m := moment(s.created))]
+    if not began or not ended or any(o.seconds < 0 for o in oddities):
+        return None
+    return max(0.0, (max(ended) - min(began)).total_seconds())
+
+
+def _seconds(value: Any) -> float:
+    return float(value) if isinstance(value, int | float) and value >= 0 else 0.0
