@@ -35,7 +35,7 @@ from core.keeping import Products
 from core.ledger import Experiment, Ledger
 from core.recipe import fingerprint
 from core.recovery import refs_to_set, wanted_refs
-from core.settings import Settings
+from core.settings import Settings, locked_hash
 
 RECIPE, PROGRAM, RESULTS, POINTER = "train.py", "program.md", "results.tsv", ".autoresearch.json"
 UNTRACKED = (RESULTS, POINTER, "report.html", "report.png", ".report*")
@@ -499,13 +499,14 @@ def _move_into_place(made: Path, path: Path) -> None:
 def _locked_settings(record: Path, ledger: Ledger) -> Settings:
     file = record / "settings.json"
     try:
-        settings = Settings.from_json(file.read_text())
+        text = file.read_text()
+        settings, present = Settings.from_json(text), locked_hash(text)
     except (OSError, ValueError, TypeError) as error:
         raise LabError(f"the settings {file} are missing or damaged", "restore the file from a backup") from error
     locked = ledger.meta("settings_sha256")
-    if settings.sha256() != locked:
+    if present != locked:
         raise LabError(
-            f"the locked settings {file} were edited (hash {settings.sha256()[:12]}, locked {str(locked)[:12]})",
+            f"the locked settings {file} were edited (hash {present[:12]}, locked {str(locked)[:12]})",
             "put them back: scores under other settings cannot be compared; for others make a new lab",
         )
     return settings

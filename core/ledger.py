@@ -16,19 +16,22 @@ import time
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import psutil
 
+from core import schema
 from core.errors import LabError, UserError
+from core.schema import SCHEMA
 from core.verdict import taint
 
-SCHEMA = 2
 STATES = ("proposed", "running", "scored", "audited", "decided")
-SCORED = ("keep", "simplify", "discard")  # these have a number
+PURPOSES = ("verdict", "control", "confirm")
+UNSAMPLED = ("log_tail", "sandbox", "versions", "curve", "weights", "caches")  # of an outcome, not kept for each run
+SCORED = ("keep", "simplify", "discard")  # these have a number, discards that were not stopped early
 FAILED = ("crash", "timeout", "invalid")  # these never have one
 
 _MOVES = {
@@ -50,67 +53,6 @@ _LOCAL = frozenset(
         *("ntfs", "overlay", "ramfs", "refs", "tmpfs", "ufs", "xfs", "zfs"),
     }
 )
-
-_TABLES = """
-CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL);
-CREATE TABLE sources (sha256 TEXT PRIMARY KEY, content BLOB NOT NULL);
-CREATE TABLE experiments (
-    number INTEGER PRIMARY KEY,
-    state TEXT NOT NULL CHECK (state IN ('proposed', 'running', 'scored', 'audited', 'decided')),
-    status TEXT CHECK (status IN ('keep', 'simplify', 'discard', 'crash', 'timeout', 'invalid')),
-    tainted INTEGER NOT NULL DEFAULT 0,
-    description TEXT NOT NULL,
-    researcher TEXT NOT NULL,
-    detail TEXT NOT NULL DEFAULT '{}',
-    source_sha256 TEXT NOT NULL REFERENCES sources,
-    program_sha256 TEXT NOT NULL REFERENCES sources,
-    fingerprint TEXT NOT NULL,
-    parent INTEGER,
-    commit_sha TEXT,
-    val_bpb REAL CHECK (val_bpb IS NULL OR (val_bpb > 0 AND val_bpb < 1e9)),
-    best_before REAL,
-    reason TEXT NOT NULL DEFAULT '',
-    outcome TEXT,
-    attempts INTEGER NOT NULL DEFAULT 0,
-    created TEXT NOT NULL,
-    started TEXT,
-    finished TEXT,
-    undone TEXT,
-    CHECK ((state = 'decided') = (status IS NOT NULL)),
-    CHECK (status IS NULL OR status NOT IN ('crash', 'timeout', 'invalid') OR val_bpb IS NULL),
-    CHECK (status IS NULL OR status NOT IN ('keep', 'simplify', 'discard') OR val_bpb IS NOT NULL)
-);
-CREATE TABLE samples (
-    id INTEGER PRIMARY KEY,
-    number INTEGER NOT NULL REFERENCES experiments,
-    seed INTEGER NOT NULL,
-    val_bpb REAL NOT NULL CHECK (val_bpb > 0 AND val_bpb < 1e9),
-    tainted INTEGER NOT NULL DEFAULT 0,
-    versions TEXT NOT NULL,
-    created TEXT NOT NULL
-);
-CREATE INDEX samples_of ON samples (number);
-CREATE TABLE events (
-    id INTEGER PRIMARY KEY, created TEXT NOT NULL, kind TEXT NOT NULL, number INTEGER, text TEXT NOT NULL
-);
-"""
-
-# Tokens that researchers bought, a row for each answer. `number`: the experiment that came of it, once there is one.
-_SPENDING = """
-CREATE TABLE spending (
-    id INTEGER PRIMARY KEY,
-    created TEXT NOT NULL,
-    number INTEGER,
-    model TEXT NOT NULL,
-    input_tokens INTEGER NOT NULL CHECK (input_tokens >= 0),
-    output_tokens INTEGER NOT NULL CHECK (output_tokens >= 0),
-    cache_read_tokens INTEGER NOT NULL CHECK (cache_read_tokens >= 0),
-    cache_write_tokens INTEGER NOT NULL CHECK (cache_write_tokens >= 0),
-    usd REAL CHECK (usd IS NULL OR usd >= 0)
-);
-CREATE INDEX spending_of ON spending (number);
-"""
-_UPGRADES = {1: _SPENDING}  # schema -> what the next one adds; rows that are there stay as they are
 
 
 @dataclass(frozen=True)
@@ -136,6 +78,7 @@ class Experiment:
     started: str | None
     finished: str | None
     undone: str | None  # when a keep was taken back
+    verdict: dict[str, Any] = field(default_factory=dict)  # what the decision was made from: effect, interval, runs, …
 
     @property
     def is_kept(self) -> bool:
@@ -144,7 +87,7 @@ class Experiment:
 
 @dataclass(frozen=True)
 class Sample:
-    """One measurement of an experiment's recipe."""
+    """One run of an experiment's recipe that has a number."""
 
     number: int
     seed: int
@@ -152,6 +95,10 @@ class Sample:
     tainted: bool
     versions: dict[str, Any]  # what it was measured with
     created: str
+    purpose: str = "verdict"  # of PURPOSES: "control" is the best again, "confirm" decides nothing
+    outcome: dict[str, Any] | None = None  # Outcome.to_dict() without what `UNSAMPLED` names; None: of an older ledger
+    holdout_bpb: float | None = None
+    epoch: int = 0  # only runs of one epoch are comparable: a new one begins when the machine or the versions changed
 
 
 @dataclass(frozen=True)
@@ -199,8 +146,7 @@ class Ledger:
     def create(cls, path: Path) -> Ledger:
         ledger = cls(path, _connect(path, "rwc"))
         with ledger.transaction():
-            for statement in (_TABLES + _SPENDING).split(";\n"):
-                ledger._connection.execute(statement)
+            schema.create(ledger._connection)
             ledger.set_meta("schema", SCHEMA)
         return ledger
 
@@ -211,29 +157,34 @@ class Ledger:
             raise LabError(f"the ledger {path} is missing", "restore it from a backup or make a new lab")
         ledger = cls(path, _connect(path, "rw"))
         try:
-            schema = ledger.meta("schema")
+            present = ledger.meta("schema")
         except LabError:
             ledger.close()
             raise
-        if schema in _UPGRADES:
+        if present in schema.UPGRADES:
             try:
                 ledger._upgrade()
             except UserError as error:
                 if "cannot be written" not in error.fact:  # on a read-only disk it can still be looked at
                     ledger.close()
                     raise
-        elif schema != SCHEMA:
+        elif present != SCHEMA:
             ledger.close()
-            raise LabError(f"the ledger {path} has schema {schema}; this program knows {SCHEMA}", "update autoresearch")
+            raise LabError(
+                f"the ledger {path} has schema {present}; this program knows {SCHEMA}", "update autoresearch"
+            )
         return ledger
 
     def _upgrade(self) -> None:
         """Step by step to SCHEMA, all or nothing; two processes that open it at once do it once."""
+        with _explained(self.path):
+            self._connection.execute("PRAGMA foreign_keys = OFF")  # a table that is replaced is gone for a moment
         with self.transaction():
-            while (present := self.meta("schema")) in _UPGRADES:
-                for statement in _UPGRADES[present].split(";\n"):
-                    self._connection.execute(statement)
+            while (present := self.meta("schema")) in schema.UPGRADES:
+                schema.UPGRADES[present](self._connection)
                 self.set_meta("schema", present + 1)
+        with _explained(self.path):
+            self._connection.execute("PRAGMA foreign_keys = ON")
 
     def close(self) -> None:
         with self._lock:
@@ -302,12 +253,18 @@ class Ledger:
     def knows_source(self, sha256: str) -> bool:
         return bool(self._rows("SELECT 1 FROM sources WHERE sha256 = ?", sha256))
 
-    def samples(self, number: int) -> list[Sample]:
-        """Oldest first."""
-        return [
-            Sample(r["number"], r["seed"], r["val_bpb"], bool(r["tainted"]), json.loads(r["versions"]), r["created"])
-            for r in self._rows("SELECT * FROM samples WHERE number = ? ORDER BY id", number)
-        ]
+    def samples(self, number: int, purpose: str | None = None) -> list[Sample]:
+        """Those of an experiment, oldest first; only those of one purpose where it is named."""
+        found = [_sample(row) for row in self._rows("SELECT * FROM samples WHERE number = ? ORDER BY id", number)]
+        return [s for s in found if purpose in (None, s.purpose)]
+
+    def all_samples(self) -> list[Sample]:
+        """Those of all experiments, oldest first."""
+        return [_sample(row) for row in self._rows("SELECT * FROM samples ORDER BY id")]
+
+    def epoch(self) -> int:
+        """Which runs can be compared now: those of this epoch."""
+        return int(self.meta("epoch", 0))
 
     def events(self, after: int = 0) -> list[LedgerEvent]:
         """Oldest first, those with a larger id than `after`."""
@@ -418,22 +375,24 @@ class Ledger:
         self.advance(number, "running", started=now(), attempts=attempts)
 
     def requeue(self, number: int, why: str, counts: bool) -> None:
-        """Back to proposed: it will be repeated under its number. `counts`: as an attempt that failed."""
+        """Back to proposed: this run of it will be repeated. `counts`: as an attempt that failed.
+
+        What the run brought is dropped; earlier runs of the experiment stay."""
         with self.transaction():
             present = self.get(number)
             attempts = present.attempts if counts else max(0, present.attempts - 1)
-            self.advance(
-                number,
-                "proposed",
-                attempts=attempts,
-                started=None,
-                finished=None,
-                outcome=None,
-                val_bpb=None,
-                tainted=0,
-            )
-            self._connection.execute("DELETE FROM samples WHERE number = ?", (number,))
+            if present.val_bpb is not None:
+                last = "SELECT max(id) FROM samples WHERE number = ? AND purpose = 'verdict'"
+                self._connection.execute(f"DELETE FROM samples WHERE id = ({last})", (number,))
+            self._back(number, attempts=attempts, **({} if self.samples(number, "verdict") else {"outcome": None}))
             self.event("requeued", why, number)
+
+    def next_run(self, number: int) -> None:
+        """Back to proposed: this run is on the record, and the verdict asks for more of them."""
+        self._back(number, attempts=0)
+
+    def _back(self, number: int, **fields: Any) -> None:
+        self.advance(number, "proposed", started=None, finished=None, val_bpb=None, tainted=0, **fields)
 
     def record(self, number: int, outcome: Mapping[str, Any], seed: int, versions: Mapping[str, Any]) -> None:
         """running -> scored, and on to audited if it was. A number is taken from a scored outcome only."""
@@ -450,7 +409,7 @@ class Ledger:
                 finished=now(),
             )
             if usable:
-                self.add_sample(number, seed, float(score), tainted, versions)  # type: ignore[arg-type]
+                self.add_sample(number, seed, float(score), tainted, versions, outcome=outcome)  # type: ignore[arg-type]
                 if outcome.get("audited"):
                     self.advance(number, "audited")
 
@@ -459,11 +418,41 @@ class Ledger:
         first = next((e for e in self.experiments() if e.val_bpb is not None), None)
         return taint(health, ((first.outcome or {}).get("health") or {}) if first else None)
 
-    def add_sample(self, number: int, seed: int, val_bpb: float, tainted: bool, versions: Mapping[str, Any]) -> None:
+    def begin_epoch(self, why: str, number: int | None = None) -> None:
+        """Runs from here on are not compared with those before."""
+        with self.transaction():
+            self.set_meta("epoch", self.epoch() + 1)
+            self.event("epoch", why, number)
+
+    def add_sample(
+        self,
+        number: int,
+        seed: int,
+        val_bpb: float,
+        tainted: bool,
+        versions: Mapping[str, Any],
+        purpose: str = "verdict",
+        outcome: Mapping[str, Any] | None = None,
+    ) -> None:
+        """One run's score, in the present epoch. `outcome`: Outcome.to_dict() of that run."""
+        kept = {k: v for k, v in outcome.items() if k not in UNSAMPLED} if outcome else None
+        holdout = outcome.get("holdout_bpb") if outcome else None
         with self.transaction():
             self._connection.execute(
-                "INSERT INTO samples (number, seed, val_bpb, tainted, versions, created) VALUES (?, ?, ?, ?, ?, ?)",
-                (number, seed, val_bpb, int(tainted), json.dumps(dict(versions), sort_keys=True), now()),
+                "INSERT INTO samples (number, seed, val_bpb, tainted, versions, created, purpose, outcome, holdout_bpb,"
+                " epoch) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                (
+                    number,
+                    seed,
+                    val_bpb,
+                    int(tainted),
+                    json.dumps(dict(versions), sort_keys=True),
+                    now(),
+                    purpose,
+                    json.dumps(kept) if kept is not None else None,
+                    holdout,
+                    self.epoch(),
+                ),
             )
 
     def mark_undone(self, numbers: list[int]) -> None:
@@ -548,4 +537,13 @@ def _experiment(row: sqlite3.Row) -> Experiment:
     fields["tainted"] = bool(fields["tainted"])
     fields["detail"] = json.loads(fields["detail"])
     fields["outcome"] = json.loads(fields["outcome"]) if fields["outcome"] else None
+    fields["verdict"] = json.loads(fields.get("verdict") or "{}")  # not there in an older ledger on a read-only disk
     return Experiment(**fields)
+
+
+def _sample(row: sqlite3.Row) -> Sample:
+    fields = {k: v for k, v in dict(row).items() if k != "id"}
+    fields["tainted"] = bool(fields["tainted"])
+    fields["versions"] = json.loads(fields["versions"])
+    fields["outcome"] = json.loads(fields["outcome"]) if fields.get("outcome") else None
+    return Sample(**fields)

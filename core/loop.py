@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import json
 import os
 import threading
 import time
@@ -24,27 +23,26 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from core import locks, objections, verdict
+from core import locks, objections
 from core.contract import Exhausted, Proposal, Researcher, Unavailable, View
-from core.data import Dataset
+from core.deciding import Deciding
 from core.errors import Busy, LabError, UserError
 from core.executor import Executor
 from core.files import remove
-from core.gap import Gap
 from core.idle import Idle
 from core.lab import Lab
-from core.ledger import Experiment, Sample
+from core.ledger import Experiment
 from core.live import Event, Live
-from core.outcome import Event as RefereeEvent
-from core.outcome import Outcome, Request
+from core.measuring import Measuring, slim
+from core.outcome import Outcome
 from core.recipe import fingerprint
-from core.recovery import ATTEMPTS, unfinished
+from core.recovery import unfinished
+from core.session import Session
 from core.settings import Settings
 from core.thinking import Thinking, Wait
-from core.versions import changes, versions
+from core.versions import versions
 
 PERIOD = 0.5  # seconds between two looks at what was asked while it waits
-COOLS_IN = 300.0  # seconds after which a machine has cooled down, and settles again before it measures
 DESCRIPTION = 500  # characters of a description that are kept
 
 
@@ -81,16 +79,14 @@ class Loop:
         self.lab = lab
         self.ledger = lab.ledger
         self.researcher = researcher
-        self.executor = executor
-        self.on_event = on_event
-        self.measured_with = measured_with(lab.settings)
-        self._stop = threading.Event()
+        self._session = Session(lab, executor, on_event, measured_with(lab.settings), Live(lab.record))
+        self._stop = self._session.stop
         self._paused = threading.Event()
-        self._live = Live(lab.record)
-        self._decided: list[Experiment] = []
+        self._measuring = Measuring(self._session, self._think_ahead)
+        self._deciding = Deciding(self._session)
+        self._decided = self._deciding.decided
+        self._held = False  # are lab and device ours at the moment?
         self._meanwhile = meanwhile
-        self._gap = Gap()
-        self._idle = Idle()
         self._limits = Limits()
         self._told_wait: Wait | None = None
         self._thinking = self._thinkers()
@@ -104,11 +100,11 @@ class Loop:
 
     def run(self, limits: Limits) -> Summary:
         """Experiments until a limit, a stop, or the researcher has no more ideas. Raises `UserError`."""
-        with self._session(patient=False):
+        with self._holding(patient=False):
             if self.lab.is_dirty():
                 raise LabError("train.py has changes that were not judged", self.lab.how_to_restore())
             self.lab.restore_recipe()
-            self._limits, self._idle, self._thinking = limits, Idle(), self._thinkers()
+            self._limits, self._session.idle, self._thinking = limits, Idle(), self._thinkers()
             try:
                 reason = self._until(limits)
             finally:
@@ -129,10 +125,29 @@ class Loop:
     def judge_pending(self, number: int) -> Experiment:
         """Run what waits, oldest first, until experiment `number` is decided or a stop. Waits for the device."""
         if self.ledger.get(number).status is None:
-            with self._session(patient=True):
+            with self._holding(patient=True):
                 while self.ledger.get(number).status is None and not self._stop.is_set():
                     self._experiment(self.ledger.pending()[0].number)
         return self.ledger.get(number)
+
+    def measure(self, number: int, seed: int, purpose: str, why: str, holdout: bool = False) -> Outcome | None:
+        """Run the recipe of experiment `number` once more and record the sample: "control" counts in verdicts about
+        later candidates, "confirm" in none. None after a stop; an outcome that is not "scored" leaves no sample.
+
+        Waits for the device, unless this is called within `holding`."""
+        with ExitStack() as held:
+            if not self._held:
+                held.enter_context(self.holding())
+            if self._stop.is_set():
+                return None
+            self.lab.check_settings()
+            return self._measuring.measure(number, seed, purpose, why, self.lab.dataset(), holdout)
+
+    @contextmanager
+    def holding(self) -> Iterator[None]:
+        """Lab and device are held for several runs of `measure`. Waits for the device."""
+        with self._holding(patient=True):
+            yield
 
     def recover(self) -> list[str]:
         """Bring ledger, git and the lab's files together after whatever happened. The lab's lock must be held."""
@@ -150,41 +165,36 @@ class Loop:
         self.lab.products.clear_work()
         if not (self.lab.path / "train.py").exists():
             says.append("train.py was missing and is put back")
-        self._restore_recipe()
+        self._deciding.restore_recipe()
         return says
 
     def _take_up(self, action: str, number: int) -> str:
         e = self.ledger.get(number)
         if action == "decide":
-            self._decide(e)
+            self._deciding.decide(e)
             return f"#{number} was measured and is decided now"
         if action == "repeat":
             self.ledger.requeue(number, "its process was ended while it ran; it will be repeated", counts=True)
             return f"#{number} was cut off and will be repeated"
         reason = f"the process was ended {e.attempts} times while this ran; given up"
-        self._record(number, {"status": "crash", "reason": reason})
-        self._decide(self.ledger.get(number))
+        self._deciding.record(number, {"status": "crash", "reason": reason}, self.lab.settings.seed)
+        self._deciding.decide(self.ledger.get(number))
         return f"#{number}: {reason}"
 
-    def _restore_recipe(self) -> bool:
-        """The best's train.py goes back, unless something lies there that was not judged yet. Did it?"""
-        if self.lab.is_dirty():
-            lies_there = hashlib.sha256(self.lab.working_source()).hexdigest()
-            if not self.ledger.is_decided(lies_there):
-                return False
-        self.lab.restore_recipe()
-        return True
-
     @contextmanager
-    def _session(self, patient: bool) -> Iterator[None]:
+    def _holding(self, patient: bool) -> Iterator[None]:
         """Lab and device held, everything in order, progress published. `patient`: waits for the device."""
         with _explained(self.lab), self.lab.lock():
             self.lab.take_ask()  # one from before this run is void
-            self._live = Live(self.lab.record, self._look)
-            with self._live, self._device(patient):
+            self._session.live = Live(self.lab.record, self._look)
+            with self._session.live, self._device(patient):
                 for line in self.recover():
-                    self._note(line)
-                yield
+                    self._session.note(line)
+                self._held = True
+                try:
+                    yield
+                finally:
+                    self._held = False
 
     @contextmanager
     def _device(self, patient: bool) -> Iterator[None]:
@@ -198,8 +208,8 @@ class Loop:
                     if not patient:
                         raise
                     if not told:
-                        self._live.update(state="waiting", phase=busy.fact)
-                        self.on_event(Event("waiting", {"text": f"waits: {busy.fact}"}))
+                        self._session.live.update(state="waiting", phase=busy.fact)
+                        self._session.on_event(Event("waiting", {"text": f"waits: {busy.fact}"}))
                     told = True
                     time.sleep(PERIOD)
             yield
@@ -250,7 +260,7 @@ class Loop:
             return self._baseline_again()
         if self.researcher is None:
             raise Exhausted("nobody was asked for any")
-        self._live.update(state="proposing", number=None, phase=f"{self.researcher.name} thinks")
+        self._session.live.update(state="proposing", number=None, phase=f"{self.researcher.name} thinks")
         self._told_wait = None
         ready = self._thinking.next(self._interrupted, self._idles)
         if ready is None:
@@ -262,7 +272,9 @@ class Loop:
 
     def _thinkers(self) -> Thinking:
         who = (self.researcher, self._meanwhile)
-        return Thinking(self.ledger, self.lab.git, *who, view=self._view, lint=self.executor.lint, stop=self._stop)
+        return Thinking(
+            self.ledger, self.lab.git, *who, view=self._view, lint=self._session.executor.lint, stop=self._stop
+        )
 
     def _interrupted(self) -> bool:
         """Is there something else to do than to wait for a proposal? A limit counts only while nobody can answer."""
@@ -272,19 +284,19 @@ class Loop:
 
     def _idles(self, what: str, seconds: float, wait: Wait | None) -> None:
         """The device waits for a proposal."""
-        self._idle.add("dry build" if what == "thinking" and self._gap.used else what, seconds)
+        self._session.idle.add("dry build" if what == "thinking" and self._session.gap.used else what, seconds)
         if wait == self._told_wait:
             return
         self._told_wait = wait
         if wait is None:
-            self._live.update(
+            self._session.live.update(
                 state="proposing", phase=f"{self.researcher.name if self.researcher else 'nobody'} thinks", until=None
             )
             return
         until = datetime.fromtimestamp(wait.until).astimezone()
         text = f"waits until {until:%H:%M:%S}: {wait.reason}"
-        self._live.update(state="waiting", number=None, phase=text, until=wait.until)
-        self.on_event(Event("waiting", {"text": text, "until": wait.until}))
+        self._session.live.update(state="waiting", number=None, phase=text, until=wait.until)
+        self._session.on_event(Event("waiting", {"text": text, "until": wait.until}))
 
     def _think_ahead(self) -> None:
         """While an experiment runs, if another one will follow."""
@@ -316,13 +328,13 @@ class Loop:
 
     def _check(self, source: bytes) -> str:
         """`View.check`: lint, what was tried, and a dry build once no clock runs."""
-        refused = self.executor.lint(source) or objections.tried(self.ledger, source)
+        refused = self._session.executor.lint(source) or objections.tried(self.ledger, source)
         if refused:
             return refused
         workdir = self.lab.products.scratch()
-        with self._gap.between(self._thinking.over):
+        with self._session.gap.between(self._thinking.over):
             try:
-                return self.executor.dry_build(source, self.lab.settings, workdir, self._thinking.over)
+                return self._session.executor.dry_build(source, self.lab.settings, workdir, self._thinking.over)
             finally:
                 remove(workdir)
 
@@ -359,16 +371,16 @@ class Loop:
     def _experiment(self, number: int) -> None:
         """From proposed to decided; back to proposed after a stop."""
         self.lab.check_settings()
-        dataset = self.lab.dataset()
+        dataset, seed = self.lab.dataset(), self.lab.settings.seed
         e = self.ledger.get(number)
-        self._settle(e, dataset)
-        if self._stop.is_set() or not self._measure_best_again(dataset):
+        self._measuring.settle(e, dataset)
+        if self._stop.is_set() or not self._measuring.best_again(dataset):
             return
         self.ledger.start(number)
-        self._live.begin(number, e.description)
-        self.on_event(Event("start", {"number": number, "description": e.description}))
+        self._session.live.begin(number, e.description)
+        self._session.on_event(Event("start", {"number": number, "description": e.description}))
         try:
-            outcome, idle = self._execute(self._request(e, dataset))
+            outcome, idle = self._measuring.run(e, dataset, seed, self._deciding.would_keep)
         except (UserError, OSError):  # not the experiment's fault
             with suppress(UserError):  # on a full disk; then the next start finds it running and repeats it
                 self.ledger.requeue(number, "could not be run; it will be repeated", counts=False)
@@ -376,179 +388,10 @@ class Loop:
         if outcome.status == "stopped":
             self.ledger.requeue(number, "stopped; it will be repeated", counts=False)
             return
-        self._record(number, {**_slim(outcome), "idle": idle})
-        self._decide(self.ledger.get(number))
-
-    def _execute(self, request: Request) -> tuple[Outcome, dict[str, float]]:
-        """The outcome, and how long the device had been idle before."""
-        with self._measured():
-            idle = self._idle.end()
-            self._think_ahead()
-            try:
-                return self.executor.execute(request, self._forward, self._stop), idle
-            finally:
-                self._idle.begin()
-
-    @contextmanager
-    def _measured(self) -> Iterator[None]:
-        """No dry build beside what follows."""
-        with self._idle.waits_for("dry build"):
-            self._gap.close(self._stop)
-        try:
-            yield
-        finally:
-            self._gap.open()
-
-    def _settle(self, e: Experiment, dataset: Dataset) -> None:
-        """After a pause a machine is cooler, and so faster, than it was all night."""
-        finished = [datetime.fromisoformat(x.finished).timestamp() for x in self.ledger.experiments() if x.finished]
-        if time.time() - max(finished, default=0.0) < COOLS_IN:
-            return
-
-        def say(text: str) -> None:
-            self._live.update(state="waiting", number=None, phase=text)
-            self.on_event(Event("waiting", {"text": text}))
-
-        with self._measured():
-            done = self.executor.settle(self._request(self.lab.best() or e, dataset), say, self._stop)
-        if done:
-            self._note(done)
-
-    def _request(self, e: Experiment, dataset: Dataset) -> Request:
-        workdir = self.lab.products.workdir(e.number)
-        remove(workdir)
-        best = self.lab.best_samples()
-        delta = self.lab.settings.min_delta
-        return Request(
-            source=self.ledger.source(e.source_sha256),
-            settings=self.lab.settings,
-            dataset=dataset,
-            seed=self.lab.settings.seed,
-            experiment=f"{self.lab.tag}-{e.number}",
-            workdir=workdir,
-            caches=self.lab.best_caches(),
-            would_keep=lambda bpb: verdict.decide(best, [bpb], delta).status == "keep",
-        )
-
-    def _record(self, number: int, outcome: Mapping[str, Any]) -> None:
-        self.ledger.record(number, outcome, self.lab.settings.seed, self.measured_with)
-
-    def _decide(self, e: Experiment) -> None:
-        """scored or audited -> decided: objects, then refs, then the ledger, then the lab's files."""
-        best, before = self.lab.best(), self.lab.best_bpb()
-        status, reason = self._verdict(e)
-        if status is None:
-            self.ledger.requeue(e.number, reason, counts=True)
-            return
-        number = None if status in ("crash", "timeout", "invalid") else e.val_bpb
-        parent = best.number if best else None
-        commit = self.lab.commit_of(replace(e, status=status, parent=parent, val_bpb=number))
-        refs = {self.lab.candidate_ref(e.number): commit}
-        if status == "keep":
-            refs[self.lab.branch_ref] = commit
-        self.lab.git.update_refs(refs)
-        self.ledger.advance(
-            e.number,
-            "decided",
-            status=status,
-            reason=reason,
-            parent=parent,
-            commit=commit,
-            best_before=before,
-            val_bpb=number,
-        )
-        self._finish(self.ledger.get(e.number))
-
-    def _finish(self, e: Experiment) -> None:
-        """What follows a decision; the next start does it where it was cut off."""
-        outcome = Outcome.from_dict(e.outcome or {})
-        products = self.lab.products
-        products.keep_logs(e.number)
-        if e.is_kept:
-            products.keep(e.number, outcome.weights, outcome.caches)
-        products.clear_work({e.number})
-        self.lab.publish()
-        if not self._restore_recipe() and e.is_kept:
-            self._note(
-                f"train.py was edited meanwhile and stays; #{e.number} is the best now: autoresearch best --source"
-            )
-        self._decided.append(e)
-        told = {"number": e.number, "status": e.status, "val_bpb": e.val_bpb, "reason": e.reason}
-        self.on_event(Event("decided", told))
-
-    def _verdict(self, e: Experiment) -> tuple[str | None, str]:
-        """(status, reason); None as status: measure it again."""
-        outcome = e.outcome or {}
-        if outcome.get("status") != "scored":
-            status, reason = str(outcome.get("status", "crash")), str(outcome.get("reason", ""))
-            disturbed = self.ledger.disturbance(outcome.get("health") or {})
-            if status == "timeout" and disturbed and e.attempts < ATTEMPTS:
-                return None, f"{reason}, while {disturbed}"
-            return status, reason
-        samples = self.ledger.samples(e.number)
-        if e.val_bpb is None or not samples:
-            return "invalid", "the score is not a positive, finite number"
-        again = self._why_again(e, samples[-1])
-        if again and e.attempts < ATTEMPTS:
-            return None, again
-        if again:
-            return "invalid", f"{again}, {e.attempts} times"
-        # A card that others used made fewer steps: the score says nothing about the candidate, and decides nothing.
-        if shared := str(((outcome.get("health") or {}).get("card") or {}).get("tainted") or ""):
-            if e.attempts < ATTEMPTS:
-                return None, f"{shared}; it will be measured again"
-            return "invalid", f"measured {e.attempts} times, each time disturbed: {shared}"
-        best = self.lab.best_samples()
-        said = verdict.decide(best, [s.val_bpb for s in samples], self.lab.settings.min_delta)
-        return said.status, said.reason
-
-    def _why_again(self, e: Experiment, sample: Sample) -> str:
-        """Why a score cannot be judged as it is; "" if it can."""
-        best = self.lab.best()
-        if best is not None and self.ledger.samples(best.number)[-1].versions != sample.versions:
-            return "the best was not measured with the same versions"
-        keeps = verdict.decide(self.lab.best_samples(), [sample.val_bpb], self.lab.settings.min_delta).status == "keep"
-        return "would be kept and was not audited" if keeps and e.state != "audited" else ""
-
-    def _measure_best_again(self, dataset: Dataset) -> bool:
-        """After a change of versions the incumbent's old score says nothing. False after a stop."""
-        best = self.lab.best()
-        before = self.ledger.samples(best.number)[-1].versions if best else {}
-        if best is None or before == self.measured_with:
-            return True
-        why = "; ".join(changes(before, self.measured_with))
-        self._note(f"measuring the best (#{best.number}) again: {why}")
-        self._live.begin(best.number, f"the best again, because of a change: {why}")
-        outcome, _ = self._execute(replace(self._request(best, dataset), would_keep=lambda bpb: True))
-        if outcome.status == "stopped":
-            return False
-        if outcome.status != "scored" or outcome.val_bpb is None:
-            raise UserError(
-                f"the best (#{best.number}) does not run any more after a change ({why}): {outcome.reason}",
-                f"undo the change, or take the best back: autoresearch undo {best.number}",
-            )
-        text = f"#{best.number} measured again: {outcome.val_bpb:.6f}, was {self.lab.best_bpb():.6f}; {why}"
-        with self.ledger.transaction():
-            tainted = bool(self.ledger.disturbance(outcome.health))
-            self.ledger.add_sample(best.number, self.lab.settings.seed, outcome.val_bpb, tainted, self.measured_with)
-            self.ledger.event("remeasured", text, best.number)
-        self.lab.products.keep(best.number, outcome.weights, outcome.caches)
-        self.lab.products.clear_work({best.number})
-        self.on_event(Event("note", {"text": text}))
-        return True
+        self._deciding.record(number, {**slim(outcome), "idle": idle}, seed)
+        self._deciding.decide(self.ledger.get(number))
 
     # --- telling and being told --------------------------------------------------------------------
-
-    def _forward(self, event: RefereeEvent) -> None:
-        if self.lab.settings.backend == "cpu" and event.data.get("phase") == "score":
-            self._gap.open()  # the clock has stopped; a device with memory of its own is left to the scorer alone
-        if event.kind in ("phase", "progress"):
-            self._live.update(**{k: v for k, v in event.data.items() if k != "experiment"})
-        self.on_event(Event(event.kind, dict(event.data)))
-
-    def _note(self, text: str) -> None:
-        self.ledger.event("note", text)
-        self.on_event(Event("note", {"text": text}))
 
     def _look(self) -> None:
         """Once a second, by the publishing thread: what another process asked for."""
@@ -563,19 +406,13 @@ class Loop:
             self._paused.clear()
 
     def _wait_while_paused(self, limits: Limits) -> None:
-        self._live.update(state="paused", number=None, phase=None)
-        self.on_event(Event("waiting", {"text": "paused; go on with: autoresearch resume"}))
-        with self._idle.waits_for("paused"):
+        self._session.live.update(state="paused", number=None, phase=None)
+        self._session.on_event(Event("waiting", {"text": "paused; go on with: autoresearch resume"}))
+        with self._session.idle.waits_for("paused"):
             while self._paused.is_set() and not self._stop.is_set():
                 if limits.deadline is not None and time.time() > limits.deadline:
                     return
                 time.sleep(PERIOD)  # not Event.wait: a signal handler that sets the event could meet its lock
-
-
-def _slim(outcome: Outcome) -> Mapping[str, Any]:
-    """The outcome as JSON has it, so that what is stored is what will be read; NaN and infinities become null."""
-    found: dict[str, Any] = json.loads(json.dumps(outcome.to_dict(), default=str), parse_constant=lambda _: None)
-    return found
 
 
 @contextmanager

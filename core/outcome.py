@@ -48,6 +48,7 @@ class Request:
     would_keep: Callable[[float], bool] = always  # whether a score would be kept, and so must be audited
     budget: float | None = None  # seconds; None: the settings'
     audit: Literal["auto", "always", "never"] = "auto"
+    holdout: bool = False  # whether the part of the data that decisions never see is scored as well
 
     def seconds(self) -> float:
         return self.settings.budget if self.budget is None else self.budget
@@ -60,6 +61,7 @@ class Outcome:
     status: Status = "stopped"
     reason: str = ""
     val_bpb: float | None = None
+    holdout_bpb: float | None = None
     audited: bool = False
     steps: int = 0
     tokens: int = 0  # targets trained on

@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from typing import Any, Literal
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,9 @@ class Settings:
     memory_limit: int = 0  # bytes for one child process; 0: what the machine has
     logits_bytes: int = 256 * 2**20  # memory that one scoring batch of logits may take
     audit_points: int = 1024
+    # What follows came later: the defaults are what a lab was made with that does not name it.
+    verdict: Literal["simple", "statistical"] = "simple"  # the rule that keeps: one run and `min_delta`, or several
+    probe: bool = False  # whether hopeless runs are stopped early
 
     def rows(self) -> int:
         """Rows of one scoring batch: as many as the logits' memory budget allows, 1 to 64."""
@@ -59,4 +62,9 @@ class Settings:
         return cls(**{k: v for k, v in json.loads(text).items() if k in known})
 
     def sha256(self) -> str:
-        return hashlib.sha256(self.to_json().encode()).hexdigest()
+        return locked_hash(self.to_json())
+
+
+def locked_hash(text: str) -> str:
+    """Of settings as JSON, whatever fields they have: those of an older program keep their hash."""
+    return hashlib.sha256(json.dumps(json.loads(text), indent=1, sort_keys=True).encode()).hexdigest()

@@ -18,7 +18,8 @@ NOT_MEASURING = frozenset(
         *("attacks", "doctor", "documents", "errors", "facts", "files", "gitstore", "gpuwatch", "guard", "hardware"),
         *("hub", "nvml", "places", "torchbuild", "windows"),
         *("keeping", "lab", "ledger", "live", "locks", "loop", "paths", "recipe", "recovery", "selfcheck"),
-        *("verdict", "versions"),
+        *("verdict", "versions", "deciding", "measuring", "schema", "session"),
+        *("confirming", "discovery", "evidence", "noise", "steady"),
         *("gap", "idle", "objections", "reapply", "thinking", "waiting"),
     }
 )

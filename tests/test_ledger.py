@@ -204,7 +204,7 @@ def test_clear_errors(tmp_path, ledger):
     with pytest.raises(LabError, match="damaged"):
         Ledger.open(tmp_path / "text.sqlite")
     ledger.set_meta("schema", 99)
-    with pytest.raises(LabError, match="schema 99; this program knows 2"):
+    with pytest.raises(LabError, match="schema 99; this program knows 3"):
         Ledger.open(ledger.path)
 
 
@@ -241,43 +241,3 @@ def test_what_answers_cost_is_on_the_account_of_what_came_of_them(ledger):
     assert ledger.spent().tokens == 405
     with pytest.raises(sqlite3.IntegrityError):
         ledger.spend({**USAGE, "input_tokens": -1})
-
-
-def first_schema(path: Path) -> Ledger:
-    """A ledger as the first version of the program made it."""
-    old = Ledger.create(path)
-    propose(old, detail={"k": 1})
-    old.event("note", "kept", 1)
-    old._connection.execute("DROP TABLE spending")
-    old.set_meta("schema", 1)
-    return old
-
-
-def test_an_older_ledger_gains_the_account_and_loses_nothing(tmp_path):
-    old = first_schema(tmp_path / "ledger.sqlite")
-    before = [old.experiments(), old.events(), old.source(old.get(1).source_sha256)]
-    old.close()
-    opened = [Ledger.open(old.path), Ledger.open(old.path)]
-    for now in opened:
-        assert [now.experiments(), now.events(), now.source(now.get(1).source_sha256)] == before
-        assert (now.meta("schema"), now.spent()) == (2, Spent())
-    opened[0].spend(USAGE)
-    assert opened[1].spent().usd == 0.25
-    for now in opened:
-        now.close()
-
-
-def test_an_older_ledger_on_a_read_only_disk_can_be_looked_at(tmp_path, monkeypatch):
-    old = first_schema(tmp_path / "ledger.sqlite")
-    old.close()
-    connect = module._connect
-
-    def read_only(path, mode):
-        made = connect(path, mode)
-        made.execute("PRAGMA query_only = ON")
-        return made
-
-    monkeypatch.setattr(module, "_connect", read_only)
-    now = Ledger.open(old.path)
-    assert (now.meta("schema"), now.spent(), now.get(1).detail) == (1, Spent(), {"k": 1})
-    now.close()

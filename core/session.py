@@ -1,0 +1,50 @@
+"""What the parts of the loop share while it runs: the lab, who runs experiments, and who is told what happens."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from core.executor import Executor
+from core.gap import Gap
+from core.idle import Idle
+from core.lab import Lab
+from core.ledger import Ledger
+from core.live import Event, Live
+from core.outcome import Event as RefereeEvent
+
+
+@dataclass
+class Session:
+    lab: Lab
+    executor: Executor
+    on_event: Callable[[Event], None]
+    measured_with: dict[str, Any]  # versions of everything that a score depends on
+    live: Live
+    stop: threading.Event = field(default_factory=threading.Event)
+    gap: Gap = field(default_factory=Gap)
+    idle: Idle = field(default_factory=Idle)
+
+    @property
+    def ledger(self) -> Ledger:
+        return self.lab.ledger
+
+    def note(self, text: str) -> None:
+        """Said now, and on the record."""
+        self.ledger.event("note", text)
+        self.on_event(Event("note", {"text": text}))
+
+    def waiting(self, text: str, **fields: Any) -> None:
+        """Why nothing is measured at the moment."""
+        self.live.update(state="waiting", number=None, phase=text, **fields)
+        self.on_event(Event("waiting", {"text": text, **fields}))
+
+    def forward(self, event: RefereeEvent) -> None:
+        """What the referee tells while it runs an experiment."""
+        if self.lab.settings.backend == "cpu" and event.data.get("phase") == "score":
+            self.gap.open()  # the clock has stopped; a device with memory of its own is left to the scorer alone
+        if event.kind in ("phase", "progress"):
+            self.live.update(**{k: v for k, v in event.data.items() if k != "experiment"})
+        self.on_event(Event(event.kind, dict(event.data)))
