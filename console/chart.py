@@ -44,7 +44,8 @@ def charts(found: Findings) -> str:
     low, high = window(rows, found.levels)
     ends = min(r.number for r in rows), max(r.number for r in rows)
     broad, narrow = Frame(1120, 470, 62, 120, *ends, low, high), Frame(400, 330, 50, 8, *ends, low, high)
-    return f'<div class="broad">{chart(found, broad, True)}</div><div class="narrow">{chart(found, narrow, False)}</div>'
+    wide, small = chart(found, broad, True), chart(found, narrow, False)
+    return f'<div class="broad">{wide}</div><div class="narrow">{small}</div>'
 
 
 def chart(found: Findings, frame: Frame, named: bool) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from console.machine import Machine, machine
@@ -106,7 +107,8 @@ class Findings:
 
     @property
     def drift(self) -> list[LedgerEvent]:
-        return [e for e in self.record.events if e.kind == "drift"]
+        """Where a new epoch began: the best had moved, or what measures had changed."""
+        return [e for e in self.record.events if e.kind == "epoch"]
 
     @property
     def unsettled(self) -> list[Kept]:
@@ -116,7 +118,9 @@ class Findings:
 def read(lab: Lab) -> Record:
     with lab.ledger.transaction():
         view = look(lab)
-        samples = {r.number: lab.ledger.samples(r.number) for r in view.rows}
+        samples: dict[int, list[Sample]] = {r.number: [] for r in view.rows}
+        for sample in lab.ledger.all_samples():
+            samples[sample.number].append(sample)
         events, spent = lab.ledger.events(), lab.ledger.spent()
     return Record(
         tag=lab.tag,
@@ -182,7 +186,7 @@ def _gain(record: Record, total: Tally, spread: Spread, each: float) -> Gain | N
 def _kept(record: Record, spread: Spread, each: float) -> list[Kept]:
     chain = [r for r in record.rows if r.kept]
     found = []
-    for before, r in zip(chain, chain[1:], strict=False):
+    for before, r in pairwise(chain):
         again = effects.remeasured(record.samples, before.number, r.number, spread)
         state = effects.settled(r.status, again, record.worth)
         left = confirming.plan(record.samples, record.seed, each, [before.number, r.number])

@@ -31,7 +31,6 @@ class Machine:
     reasons: Sequence[str]  # why experiments were tainted, each once
     readings: Sequence[Reading]
     speed: tuple[float, float] | None  # tokens/s of the best's first and last run, where it ran again
-    changes: Sequence[str]  # versions that changed in the middle, and what else is worth a line
 
 
 # (name, unit, where it stands in a run's health; a number is a place in a list)
@@ -58,7 +57,6 @@ def machine(rows: Sequence[Row], samples: Mapping[int, Sequence[Sample]], events
         reasons=_reasons(rows, events),
         readings=readings,
         speed=_speed(rows, samples),
-        changes=[e.text for e in events if e.kind == "remeasured"],
     )
 
 

@@ -25,8 +25,8 @@ def markdown(found: Findings, made: str) -> str:
         "## What to try next\n" + _following(found),
         "## Where the time went\n" + _time(found),
         "## How far to trust it\n" + _trust(found),
-        f"Made {made} by autoresearch from the lab's ledger; nothing was trained for it. Changes are of val_bpb: below zero "
-        "is better.",
+        f"Made {made} by autoresearch from the lab's ledger; nothing was trained for it. Changes are of val_bpb: below "
+        "zero is better.",
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -45,20 +45,23 @@ def answer(found: Findings) -> list[str]:
         return [f"Nothing was kept over the baseline, {best}, in {plural(total.experiments, 'experiment')}."]
     recorded = f"#{gain.winner.number} came out {signed(-gain.recorded)} against the baseline when it was kept."
     if gain.validation is None:
-        return [recorded, f"Not confirmed: on fresh seeds that takes about {duration(gain.seconds)}: `autoresearch confirm`"]
+        return [
+            recorded,
+            f"Not confirmed: on fresh seeds that takes about {duration(gain.seconds)}: `autoresearch confirm`",
+        ]
     again = gain.validation
     holds = again.low is not None and again.low > 0
     word = "holds" if holds else "is not settled"
     if again.high is not None and again.high < found.record.worth:
         word = "did not hold"
     runs = f"{again.runs_before} and {again.runs_after} runs"
-    lines = [recorded, f"On fresh seeds the gain {word}: {_change(again)}, {runs}."]
+    lines = [recorded, f"On fresh seeds the gain {word}: {changed(again)}, {runs}."]
     if gain.holdout is not None:
-        return [*lines, f"On the holdout, which no decision has seen: {_change(gain.holdout)}."]
+        return [*lines, f"On the holdout, which no decision has seen: {changed(gain.holdout)}."]
     return [*lines, "The holdout is not scored yet: `autoresearch confirm`"]
 
 
-def _change(again: Effect) -> str:
+def changed(again: Effect) -> str:
     """'−0.0151 (95 %: −0.0200 to −0.0102)'."""
     text = signed(-again.gain)
     if again.low is None or again.high is None:
@@ -90,7 +93,7 @@ def _kept_line(k: Kept) -> list[str]:
     cost = f", about {duration(k.seconds)}: `confirm {k.row.number}`" if k.state == "unconfirmed" and k.seconds else ""
     claimed = "" if k.row.delta is None else signed(k.row.delta)
     simpler = " (simpler)" if k.row.status == "simplify" else ""
-    again = _change(k.again) if k.again else ""
+    again = changed(k.again) if k.again else ""
     return [f"#{k.row.number}", _plain(k.row.description) + simpler, claimed, again, STATE_WORDS[k.state] + cost]
 
 
@@ -144,13 +147,14 @@ def _trust(found: Findings) -> str:
     spread, rules, m = found.spread, found.rules, found.machine
     lines = ["Noise is not known: no recipe ran twice on fresh seeds."]
     if spread.sd is not None:
-        lines = [f"Noise between seeds: {spread.sd:.4f} (standard deviation, {spread.runs} runs of {spread.recipes} recipes)."]
+        of = f"{spread.runs} runs of {spread.recipes} recipes"
+        lines = [f"Noise between seeds: {spread.sd:.4f} (standard deviation, {of})."]
     if rules.statistical is None:
         lines.append(f"The simple rule kept {rules.simple}; nobody asked the statistical rule.")
     else:
         lines.append(
-            f"simple would have kept {rules.simple}, statistical kept {rules.statistical}, both {rules.both}; the lab decides "
-            f"by {rules.used}."
+            f"simple would have kept {rules.simple}, statistical kept {rules.statistical}, both {rules.both}; the lab "
+            f"decides by {rules.used}."
         )
     lines.append(f"{plural(m.tainted, 'experiment')} disturbed, {plural(m.again, 'run')} dropped and repeated.")
     lines += [shorten(e.text, 200) for e in found.drift]
@@ -160,5 +164,3 @@ def _trust(found: Findings) -> str:
 def _plain(text: str, width: int = 200) -> str:
     """One line that Markdown takes for text."""
     return shorten(text, width).replace("<", "&lt;").replace("`", "'")
-
-

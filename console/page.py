@@ -54,8 +54,8 @@ def _device(scale: Scale) -> str:
 
 def _table(rows: Sequence[Row], diffs: Mapping[int, str]) -> str:
     head = [
-        ("n", "#"), ("w", "status"), ("n", "val_bpb"), ("n", "change"), ("what", "what, and all about it"), ("n", "took"),
-        ("n", "ended"),
+        ("n", "#"), ("w", "status"), ("n", "val_bpb"), ("n", "change"), ("what", "what, and all about it"),
+        ("n", "took"), ("n", "ended"),
     ]  # fmt: skip
     return table(head, [_line(r, diffs.get(r.number, "")) for r in rows])
 
@@ -68,13 +68,13 @@ def _line(r: Row, diff: str) -> str:
     ended = clock(moment(r.finished)) if r.finished else "-"
     of = f"all.{r.number}"
     line = cells(
-        ("n", "#", f"{r.number}"),
-        (f"w status {kind}", "status", escape(r.shown_status)),
-        ("n", "val_bpb", score(f"{of}.val_bpb", r.val_bpb) if r.val_bpb is not None else ""),
-        ("n", "change", change(f"{of}.delta", -r.delta) if r.delta is not None else ""),
+        ("n head", "#", f"{r.number}"),
+        (f"w inline bare status {kind}", "status", escape(r.shown_status)),
+        ("n inline bare", "val_bpb", score(f"{of}.val_bpb", r.val_bpb) if r.val_bpb is not None else ""),
+        ("n inline bare", "change", change(f"{of}.delta", -r.delta) if r.delta is not None else ""),
         ("what", "what", what),
-        ("n", "took", time(f"{of}.seconds", r.seconds) if r.seconds else ""),
-        ("n", "ended", fact(f"{of}.finished", r.finished, ended) if r.finished else ""),
+        ("n inline bare", "took", time(f"{of}.seconds", r.seconds) if r.seconds else ""),
+        ("n inline bare", "ended", fact(f"{of}.finished", r.finished, ended) if r.finished else ""),
     )
     return f'<tr id="e{r.number}">{line}</tr>'
 
@@ -113,7 +113,7 @@ def _idle(r: Row) -> str:
 
 
 def _facts(r: Row) -> str:
-    return '<dl>' + "".join(f'<dt>{escape(a)}</dt><dd class="says">{escape(b)}</dd>' for a, b in facts(r)) + "</dl>"
+    return "<dl>" + "".join(f'<dt>{escape(a)}</dt><dd class="says">{escape(b)}</dd>' for a, b in facts(r)) + "</dl>"
 
 
 def _diff(diff: str) -> str:

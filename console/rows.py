@@ -98,8 +98,11 @@ class Row:
             "tainted": self.tainted, "undone": self.undone, "commit": self.commit or None, "seconds": self.seconds,
             "started": self.started or None, "finished": self.finished or None, "idle": self.idle,
         }  # fmt: skip
-        return {**short, "parent": self.parent, "detail": self.detail, "outcome": self.outcome,
-                "verdict": self.verdict} if full else short
+        return (
+            {**short, "parent": self.parent, "detail": self.detail, "outcome": self.outcome, "verdict": self.verdict}
+            if full
+            else short
+        )
 
 
 def row(experiment: Any) -> Row:

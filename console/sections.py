@@ -34,7 +34,9 @@ def _answer(found: Findings) -> tuple[str, str, str]:
     gain = found.gain
     again = gain.validation
     if again is None:
-        came = f"{link(gain.winner.number)} came out <b>{change('gain.recorded', gain.recorded)}</b> against the baseline"
+        came = (
+            f"{link(gain.winner.number)} came out <b>{change('gain.recorded', gain.recorded)}</b> against the baseline"
+        )
         lead = f"{came} when it was kept. That is not confirmed yet."
         more = "<p>A figure that was chosen because it was low flatters. On fresh seeds it is known after "
         return "", lead, more + f"about {time('gain.seconds', gain.seconds)}: <code>autoresearch confirm</code></p>"
@@ -48,10 +50,8 @@ def _answer(found: Findings) -> tuple[str, str, str]:
         lead, kind = f"The gain did not hold: {size}{range_} on fresh seeds", "bad"
     else:
         lead, kind = f"Not settled: {size}{range_} on fresh seeds", ""
-    runs = (
-        f", {number('gain.val.runs_before', again.runs_before)} and {number('gain.val.runs_after', again.runs_after)} runs"
-    )
-    return kind, f"{lead}{runs}.", _forest(found)
+    of = number("gain.val.runs_before", again.runs_before), number("gain.val.runs_after", again.runs_after)
+    return kind, f"{lead}, {' and '.join(of)} runs.", _forest(found)
 
 
 def _no_gain(found: Findings) -> tuple[str, str, str]:
@@ -64,7 +64,8 @@ def _no_gain(found: Findings) -> tuple[str, str, str]:
     best = score("baseline.val_bpb", total.baseline.val_bpb)
     if total.experiments == 1:
         return "", f"Only the baseline was measured: <b>{best}</b>.", "<p>There is nothing to compare it with yet.</p>"
-    lead = f"Nothing was kept over the baseline, <b>{best}</b>, in {number('tally.experiments', total.experiments)} experiments."
+    many = number("tally.experiments", total.experiments)
+    lead = f"Nothing was kept over the baseline, <b>{best}</b>, in {many} experiments."
     return "", lead, "<p>That is a result too: what was tried is below, by theme.</p>"
 
 
@@ -84,8 +85,8 @@ def _forest(found: Findings) -> str:
     ]
     within = reach([w for _, w, _ in lines])
     inner = "".join(
-        f'<div class="what">{what}</div><div class="plot">{whisker(w, within, 420)}</div>'
-        f'<div class="figure">{figure}</div>'
+        f'<div class="entry"><div class="what">{what}</div><div class="plot">{whisker(w, within, 420)}</div>'
+        f'<div class="figure">{figure}</div></div>'
         for what, w, figure in lines
     )
     return f'<div class="forest">{inner}</div>{_holdout_line(found)}'
@@ -94,7 +95,9 @@ def _forest(found: Findings) -> str:
 def _holdout_line(found: Findings) -> str:
     gain = found.gain
     if gain is None or gain.holdout is None:
-        return "<p>The holdout, text that no decision has seen, is not scored yet: <code>autoresearch confirm</code></p>"
+        return (
+            "<p>The holdout, text that no decision has seen, is not scored yet: <code>autoresearch confirm</code></p>"
+        )
     range_ = f" (95 %: {interval('gain.holdout', gain.holdout)})" if spans(gain.holdout) else ""
     return (
         "<p>The holdout is text that no decision has seen: a gain there is not fitted to the validation text. There it "
@@ -139,8 +142,8 @@ def kept(found: Findings) -> str:
     within = reach(shown)
     lines = [f'<tr data-kept="{k.row.number}">{_kept(k, within)}</tr>' for k in found.kept]
     head = [
-        ("n", "#"), ("what", "what"), ("n", "when kept"), ("n", "on fresh seeds"), ("plot", "95 % interval; left is better"),
-        ("w", "does it hold?"),
+        ("n", "#"), ("what", "what"), ("n", "when kept"), ("n", "on fresh seeds"),
+        ("plot", "95 % interval; left is better"), ("w", "does it hold?"),
     ]  # fmt: skip
     return _kept_lead(found) + table(head, lines)
 
@@ -180,7 +183,7 @@ def _kept(k: Kept, within: tuple[float, float]) -> str:
         )
     simpler = " (simpler)" if k.row.status == "simplify" else ""
     return cells(
-        ("n", "#", link(n)),
+        ("n head", "#", link(n)),
         ("what", "what", f'<span class="says">{escape(k.row.description)}</span>{simpler}'),
         ("n", "when kept", change(f"kept.{n}.delta", None if k.row.delta is None else -k.row.delta)),
         ("n", "on fresh seeds", again + runs),
@@ -194,7 +197,8 @@ def tried(found: Findings) -> str:
     if not found.themes:
         return '<p class="soft">Nothing but the baseline.</p>'
     head = [
-        ("w", "theme"), ("n", "tried"), ("n", "kept"), ("n", "failed"), ("n", "best change"), ("what", "what was changed"),
+        ("w", "theme"), ("n", "tried"), ("n", "kept"), ("n", "failed"), ("n", "best change"),
+        ("what", "what was changed"),
     ]  # fmt: skip
     lines = [f"<tr>{_theme(i, t)}</tr>" for i, t in enumerate(found.themes)]
     never = [t.name for t in found.themes if not t.kept and len(t.rows) > 1]
@@ -211,11 +215,11 @@ def _theme(i: int, theme: Theme) -> str:
     more = len(theme.parts) - NAMES
     parts = ", ".join(named) + (f" and {more} more" if more > 0 else "")
     return cells(
-        ("w", "theme", f'<span class="says">{escape(theme.name)}</span>'),
-        ("n", "tried", number(f"theme.{i}.tried", len(theme.rows))),
-        ("n", "kept", number(f"theme.{i}.kept", theme.kept)),
-        ("n", "failed", number(f"theme.{i}.failed", theme.failed)),
-        ("n", "best change", best),
+        ("w what", "theme", f'<b class="says">{escape(theme.name)}</b>'),
+        ("n inline", "tried", number(f"theme.{i}.tried", len(theme.rows))),
+        ("n inline", "kept", number(f"theme.{i}.kept", theme.kept)),
+        ("n inline", "failed", number(f"theme.{i}.failed", theme.failed)),
+        ("n inline", "best", best),
         ("what", "changed", f'<span class="says soft">{parts}</span>'),
     )
 
@@ -257,7 +261,11 @@ def time_used(found: Findings) -> str:
         for key, what, seconds, colour in parts
     ]  # fmt: skip
     body = table([("what", "what"), ("n", "time"), ("n", "share")], lines, "")
-    return f'<div class="bar" aria-hidden="true">{bar}</div><div class="pair"><div>{body}</div><div>{_time_notes(found)}</div></div>'
+    return f'<div class="bar" aria-hidden="true">{bar}</div>{_beside(body, _time_notes(found))}'
+
+
+def _beside(left: str, right: str) -> str:
+    return f'<div class="pair"><div>{left}</div><div>{right}</div></div>'
 
 
 def _time_notes(found: Findings) -> str:
@@ -284,12 +292,12 @@ def clock_notes(found: Findings) -> list[str]:
         how = time(f"clock.{i}", abs(odd.seconds))
         if odd.seconds > 0:
             notes.append(
-                f"While {link(odd.number)} was measured, the time of day went {how} further than its runs took: the machine "
-                "slept, or its clock was set. Trainings are timed by a clock that stands still then."
+                f"While {link(odd.number)} was measured, the time of day went {how} further than its runs took: the "
+                "machine slept, or its clock was set. Trainings are timed by a clock that stands still then."
             )
         else:
             notes.append(
-                f"At {link(odd.number)} the clock was set back, by {how} at least: no share of the whole night is given."
+                f"At {link(odd.number)} the clock was set back, by {how} at least: how long the night was is not known."
             )
     return notes
 
@@ -298,7 +306,9 @@ def clock_notes(found: Findings) -> list[str]:
 
 
 def trust(found: Findings) -> str:
-    return f'<div class="pair"><div>{_noise(found)}{_rules(found)}</div><div>{_machine(found)}{_drift(found)}</div></div>'
+    return (
+        f'<div class="pair"><div>{_noise(found)}{_rules(found)}</div><div>{_machine(found)}{_drift(found)}</div></div>'
+    )
 
 
 def _noise(found: Findings) -> str:
@@ -308,10 +318,11 @@ def _noise(found: Findings) -> str:
             "<h3>Noise</h3><p>Not known: no recipe ran twice on fresh seeds, so no figure here has an interval. "
             "<code>autoresearch confirm</code> measures it.</p>"
         )
+    sd = fact("noise.sd", spread.sd, f"{spread.sd:.4f}")
+    of = f"{number('noise.runs', spread.runs)} runs of {number('noise.recipes', spread.recipes)} recipes"
     return (
-        f"<h3>Noise</h3><p>Runs of one recipe on different seeds lie {fact('noise.sd', spread.sd, f'{spread.sd:.4f}')} apart "
-        f"(standard deviation; {number('noise.runs', spread.runs)} runs of {number('noise.recipes', spread.recipes)} recipes"
-        " that no decision has chosen). All intervals are Student's, with this figure.</p>"
+        f"<h3>Noise</h3><p>Runs of one recipe on different seeds lie {sd} apart (standard deviation; {of} that no "
+        "decision has chosen). All intervals are Student's, with this figure.</p>"
     )
 
 
@@ -321,11 +332,12 @@ def _rules(found: Findings) -> str:
     if rules.statistical is None:
         body = f"{used} It kept {number('rules.simple', rules.simple)}; nobody asked the statistical rule."
     else:
+        asked = (("simple", rules.simple), ("statistical", rules.statistical), ("both", rules.both))
+        counts = [number(f"rules.{name}", many) for name, many in asked]
         body = (
             f"{used} Of the experiments with a score, <em>simple</em> (keep what comes out lower) would have kept "
-            f"{number('rules.simple', rules.simple)}, <em>statistical</em> (keep what is better beyond noise) kept "
-            f"{number('rules.statistical', rules.statistical)}; both: {number('rules.both', rules.both)}. Each is asked against the best that the "
-            "lab had then."
+            f"{counts[0]}, <em>statistical</em> (keep what is better beyond noise) kept {counts[1]}, both {counts[2]}. "
+            "Each is asked against the best that the lab had then."
         )
     return f"<h3>The rule</h3><p>{body}</p>"
 
@@ -334,9 +346,9 @@ def _machine(found: Findings) -> str:
     m = found.machine
     if not m.runs and not m.again:
         return '<h3>The machine</h3><p class="soft">Nothing was taken down.</p>'
-    parts = [f"<p>{number('machine.tainted', m.tainted)} experiments were disturbed, {number('machine.again', m.again)} runs "
-             "were dropped and repeated.</p>"]  # fmt: skip
-    parts += [f'<p class="says soft">{escape(shorten(reason, 200))}</p>' for reason in (*m.reasons[:3], *m.changes[:3])]
+    disturbed, again = number("machine.tainted", m.tainted), number("machine.again", m.again)
+    parts = [f"<p>{disturbed} experiments were disturbed, {again} runs were dropped and repeated.</p>"]
+    parts += [f'<p class="says soft">{escape(shorten(reason, 200))}</p>' for reason in m.reasons[:3]]
     if m.speed:
         first, last = m.speed
         parts.append(
@@ -361,13 +373,13 @@ def _short(value: float) -> str:
 
 
 def _drift(found: Findings) -> str:
+    controls = sum(s.purpose == "control" for of_one in found.record.samples.values() for s in of_one)
     if not found.drift:
-        again = sum(s.purpose == "control" for of_one in found.record.samples.values() for s in of_one)
-        if not again:
+        if not controls:
             return ""
-        return f"<h3>Drift</h3><p>None seen in {number('drift.controls', again)} re-runs of the best.</p>"
+        return f"<h3>Drift</h3><p>None seen in {number('drift.controls', controls)} re-runs of the best.</p>"
     lines = "".join(f'<li class="says">{escape(e.text)}</li>' for e in found.drift)
-    return f"<h3>Drift</h3><p>The best moved on this machine; what came later was judged against the new figure.</p><ul>{lines}</ul>"
+    return f"<h3>Drift</h3><p>Runs from here on are not compared with those before:</p><ul>{lines}</ul>"
 
 
 # --- what to try next ------------------------------------------------------------------------------
@@ -392,13 +404,15 @@ def following(found: Findings) -> str:
 
 def _doubt(k: Kept) -> str:
     n = number(f"kept.{k.row.number}.number", k.row.number)
-    return f"{link(k.row.number)} did not replicate: <code>autoresearch finalize</code> leaves it out, <code>undo {n}</code> takes it back"
+    return (
+        f"{link(k.row.number)} did not replicate: <code>autoresearch finalize</code> leaves it out; "
+        f"<code>autoresearch undo {n}</code> takes it back, with all that came after"
+    )
 
 
 def _near(found: Findings, r: Row) -> str:
     how = "better by too little" if (r.delta or 0.0) < 0 else "worse by less than noise explains"
     return (
-        f'Near miss {link(r.number)}, {change(f"near.{r.number}", -(r.delta or 0.0))} ({how}): '
+        f"Near miss {link(r.number)}, {change(f'near.{r.number}', -(r.delta or 0.0))} ({how}): "
         f'<span class="says">{escape(shorten(r.description, 140))}</span>'
     )
-

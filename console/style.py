@@ -34,7 +34,7 @@ a { color: var(--best) }
 .tile span.what { color: var(--soft); font-size: .87rem; line-height: 1.3; display: block }
 svg { display: block; width: 100%; height: auto; overflow: visible }
 svg text { fill: var(--soft); font: 12px system-ui, "Liberation Sans", sans-serif }
-svg .name { fill: var(--keep) }
+svg .name { fill: var(--keep); paint-order: stroke; stroke: var(--ground); stroke-width: 3px; stroke-linejoin: round }
 svg .grid { stroke: var(--line) }
 svg .zero { stroke: var(--soft); stroke-dasharray: 3 3 }
 svg .stair { fill: none; stroke: var(--best); stroke-width: 2.5 }
@@ -53,7 +53,7 @@ svg a:hover * { stroke-width: 4 }
   align-items: center; margin: .6rem 0 .3rem }
 .forest svg .whisker { stroke: var(--ink); stroke-width: 2 } .forest svg .dot { fill: var(--ink); stroke: var(--ink) }
 .forest svg .pale { fill: var(--panel); stroke: var(--soft); stroke-width: 1.8 }
-.forest .figure { text-align: right; white-space: nowrap }
+.forest .entry { display: contents } .forest .figure { text-align: right; white-space: nowrap }
 table { border-collapse: collapse; width: 100%; font-size: .93rem }
 th { text-align: left; color: var(--soft); font-weight: 600; border-bottom: 2px solid var(--line);
   padding: .3rem .6rem; vertical-align: bottom }
@@ -84,22 +84,25 @@ pre { background: var(--panel); border-radius: .5rem; padding: .7rem .9rem; over
 .curve { max-width: 34rem } .curve polyline { fill: none; stroke: var(--best); stroke-width: 2 }
 ul.next { padding-left: 1.2rem; max-width: 50rem } ul.next li { margin: .3rem 0 }
 .warn { border-left: .3rem solid var(--fail); padding: .1rem 0 .1rem .8rem }
-footer { margin-top: 3rem; padding-top: .8rem; border-top: 1px solid var(--line); color: var(--soft); font-size: .87rem }
+footer { margin-top: 3rem; padding-top: .8rem; border-top: 1px solid var(--line); color: var(--soft);
+  font-size: .87rem }
 @media (max-width: 44rem) {
   body { padding: 1.2rem .9rem 3rem }
   .broad { display: none } .narrow { display: block }
   .answer { padding: .9rem 1rem } .answer .lead { font-size: 1.15rem }
-  .forest { grid-template-columns: 1fr max-content } .forest svg { grid-column: 1 / -1; grid-row: auto }
-  .forest .plot { grid-column: 1 / -1; margin-bottom: .5rem }
-  .forest .what { grid-row: auto } .key span { white-space: normal }
+  .forest { display: block } .forest .entry { display: grid; grid-template-columns: 1fr max-content; margin: .4rem 0 }
+  .forest .plot { grid-column: 1 / -1; grid-row: 2 } .key span { white-space: normal }
   table.cards, .cards tbody { display: block } .cards thead { display: none }
   .cards tr { display: block; border-bottom: 1px solid var(--line); padding: .5rem 0 }
   .cards td { display: flex; justify-content: space-between; gap: 1rem; border: 0; padding: .1rem 0; width: auto;
     min-width: 0; text-align: left; white-space: normal }
   .cards td::before { content: attr(data-label); color: var(--soft); flex: none }
   .cards td > div { text-align: right; min-width: 0 } .cards td.plot > div { flex: 1 }
-  .cards td.what { display: block } .cards td.what::before { content: none }
-  .cards td.what > div { text-align: left } .cards td.none { display: none }
+  .cards td.what { display: block } .cards td.what > div { text-align: left }
+  .cards td.what::before, .cards td.head::before { content: none } .cards td.none { display: none }
+  .cards td.head { display: inline-flex; margin-right: .6rem; font-weight: 650 }
+  .cards td.inline { display: inline-flex; gap: .35rem; margin-right: 1.1rem; justify-content: flex-start }
+  .cards td.bare::before { content: none }
   .state { white-space: normal }
 }
 @media print { details > div { display: block } }

@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from core.effects import groups
-from core.ledger import Experiment, Ledger, Sample
-from core.settings import Settings
+from core.ledger import Sample
 
 if TYPE_CHECKING:
     from core.loop import Loop
@@ -69,16 +67,17 @@ def plan(
     seeds: int = SEEDS,
     holdout: Collection[int] = (),
     versions: Mapping[str, Any] | None = None,
+    epoch: int | None = None,
 ) -> Plan:
     """The runs that are missing until each of `numbers` has `seeds` fresh ones, seed after seed, so that what ends
     early can still be compared.
 
-    `samples`: of all experiments; `seed`: the lab's; `holdout`: for whom the holdout is scored too; `versions`: what
-    is measured with now (None: what was measured with last). Runs with others count for nothing, nor do those before
-    a drift.
+    `samples`: of all experiments; `seed`: the lab's; `holdout`: for whom the holdout is scored too; `versions` and
+    `epoch`: what is measured with now (None: what was measured with last), as other runs cannot be compared.
     """
     everything = [s for of_one in samples.values() for s in of_one]
-    epoch = max((s.epoch for s in everything), default=0)
+    if epoch is None:
+        epoch = max((s.epoch for s in everything), default=0)
     if versions is None:
         versions = max(everything, key=lambda s: s.created).versions if everything else {}
     runs = []
@@ -103,41 +102,43 @@ def seconds_each(outcomes: Sequence[Mapping[str, Any] | None], budget: float) ->
     return median(known) if known else budget
 
 
-def fitting(wanted: Plan, seconds: float) -> Plan:
-    """Of the plan, what ends within so many seconds."""
-    many = int(max(0.0, seconds) // wanted.seconds_each) if wanted.seconds_each > 0 else len(wanted.runs)
-    return replace(wanted, runs=wanted.runs[:many])
+def reserved(deadline: float | None, now: float, rule: str, each: float) -> float:
+    """Seconds before the deadline (Unix time) that a run keeps for confirming. None where a lab decides by the simple
+    rule, which asks for no evidence, and where they would not do for one run each of baseline and winner."""
+    share = 0.0 if deadline is None or rule == "simple" else RESERVED * max(0.0, deadline - now)
+    return share if share >= 2 * each else 0.0
 
 
-def confirm(loop: Loop, wanted: Plan, deadline: float | None = None, say: Callable[[str], None] = lambda _: None) -> Done:
+def confirm(
+    loop: Loop, wanted: Plan, deadline: float | None = None, say: Callable[[str], None] = lambda _: None
+) -> Done:
     """Run what is planned, until all is measured, the deadline (Unix time) is too near for another run, or a stop.
 
-    A run that was disturbed is repeated ATTEMPTS times in all at most. One that fails has no sample, which the record
+    A run that was disturbed is repeated, ATTEMPTS runs in all at most. One that fails has no sample, which the record
     tells; it is passed by, and tried again when somebody asks again.
     """
-    measured = 0
+    measured, many = 0, len(wanted.runs)
     with loop.holding():
         for at, run in enumerate(wanted.runs):
             if deadline is not None and time.time() + wanted.seconds_each > deadline:
-                return Done(measured, len(wanted.runs) - at, "the next run would not end in time")
-            say(f"{at + 1} of {len(wanted.runs)}: #{run.number} on seed {run.seed}")
-            counts = _measured(loop, run)
-            if counts is None:
-                return Done(measured, len(wanted.runs) - at, "stopped")
-            measured += counts
-            if not counts:
-                say(f"#{run.number} has no score that counts on seed {run.seed}")
-    return Done(measured, len(wanted.runs) - measured, "")
+                return Done(measured, many - at, "the next run would not end in time")
+            score = _measured(loop, run)
+            if score is None:
+                return Done(measured, many - at, "stopped")
+            measured += bool(score)
+            said = f"{score:.6f}" if score else "no score that counts"
+            say(f"{at + 1} of {many}: #{run.number} on seed {run.seed}: {said}")
+    return Done(measured, many - measured, "")
 
 
-def _measured(loop: Loop, run: Run) -> bool | None:
-    """Whether a run came to an undisturbed score; None after a stop."""
+def _measured(loop: Loop, run: Run) -> float | None:
+    """The undisturbed score of a run, 0.0 where it came to none; None after a stop."""
     for _ in range(ATTEMPTS):
         outcome = loop.measure(run.number, run.seed, "confirm", "is it as good on a fresh seed?", run.holdout)
         if outcome is None:
             return None
         if outcome.status != "scored":
-            return False
-        if not loop.ledger.samples(run.number, "confirm")[-1].tainted:
-            return True
-    return False
+            return 0.0
+        if not (last := loop.ledger.samples(run.number, "confirm")[-1]).tainted:
+            return last.val_bpb
+    return 0.0

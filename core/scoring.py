@@ -9,7 +9,7 @@ import math
 import os
 import time
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -18,6 +18,8 @@ from core.child import Ended, OutOfMemory, Place, Worker
 from core.data import Dataset
 from core.evaluate import AuditBatch
 from core.wire import ProtocolError
+
+Part = Literal["val", "holdout"]
 
 
 @dataclass(frozen=True)
@@ -29,13 +31,15 @@ class Text:
     token_bytes: np.ndarray  # (V,)
     unigram_nats: np.ndarray  # (V,)
     size: int  # B
+    part: Part
 
     @classmethod
-    def of(cls, dataset: Dataset, place: Place) -> Text:
+    def of(cls, dataset: Dataset, place: Place, part: Part = "val") -> Text:
+        """`DataError` where the part is shorter than a row."""
         settings = place.settings
-        rows = np.ascontiguousarray(dataset.rows("val", settings.sequence_len, settings.eval_tokens), np.int32)
+        rows = np.ascontiguousarray(dataset.rows(part, settings.sequence_len, settings.eval_tokens), np.int32)
         counted = dataset.token_bytes[rows[:, 1:]] > 0
-        return cls(rows, counted, dataset.token_bytes, dataset.unigram_nats, min(settings.rows(), len(rows)))
+        return cls(rows, counted, dataset.token_bytes, dataset.unigram_nats, min(settings.rows(), len(rows)), part)
 
     @property
     def vocab_size(self) -> int:

@@ -19,7 +19,7 @@ NOT_MEASURING = frozenset(
         *("hub", "nvml", "places", "torchbuild", "windows"),
         *("keeping", "lab", "ledger", "live", "locks", "loop", "paths", "recipe", "recovery", "selfcheck"),
         *("verdict", "versions", "deciding", "measuring", "schema", "session"),
-        *("confirming", "discovery", "evidence", "noise", "steady"),
+        *("confirming", "discovery", "effects", "finalizing", "evidence", "noise", "steady"),
         *("gap", "idle", "objections", "reapply", "thinking", "waiting"),
     }
 )
