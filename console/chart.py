@@ -163,9 +163,11 @@ def key(found: Findings) -> str:
         (f'{best}<path class="stair" d="M1 4H13V12H25"/>', "best so far" + (", 95 % band" if banded else "")),
         ('<circle class="kept" cx="13" cy="8" r="6"/>', "kept"),
         ('<circle class="not" cx="13" cy="8" r="4"/>', "discarded"),
-        ('<path class="not" d="M8 12h10l-5 -9z"/>', "discarded, off the scale"),
-        ('<path class="bad" d="M8 3l10 10m0 -10l-10 10"/>', "failed: no score"),
     ]
+    if any((r.val_bpb or 0.0) > window(found.rows, found.levels)[1] for r in scored(found.rows)):
+        items.append(('<path class="not" d="M8 12h10l-5 -9z"/>', "discarded, off the scale"))
+    if any(r.failed for r in found.rows):
+        items.append(('<path class="bad" d="M8 3l10 10m0 -10l-10 10"/>', "failed: no score"))
     if any(r.status == "discard" and r.val_bpb is None for r in found.rows):
         items.append(('<path class="not" d="M8 8h10"/>', "stopped early: no score"))
     if any(level.first != level.number for level in found.levels):

@@ -7,7 +7,7 @@ from html import escape
 
 from console import sections
 from console.chart import charts, curve, key
-from console.figures import cells, change, fact, score, table, time
+from console.figures import cells, change, fact, number, score, table, time
 from console.findings import Findings
 from console.rows import Row, Scale
 from console.style import STYLE
@@ -23,7 +23,7 @@ def page(found: Findings, made: str) -> str:
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{escape(record.tag)}: {escape(plural(total.experiments, "experiment"))}</title>
 <style>{STYLE}</style>
-<h1>{escape(record.tag)}</h1>
+<h1 class="says">{escape(record.tag)}</h1>
 <p class="scale">{escape(str(record.scale))}; lower is better.{_device(record.scale)}</p>
 {sections.answer(found)}
 {sections.tiles(found)}
@@ -68,7 +68,7 @@ def _line(r: Row, diff: str) -> str:
     ended = clock(moment(r.finished)) if r.finished else "-"
     of = f"all.{r.number}"
     line = cells(
-        ("n head", "#", f"{r.number}"),
+        ("n head", "#", number(f"{of}.number", r.number)),
         (f"w inline bare status {kind}", "status", escape(r.shown_status)),
         ("n inline bare", "val_bpb", score(f"{of}.val_bpb", r.val_bpb) if r.val_bpb is not None else ""),
         ("n inline bare", "change", change(f"{of}.delta", -r.delta) if r.delta is not None else ""),

@@ -347,7 +347,8 @@ def _machine(found: Findings) -> str:
     if not m.runs and not m.again:
         return '<h3>The machine</h3><p class="soft">Nothing was taken down.</p>'
     disturbed, again = number("machine.tainted", m.tainted), number("machine.again", m.again)
-    parts = [f"<p>{disturbed} experiments were disturbed, {again} runs were dropped and repeated.</p>"]
+    lead = f"{number('machine.runs', m.runs)} runs were watched. {disturbed} experiments were disturbed"
+    parts = [f"<p>{lead}, {again} runs were dropped and repeated.</p>"]
     parts += [f'<p class="says soft">{escape(shorten(reason, 200))}</p>' for reason in m.reasons[:3]]
     if m.speed:
         first, last = m.speed
@@ -364,7 +365,7 @@ def _machine(found: Findings) -> str:
         ) + "</tr>"
         for i, r in enumerate(m.readings)
     ]  # fmt: skip
-    head = [("what", f"over {m.runs} runs"), ("n", "lowest"), ("n", "middle"), ("n", "highest")]
+    head = [("what", "over all runs"), ("n", "lowest"), ("n", "middle"), ("n", "highest")]
     return "<h3>The machine</h3>" + "".join(parts) + (table(head, lines, "") if lines else "")
 
 

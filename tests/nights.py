@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import json
 import math
 import random
 import re
@@ -22,10 +23,12 @@ import pytest
 from scripted import Limits, Loop, Scripted, make_lab
 
 from core import ledger as ledger_module
+from core.confirming import Done, confirm, plan
 from core.contract import Exhausted, Proposal, View
 from core.lab import Lab
 from core.outcome import Event, Outcome, Request
 from core.settings import Settings
+from prepare import prepare
 
 FIRST = '''\
 """A recipe of a made-up world."""
@@ -182,6 +185,31 @@ NIGHT: tuple[tuple[str, dict[str, Any]], ...] = (
 )  # fmt: skip
 
 
+def small(folder: Path) -> Settings:
+    """Settings with a data set that is prepared in a moment: nothing is trained on it."""
+    dice = random.Random(1)
+    words = ("the", "lord", "said", "unto", "him", "and", "a", "house", "of", "day")
+    file = folder / "words.jsonl"
+    texts = (" ".join(dice.choice(words) for _ in range(60)) for _ in range(300))
+    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    data = prepare(text=file, vocab_size=270)
+    return Settings(
+        backend="cpu", profile="test", data=data.path.name, data_sha256=data.sha256, vocab_size=data.vocab_size,
+        sequence_len=64, bos_id=data.bos_id, budget=300.0, eval_tokens=4096, dtype="float32", device="cpu",
+    )  # fmt: skip
+
+
+def confirmed(lab: Lab, loop: Loop, numbers: Sequence[int], holdout: Sequence[int] = (), seeds: int = 4) -> Done:
+    """Measure these on fresh seeds."""
+    samples = {e.number: lab.ledger.samples(e.number) for e in lab.ledger.experiments()}
+    wanted = plan(samples, lab.settings.seed, 320.0, numbers, seeds, holdout)
+    return confirm(loop, wanted)
+
+
+def kept(lab: Lab) -> list[int]:
+    return [e.number for e in lab.ledger.experiments() if e.is_kept]
+
+
 def night(
     path: Path,
     settings: Settings,
@@ -193,7 +221,7 @@ def night(
     """A lab in which every edit was judged; its loop, which can measure more; the world that it measures."""
     clock = Clock(patch)
     world = World(clock, sd)
-    lab = make_lab(path, replace(settings, budget=300.0, **locked), FIRST.encode())
+    lab = make_lab(path, replace(settings, **locked), FIRST.encode())
     loop = Loop(lab, Story(*edits), world, lambda event: None)
     loop.run(Limits(experiments=len(edits) + 1))
     return lab, loop, world
