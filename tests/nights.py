@@ -180,7 +180,7 @@ NIGHT: tuple[tuple[str, dict[str, Any]], ...] = (
     ("square the block's output: more capacity <b>per</b> parameter & no more memory", {"block": "x * x"}),
     tell(HEAD_DIM=128), tell(TOTAL_BATCH_SIZE=65536), tell(DEPTH=6), tell(WEIGHT_DECAY=0.05), tell(HEAD_DIM=72),
     tell(WARMUP_RATIO=0.02), tell(DEPTH=7), tell(MATRIX_LR=0.06), tell(EMBEDDING_LR=1.1), tell(DEPTH=11),
-    ("norm twice", {"norm": "x + 0"}), tell(WEIGHT_DECAY=0.02, DEPTH=6), tell(TOTAL_BATCH_SIZE=2048),
+    ("norm twice", {"norm": "x + 0"}), tell(WEIGHT_DECAY=0.02, DEPTH=8), tell(TOTAL_BATCH_SIZE=2048),
     ("norm and block", {"norm": "x - 0", "block": "x * x + 0"}), tell(WEIGHT_DECAY=0.0), tell(MATRIX_LR=0.065),
 )  # fmt: skip
 
