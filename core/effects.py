@@ -151,10 +151,13 @@ def spread_of(samples: Mapping[int, Sequence[Sample]], baseline: int | None, par
 
 
 def scores(samples: Iterable[Sample], part: str = "val") -> list[float]:
-    """Validation scores, or those of the holdout where it was scored."""
-    if part == "val":
-        return [s.val_bpb for s in samples]
-    return [s.holdout_bpb for s in samples if s.holdout_bpb is not None]
+    """Validation scores, or those of the holdout where it was scored; of a seed that ran twice the mean."""
+    found: dict[int, list[float]] = {}
+    for s in samples:
+        score = s.val_bpb if part == "val" else s.holdout_bpb
+        if score is not None:
+            found.setdefault(s.seed, []).append(score)
+    return [math.fsum(of_seed) / len(of_seed) for of_seed in found.values()]
 
 
 def _quantile(df: int) -> float:

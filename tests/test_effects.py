@@ -102,6 +102,12 @@ def test_only_runs_under_the_same_conditions_are_compared() -> None:
     assert effects.together(before, [a_sample(2, 0, 1.4, purpose="verdict")]) == ([], [])
 
 
+def test_a_seed_that_ran_twice_counts_once() -> None:
+    twice = [a_sample(1, 1042, 1.0), a_sample(1, 1042, 2.0, holdout_bpb=4.0), a_sample(1, 1043, 3.0)]
+    assert effects.scores(twice) == [1.5, 3.0]
+    assert effects.scores(twice, "holdout") == [4.0]
+
+
 def test_the_spread_of_a_lab_comes_from_runs_that_nothing_has_chosen() -> None:
     chosen = [a_sample(2, 42, 1.0, purpose="verdict"), a_sample(2, 43, 9.0, purpose="verdict")]
     fresh = [a_sample(2, 1042, 1.40), a_sample(2, 1043, 1.42)]

@@ -192,7 +192,7 @@ def test_nothing_is_cut_overlapping_or_empty_in_a_browser(which, width, request,
     )  # fmt: skip
     title = done.stdout.partition("<title>")[2].partition("</title>")[0]
     beyond, said = json.loads(title.replace("&amp;", "&").replace("&lt;", "<"))
-    assert (beyond, said) == (0, [])
+    assert beyond <= 0 and said == []
 
 
 def test_text_can_be_read_in_light_and_dark():
