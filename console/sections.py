@@ -121,9 +121,8 @@ def tiles(found: Findings) -> str:
         (number("tally.failed", total.failed), "failed"),
         (time("time.busy", use.busy), "the device worked"),
     ]
-    if total.uses.busy:
-        share = 100 * total.uses.idle_share
-        of.append((fact("time.idle_share", total.uses.idle_share, f"{share:.1f} %"), "of the time it was idle"))
+    if use.idle_share is not None:
+        of.append((fact("time.idle_share", use.idle_share, f"{100 * use.idle_share:.1f} %"), "of the time it was idle"))
     if found.record.spent.answers:
         usd = found.record.spent.usd
         of.append((fact("spent.usd", usd, f"${usd:.2f}"), "spent on researchers"))
@@ -281,8 +280,27 @@ def _time_notes(found: Findings) -> str:
     if use.repeats:
         told = ", ".join(f"{escape(why)} {time(f'time.repeats.{why}', s)}" for why, s in use.repeats.items())
         notes.append(f"Measuring again took, of the above: {told}.")
+    if cost := _cost(found):
+        notes.append(cost)
     notes += [f'<span class="warn">{line}</span>' for line in clock_notes(found)]
     return "".join(f"<p>{note}</p>" for note in notes)
+
+
+def _cost(found: Findings) -> str:
+    """What researchers were paid."""
+    spent = found.record.spent
+    if not spent.answers:
+        return ""
+    read = spent.input_tokens + spent.cache_write_tokens
+    tokens = [
+        (read, "in", "in"),
+        (spent.output_tokens, "out", "out"),
+        (spent.cache_read_tokens, "cached", "from the cache"),
+    ]
+    told = ", ".join(f"{fact(f'spent.{key}', many, count(many))} {where}" for many, key, where in tokens)
+    usd = fact("spent.usd", spent.usd, f"${spent.usd:.2f}")
+    unknown = f"; no price is known for {number('spent.unpriced', spent.unpriced)} of them" if spent.unpriced else ""
+    return f"Researchers: {usd} for {number('spent.answers', spent.answers)} answers; tokens: {told}{unknown}."
 
 
 def clock_notes(found: Findings) -> list[str]:

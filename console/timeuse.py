@@ -36,6 +36,7 @@ class TimeUse:
     wasted: dict[str, float] = field(default_factory=dict)  # crash, timeout, invalid, tainted: whole runs
     idle: dict[str, float] = field(default_factory=dict)  # thinking, dry build, waiting, other
     paused: float = 0.0
+    watched: float = 0.0  # whole runs before which the idle time was taken down
     repeats: dict[str, float] = field(default_factory=dict)  # further seeds, re-runs of the best, confirmations
     stopped_early: int = 0  # hopeless runs that were ended
     saved: float = 0.0  # by that
@@ -45,6 +46,12 @@ class TimeUse:
     @property
     def busy(self) -> float:
         return self.training + self.scoring + self.starting + sum(self.wasted.values())
+
+    @property
+    def idle_share(self) -> float | None:
+        """Of the time that runs and the idling before them took; None where nobody took that down."""
+        idle = sum(self.idle.values())
+        return idle / (self.watched + idle) if self.watched else None
 
     @property
     def accounted(self) -> float:
@@ -62,7 +69,8 @@ def time_use(rows: Sequence[Row], samples: Mapping[int, Sequence[Sample]]) -> Ti
     wasted: dict[str, float] = {}
     repeats: dict[str, float] = {}
     stopped = 0
-    for kind, again, outcome in runs(rows, samples):
+    recorded = list(runs(rows, samples))
+    for kind, again, outcome in recorded:
         timings = outcome.get("timings") or {}
         total = _seconds(timings.get("total"))
         if kind:
@@ -75,10 +83,10 @@ def time_use(rows: Sequence[Row], samples: Mapping[int, Sequence[Sample]]) -> Ti
             repeats[again] = repeats.get(again, 0.0) + total
         early = outcome.get("stopped_early") or {}
         stopped, saved = stopped + bool(early), saved + _seconds(early.get("saved_seconds"))
-    idle, paused = _idle(rows)
+    idle, paused, watched = _idle([outcome for _, _, outcome in recorded])
     oddities = tuple(odd_clocks(rows, samples))
     return TimeUse(
-        training, scoring, starting, wasted, idle, paused, repeats, stopped, saved,
+        training, scoring, starting, wasted, idle, paused, watched, repeats, stopped, saved,
         _wall(rows, oddities, samples), oddities,
     )  # fmt: skip
 
@@ -108,13 +116,14 @@ def _waste(r: Row, tainted: bool) -> str:
     return r.status if r.failed else "tainted" if tainted else ""
 
 
-def _idle(rows: Sequence[Row]) -> tuple[dict[str, float], float]:
-    """(seconds by what the device waited for, seconds paused)."""
-    paused = sum(_seconds(r.idle.get("paused")) for r in rows)
-    total = max(0.0, sum(_seconds(r.idle.get("seconds")) for r in rows) - paused)
-    waits = {w: sum(_seconds(r.idle.get(w)) for r in rows) for w in ("thinking", "dry build", "waiting")}
+def _idle(outcomes: Sequence[Mapping[str, Any]]) -> tuple[dict[str, float], float, float]:
+    """(seconds by what the device waited for, seconds paused, seconds of the runs that were waited for)."""
+    known = [(dict(o["idle"]), _seconds((o.get("timings") or {}).get("total"))) for o in outcomes if o.get("idle")]
+    paused = sum(_seconds(idle.get("paused")) for idle, _ in known)
+    total = max(0.0, sum(_seconds(idle.get("seconds")) for idle, _ in known) - paused)
+    waits = {w: sum(_seconds(idle.get(w)) for idle, _ in known) for w in ("thinking", "dry build", "waiting")}
     waits["other"] = max(0.0, total - sum(waits.values()))
-    return {what: seconds for what, seconds in waits.items() if seconds >= 0.5}, paused
+    return {what: seconds for what, seconds in waits.items() if seconds}, paused, sum(total for _, total in known)
 
 
 def odd_clocks(rows: Sequence[Row], samples: Mapping[int, Sequence[Sample]]) -> Iterable[Oddity]:

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
-from nights import NIGHT, confirmed, kept, night, small, tell
+from nights import FIRST, NIGHT, Clock, Story, World, confirmed, edit, kept, night, small, tell
+from scripted import Limits, Loop, make_lab
 from traced import Figures, Truth, expected, look_up
 
 from cli import cli
@@ -22,6 +23,7 @@ from console.page import page
 from console.report import write
 from console.style import STYLE
 from core.confirming import pair
+from core.errors import LabError
 from core.lab import Lab
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -127,7 +129,6 @@ def test_the_text_has_the_same_figures_as_the_page(full, fresh):
 
 def test_the_gain_on_fresh_seeds_is_without_the_winners_curse(full):
     """The made-up world knows what the winner really gives."""
-    from nights import World
 
     found = findings(read(full)).gain
     world = World.__new__(World)
@@ -230,14 +231,10 @@ def sane(lab: Lab) -> tuple[str, str]:
 
 
 def test_a_lab_with_only_crashes(tmp_path, settings, monkeypatch):
-    from nights import FIRST, Clock, Story, World, edit
-    from scripted import Limits, Loop, make_lab
 
     world = World(Clock(monkeypatch))
     lab = make_lab(tmp_path / "bad", settings, edit(FIRST, DEPTH=12).encode())
     loop = Loop(lab, Story(), world, lambda event: None)
-    from core.errors import LabError
-
     for _ in range(2):
         with pytest.raises(LabError):
             loop.run(Limits(experiments=3))
@@ -262,8 +259,6 @@ def test_nothing_kept(tmp_path, settings, monkeypatch):
 
 
 def test_a_lab_without_any_experiment_yet(tmp_path, settings):
-    from nights import FIRST
-    from scripted import make_lab
 
     lab = make_lab(tmp_path / "empty", settings, FIRST.encode())
     for said in sane(lab):
@@ -288,8 +283,6 @@ def test_an_older_ledger_is_reported_as_far_as_it_goes(tmp_path, settings, monke
 
 
 def test_a_machine_that_slept_is_told(tmp_path, settings, monkeypatch):
-    from nights import FIRST, Clock, Story, World
-    from scripted import Limits, Loop, make_lab
 
     world = World(Clock(monkeypatch))
     world.slept[3] = 3 * 3600.0
@@ -306,7 +299,6 @@ def test_a_clock_that_was_set_back_gives_no_nonsense(tmp_path, settings, monkeyp
     lab, loop, world = night(tmp_path / "back", settings, monkeypatch, NIGHT[:3])
     world.clock.forward(-7200.0)
     loop.researcher.edits = NIGHT[:6]
-    from scripted import Limits, Loop
 
     Loop(lab, loop.researcher, world, lambda event: None).run(Limits(experiments=3))
     html, _ = sane(lab)
@@ -315,8 +307,6 @@ def test_a_clock_that_was_set_back_gives_no_nonsense(tmp_path, settings, monkeyp
 
 
 def test_a_disturbed_experiment_is_wasted_time_and_its_reason_is_told(tmp_path, settings, monkeypatch):
-    from nights import FIRST, Clock, Story, World
-    from scripted import Limits, Loop, make_lab
 
     world = World(Clock(monkeypatch))
     world.healths[0] = {"others_cores": 1.9, "our_cores": 2.0, "tainted": "a game ran on the card"}
@@ -328,6 +318,67 @@ def test_a_disturbed_experiment_is_wasted_time_and_its_reason_is_told(tmp_path, 
         assert found.time.wasted["tainted"] == pytest.approx(319.7) and "a game ran on the card" in html
     else:  # measured again, as the rules of the lab may ask
         assert found.machine.again
+
+
+# --- what the statistical rule leaves on the record ------------------------------------------------
+
+
+def in_the_ledger(lab: Lab, query: str, *values: object) -> None:
+    with sqlite3.connect(lab.record / "ledger.sqlite") as db:
+        db.execute(query, values)
+
+
+def test_what_each_rule_would_have_kept(tmp_path, settings, monkeypatch):
+    lab, _, _ = night(tmp_path / "rules", settings, monkeypatch, NIGHT[:8])
+    judged = [e for e in lab.ledger.experiments()[1:] if e.val_bpb]
+    for e, simple in zip(judged, ("keep", "discard", "keep", "keep", "discard", "discard"), strict=False):
+        in_the_ledger(
+            lab, "UPDATE experiments SET verdict = ? WHERE number = ?", json.dumps({"simple": simple}), e.number
+        )
+    asked = [e for e in lab.ledger.experiments() if e.verdict]
+    found = findings(read(lab)).rules
+    assert found.simple == 3 and found.statistical == sum(e.status == "keep" for e in asked)
+    assert found.both == sum(e.status == "keep" and e.verdict["simple"] == "keep" for e in asked)
+    html, text = sane(lab)
+    assert f"would have kept 3 , statistical (keep what is better beyond noise) kept {found.statistical}" in html
+    assert f"simple would have kept 3, statistical kept {found.statistical}, both {found.both}" in text
+
+
+def test_hopeless_runs_that_were_stopped_are_told_with_what_that_saved(tmp_path, settings, monkeypatch):
+    lab, _, _ = night(tmp_path / "early", settings, monkeypatch, NIGHT[:4])
+    before = findings(read(lab)).time
+    discard = next(e for e in lab.ledger.experiments() if e.status == "discard")
+    early = {"stopped_early": {"share": 0.4, "reason": "behind", "saved_seconds": 180.0}, "status": "hopeless",
+             "timings": {"total": 130.0, "training": 120.0}, "training_seconds": 120.0}  # fmt: skip
+    in_the_ledger(
+        lab, "UPDATE experiments SET val_bpb = NULL, outcome = ? WHERE number = ?", json.dumps(early), discard.number
+    )
+    in_the_ledger(lab, "DELETE FROM samples WHERE number = ?", discard.number)
+    use = findings(read(lab)).time
+    assert (use.stopped_early, use.saved) == (1, 180.0)
+    assert use.training == pytest.approx(before.training - 180)
+    html, text = sane(lab)
+    assert "hopeless runs were stopped early: 3 min saved" in html and "stopped early: no score" in html
+    assert "1 hopeless run stopped early: 3 min saved" in text
+
+
+def test_after_a_drift_the_same_best_has_another_level(tmp_path, settings, monkeypatch):
+    lab, loop, world = night(tmp_path / "drift", settings, monkeypatch, NIGHT[:6], sd=0.0003)
+    best, last = kept(lab)[-1], lab.ledger.experiments()[-1].number
+    for seed in (50, 51):
+        loop.measure(best, seed, "control", "is the machine as it was?")
+    world.shift = 0.01
+    lab.ledger.begin_epoch("the best has moved by +0.0100 bpb", best)
+    for seed in (52, 53):
+        loop.measure(best, seed, "control", "how good is it now?")
+    loop.judge(edit(lab.best_source().decode(), WARMUP_RATIO=0.03).encode(), "later")
+    levels = findings(read(lab)).levels
+    assert [(level.first, level.number) for level in levels[-2:]] == [(best, best), (last + 1, best)]
+    assert levels[-1].estimate.mean - levels[-2].estimate.mean == pytest.approx(0.01, abs=0.001)
+    html, text = sane(lab)
+    assert "the best has moved by +0.0100 bpb" in html and "the best has moved by +0.0100 bpb" in text
+    assert 'class="drift"' in shown(lab)
+    assert "Measuring again took, of the above: the best again" in html
 
 
 # --- the verb --------------------------------------------------------------------------------------

@@ -135,7 +135,7 @@ class Truth:
             found["training"] += o["training_seconds"]
             found["scoring"] += judged
             found["starting"] += t["total"] - o["training_seconds"] - judged
-        idle = [o["idle"] for o in self.outcomes.values() if o.get("idle")]
+        idle = [o["idle"] for _, o in self.runs() if o.get("idle")]
         for what in ("thinking", "dry build", "waiting"):
             found[f"idle.{what}"] = sum(i.get(what, 0.0) for i in idle)
         found["paused"] = sum(i.get("paused", 0.0) for i in idle)
@@ -144,12 +144,19 @@ class Truth:
         return found
 
 
+def spent(db: sqlite3.Connection) -> dict[str, Any]:
+    row = db.execute(
+        "SELECT coalesce(sum(usd), 0.0), count(*), sum(input_tokens + cache_write_tokens), sum(output_tokens),"
+        " sum(cache_read_tokens), sum(usd IS NULL) FROM spending"
+    ).fetchone()
+    return dict(zip([f"spent.{k}" for k in ("usd", "answers", "in", "out", "cached", "unpriced")], row, strict=True))
+
+
 def expected(truth: Truth) -> dict[str, Callable[..., Any]]:
     """The part of a key before its variable parts -> what it has to be."""
     rows, kept = truth.rows, truth.kept
     first, last = (kept[0], kept[-1]) if kept else (0, 0)
     status = [r["status"] for r in rows.values() if r["status"]]
-    known = [n for n in rows if truth.outcomes[n].get("idle")]
     groups = truth.groups("val_bpb") if kept else []
     count: dict[str, Any] = {
         "tally.experiments": len(status),
@@ -161,13 +168,13 @@ def expected(truth: Truth) -> dict[str, Callable[..., Any]]:
         "rules.simple": max(0, len([s for s in status if s in ("keep", "simplify")]) - 1),
         "machine.tainted": sum(r["tainted"] for r in rows.values()),
         "machine.again": truth.db.execute("SELECT count(*) FROM events WHERE kind = 'requeued'").fetchone()[0],
-        "spent.usd": truth.db.execute("SELECT coalesce(sum(usd), 0.0) FROM spending").fetchone()[0],
+        **spent(truth.db),
     }
     seconds = truth.seconds()
     whole = sum(s for s in seconds.values() if s >= 0.5)
     busy = sum(s for k, s in seconds.items() if not k.startswith(("idle", "paused")))
     idle = sum(s for k, s in seconds.items() if k.startswith("idle"))
-    worked = sum(truth.outcomes[n]["timings"]["total"] for n in known)
+    worked = sum(o["timings"]["total"] for _, o in truth.runs() if o.get("idle"))
 
     def score(number: int) -> float:
         return float(rows[number]["val_bpb"])
