@@ -62,17 +62,23 @@ def arrange(lab: Lab, wins: Sequence[Win], also: Sequence[Replication] = ()) -> 
             f"none of {len(wins)} kept changes was measured to hold on fresh seeds" if wins else "nothing was kept",
             "autoresearch confirm --kept" if wins else "autoresearch run",
         )
-    needed: set[int] = set()
-    while (found := _without(lab, kept, sources, wanted | needed)).stuck is not None:
-        before = [w.number for w in wins if w.number not in wanted | needed and w.number < found.stuck]
-        needed.add(before[-1])  # the newest that was left out is the likeliest to be what it builds on
-    steps = [
-        Step(w, found.after[w.number], "" if w.number in wanted else _note(w))
-        for w in wins
-        if w.number in wanted | needed
-    ]
-    left_out = tuple(w for w in wins if w.number not in wanted | needed)
-    return Final(tuple(steps), left_out, steps[-1].source)
+    chosen = set(wanted)
+    while (built := _without(lab, kept, sources, chosen)).stuck is not None:
+        out = [w.number for w in wins if w.number not in chosen and w.number < built.stuck]
+        chosen.add(_needed(lab, kept, sources, chosen, built.stuck, out))
+    notes = {w.number: "" if w.number in wanted else _note(w) for w in wins}
+    steps = [Step(w, built.after[w.number], notes[w.number]) for w in wins if w.number in chosen]
+    return Final(tuple(steps), tuple(w for w in wins if w.number not in chosen), steps[-1].source)
+
+
+def _needed(
+    lab: Lab, kept: Sequence[Experiment], sources: Mapping[int, bytes], chosen: set[int], stuck: int, out: Sequence[int]
+) -> int:
+    """Which of those that were left out lets the stuck change be made; where no single one does, the newest."""
+    for number in reversed(out):
+        if _without(lab, kept, sources, chosen | {number}).stuck != stuck:
+            return number
+    return out[-1]
 
 
 def _note(win: Win) -> str:
