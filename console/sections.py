@@ -64,8 +64,8 @@ def _no_gain(found: Findings) -> tuple[str, str, str]:
     best = score("baseline.val_bpb", total.baseline.val_bpb)
     if total.experiments == 1:
         return "", f"Only the baseline was measured: <b>{best}</b>.", "<p>There is nothing to compare it with yet.</p>"
-    many = number("tally.experiments", total.experiments)
-    lead = f"Nothing was kept over the baseline, <b>{best}</b>, in {many} experiments."
+    tried = number("tally.experiments", total.experiments)
+    lead = f"Nothing was kept over the baseline, <b>{best}</b>, in {tried} experiments."
     return "", lead, "<p>That is a result too: what was tried is below, by theme.</p>"
 
 
@@ -148,7 +148,7 @@ def kept(found: Findings) -> str:
 
 
 def _kept_lead(found: Findings) -> str:
-    states = Counter(k.state for k in found.kept)
+    states = Counter[str](k.state for k in found.kept)
     parts = [
         f"{number(f'kept.{name}', states[name])} {words}"
         for name, words in (

@@ -94,7 +94,7 @@ class _Built:
 
 def _without(lab: Lab, kept: Sequence[Experiment], sources: Mapping[int, bytes], chosen: set[int]) -> _Built:
     """Make the chosen changes on the first recipe, one after another."""
-    now, after = sources[kept[0].number], {}
+    now, after = sources[kept[0].number], dict[int, bytes]()
     for before, e in pairwise(kept):
         if e.number not in chosen:
             continue

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
 from types import SimpleNamespace
 
 import numpy as np
@@ -40,19 +39,19 @@ def test_the_holdout_is_scored_beside_the_validation_text(run_recipe, tiny_recip
     assert {"holdout scoring", "holdout audit", "scoring"} <= outcome.timings.keys()
 
 
-def told_apart(dataset, settings) -> list[tuple[int, int]]:
-    """Pairs of neighbouring tokens by which rows of the holdout can be known: they stand in no validation row."""
+def told_apart(dataset, settings) -> list[tuple[int, ...]]:
+    """Threes of neighbouring tokens by which rows of the holdout can be known: they stand in no validation row."""
 
-    def of(part: str) -> list[set[tuple[int, int]]]:
+    def of(part: str) -> list[set[tuple[int, ...]]]:
         rows = dataset.rows(part, settings.sequence_len, settings.eval_tokens).tolist()
-        return [set(pairwise(row)) for row in rows]
+        return [set(zip(row, row[1:], row[2:])) for row in rows]
 
     held, val = of("holdout"), of("val")
     only = set().union(*held) - set().union(*val)
-    chosen: list[tuple[int, int]] = []
+    chosen: list[tuple[int, ...]] = []
     left = [row & only for row in held]
     while any(left) and len(chosen) < 100:
-        best = max(only, key=lambda pair: sum(pair in row for row in left))
+        best = max(only, key=lambda three: sum(three in row for row in left))
         chosen.append(best)
         left = [row for row in left if best not in row]
     return chosen
@@ -60,18 +59,20 @@ def told_apart(dataset, settings) -> list[tuple[int, int]]:
 
 @pytest.mark.slow
 def test_a_recipe_that_cheats_in_the_holdout_alone_is_caught(run_recipe, tiny_recipe, dataset, settings):
-    pairs = told_apart(dataset, settings)
+    threes = told_apart(dataset, settings)
+    v = settings.vocab_size
     cheat = (
         tiny_recipe.replace(
             "        return self.model(tokens)\n",
             "        x = self.model(tokens)\n"
-            "        keys = tokens[:, :-1] * self.spec.vocab_size + tokens[:, 1:]\n"
+            "        v, t = self.spec.vocab_size, tokens.long()\n"
+            "        keys = (t[:, :-2] * v + t[:, 1:-1]) * v + t[:, 2:]\n"
             "        known = torch.isin(keys, torch.tensor(KNOWN)).any(1)\n"
-            "        ahead = F.one_hot(tokens[:, 1:], self.spec.vocab_size).float() * 9\n"
+            "        ahead = F.one_hot(t[:, 1:], v).float() * 9\n"
             "        x[known, :-1] += ahead[known]\n"
             "        return x\n",
         )
-        + f"\n\nKNOWN = {[a * settings.vocab_size + b for a, b in pairs]}\n"
+        + f"\n\nKNOWN = {[(a * v + b) * v + c for a, b, c in threes]}\n"
     )
     outcome = run_recipe(cheat, holdout=True)
     assert outcome.audited, "the validation text does not show it"
