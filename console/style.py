@@ -86,9 +86,9 @@ ul.next { padding-left: 1.2rem; max-width: 50rem } ul.next li { margin: .3rem 0 
 .warn { border-left: .3rem solid var(--fail); padding: .1rem 0 .1rem .8rem }
 footer { margin-top: 3rem; padding-top: .8rem; border-top: 1px solid var(--line); color: var(--soft);
   font-size: .87rem }
+@media (max-width: 56rem) { .broad { display: none } .narrow { display: block; max-width: 36rem } }
 @media (max-width: 44rem) {
   body { padding: 1.2rem .9rem 3rem }
-  .broad { display: none } .narrow { display: block }
   .answer { padding: .9rem 1rem } .answer .lead { font-size: 1.15rem }
   .forest { display: block } .forest .entry { display: grid; grid-template-columns: 1fr max-content; margin: .4rem 0 }
   .forest .plot { grid-column: 1 / -1; grid-row: 2 } .key span { white-space: normal }

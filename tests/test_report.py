@@ -91,7 +91,7 @@ def test_what_is_shown_is_the_exact_value_rounded(full):
     for key, value, text in Figures(shown(full)).found:
         if re.fullmatch(r"[−+]?\d+\.\d{4}", text):
             assert float(text.replace("−", "-")) == pytest.approx(value, abs=5.01e-5), key
-        elif isinstance(value, int):
+        elif isinstance(value, int) and value < 1000:
             assert text == str(value), key
 
 
