@@ -1,8 +1,8 @@
 """Entry point of the referee's children: `python -m backends.worker ROLE BACKEND`, in the sandbox.
 
 Roles: `trainer` trains; `warm-up` only does what comes before the clock, so that the trainer can be a process that the
-recipe has never been in; `scorer` and `auditor` answer with losses and logits; `measure` times steps; `dry` tries a
-recipe out. All of them load the backend's library first, then wait for the recipe's bytes on the channel.
+recipe has never been in; `scorer`, `auditor` and `prober` answer with losses and logits; `measure` times steps; `dry`
+tries a recipe out. All of them load the backend's library first, then wait for the recipe's bytes on the channel.
 
 Once the recipe is imported it shares this interpreter and could change any of it. So nothing that is said from here
 is believed by the referee alone (core/referee.py); what is checked here is checked for good error messages.
@@ -19,7 +19,7 @@ import sys
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -54,7 +54,8 @@ def main() -> None:
     channel = Channel(socket.socket(fileno=int(os.environ["AUTORESEARCH_CHANNEL"])), take_fds=True)
     device_module = importlib.import_module(f"backends.{backend}.device")
     roles = {
-        "trainer": train, "warm-up": rehearse, "scorer": answer, "auditor": answer, "measure": measure, "dry": dry
+        "trainer": train, "warm-up": rehearse, "scorer": answer, "auditor": answer, "prober": answer,
+        "measure": measure, "dry": dry,
     }  # fmt: skip
     try:
         channel.send("ready")
@@ -279,7 +280,7 @@ def run(channel: Channel, device: Device, module: ModuleType, spec: Spec, digest
     gc.freeze()  # what lives now lives to the end, and need not be looked through again
     stream = TokenStream(start.fds, start.text("token_dtype"), spec.seed, device.from_numpy)
     close_all(start.fds)
-    loop = Loop(channel, device, training, stream, budget)
+    loop = Loop(channel, device, training, stream, budget, start.fields["looks"])
     loop.run()
     device.fence()
     channel.send("trained", loop.facts())
@@ -297,12 +298,23 @@ class Loop:
     finite ends the run two steps later at most.
     """
 
-    def __init__(self, channel: Channel, device: Device, training: Training, stream: Any, budget: Budget) -> None:
+    def __init__(
+        self,
+        channel: Channel,
+        device: Device,
+        training: Training,
+        stream: Any,
+        budget: Budget,
+        looks: Sequence[float] = (),
+    ) -> None:
+        """`looks`: shares of the budget at which the referee wants to look at the weights."""
         self._channel = channel
         self._device = device
         self._training = training
         self._stream = stream
         self._budget = budget
+        self._looks = looks
+        self._looked = 0  # how many of the looks are behind
         self._times = StepTimes()
         self._pending: deque[tuple[int, Any]] = deque()
         self._step = 0
@@ -321,7 +333,20 @@ class Loop:
             self._times.add(now - mark)
             mark = now
             self._tell(now)
+            if (due := sum(share <= self._budget.progress() for share in self._looks)) > self._looked:
+                self._looked = due
+                self._be_looked_at(due - 1)
+                mark = time.monotonic()
         self._read_all()
+
+    def _be_looked_at(self, index: int) -> None:
+        """Hand over the weights so far, then wait: the referee stops this process meanwhile, and the clock with it."""
+        self._read_all()
+        self._device.fence()
+        weights = weights_of(self._training)
+        weight_files.write(Path(f"look-{index}.safetensors"), weights)
+        self._channel.send("look", {"index": index})
+        self._budget.pause(self._channel.receive().number("paused"))
 
     def facts(self) -> dict[str, Any]:
         _, loss, _ = self._read

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from console.machine import Machine, machine
 from console.places import look
-from console.rows import Row, Scale, Tally, tally
+from console.rows import KEPT, Row, Scale, Tally, tally
 from console.themes import Theme, themes, untried
 from console.timeuse import TimeUse, time_use
 from core import confirming, effects
@@ -223,12 +223,12 @@ def levels(rows: Sequence[Row], samples: Mapping[int, Sequence[Sample]], spread:
 def rules(rows: Sequence[Row], used: str) -> Rules:
     """By the record that each verdict left; the baseline is nobody's keep."""
     judged = [r for r in rows if r.decided and not r.failed and r.best_before is not None]
-    asked = [r for r in judged if "simple" in r.verdict]
+    asked = [r for r in judged if r.simple]
     if not asked:
-        simple = sum(r.status in ("keep", "simplify") for r in judged)
+        simple = sum(r.status in KEPT for r in judged)
         return Rules(used, simple, None, simple)
-    by_simple = [r for r in asked if r.verdict["simple"] == "keep"]
-    by_other = [r for r in asked if r.status in ("keep", "simplify")]
+    by_simple = [r for r in asked if r.simple == "keep"]
+    by_other = [r for r in asked if r.status in KEPT]
     return Rules(used, len(by_simple), len(by_other), sum(r in by_other for r in by_simple))
 
 

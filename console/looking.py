@@ -43,6 +43,8 @@ def log_verb(screen: Screen, given: str | None, follow: bool, limit: int | None,
         screen.say(f"spent on researchers: {cost}")
     if uses := tables.uses_line(view.total):
         screen.say(uses)
+    if other := tables.other_rule_line(chosen):
+        screen.say(other)
     if any(r.tainted for r in chosen):
         screen.say(tables.TAINTED)
 
@@ -98,6 +100,7 @@ def status_verb(screen: Screen, given: str | None) -> None:
         "lab": places.about(lab), "running": state, "total": view.total.to_json(),
         "best": view.best and view.best.to_json(), "last_keep": kept[-1].to_json() if kept else None,
         "pending": [r.to_json() for r in view.rows if not r.decided],
+        "verdict": _verdict(lab),
     })  # fmt: skip
     if screen.as_json:
         return
@@ -114,10 +117,36 @@ def status_verb(screen: Screen, given: str | None) -> None:
         screen.say(
             f"last keep    #{last.number} at {clock(moment(last.finished))}  {delta(last.delta)}  {last.description}"
         )
+    screen.say(f"verdict      {_verdict_line(_verdict(lab))}")
     if state is None:
         screen.say(
             "next         autoresearch run" if view.rows else "next         autoresearch run   (the baseline first)"
         )
+
+
+def _verdict(lab: Lab) -> dict[str, Any]:
+    """The rule, and what it knows: the noise, how many runs were made, and since when they can be compared."""
+    from core.runs import Runs
+
+    samples = lab.ledger.all_samples()
+    found: dict[str, Any] = {"rule": lab.settings.verdict, "runs": len(samples), "epoch": lab.ledger.epoch()}
+    if lab.settings.verdict == "statistical" and samples:
+        found["noise"] = asdict(Runs(samples, found["epoch"], samples[-1].versions).noise())
+        best = lab.best()
+        found["runs_of_the_best"] = len(lab.best_samples()) if best else 0
+    return found
+
+
+def _verdict_line(found: dict[str, Any]) -> str:
+    """'statistical; noise 0.0032 (12 degrees of freedom); 31 runs, 7 of the best; the machine has moved once'."""
+    parts = [found["rule"]]
+    if noise := found.get("noise"):
+        known = f"noise {noise['sd']:.4f} between seeds ({noise['df']:g} degrees of freedom)"
+        parts += [known if noise["df"] else "noise not known yet", f"{plural(found['runs'], 'run')}"]
+        parts[-1] += f", {found['runs_of_the_best']} of the best" if found["runs_of_the_best"] else ""
+    if found["epoch"]:
+        parts.append(f"what is measured with has changed {plural(found['epoch'], 'time')}")
+    return "; ".join(parts)
 
 
 def _running_line(state: dict[str, Any] | None) -> str:

@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from console import places
 from console.output import Screen
@@ -38,6 +38,7 @@ class Wishes:
     budget: float | None = None
     source: Path | None = None  # an upstream clone
     tag: str | None = None
+    verdict: str | None = None  # "statistical" or "simple"
 
     def given(self) -> list[str]:
         """The options that were used, as they are written."""
@@ -55,6 +56,7 @@ class Plan:
     choice: Choice
     profile: Profile
     budget: float
+    verdict: Literal["statistical", "simple"] = "statistical"
 
 
 def init_verb(screen: Screen, given: str | None, **options: Any) -> None:
@@ -114,7 +116,8 @@ def plan(given: str | None, wishes: Wishes) -> Plan:
     hardware = machines.probe()
     choice = machines.choose(hardware, wishes.backend)
     profile = backends.load(choice.value).profile(hardware, wishes.profile)
-    return Plan(folder, tag, hardware, choice, profile, wishes.budget or profile.budget)
+    rule: Literal["statistical", "simple"] = "simple" if wishes.verdict == "simple" else "statistical"
+    return Plan(folder, tag, hardware, choice, profile, wishes.budget or profile.budget, rule)
 
 
 def _fitted(screen: Screen, chosen: Plan, dataset: Dataset, recipe: bytes, keep_shape: bool) -> tuple[bytes, Settings]:
@@ -206,6 +209,8 @@ def _lock(chosen: Plan, dataset: Dataset, dtype: str) -> Settings:
         eval_tokens=chosen.profile.eval_tokens,
         dtype=dtype,
         device=backends.device_name(chosen.choice.value, chosen.hardware),
+        verdict=chosen.verdict,
+        probe=chosen.verdict == "statistical",
     )
 
 

@@ -57,6 +57,9 @@ def making_options(function: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--vocab", type=click.IntRange(min=258), metavar="N", help="Tokens in the vocabulary."),
         click.option("--profile", metavar="NAME", help="What the recipe starts from; default: fitted to here."),
         click.option("--budget", type=Duration(least=0.5), metavar="S", help="Training time of an experiment: 60, 5m."),
+        click.option(
+            "--verdict", type=click.Choice(["statistical", "simple"]), help="The rule that keeps; default: statistical."
+        ),
         click.option("--from", "source", type=click.Path(path_type=Path), metavar="DIR", help="An upstream clone."),
         click.option("--tag", metavar="TAG", help="Name of the lab; default from the date, like nov24."),
     ]

@@ -55,7 +55,23 @@ class Row:
     finished: str = ""
     detail: dict[str, Any] = field(default_factory=dict)
     outcome: dict[str, Any] = field(default_factory=dict)
-    verdict: dict[str, Any] = field(default_factory=dict)  # how it was decided: level, evidence, effect, runs
+    verdict: dict[str, Any] = field(default_factory=dict)  # what the decision was made from
+
+    @property
+    def runs(self) -> int:
+        """How often it was run before it was decided; 1 where nobody counted."""
+        return max(1, len(self.verdict.get("all_runs") or ()))
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """In which its gain lies with 95 %, in bits per byte; below zero is a loss. None where one run had to do."""
+        found = self.verdict.get("interval")
+        return (float(found[0]), float(found[1])) if found else None
+
+    @property
+    def simple(self) -> str:
+        """What upstream's rule would have made of its first run, where another rule decided; else ""."""
+        return str(self.verdict.get("simple") or "") if self.verdict.get("rule") != "simple" else ""
 
     @property
     def delta(self) -> float | None:
@@ -97,12 +113,10 @@ class Row:
             "delta": self.delta, "description": self.description, "researcher": self.researcher, "reason": self.reason,
             "tainted": self.tainted, "undone": self.undone, "commit": self.commit or None, "seconds": self.seconds,
             "started": self.started or None, "finished": self.finished or None, "idle": self.idle,
+            "runs": self.runs, "interval": self.interval, "simple": self.simple or None,
         }  # fmt: skip
-        return (
-            {**short, "parent": self.parent, "detail": self.detail, "outcome": self.outcome, "verdict": self.verdict}
-            if full
-            else short
-        )
+        more = {"parent": self.parent, "detail": self.detail, "outcome": self.outcome, "verdict": self.verdict}
+        return {**short, **more} if full else short
 
 
 def row(experiment: Any) -> Row:

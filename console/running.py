@@ -27,6 +27,10 @@ if TYPE_CHECKING:
 
 DEMO_TAG = "demo"
 DEMO_EXPERIMENTS = 7
+VERDICTS = {
+    "statistical": "statistical: kept is what several seeds show to be better than noise; the baseline runs 5",
+    "simple": "simple: kept is whatever one run puts below the best, luck included",
+}
 OVERHEAD = 15.0  # seconds outside training that are expected before any was measured
 
 
@@ -106,7 +110,7 @@ def _demo(given: str | None, wishes: Wishes, experiments: int | None) -> tuple[s
         left = total - _decided(given)
         if left <= 0:
             raise UserError(f"the demo in {given} is finished", f"autoresearch run {given}")
-    return given, replace(wishes, profile=DEMO_TAG), left
+    return given, replace(wishes, profile=DEMO_TAG, verdict="simple"), left  # several seeds take longer than a demo
 
 
 def _decided(given: str) -> int:
@@ -144,11 +148,12 @@ def _check_locked(lab: Lab, wishes: Wishes) -> None:
         "--profile": wishes.profile == s.profile,
         "--budget": wishes.budget == s.budget,
         "--vocab": wishes.vocab == s.vocab_size,
+        "--verdict": wishes.verdict == s.verdict,
         "--data": wishes.data in (s.data, s.data.rpartition("-v")[0]),
     }
     other = [option for option in wishes.given() if not same.get(option, False)]
     if other:
-        now = f"{s.backend}, profile {s.profile}, {s.data}, {duration(s.budget)}"
+        now = f"{s.backend}, profile {s.profile}, {s.data}, {duration(s.budget)}, verdict {s.verdict}"
         raise UserError(
             f"lab {lab.tag} is locked to its settings ({now}), and {', '.join(other)} asks for others",
             "make another lab: give `run` the name of a new one, for example "
@@ -271,6 +276,7 @@ def _banner(screen: Screen, lab: Lab, researcher: str, limits: Limits, sleep: st
         f"  budget      {duration(s.budget)} of training for each experiment, {s.sequence_len} tokens of context"
     )
     screen.say(f"  plan        {plan}{ends_at}; researcher {researcher}")
+    screen.say(f"  verdict     {VERDICTS[s.verdict]}")
     if line := reserve_line(lab, limits.deadline):
         screen.say(f"  confirm     {line}")
     so_far = tables.tally_line(view.total) if view.total.experiments else "none yet: the first is the baseline"

@@ -24,8 +24,9 @@ def summary_line(r: Row, best: float | None, width: int = 0) -> str:
     """'#3  discard  1.8123  (best 1.8010)  MATRIX_LR 0.04 -> 0.055': one experiment in one line."""
     score = bpb(r.val_bpb) if r.val_bpb is not None else "no score"
     against = f"(best {bpb(best)})" if best is not None and not r.kept else f"({delta(r.delta)})" if r.delta else ""
+    runs = plural(r.runs, "run") if r.runs > 1 else ""
     line = "  ".join(
-        part for part in (f"#{r.number:<3} {r.shown_status:<8} {score:<8}", against, r.description) if part
+        part for part in (f"#{r.number:<3} {r.shown_status:<8} {score:<8}", against, runs, r.description) if part
     )
     line = f"{line}: {r.reason}" if r.failed and r.reason else line
     return shorten(line, width) if width else " ".join(line.splitlines())
@@ -38,8 +39,12 @@ def log_table(rows: Sequence[Row], scale: Scale, screen: Screen) -> Table:
 
     table = Table(title=plain(str(scale)), title_justify="left", title_style="", box=_box(screen), pad_edge=False)
     wide, narrow = screen.width >= 100, screen.width < 60  # a time of another day takes 12 columns
+    several = wide and any(r.runs > 1 for r in rows)
     for name, right in (("#", True), ("status", False), ("val_bpb", True), ("change", True)):
         table.add_column(name, justify="right" if right else "left", no_wrap=True)
+    if several:
+        table.add_column("with 95 %", justify="right", no_wrap=True)
+        table.add_column("runs", justify="right", no_wrap=True)
     table.add_column("what", overflow="fold", ratio=1)
     if wide:
         table.add_column("took", justify="right", no_wrap=True)
@@ -48,11 +53,51 @@ def log_table(rows: Sequence[Row], scale: Scale, screen: Screen) -> Table:
     for r in rows:
         style = STYLES.get(r.status, "") if not r.undone else ""
         what = f"{r.description}: {shorten(r.reason, 120)}" if r.failed and r.reason else r.description
-        cells = [str(r.number), r.shown_status, bpb(r.val_bpb), delta(r.delta), plain(what)]
+        cells = [str(r.number), r.shown_status, bpb(r.val_bpb), delta(r.delta)]
+        cells += [_between(r), str(r.runs)] if several else []
+        cells += [plain(what)]
         cells += [duration(r.seconds) if r.seconds else ""] if wide else []
         cells += [] if narrow else [clock(moment(r.finished)) if r.finished else ""]
         table.add_row(*(Text(cell, style=style if i == 1 else "") for i, cell in enumerate(cells)))
     return table
+
+
+def _between(r: Row) -> str:
+    """'-0.0051..-0.0012': in which the change lies with 95 %."""
+    if r.interval is None:
+        return ""
+    low, high = r.interval  # of the gain, whose sign is the other one
+    return f"{delta(-high)}..{delta(-low)}"
+
+
+def other_rule_line(rows: Sequence[Row]) -> str:
+    """What upstream's rule would have kept of these, and what it would not have; "" where that is the same."""
+    more = [f"#{r.number}" for r in rows if r.simple == "keep" and not r.kept and not r.undone]
+    less = [f"#{r.number}" for r in rows if r.simple == "discard" and r.kept]
+    parts = [f"kept {', '.join(more)} as well"] if more else []
+    parts += [f"not kept {', '.join(less)}"] if less else []
+    return f"on one run each, upstream's rule would have {' and '.join(parts)}" if parts else ""
+
+
+def verdict_lines(r: Row) -> list[str]:
+    """How an experiment was decided, where it took more than one run of something."""
+    v = r.verdict
+    if v.get("rule") != "statistical":
+        return []
+    runs = [
+        f"{run['bpb']:.6f} (seed {run['seed']}{', disturbed' if run.get('tainted') else ''})" for run in v["all_runs"]
+    ]
+    lines = [f"runs  {', '.join(runs)}"] if runs else []
+    if r.interval is not None:
+        low, high = r.interval
+        against = f", against {plural(int(v['control_runs']), 'run')} of the best" if v.get("control_runs") else ""
+        noise = f"; noise {v['noise']['sd']:.6f}" if v.get("noise") else ""
+        lines.append(f"gain  {v['gain']:+.6f}, with 95 % between {low:+.6f} and {high:+.6f}{against}{noise}")
+    if early := v.get("stopped_early"):
+        lines.append(f"saved  {duration(early.get('saved_seconds'))} of training")
+    if r.simple and r.simple != r.status:
+        lines.append(f"upstream's rule would have said: {r.simple}")
+    return lines
 
 
 def _box(screen: Screen) -> Box:
@@ -102,6 +147,7 @@ def card(r: Row, scale: Scale, screen: Screen) -> list[str]:
         lines.append(f"  {bpb(r.val_bpb)}{change}  ({scale})")
     if r.reason:
         lines.append(f"  {r.reason}")
+    lines += [f"  {line}" for line in verdict_lines(r)]
     pairs = facts(r)
     wide = max((len(what) for what, _ in pairs), default=0)
     lines += [f"  {what:<{wide}}  {figure}" for what, figure in pairs]

@@ -77,7 +77,7 @@ def time_use(rows: Sequence[Row], samples: Mapping[int, Sequence[Sample]]) -> Ti
             wasted[kind] = wasted.get(kind, 0.0) + total
             continue
         trained = min(total, _seconds(outcome.get("training_seconds")) or _seconds(timings.get("training")))
-        scored = min(total - trained, _seconds(timings.get("scoring")) + _seconds(timings.get("audit")))
+        scored = min(total - trained, sum(_seconds(timings.get(name)) for name in JUDGING))
         training, scoring, starting = training + trained, scoring + scored, starting + total - trained - scored
         if again:
             repeats[again] = repeats.get(again, 0.0) + total
@@ -106,6 +106,7 @@ def runs(rows: Sequence[Row], samples: Mapping[int, Sequence[Sample]]) -> Iterab
             yield ("tainted" if s.tainted else ""), again, dict(s.outcome or {})
 
 
+JUDGING = ("scoring", "audit", "holdout scoring", "holdout audit")
 AGAIN = {"verdict": "further seeds", "control": "the best again", "confirm": "confirming"}
 
 

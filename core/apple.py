@@ -6,11 +6,12 @@ Pure functions of raw facts (core.facts). Commands that a Mac lacks give "unknow
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from core.facts import Facts
+from core.gpuwatch import Look
 
 GIB = 2**30
 
@@ -72,6 +73,19 @@ def identify(chip: str, facts: Facts) -> Apple:
     least = min(widths.values(), default=0.0)  # of the smaller GPU, where the cores are not known
     limit = _number(r"(\d+)", facts.run("sysctl", "-n", "iogpu.wired_limit_mb")) * 2**20
     return Apple(cores, widths.get(cores, least), limit, (facts.run("sysctl", "-n", "hw.model") or "") in FANLESS)
+
+
+class GpuLoad:
+    """`core.gpuwatch.Source` of a Mac: how busy its GPU is, as the driver tells without privileges. Written from
+    what others read there; not run on a Mac yet."""
+
+    def __init__(self, facts: Facts) -> None:
+        self._facts = facts
+
+    def look(self, device: str, ours: Sequence[int]) -> Look:
+        said = self._facts.run("ioreg", "-rc", "AGXAccelerator", "-d", "1")
+        match = re.search(r'"Device Utilization %"\s*=\s*(\d+)', said or "")
+        return Look(busy=int(match[1]) / 100) if match else Look(error="ioreg does not tell how busy the GPU is")
 
 
 THERMAL = ("nominal", "moderate", "heavy", "trapping", "sleeping")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import signal
 import sys
@@ -81,7 +82,8 @@ class Worker:
     """A child of one role, from its launch to its end. It imports the backend's library at once, and the recipe when
     `begin` sends it: so it can be started before it is needed without a recipe being alive in it."""
 
-    def __init__(self, role: str, place: Place) -> None:
+    def __init__(self, role: str, place: Place, name: str = "") -> None:
+        """`name`: of its folder and log, where one role has several children."""
         if sys.platform == "win32":
             raise UserError(
                 "experiments do not run on Windows itself yet: the channel to their processes is POSIX",
@@ -89,7 +91,9 @@ class Worker:
             )
         self.role = role
         self.place = place
-        self.folder = Path(tempfile.mkdtemp(prefix=f"{role}-", dir=place.workdir))
+        self.name = name or role
+        self.until = math.inf  # when it has to be done with everything (time.monotonic)
+        self.folder = Path(tempfile.mkdtemp(prefix=f"{self.name}-", dir=place.workdir))
         self.scratch = self.folder / "scratch"
         self.caches = self.folder / "caches"
         self.scratch.mkdir()
@@ -105,7 +109,7 @@ class Worker:
             self.scratch, settings.backend, memory_bytes=place.memory(), caches=self.caches, nice=place.nice
         )
         argv = [sys.executable, "-m", "backends.worker", role, settings.backend]
-        self.child = sandbox.launch(argv, policy, cwd=self.scratch, log=place.workdir / f"{role}.log")
+        self.child = sandbox.launch(argv, policy, cwd=self.scratch, log=place.workdir / f"{self.name}.log")
         self._channel = wire.Channel(self.child.channel, watch=self._watch)
 
     # --- talking -----------------------------------------------------------------------------------
@@ -157,6 +161,7 @@ class Worker:
         fds: Sequence[int] = (),
         timeout: float = 60.0,
     ) -> None:
+        timeout = self._at_most(timeout)
         try:
             self._channel.send(kind, fields, arrays, fds, timeout)
         except ChannelTimeout:
@@ -169,6 +174,11 @@ class Worker:
 
         `doing`: what the child is busy with, for messages; `arrays_bytes`: the most that the message may carry.
         """
+        return self.expect_any((kind,), timeout, doing, arrays_bytes)
+
+    def expect_any(self, kinds: Sequence[str], timeout: float, doing: str, arrays_bytes: int = 0) -> Message:
+        """The next message of one of these kinds, as `expect`."""
+        timeout = self._at_most(timeout)
         deadline = time.monotonic() + timeout
         while True:
             try:
@@ -179,14 +189,17 @@ class Worker:
                 raise self.broke(error) from None
             except ChannelClosed:
                 raise self._gone(doing) from None
-            if message.kind == kind:
+            if message.kind in kinds:
                 return message
             if message.kind == "failed":
                 raise self._failed(message)
             if message.kind != "progress" or self.on_progress is None:
-                raise self.broke(f"`{message.kind}` came instead of `{kind}`")
+                raise self.broke(f"`{message.kind}` came instead of `{kinds[0]}`")
             self._count(message)
             self.on_progress(message)
+
+    def _at_most(self, timeout: float) -> float:
+        return min(timeout, max(0.1, self.until - time.monotonic()))
 
     def broke(self, what: object) -> Ended:
         """The child sent what its trusted part never sends."""

@@ -32,6 +32,10 @@ class Budget:
     def elapsed(self) -> float:
         return self._now() - self.started
 
+    def pause(self, seconds: float) -> None:
+        """The clock stood still for so long, says the referee."""
+        self.started += seconds
+
     def progress(self) -> float:
         """The used share of the budget, 0..1: what schedules are functions of."""
         return min(1.0, max(0.0, self.elapsed() / self.seconds))
@@ -63,6 +67,36 @@ class StepTimes:
     def fits(self, left: float, steps: int = 1) -> bool:
         """Whether so many more steps would end within `left` seconds. The first step is always tried."""
         return left > 0 and (not self._recent or steps * self.expected() <= left)
+
+
+class Stopwatch:
+    """The referee's clock of a training. It stands still only while the trainer is known to."""
+
+    def __init__(self, started: float, now: Callable[[], float] = time.monotonic) -> None:
+        self.started = started
+        self.paused = 0.0  # seconds in which it stood still so far
+        self._now = now
+        self._stopped: float | None = None
+
+    def elapsed(self) -> float:
+        now = self._now() if self._stopped is None else self._stopped
+        return now - self.started - self.paused
+
+    def stop(self) -> None:
+        if self._stopped is None:
+            self._stopped = self._now()
+
+    def never_mind(self) -> None:
+        """As if it had not been stopped."""
+        self._stopped = None
+
+    def go_on(self) -> float:
+        """The seconds for which it stood still just now."""
+        if self._stopped is None:
+            return 0.0
+        seconds, self._stopped = self._now() - self._stopped, None
+        self.paused += seconds
+        return seconds
 
 
 @dataclass(frozen=True)

@@ -45,7 +45,10 @@ class Training(Protocol):
         """(B, T) integers -> (B, T, V). Pure and causal; never sees targets."""
 
     def weights(self) -> Mapping[str, np.ndarray]:
-        """All that `logits` depends on, as float32 or integer arrays, matrices as (out, in)."""
+        """All that `logits` depends on, as float32 or integer arrays, matrices as (out, in).
+
+        Asked for at the end, and a few times on the way where hopeless runs are stopped early: it changes nothing.
+        """
 
     def load_weights(self, weights: Mapping[str, np.ndarray]) -> None:
         """Inverse of `weights`."""

@@ -1,18 +1,33 @@
-"""From a measured run to a decision on disk: verdict, objects, refs, ledger, the lab's files, in this order."""
+"""From a measured run to a decision on disk: verdict, objects, refs, ledger, the lab's files, in this order.
+
+What follows after a run is a function of the ledger's rows alone: another run of the candidate, a run of the best, or
+the decision. So whatever was cut off is taken up by asking again.
+"""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+import json
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from core import verdict
-from core.ledger import FAILED, Experiment, Sample
+from core import probing, verdict
+from core.eras import eras
+from core.ledger import FAILED, KEPT, Experiment, Sample, now
 from core.live import Event
 from core.outcome import Outcome
+from core.probing import Probe
 from core.recovery import ATTEMPTS
+from core.runs import Runs
 from core.session import Session
+from core.size import syntax_tokens
+from core.verdict import Night, Rule, Step
+
+DISTURBED = 3  # times that one seed is run, each time disturbed, before the candidate is passed by
+AGAIN = "again"  # status of a step: the run that was made does not count, and is repeated
+STATISTICAL = "statistical"
 
 
 class Deciding:
@@ -20,42 +35,92 @@ class Deciding:
         self._session = session
         self.decided: list[Experiment] = []  # in this run
 
-    def would_keep(self, bpb: float) -> bool:
-        """Whether a score would be kept, and so must be audited."""
+    def rule(self) -> Rule:
+        return Rule(min_effect=self._session.lab.settings.min_delta)
+
+    def next(self, e: Experiment) -> Step:
+        """What experiment `e`, which waits, needs: "more" (a run of it with `seed`), "control" (a run of the best), or
+        its end."""
+        if self._session.lab.settings.verdict == STATISTICAL:
+            return self._by_noise(e, self._runs())
+        return Step("more", "", self._session.lab.settings.seed)
+
+    def could_keep(self, e: Experiment, seed: int, bpb: float) -> bool:
+        """Whether a run with this score would end in anything but a discard, now or after further runs: then it has to
+        be audited. So whatever is kept was audited in each run that it is kept for."""
         lab = self._session.lab
-        return verdict.decide(lab.best_samples(), [bpb], lab.settings.min_delta).status == "keep"
+        if lab.settings.verdict == STATISTICAL:
+            return self._by_noise(e, self._runs().with_run(e.number, seed, bpb)).status != "discard"
+        return verdict.decide_simple(lab.best_samples(), [bpb], lab.settings.min_delta).status == "keep"
 
-    def record(self, number: int, outcome: Mapping[str, Any], seed: int) -> None:
-        self._session.ledger.record(number, outcome, seed, self._session.measured_with)
+    def probe(self, e: Experiment) -> Probe | None:
+        """How the next run of a candidate is looked at: only its first may be stopped early, one in ten never is."""
+        lab, ledger = self._session.lab, self._session.ledger
+        if not lab.settings.probe:
+            return None
+        best, runs = lab.best(), self._runs()
+        if best is None or runs.of_now(e.number) or probing.exempt(e.number):
+            return Probe()
+        rule, simplifies = self.rule(), self._smaller_by(e, best) >= self.rule().min_tokens
+        needed = max(rule.margin * runs.noise().sd, rule.min_effect) if simplifies else 0.0
+        known = eras(ledger.experiments(), runs.samples, best.number, runs.epoch)
+        return Probe(judge=probing.judge(known, needed=needed))
 
-    def decide(self, e: Experiment) -> None:
-        """scored or audited -> decided: objects, then refs, then the ledger, then the lab's files."""
+    def record(self, number: int, outcome: Mapping[str, Any], seed: int, disturbed: str = "") -> None:
+        """running -> scored. `disturbed`: why the run should be taken again."""
+        health = {**(outcome.get("health") or {}), **({"disturbed": disturbed} if disturbed else {})}
+        ledger, versions = self._session.ledger, self._session.measured_with
+        ledger.record(number, {**outcome, "health": health}, seed, versions, bool(disturbed))
+
+    def decide(self, e: Experiment) -> Step:
+        """What follows for experiment `e`, done: decided, or back among those that wait. Returns what it was."""
+        step = self._answer(e)
+        if step.status in KEPT and (unheard := self._unaudited(e)):
+            step = Step(AGAIN, f"{len(unheard)} of its runs were not audited")
+            self._session.ledger.requeue(e.number, step.reason, counts=True, drop=unheard)
+        elif step.status == AGAIN:
+            self._session.ledger.requeue(e.number, step.reason, counts=True)
+        elif step.status not in ("more", "control"):
+            self._conclude(e, step)
+        elif e.state != "proposed":
+            self._session.ledger.next_run(e.number)
+        return step
+
+    def _conclude(self, e: Experiment, step: Step) -> None:
+        """Objects, then refs, then the ledger, then the lab's files."""
         lab, ledger = self._session.lab, self._session.ledger
         best, before = lab.best(), lab.best_bpb()
-        status, reason = self._verdict(e)
-        if status is None:
-            ledger.requeue(e.number, reason, counts=True)
-            return
-        number = None if status in FAILED else e.val_bpb
+        samples = ledger.samples(e.number, "verdict")
+        bpb = None if step.status in FAILED else self._score(e, samples)
         parent = best.number if best else None
-        commit = lab.commit_of(replace(e, status=status, parent=parent, val_bpb=number))
+        finished = e.finished or now()
+        decided = replace(e, status=step.status, parent=parent, val_bpb=bpb, finished=finished)
+        commit = lab.commit_of(decided)
         refs = {lab.candidate_ref(e.number): commit}
-        if status == "keep":
+        if step.status in KEPT:
             refs[lab.branch_ref] = commit
         lab.git.update_refs(refs)
         ledger.advance(
             e.number,
             "decided",
-            status=status,
-            reason=reason,
+            status=step.status,
+            reason=step.reason,
             parent=parent,
             commit=commit,
             best_before=before,
-            val_bpb=number,
+            val_bpb=bpb,
+            finished=finished,
+            tainted=int(bool(step.record.get("disturbed", e.tainted))),
+            verdict=json.dumps({**step.record, "all_runs": [_told(s) for s in samples]}),
         )
-        self._finish(ledger.get(e.number))
+        self.finish(ledger.get(e.number))
 
-    def _finish(self, e: Experiment) -> None:
+    def _score(self, e: Experiment, samples: Sequence[Sample]) -> float | None:
+        """The mean of what the verdict rests on; of a candidate that was passed by, of all there is."""
+        found = [run.bpb for run in self._runs().scores(e.number)] or [s.val_bpb for s in samples]
+        return math.fsum(found) / len(found) if found else None
+
+    def finish(self, e: Experiment) -> None:
         """What follows a decision; the next start does it where it was cut off."""
         session, products = self._session, self._session.lab.products
         outcome = Outcome.from_dict(e.outcome or {})
@@ -82,36 +147,135 @@ class Deciding:
         lab.restore_recipe()
         return True
 
-    def _verdict(self, e: Experiment) -> tuple[str | None, str]:
-        """(status, reason); None as status: measure it again."""
-        lab, ledger, outcome = self._session.lab, self._session.ledger, e.outcome or {}
-        if outcome.get("status") != "scored":
-            status, reason = str(outcome.get("status", "crash")), str(outcome.get("reason", ""))
-            disturbed = ledger.disturbance(outcome.get("health") or {})
-            if status == "timeout" and disturbed and e.attempts < ATTEMPTS:
-                return None, f"{reason}, while {disturbed}"
-            return status, reason
-        samples = ledger.samples(e.number)
+    # --- what follows ------------------------------------------------------------------------------
+
+    def _answer(self, e: Experiment) -> Step:
+        if e.state in ("scored", "audited") and (fault := self._fault(e)):
+            return fault
+        if self._session.lab.settings.verdict == STATISTICAL:
+            return self._by_noise(e, self._runs())
+        return self._by_one_run(e)
+
+    def _fault(self, e: Experiment) -> Step | None:
+        """What follows of the run that was just made where it has no score that could be judged."""
+        outcome = e.outcome or {}
+        status, reason = str(outcome.get("status", "crash")), str(outcome.get("reason", ""))
+        rule = {"rule": self._session.lab.settings.verdict, "simple": status}
+        disturbed = (outcome.get("health") or {}).get("disturbed")
+        if status in ("timeout", "hopeless") and disturbed and e.attempts < ATTEMPTS:
+            return Step(AGAIN, f"{reason}, while {disturbed}")
+        if status == "hopeless":  # what upstream's rule would have said after the rest of the run is as good as sure
+            record = {**rule, "simple": "discard", "stopped_early": outcome.get("stopped_early") or {}}
+            return Step("discard", f"stopped early: {reason}", record=record)
+        if status != "scored":
+            return Step(status, reason, record=rule)
+        samples = self._session.ledger.samples(e.number, "verdict")
         if e.val_bpb is None or not samples:
-            return "invalid", "the score is not a positive, finite number"
+            return Step("invalid", "the score is not a positive, finite number", record={**rule, "simple": "invalid"})
         again = self._why_again(e, samples[-1])
         if again and e.attempts < ATTEMPTS:
-            return None, again
-        if again:
-            return "invalid", f"{again}, {e.attempts} times"
-        # A card that others used made fewer steps: the score says nothing about the candidate, and decides nothing.
-        if shared := str(((outcome.get("health") or {}).get("card") or {}).get("tainted") or ""):
-            if e.attempts < ATTEMPTS:
-                return None, f"{shared}; it will be measured again"
-            return "invalid", f"measured {e.attempts} times, each time disturbed: {shared}"
-        said = verdict.decide(lab.best_samples(), [s.val_bpb for s in samples], lab.settings.min_delta)
-        return said.status, said.reason
+            return Step(AGAIN, again)
+        return Step("invalid", f"{again}, {e.attempts} times", record=rule) if again else None
 
     def _why_again(self, e: Experiment, sample: Sample) -> str:
         """Why a score cannot be judged as it is; "" if it can."""
-        lab = self._session.lab
-        best = lab.best()
-        if best is not None and lab.ledger.samples(best.number)[-1].versions != sample.versions:
+        lab, best = self._session.lab, self._session.lab.best()
+        if best is not None and lab.last_run(best).versions != sample.versions:
             return "the best was not measured with the same versions"
-        keeps = self.would_keep(sample.val_bpb)
-        return "would be kept and was not audited" if keeps and e.state != "audited" else ""
+        if e.state == "audited":
+            return ""
+        if lab.settings.verdict == STATISTICAL:  # a disturbed run is kept for nothing
+            keeps = not sample.tainted and self._by_noise(e, self._runs()).status != "discard"
+        else:
+            keeps = self.could_keep(e, sample.seed, sample.val_bpb)
+        return "would be kept and was not audited" if keeps else ""
+
+    def _unaudited(self, e: Experiment) -> list[Sample]:
+        """Runs that count and were not audited, as they could lead to nothing when they were made: since then another
+        has become the best."""
+        if self._session.lab.settings.verdict != STATISTICAL:
+            return []
+        return [s for s in self._runs().of_now(e.number) if not s.tainted and not (s.outcome or {}).get("audited")]
+
+    # --- upstream's rule ---------------------------------------------------------------------------
+
+    def _by_one_run(self, e: Experiment) -> Step:
+        lab, samples = self._session.lab, self._session.ledger.samples(e.number, "verdict")
+        # A card that others used made fewer steps: the score says nothing about the candidate, and decides nothing.
+        if shared := str((((e.outcome or {}).get("health") or {}).get("card") or {}).get("tainted") or ""):
+            if e.attempts < ATTEMPTS:
+                return Step(AGAIN, f"{shared}; it will be measured again")
+            reason = f"measured {e.attempts} times, each time disturbed: {shared}"
+            return Step("invalid", reason, record={"rule": "simple", "simple": "invalid"})
+        said = verdict.decide_simple(lab.best_samples(), [s.val_bpb for s in samples], lab.settings.min_delta)
+        return Step(said.status, said.reason, record={"rule": "simple", "simple": said.status})
+
+    # --- the statistical rule ----------------------------------------------------------------------
+
+    def _runs(self) -> Runs:
+        return Runs.of(self._session.ledger, self._session.measured_with)
+
+    def _by_noise(self, e: Experiment, runs: Runs) -> Step:
+        """Unlike upstream's, the answer may be that another run is needed first."""
+        best, made = self._session.lab.best(), runs.of_now(e.number)
+        first = self._session.lab.settings.seed
+        if not made:
+            return Step("more", "", first)
+        if made[-1].tainted and (step := self._disturbed(e, made, best)):
+            return step
+        mine = runs.scores(e.number)
+        if best is None:
+            wanted = verdict.first_runs(self.rule())
+            if len(mine) < wanted:
+                reason = f"run {len(mine)} of {wanted} of the baseline, which show the noise"
+                return Step("more", reason, _unused(mine, first))
+            mean = math.fsum(r.bpb for r in mine) / len(mine)
+            spread = f"whose standard deviation is {runs.noise().sd:.6f}"
+            reason = f"the baseline: {mean:.6f} over {len(mine)} seeds, {spread}"
+            return Step("keep", reason, record={"rule": STATISTICAL, "simple": "keep", "runs": len(mine)})
+        incumbent = runs.scores(best.number)
+        if not incumbent:
+            return Step("control", "the best has no run that these could be compared with", first)
+        step = verdict.decide(incumbent, mine, runs.noise(), self._night(e), self.rule(), self._smaller_by(e, best))
+        if step.status in KEPT and max(r.order for r in incumbent) < min(r.order for r in mine):
+            reason = f"{step.reason}; before it is kept the best is run beside it, as the machine may have moved"
+            return Step("control", reason, 1 + max(r.seed for r in incumbent), step.record)
+        return step
+
+    def _disturbed(self, e: Experiment, made: Sequence[Sample], best: Experiment | None) -> Step | None:
+        """The last run was disturbed: once more with its seed, at most twice, and then it is passed by. A baseline is
+        not: without it there is no lab, and a machine that is always disturbed is measured as it is."""
+        last = made[-1]
+        why = str(((last.outcome or {}).get("health") or {}).get("disturbed") or "it was disturbed")
+        times = sum(s.tainted and s.seed == last.seed for s in made)
+        if times < DISTURBED:
+            return Step("more", f"disturbed, and so run again: {why}", last.seed)
+        if best is None:
+            return None
+        recorded = self._session.lab.best_samples()[:1]
+        simple = verdict.decide_simple(recorded, [made[0].val_bpb], self.rule().min_effect).status
+        record = {"rule": STATISTICAL, "simple": simple, "disturbed": why, "runs": len(made)}
+        reason = f"passed by: run {times} times, each time disturbed, at last because {why}"
+        return Step("discard", reason, record=record)
+
+    def _night(self, e: Experiment) -> Night:
+        return Night.from_records([x.verdict for x in self._session.ledger.experiments() if x.number < e.number])
+
+    def _smaller_by(self, e: Experiment, best: Experiment) -> int:
+        """Syntax-tree tokens that the candidate has less than the best."""
+        old, new = (self._session.ledger.source(x.source_sha256) for x in (best, e))
+        try:
+            return syntax_tokens(old) - syntax_tokens(new)
+        except (SyntaxError, ValueError, RecursionError):  # what torch accepts all the same is no simplification
+            return 0
+
+
+def _unused(made: Sequence[verdict.Run], first: int) -> int:
+    used = {run.seed for run in made}
+    return next(seed for seed in range(first, first + len(used) + 1) if seed not in used)
+
+
+def _told(s: Sample) -> dict[str, Any]:
+    """A run in the record of a decision: what is left of it where the samples of a failure are dropped."""
+    seconds = ((s.outcome or {}).get("timings") or {}).get("total")
+    return {"seed": s.seed, "bpb": s.val_bpb, "seconds": seconds, "tainted": s.tainted, "epoch": s.epoch}

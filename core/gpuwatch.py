@@ -54,12 +54,22 @@ class Watch:
         self._device, self._ours, self._source, self._every = device, ours, source, every
         self._looks = [source.look(device, ours())]
         self._end = threading.Event()
+        self._paused = False
         self._thread = threading.Thread(target=self._keep_looking, name="gpu-watch", daemon=True)
         self._thread.start()
 
     def _keep_looking(self) -> None:
         while not self._end.wait(self._every):
-            self._looks.append(self._source.look(self._device, self._ours()))
+            seen = self._source.look(self._device, self._ours())
+            if not self._paused:
+                self._looks.append(seen)
+
+    def pause(self) -> None:
+        """Looks from now on do not count."""
+        self._paused = True
+
+    def go_on(self) -> None:
+        self._paused = False
 
     def report(self) -> dict[str, Any]:
         """JSON: means and extremes of what was seen, and `tainted`, the reason why the score is worthless, or ""."""

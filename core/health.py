@@ -14,6 +14,7 @@ import psutil
 from core import gpuwatch
 from core.apple import conditions
 from core.facts import LocalFacts
+from core.interruptions import Interruptions
 from core.nvml import Nvml
 
 
@@ -29,9 +30,28 @@ class Watch:
         self._loop = _tree_seconds(os.getpid()) or 0.0
         self._all = _busy_seconds()
         self._clock = _clock()
+        self._interruptions = Interruptions()
         self._card: gpuwatch.Watch | None = None
         if device.startswith("cuda"):
             self._card = gpuwatch.Watch(device, lambda: [p.pid for p in _tree(pid)] or [pid], card or Nvml())
+
+    def pause(self) -> None:
+        """What happens from now on is none of the training's: a look at it."""
+        self._mark = (time.monotonic(), _busy_seconds(), self._ours_now(), _tree_seconds(os.getpid()) or 0.0)
+        if self._card:
+            self._card.pause()
+
+    def go_on(self) -> None:
+        """After a `pause`: take it out of all that is counted."""
+        now = (time.monotonic(), _busy_seconds(), self._ours_now(), _tree_seconds(os.getpid()) or 0.0)
+        started, busy, ours, loop = (after - before for before, after in zip(self._mark, now))
+        self._started, self._all = self._started + started, self._all + busy
+        self._ours, self._loop = self._ours + ours, self._loop + loop
+        if self._card:
+            self._card.go_on()
+
+    def _ours_now(self) -> float:
+        return _tree_seconds(self._pid) or 0.0
 
     def report(self) -> dict[str, Any]:
         """JSON. `others_cores`: how many cores other processes kept busy on average, `loop_cores`: how many of these
@@ -52,6 +72,7 @@ class Watch:
             "cpu_mhz_before": self._clock,
             "cpu_mhz_after": _clock(),
             "temperature_c": _temperature(),
+            **self._interruptions.report(),
             **({"card": card, "tainted": card["tainted"]} if card else {}),
             **({"conditions": conditions(LocalFacts())} if sys.platform == "darwin" else {}),
         }

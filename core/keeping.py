@@ -13,6 +13,7 @@ import os
 import shutil
 import tempfile
 import time
+from collections.abc import Collection
 from pathlib import Path
 
 from core.files import remove, sync_folder, tree_bytes
@@ -71,10 +72,11 @@ class Products:
         for old in sorted(logs.glob("[0-9]*.log"))[: -4 * LOGS_KEPT]:
             old.unlink(missing_ok=True)
 
-    def clear_work(self, numbers: set[int] | None = None) -> None:
-        """Scratch folders of these experiments; of all when None."""
+    def clear_work(self, numbers: set[int] | None = None, but: Collection[int] = ()) -> None:
+        """Scratch folders of these experiments; of all when None, but for those of `but`."""
         for folder in _entries(self.record / "work"):
-            if numbers is None or folder.name in {str(n) for n in numbers}:
+            chosen = numbers is None or folder.name in {str(n) for n in numbers}
+            if chosen and folder.name not in {str(n) for n in but}:
                 remove(folder)
 
     def freeable(self, best: int | None) -> list[tuple[Path, int]]:

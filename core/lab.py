@@ -32,7 +32,7 @@ from core.errors import DataError, LabError
 from core.files import remove, remove_unfinished, replace_file, sync_folder
 from core.gitstore import GitStore
 from core.keeping import Products
-from core.ledger import Experiment, Ledger
+from core.ledger import Experiment, Ledger, Sample
 from core.recipe import fingerprint
 from core.recovery import refs_to_set, wanted_refs
 from core.settings import Settings, locked_hash
@@ -232,11 +232,19 @@ class Lab:
         return self.products.caches(best.number) if best else None
 
     def best_samples(self) -> list[float]:
-        """The incumbent's scores in bits per byte, of its newest measurement's versions only: older ones say nothing
-        beside it. Empty before there is a best."""
+        """The incumbent's scores in bits per byte, of its newest epoch and versions only: older ones say nothing beside
+        them. Disturbed ones only where there are no others. Empty before there is a best."""
         best = self.best()
-        samples = self.ledger.samples(best.number) if best else []
-        return [s.val_bpb for s in samples if s.versions == samples[-1].versions]
+        if best is None:
+            return []
+        last = self.last_run(best)
+        runs = [s for s in self.ledger.samples(best.number) if s.purpose != "confirm"]
+        now = [s for s in runs if (s.epoch, s.versions) == (last.epoch, last.versions)]
+        return [s.val_bpb for s in [s for s in now if not s.tainted] or now]
+
+    def last_run(self, kept: Experiment) -> Sample:
+        """The newest run of a kept experiment that verdicts may rest on."""
+        return [s for s in self.ledger.samples(kept.number) if s.purpose != "confirm"][-1]
 
     def best_bpb(self) -> float | None:
         samples = self.best_samples()
@@ -303,7 +311,8 @@ class Lab:
 
     def _past(self, e: Experiment) -> Past:
         outcome = {"seconds": (e.outcome or {}).get("timings", {}).get("total"), **(e.outcome or {})}
-        facts = ("steps", "tokens", "peak_memory", "params", "training_seconds", "final_loss", "seconds")
+        told = ("steps", "tokens", "peak_memory", "params", "training_seconds", "final_loss", "seconds")
+        early = {"stopped_early": outcome["stopped_early"]} if outcome.get("stopped_early") else {}
         return Past(
             number=e.number,
             status=str(e.status),
@@ -313,7 +322,7 @@ class Lab:
             reason=e.reason,
             log_tail=str(outcome.get("log_tail", "")),
             detail=e.detail,
-            facts={name: outcome[name] for name in facts if name in outcome},
+            facts={**{name: outcome[name] for name in told if name in outcome}, **early},
             tainted=e.tainted,
             best_before=e.best_before,
             parent=e.parent,

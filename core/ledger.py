@@ -14,7 +14,7 @@ import sqlite3
 import threading
 import time
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
@@ -26,12 +26,12 @@ import psutil
 from core import schema
 from core.errors import LabError, UserError
 from core.schema import SCHEMA
-from core.verdict import taint
 
 STATES = ("proposed", "running", "scored", "audited", "decided")
 PURPOSES = ("verdict", "control", "confirm")
 UNSAMPLED = ("log_tail", "sandbox", "versions", "curve", "weights", "caches")  # of an outcome, not kept for each run
-SCORED = ("keep", "simplify", "discard")  # these have a number, discards that were not stopped early
+KEPT = ("keep", "simplify")
+SCORED = (*KEPT, "discard")  # these have a number, discards that were not stopped early
 FAILED = ("crash", "timeout", "invalid")  # these never have one
 
 _MOVES = {
@@ -82,7 +82,7 @@ class Experiment:
 
     @property
     def is_kept(self) -> bool:
-        return self.status in ("keep", "simplify") and self.undone is None
+        return self.status in KEPT and self.undone is None
 
 
 @dataclass(frozen=True)
@@ -98,6 +98,7 @@ class Sample:
     purpose: str = "verdict"  # of PURPOSES: "control" is the best again, "confirm" decides nothing
     outcome: dict[str, Any] | None = None  # Outcome.to_dict() without what `UNSAMPLED` names; None: of an older ledger
     holdout_bpb: float | None = None
+    id: int = 0  # in the order in which they were recorded
     epoch: int = 0  # only runs of one epoch are comparable: a new one begins when the machine or the versions changed
 
 
@@ -374,31 +375,33 @@ class Ledger:
         attempts = self.get(number).attempts + 1
         self.advance(number, "running", started=now(), attempts=attempts)
 
-    def requeue(self, number: int, why: str, counts: bool) -> None:
+    def requeue(self, number: int, why: str, counts: bool, drop: Sequence[Sample] = ()) -> None:
         """Back to proposed: this run of it will be repeated. `counts`: as an attempt that failed.
 
-        What the run brought is dropped; earlier runs of the experiment stay."""
+        What the run brought is dropped, and `drop`; the experiment's other runs stay."""
         with self.transaction():
             present = self.get(number)
             attempts = present.attempts if counts else max(0, present.attempts - 1)
+            ids = [sample.id for sample in drop]
             if present.val_bpb is not None:
-                last = "SELECT max(id) FROM samples WHERE number = ? AND purpose = 'verdict'"
-                self._connection.execute(f"DELETE FROM samples WHERE id = ({last})", (number,))
-            self._back(number, attempts=attempts, **({} if self.samples(number, "verdict") else {"outcome": None}))
+                ids += [sample.id for sample in self.samples(number, "verdict")[-1:]]
+            self._connection.executemany("DELETE FROM samples WHERE id = ?", [(i,) for i in ids])
+            others = self.samples(number, "verdict")
+            nothing = {} if others else {"outcome": None, "finished": None}
+            if present.state != "proposed":
+                self.advance(number, "proposed", attempts=attempts, started=None, val_bpb=None, tainted=0, **nothing)
             self.event("requeued", why, number)
 
     def next_run(self, number: int) -> None:
-        """Back to proposed: this run is on the record, and the verdict asks for more of them."""
-        self._back(number, attempts=0)
+        """Back to proposed: this run is on the record, and the verdict asks for another."""
+        self.advance(number, "proposed", attempts=0, started=None, val_bpb=None, tainted=0)
 
-    def _back(self, number: int, **fields: Any) -> None:
-        self.advance(number, "proposed", started=None, finished=None, val_bpb=None, tainted=0, **fields)
-
-    def record(self, number: int, outcome: Mapping[str, Any], seed: int, versions: Mapping[str, Any]) -> None:
+    def record(
+        self, number: int, outcome: Mapping[str, Any], seed: int, versions: Mapping[str, Any], tainted: bool = False
+    ) -> None:
         """running -> scored, and on to audited if it was. A number is taken from a scored outcome only."""
         score = outcome.get("val_bpb") if outcome.get("status") == "scored" else None
         usable = isinstance(score, float) and math.isfinite(score) and score > 0
-        tainted = bool(self.disturbance(outcome.get("health") or {}))
         with self.transaction():
             self.advance(
                 number,
@@ -413,15 +416,12 @@ class Ledger:
                 if outcome.get("audited"):
                     self.advance(number, "audited")
 
-    def disturbance(self, health: Mapping[str, Any]) -> str:
-        """Why a measurement with this health cannot be trusted beside the lab's first, "" if it can."""
-        first = next((e for e in self.experiments() if e.val_bpb is not None), None)
-        return taint(health, ((first.outcome or {}).get("health") or {}) if first else None)
-
-    def begin_epoch(self, why: str, number: int | None = None) -> None:
-        """Runs from here on are not compared with those before."""
+    def begin_epoch(self, why: str, number: int, carry: Sequence[Sample] = ()) -> None:
+        """Runs from here on, and what is carried over, are not compared with those before. `number`: the best."""
         with self.transaction():
             self.set_meta("epoch", self.epoch() + 1)
+            for sample in carry:
+                self._connection.execute("UPDATE samples SET epoch = ? WHERE id = ?", (self.epoch(), sample.id))
             self.event("epoch", why, number)
 
     def add_sample(
@@ -542,7 +542,7 @@ def _experiment(row: sqlite3.Row) -> Experiment:
 
 
 def _sample(row: sqlite3.Row) -> Sample:
-    fields = {k: v for k, v in dict(row).items() if k != "id"}
+    fields = dict(row)
     fields["tainted"] = bool(fields["tainted"])
     fields["versions"] = json.loads(fields["versions"])
     fields["outcome"] = json.loads(fields["outcome"]) if fields.get("outcome") else None

@@ -1,11 +1,13 @@
 """The loop: a small state machine over the ledger that asks an executor to run an experiment somewhere.
 
-    propose (intent in the ledger) -> execute -> record (outcome in the ledger) -> objects -> refs -> decide (ledger)
+    propose (intent in the ledger) -> execute -> record (run in the ledger) -> objects -> refs -> decide (ledger)
     -> the lab's files
 
-Each arrow is on disk before the next begins. Whatever was cut off is found in the ledger at the next start: an
-experiment that ran is dropped and repeated under its number, one that was measured is decided. Since verdict and commit
-are functions of the ledger's rows, deciding again what was half decided ends in the same place.
+Under the statistical rule a recorded run may ask for more before anything is decided: of the candidate, which waits as
+"proposed" with its runs so far, or of the best. Each arrow is on disk before the next begins. Whatever was cut off is
+found in the ledger at the next start: a run that was under way is dropped and repeated, one that was measured is
+judged. Since verdict and commit are functions of the ledger's rows, deciding again what was half decided ends in the
+same place.
 """
 
 from __future__ import annotations
@@ -25,7 +27,8 @@ from typing import Any
 
 from core import locks, objections
 from core.contract import Exhausted, Proposal, Researcher, Unavailable, View
-from core.deciding import Deciding
+from core.data import Dataset
+from core.deciding import AGAIN, STATISTICAL, Deciding
 from core.errors import Busy, LabError, UserError
 from core.executor import Executor
 from core.files import remove
@@ -43,6 +46,7 @@ from core.thinking import Thinking, Wait
 from core.versions import versions
 
 PERIOD = 0.5  # seconds between two looks at what was asked while it waits
+WAITS = (AGAIN, "more", "control")  # steps after which an experiment waits for another run
 DESCRIPTION = 500  # characters of a description that are kept
 
 
@@ -162,7 +166,7 @@ class Loop:
         if best is not None and self.lab.best_weights() is None:
             outcome = Outcome.from_dict(best.outcome or {})
             self.lab.products.keep(best.number, outcome.weights, outcome.caches)
-        self.lab.products.clear_work()
+        self.lab.products.clear_work(but=[e.number for e in self.ledger.pending()])  # their last run may be kept
         if not (self.lab.path / "train.py").exists():
             says.append("train.py was missing and is put back")
         self._deciding.restore_recipe()
@@ -171,8 +175,8 @@ class Loop:
     def _take_up(self, action: str, number: int) -> str:
         e = self.ledger.get(number)
         if action == "decide":
-            self._deciding.decide(e)
-            return f"#{number} was measured and is decided now"
+            said = self._deciding.decide(e).status
+            return f"#{number} was measured and " + ("waits for another run" if said in WAITS else "is decided now")
         if action == "repeat":
             self.ledger.requeue(number, "its process was ended while it ran; it will be repeated", counts=True)
             return f"#{number} was cut off and will be repeated"
@@ -241,9 +245,10 @@ class Loop:
         return limits.deadline is not None and time.time() + self._seconds_each() > limits.deadline
 
     def _seconds_each(self) -> float:
-        """How long the next experiment will take: as the last scored ones; before there are any, the budget."""
-        totals = [(e.outcome or {}).get("timings", {}).get("total") for e in self.ledger.experiments() if e.val_bpb]
-        known = [float(t) for t in totals[-5:] if t]
+        """How long the next run will take: as the last ones; before there are any, the budget."""
+        runs = [s.outcome or {} for s in self.ledger.all_samples()[-5:]]
+        found = runs if any(runs) else [e.outcome or {} for e in self.ledger.experiments() if e.val_bpb][-5:]
+        known = [float(total) for o in found if (total := o.get("timings", {}).get("total"))]
         return median(known) if known else self.lab.settings.budget
 
     # --- proposals ---------------------------------------------------------------------------------
@@ -369,18 +374,35 @@ class Loop:
     # --- one experiment ----------------------------------------------------------------------------
 
     def _experiment(self, number: int) -> None:
-        """From proposed to decided; back to proposed after a stop."""
+        """One step of an experiment: a run of it, or of the best for its sake, or the decision."""
         self.lab.check_settings()
-        dataset, seed = self.lab.dataset(), self.lab.settings.seed
-        e = self.ledger.get(number)
+        dataset, e = self.lab.dataset(), self.ledger.get(number)
         self._measuring.settle(e, dataset)
         if self._stop.is_set() or not self._measuring.best_again(dataset):
             return
+        is_new = not self.ledger.samples(number, "verdict")
+        if self.lab.settings.verdict == STATISTICAL and is_new and (due := self._measuring.due()):
+            self._measuring.control(*due, dataset)
+            return
+        step = self._deciding.next(e)
+        seed = self.lab.settings.seed if step.seed is None else step.seed
+        if step.status == "more":
+            self._run(e, seed, dataset)
+        elif step.status == "control":
+            self._measuring.control(seed, step.reason, dataset)
+        else:
+            self._deciding.decide(e)
+
+    def _run(self, e: Experiment, seed: int, dataset: Dataset) -> None:
+        """From proposed to decided, or back to proposed: after a stop, or for another run."""
+        number, again = e.number, bool(self.ledger.samples(e.number, "verdict"))
         self.ledger.start(number)
-        self._session.live.begin(number, e.description)
-        self._session.on_event(Event("start", {"number": number, "description": e.description}))
+        self._session.live.begin(number, f"{e.description} (with seed {seed})" if again else e.description)
+        told = {"number": number, "description": e.description, **({"seed": seed} if again else {})}
+        self._session.on_event(Event("start", told))
         try:
-            outcome, idle = self._measuring.run(e, dataset, seed, self._deciding.would_keep)
+            judged, probe = lambda bpb: self._deciding.could_keep(e, seed, bpb), self._deciding.probe(e)
+            outcome, idle = self._measuring.run(e, dataset, seed, judged, probe=probe)
         except (UserError, OSError):  # not the experiment's fault
             with suppress(UserError):  # on a full disk; then the next start finds it running and repeats it
                 self.ledger.requeue(number, "could not be run; it will be repeated", counts=False)
@@ -388,8 +410,11 @@ class Loop:
         if outcome.status == "stopped":
             self.ledger.requeue(number, "stopped; it will be repeated", counts=False)
             return
-        self._deciding.record(number, {**slim(outcome), "idle": idle}, seed)
-        self._deciding.decide(self.ledger.get(number))
+        disturbed = self._measuring.disturbed(number, outcome)
+        self._deciding.record(number, {**slim(outcome), "idle": idle}, seed, disturbed)
+        step = self._deciding.decide(self.ledger.get(number))
+        if step.status in ("more", "control"):
+            self._session.on_event(Event("note", {"text": f"#{number} with seed {seed}: {step.reason}"}))
 
     # --- telling and being told --------------------------------------------------------------------
 

@@ -1,26 +1,32 @@
 """One run of a recipe on this lab's device: what it is asked with, what surrounds it, and the runs that are no
-candidate's: the best again after a change, and any experiment on another seed."""
+candidate's: the best again to be compared with, and any experiment on another seed."""
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import datetime
 from typing import Any
 
+from core import noise, steady
 from core.data import Dataset
 from core.errors import UserError
 from core.files import remove
-from core.ledger import Experiment
+from core.ledger import Experiment, Sample
 from core.live import Event
 from core.outcome import Outcome, Request, always
+from core.probing import Probe
+from core.runs import Runs
 from core.session import Session
 from core.versions import changes
 
 COOLS_IN = 300.0  # seconds after which a machine has cooled down, and settles again before it measures
+CONTROL_EVERY = 20  # candidates after which the best is run again, whatever the verdicts need
+DISTURBED = 3  # runs of the best in a row, all disturbed alike, after which this is how the machine is now
+FAILS = 3  # runs of the best in a row that may fail before it counts as broken
 
 
 class Measuring:
@@ -29,6 +35,9 @@ class Measuring:
     def __init__(self, session: Session, think_ahead: Callable[[], None]) -> None:
         self._session = session
         self._think_ahead = think_ahead
+        self._failed = 0  # runs of the best in a row
+
+    # --- one run -----------------------------------------------------------------------------------
 
     def run(
         self,
@@ -37,11 +46,14 @@ class Measuring:
         seed: int,
         would_keep: Callable[[float], bool] = always,
         holdout: bool = False,
+        probe: Probe | None = None,
     ) -> tuple[Outcome, dict[str, float]]:
-        """One run, not recorded: its outcome, and how long the device had been idle before. The number of each run
-        that `would_keep` is audited."""
-        request = replace(self._request(e, dataset, seed), would_keep=would_keep, holdout=holdout)
+        """One run, not recorded: its outcome, and how long the device had been idle before. A score that `would_keep`
+        is audited. `probe`: how the training is looked at, in a lab that looks; by default without stopping it."""
         session = self._session
+        looked_at = (probe or Probe()) if session.lab.settings.probe else None  # all runs of a lab pay the same
+        request = self._request(e, dataset, seed)
+        request = replace(request, would_keep=would_keep, holdout=holdout, probe=looked_at)
         with self._measured():
             idle = session.idle.end()
             self._think_ahead()
@@ -50,39 +62,105 @@ class Measuring:
             finally:
                 session.idle.begin()
 
+    def disturbed(self, number: int, outcome: Outcome) -> str:
+        """Why this run of experiment `number` is to be taken again, "" if it is not."""
+        return steady.departure(slim(outcome), self._runs().steady(number))
+
     def measure(
         self, number: int, seed: int, purpose: str, why: str, dataset: Dataset, holdout: bool = False
     ) -> Outcome | None:
-        """Run experiment `number` once and record its sample, if it has one. None after a stop."""
-        e = self._session.ledger.get(number)
-        self._session.note(f"measuring #{number} again with seed {seed}: {why}")
-        self._session.live.begin(number, f"#{number} again, with seed {seed}: {why}")
+        """Run experiment `number` once more and record its sample, if it has one. None after a stop."""
+        session, e = self._session, self._session.ledger.get(number)
+        session.note(f"running #{number} again, with seed {seed}: {why}")
+        session.live.begin(number, f"#{number} again, with seed {seed}: {why}")
         outcome, _ = self.run(e, dataset, seed, holdout=holdout)
         if outcome.status == "stopped":
             return None
-        self._take(e, seed, purpose, outcome)
-        self._session.lab.products.clear_work({number})
+        if outcome.status == "scored" and outcome.val_bpb is not None:
+            self._take(e, seed, purpose, outcome)
+        else:
+            said = f"#{number} with seed {seed}: {outcome.status} ({outcome.reason})"
+            session.ledger.event("remeasured", said, number)
+        session.lab.products.clear_work({number})
         return outcome
 
     def _take(self, e: Experiment, seed: int, purpose: str, outcome: Outcome) -> None:
-        ledger = self._session.ledger
-        if outcome.status != "scored" or outcome.val_bpb is None:
-            ledger.event("remeasured", f"#{e.number} with seed {seed}: {outcome.status} ({outcome.reason})", e.number)
-            return
+        """The sample, and with it, in one transaction, what it says of the machine."""
+        ledger, lab = self._session.ledger, self._session.lab
+        why = self.disturbed(e.number, outcome)
+        taken = {**slim(outcome), "health": {**outcome.health, **({"disturbed": why} if why else {})}}
         with ledger.transaction():
-            tainted = bool(ledger.disturbance(outcome.health))
+            said = f"#{e.number} with seed {seed}: {outcome.val_bpb:.6f}{f', disturbed: {why}' if why else ''}"
             versions = self._session.measured_with
-            ledger.add_sample(e.number, seed, outcome.val_bpb, tainted, versions, purpose, slim(outcome))
-            ledger.event("remeasured", f"#{e.number} with seed {seed}: {outcome.val_bpb:.6f} ({purpose})", e.number)
+            ledger.add_sample(e.number, seed, float(outcome.val_bpb or 0.0), bool(why), versions, purpose, taken)
+            ledger.event("remeasured", said, e.number)
+            if purpose == "control":
+                self._look_for_change(e.number, why)
+        best = lab.best()
+        if best is not None and best.number == e.number and lab.best_weights() is None:
+            lab.products.keep(e.number, outcome.weights, outcome.caches)
+
+    def _runs(self) -> Runs:
+        return Runs.of(self._session.ledger, self._session.measured_with)
+
+    # --- the best again ----------------------------------------------------------------------------
+
+    def control(self, seed: int, why: str, dataset: Dataset) -> None:
+        """A run of the best, for verdicts to compare with; a failed one is a note, and some in a row the end."""
+        best = self._session.lab.best()
+        if best is None:
+            raise ValueError("there is no best to run again")
+        outcome = self.measure(best.number, seed + self._failed, "control", why, dataset)
+        if outcome is None:
+            return
+        self._failed = 0 if outcome.status == "scored" else self._failed + 1
+        if self._failed == FAILS:
+            raise UserError(
+                f"the best (#{best.number}) failed {FAILS} times in a row on other seeds, at last with "
+                f"{outcome.status}: {outcome.reason}",
+                f"take it back: autoresearch undo {best.number}",
+            )
+
+    def due(self) -> tuple[int, str] | None:
+        """Seed and reason of a run of the best that is due before the next candidate; None where none is."""
+        best, runs = self._session.lab.best(), self._runs()
+        if best is None or not (mine := runs.scores(best.number)):
+            return None
+        seed, since = 1 + max(run.seed for run in mine), runs.since(best.number)
+        if any(s.tainted for s in since):
+            return seed, "a run was disturbed, and it shows whether the machine is what it was"
+        if len({s.number for s in since}) >= CONTROL_EVERY:
+            return seed, f"{CONTROL_EVERY} candidates since its last run, and it shows whether the machine has moved"
+        return None
+
+    def _look_for_change(self, number: int, disturbed: str) -> None:
+        """After a run of the best: does a new epoch begin?"""
+        made = self._runs().of_now(number)
+        if disturbed:
+            if len(made) >= DISTURBED and all(s.tainted for s in made[-DISTURBED:]):
+                self._begin_epoch(number, made[-1:], f"the machine is not what it was: {disturbed}")
+            return
+        runs, good = self._runs(), [s for s in made if not s.tainted]
+        usual = runs.noise(leave_out=good[-noise.CHANGE_POINTS :])  # what may have moved does not say what is usual
+        if moved := noise.drift(runs.scores(number), usual):
+            self._begin_epoch(number, good[-moved.runs :], moved.reason)
+
+    def _begin_epoch(self, number: int, carry: Sequence[Sample], why: str) -> None:
+        """`carry`: the runs of the best that later candidates are compared with; they are the new steady state."""
+        ledger = self._session.ledger
+        ledger.begin_epoch(f"{why}; later candidates are compared with its last {len(carry)} of now", number, carry)
+        self._session.on_event(Event("note", {"text": f"{why}: later candidates are compared with its new runs"}))
 
     def best_again(self, dataset: Dataset) -> bool:
-        """After a change of versions the incumbent's old score says nothing. False after a stop."""
+        """After a change of versions, or where the best is one of an earlier epoch, its old score says nothing. False
+        after a stop."""
         session, lab, ledger = self._session, self._session.lab, self._session.ledger
         best = lab.best()
-        before = ledger.samples(best.number)[-1].versions if best else {}
-        if best is None or before == session.measured_with:
+        last = lab.last_run(best) if best else None
+        changed = changes(last.versions, session.measured_with) if last else []
+        if best is None or last is None or (not changed and last.epoch == ledger.epoch()):
             return True
-        why = "; ".join(changes(before, session.measured_with))
+        why = "; ".join(changed) or "it was run before the machine changed"
         session.note(f"measuring the best (#{best.number}) again: {why}")
         session.live.begin(best.number, f"the best again, because of a change: {why}")
         outcome, _ = self.run(best, dataset, lab.settings.seed)
@@ -95,21 +173,25 @@ class Measuring:
             )
         text = f"#{best.number} measured again: {outcome.val_bpb:.6f}, was {lab.best_bpb():.6f}; {why}"
         with ledger.transaction():
-            ledger.begin_epoch(f"a change of what measures: {why}", best.number)
-            tainted = bool(ledger.disturbance(outcome.health))
-            seed, versions = lab.settings.seed, session.measured_with
-            ledger.add_sample(best.number, seed, outcome.val_bpb, tainted, versions, "control", slim(outcome))
+            if changed:
+                ledger.begin_epoch(f"what measures has changed: {why}", best.number)
+            tainted, versions = bool(self.disturbed(best.number, outcome)), session.measured_with
+            seed, found = lab.settings.seed, outcome.val_bpb
+            ledger.add_sample(best.number, seed, found, tainted, versions, "control", slim(outcome))
             ledger.event("remeasured", text, best.number)
         lab.products.keep(best.number, outcome.weights, outcome.caches)
         lab.products.clear_work({best.number})
         session.on_event(Event("note", {"text": text}))
         return True
 
+    # --- what surrounds a run ----------------------------------------------------------------------
+
     def settle(self, e: Experiment, dataset: Dataset) -> None:
         """After a pause a machine is cooler, and so faster, than it was all night."""
         session = self._session
         finished = [datetime.fromisoformat(x.finished).timestamp() for x in session.ledger.experiments() if x.finished]
-        if time.time() - max(finished, default=0.0) < COOLS_IN:
+        last = datetime.fromisoformat(samples[-1].created).timestamp() if (samples := self._runs().samples) else 0.0
+        if time.time() - max([last, *finished]) < COOLS_IN:
             return
         request = self._request(session.lab.best() or e, dataset, session.lab.settings.seed)
         with self._measured():

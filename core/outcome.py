@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from core.data import Dataset
+from core.probing import Probe
 from core.settings import Settings
 
-Status = Literal["scored", "crash", "timeout", "invalid", "stopped"]
+Status = Literal["scored", "crash", "timeout", "invalid", "stopped", "hopeless"]
 CURVE_POINTS = 200
 
 
@@ -49,6 +50,7 @@ class Request:
     budget: float | None = None  # seconds; None: the settings'
     audit: Literal["auto", "always", "never"] = "auto"
     holdout: bool = False  # whether the part of the data that decisions never see is scored as well
+    probe: Probe | None = None  # looks at the training on its way; None: none
 
     def seconds(self) -> float:
         return self.settings.budget if self.budget is None else self.budget
@@ -88,6 +90,9 @@ class Outcome:
     scored_tokens: int = 0
     total_nats: float = 0.0
     total_bytes: int = 0
+    probes: list[list[float]] = field(default_factory=list)  # [share of the budget, seconds, bpb on the probe text]
+    unprobed: list[str] = field(default_factory=list)  # which looks were left out, and why
+    stopped_early: dict[str, Any] = field(default_factory=dict)  # of status "hopeless": core.probing.as_record
 
     def add_to_curve(self, seconds: float, step: int, tokens: int, loss: float) -> None:
         """Every second point goes when the curve is full: even spacing, bounded size."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 PAGE = os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 4096
 
@@ -53,15 +53,20 @@ def parents() -> Iterator[tuple[int, int]]:
 def descendants(pid: int) -> list[int]:
     """Every process below `pid`, parents first; orphans count where they have been taken over by one of them."""
     if os.path.exists(f"/proc/{os.getpid()}/task/{os.getpid()}/children"):
-        find = children
-    else:
-        table: dict[int, list[int]] = {}
-        for child, parent in parents():
-            table.setdefault(parent, []).append(child)
+        return below(pid, children)
+    return descendants_listed(pid)
 
-        def find(pid: int) -> list[int]:
-            return table.get(pid, [])
 
+def descendants_listed(pid: int) -> list[int]:
+    """The same from one list of all processes of the machine: slower, but one that gets another parent while the tree
+    is walked is not missed."""
+    table: dict[int, list[int]] = {}
+    for child, parent in parents():
+        table.setdefault(parent, []).append(child)
+    return below(pid, lambda parent: table.get(parent, []))
+
+
+def below(pid: int, find: Callable[[int], list[int]]) -> list[int]:
     found: list[int] = []
     seen = {pid}
     waiting = [pid]

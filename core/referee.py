@@ -5,15 +5,16 @@
     scorer    builds afresh, loads these weights, gives the loss of every validation target
     auditor   builds afresh, loads the same weights, gives logits at positions behind which nothing true stands
 
-The recipe is never alive in two of them at once. The processes of scorer and auditor are started together with the
-trainer, so that loading the backend's library overlaps; they get the recipe when it is their turn.
+Where looks on the way are wanted (`Request.probe`), a *prober* scores the weights so far while the trainer's processes
+are stopped (core/pausing.py). The recipe never computes in two of them at once. The processes of prober, scorer and
+auditor are started together with the trainer, so that loading the backend's library overlaps; they get the recipe
+when it is their turn.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -22,23 +23,20 @@ from typing import Any
 
 import numpy as np
 
-from core import caches, guard, health, scoring
+from core import caches, guard, scoring
 from core import weights as weight_files
 from core.child import Ended, OutOfMemory, Place, Worker
-from core.clock import Limit
 from core.health import Watch
 from core.outcome import Event, Outcome, Request, Status, ignore, printable, source_sha256
+from core.pausing import Prober
 from core.sandbox import abilities
 from core.settings import Settings
+from core.trainer import WEIGHTS_BYTES, Trainer, plain
 from core.versions import versions
-from core.weights import WeightsError
-from core.wire import Message, ProtocolError
 
 __all__ = ["Event", "Outcome", "Request", "Status", "dry_build", "execute", "ignore", "measure", "sample"]
 
-WEIGHTS_BYTES = 64 * 2**30  # the most that a recipe may hand over
 LOG_LINES = 50
-FREE_WARMUP = 3.0  # seconds of work before the clock that cost nothing, compilers apart
 REHEARSED = ("mlx",)  # backends whose trainer finds what a warm-up in another process has compiled
 
 
@@ -83,18 +81,19 @@ class _Experiment:
         texts = [scoring.Text.of(self.request.dataset, self.place, part) for part in self._parts()]
         self.outcome.versions = versions(self.settings)
         self.outcome.sandbox = {"abilities": abilities().to_dict()}
-        self._phase("start")
+        self.phase("start")
         for role in self._roles():
             self.workers[role] = Worker(role, self.place)
-        trainer = _Trainer(self, self.workers["trainer"], self.workers.get("warm-up"))
+        prober = self._prober()
+        trainer = Trainer(self, self.workers["trainer"], self.workers.get("warm-up"), prober)
         trainer.warm_up()
         for worker in self.workers.values():
             worker.get_ready()  # what still loads would take processor time from the training
-        self._lap("warmup")
+        self.lap("warmup")
         trainer.train()
         self.weights = trainer.hand_over()
         digest = weight_files.file_digest(self.weights)
-        self._lap("handover")
+        self.lap("handover")
         score, *holdout = [self._judge(text) for text in texts]
         if weight_files.file_digest(self.weights) != digest:
             raise Ended("invalid", "the weights were changed while they were scored")
@@ -111,6 +110,13 @@ class _Experiment:
         if self.settings.backend in REHEARSED:
             roles.insert(0, "warm-up")
         return roles if self.request.audit == "never" else [*roles, "auditor"]
+
+    def _prober(self) -> Prober | None:
+        if self.request.probe is None:
+            return None
+        prober = Prober(self.request, self.place, self.outcome, lambda: self.compiled, WEIGHTS_BYTES)
+        self.workers |= prober.workers
+        return prober
 
     def close(self) -> None:
         """End every process, keep the last lines of their logs, remove what they wrote."""
@@ -170,7 +176,7 @@ class _Experiment:
                 self._anew("scorer")
 
     def _score(self, text: scoring.Text) -> scoring.Score:
-        self._phase("score" if text.part == "val" else "score the holdout")
+        self.phase("score" if text.part == "val" else "score the holdout")
         worker = self.workers["scorer"]
         self._begin(worker, text)
         scoring.give_weights(worker, self.weights)
@@ -181,11 +187,11 @@ class _Experiment:
         if text.part == "val":
             self.outcome.scored_tokens, self.outcome.total_bytes = score.tokens, score.total_bytes
             self.outcome.total_nats = score.total_nats
-        self._lap("scoring" if text.part == "val" else "holdout scoring")
+        self.lap("scoring" if text.part == "val" else "holdout scoring")
         return score
 
     def _audit(self, text: scoring.Text, score: scoring.Score) -> None:
-        self._phase("audit" if text.part == "val" else "audit of the holdout")
+        self.phase("audit" if text.part == "val" else "audit of the holdout")
         worker = self.workers["auditor"]
         self._begin(worker, text)
         seconds = scoring.limit(self.place)
@@ -195,7 +201,7 @@ class _Experiment:
             self.outcome.audit, self.outcome.audited = facts, True
         else:
             self.outcome.audit["holdout"] = facts
-        self._lap("audit" if text.part == "val" else "holdout audit")
+        self.lap("audit" if text.part == "val" else "holdout audit")
 
     def _begin(self, worker: Worker, text: scoring.Text) -> None:
         """Build in a scorer or auditor; what it compiled is copied before it sees any weight."""
@@ -221,237 +227,16 @@ class _Experiment:
         wish = self.request.audit
         return wish == "always" or (wish == "auto" and self.request.would_keep(bpb))
 
-    def _phase(self, name: str) -> None:
+    def tell(self, event: Event) -> None:
+        self.on_event(event)
+
+    def phase(self, name: str) -> None:
         self.on_event(Event("phase", {"phase": name, "experiment": self.request.experiment}))
 
-    def _lap(self, name: str) -> None:
+    def lap(self, name: str) -> None:
         now = time.monotonic()
         self.outcome.timings[name] = round(now - self.mark, 3)
         self.mark = now
-
-
-class _Trainer:
-    """The trainer's part of an experiment, and what comes before it."""
-
-    def __init__(self, run: _Experiment, worker: Worker, rehearsal: Worker | None) -> None:
-        """`rehearsal`: the process of the warm-up, where that is not the trainer itself."""
-        self.run = run
-        self.worker = worker
-        self.rehearsal = rehearsal
-        self.outcome = run.outcome
-        self.limit = Limit(run.request.seconds())
-        self.weights_file = worker.scratch / "weights.safetensors"
-        self._clock = 0.0  # when the training started
-        self._charged = 0.0  # seconds of the budget that were used up before it
-        self._declared = 0  # bytes of weights
-        self._untrained = ""  # digest of the weights of the first build
-        self._last = (0.0, 0)  # seconds and tokens at the last progress
-
-    def warm_up(self) -> None:
-        """Everything up to the start of the clock, under the cap of its own."""
-        cap = self.run.settings.warmup_cap
-        worker = self.rehearsal or self.worker
-        self.run._phase("warm-up")
-        request = self.run.request
-        worker.begin(request.source, request.seed, self.run.compiled, measure_peak=True, rehearsed=False)
-        began = time.monotonic()
-        deadline = began + cap
-        built = worker.expect("built", cap, "import and build")
-        self.run._lap("startup")
-        warm = worker.expect("warm", max(0.1, deadline - time.monotonic()), "warm-up (import, build, compile)")
-        try:
-            self.outcome.params = built.integer("params")
-            self._declared = built.integer("weights_bytes")
-            self._untrained = built.text("weights", 64)
-            self.outcome.describe = {
-                **_plain(built),
-                "compiled": warm.flag("compiled"),
-                "dtype": warm.text("dtype", 20),
-            }
-            if "peak_flops" in warm.fields:
-                self.run.peak_flops = warm.number("peak_flops", 0.0, 1e20)
-                self.outcome.describe["peak"] = warm.text("peak_source", 400)
-        except ProtocolError as error:
-            raise worker.broke(error) from None
-        self.outcome.flops_per_token = _flops(self.outcome.describe)
-        self._charge(self._work(time.monotonic() - began))
-        if self.outcome.describe["compiled"]:
-            self.run.keep_caches(worker)
-        if self.rehearsal is not None:
-            self.rehearsal.kill()
-            self._get_set()
-
-    def _work(self, seconds: float) -> float:
-        """Of the `seconds` before the clock, those in which the recipe may have trained: all where nothing is compiled.
-
-        MLX on a CPU compiles by processes that have ended by now, so what the living ones computed is the recipe's
-        work. On a Mac compiling takes about what is free. In-process compilers cannot be told from other work.
-        """
-        if not self.outcome.describe["compiled"]:
-            return seconds
-        if self.rehearsal is None or (self.run.settings.device != "cpu" and sys.platform == "linux"):
-            return 0.0
-        return health.own_seconds(self.rehearsal.child.pid) if sys.platform == "linux" else seconds
-
-    def _charge(self, seconds: float) -> None:
-        """A first build that computes for long, and keeps the result for the second, would train for free: so what
-        is beyond FREE_WARMUP counts as training."""
-        self._charged = max(0.0, seconds - FREE_WARMUP)
-        self.outcome.timings["charged"] = round(self._charged, 3)
-        if self._charged >= self.limit.budget:
-            raise Ended(
-                "timeout",
-                f"{seconds:.1f} s of work before the clock; {FREE_WARMUP:g} s are free, compilers apart, "
-                f"and the rest is more than the budget of {self.limit.budget:g} s",
-            )
-
-    def _get_set(self) -> None:
-        """All that the trainer needs before the recipe's bytes, so that nothing but the recipe is on the clock."""
-        self.worker.get_ready()
-        if self.run.compiled is not None:
-            caches.copy(self.run.compiled, self.worker.caches)
-
-    def train(self) -> None:
-        """From the start of the clock to `trained`; timed here, whatever the trainer says."""
-        self.run._phase("train")
-        self.worker.on_progress = self._progress
-        self._send_start()
-        doing = f"training ({self.limit.budget:g} s budget)"
-        try:
-            message = self.worker.expect("trained", self._clock + self.limit.longest() - time.monotonic(), doing)
-        finally:
-            seconds = time.monotonic() - self._clock
-            self.outcome.health |= self._watch.report()
-        self.outcome.training_seconds = round(seconds, 3)
-        self._take_facts(message)
-        try:
-            allowed = self.limit.overrun(message.number("median_step", 0.0, 1e9))
-        except ProtocolError as error:
-            raise self.worker.broke(error) from None
-        over = seconds - self.limit.budget
-        if over > allowed:
-            raise Ended(
-                "timeout", f"trained {seconds:.2f} s of {self.limit.budget:g} s; {allowed:.2f} s over is allowed"
-            )
-        self.run._lap("training")
-
-    def hand_over(self) -> int:
-        """The trainer's weights as a checked, read-only descriptor; its process tree is gone then."""
-        self.worker.on_progress = None
-        began = time.monotonic()
-        allowed = self.limit.handover(self._declared)
-        message = self.worker.expect(
-            "handed", allowed, f"weights() of {self._declared / 1e6:.1f} MB after the training"
-        )
-        took = time.monotonic() - began
-        self.worker.kill()
-        known = {k: v for k, v in self.outcome.describe.items() if k in ("compiled", "dtype", "peak")}
-        self.outcome.describe |= _plain(message) | known
-        peak = message.fields.get("peak_memory")
-        reported = peak if isinstance(peak, int) and not isinstance(peak, bool) and 0 < peak < 2**50 else 0
-        self.outcome.peak_memory = max(reported, self.worker.child.peak_memory())
-        try:
-            return self._open(took)
-        except WeightsError as error:
-            raise Ended("invalid", str(error)) from None
-
-    def _open(self, took: float) -> int:
-        fd = weight_files.open_untrusted(self.weights_file, WEIGHTS_BYTES)
-        try:
-            size = os.fstat(fd).st_size
-            allowed = self.limit.handover(size)
-            if took > allowed:
-                raise Ended(
-                    "timeout", f"weights() took {took:.2f} s for {size / 1e6:.1f} MB; {allowed:.2f} s are allowed"
-                )
-            arrays = weight_files.read(fd)
-            weight_files.check(arrays)
-            self.outcome.params = weight_files.count(arrays)
-        except BaseException:
-            os.close(fd)
-            raise
-        return fd
-
-    def _send_start(self) -> None:
-        dataset = self.run.request.dataset
-        fds = dataset.open_files("train")
-        self._watch = Watch(self.worker.child.pid, self.run.settings.device)
-        try:
-            self._clock = time.monotonic() - self._charged
-            fields = {
-                "budget": self.limit.budget,
-                "started": self._clock,
-                "token_dtype": dataset.token_dtype.str,
-            }
-            if self.rehearsal is not None:
-                request = self.run.request
-                self.worker.begin(request.source, request.seed, None, rehearsed=True, weights=self._untrained)
-            self.worker.send("start", fields, fds=fds)
-        finally:
-            for fd in fds:
-                os.close(fd)
-
-    def _progress(self, message: Message) -> None:
-        try:
-            step, tokens = message.integer("step", 1), message.integer("tokens")
-            loss = message.number("loss", -1e9, 1e9)
-        except ProtocolError as error:
-            raise self.worker.broke(error) from None
-        seconds = time.monotonic() - self._clock
-        self.outcome.add_to_curve(seconds, step, tokens, loss)
-        self.outcome.steps, self.outcome.tokens, self.outcome.final_loss = step, tokens, loss
-        before, served = self._last
-        rate = max(0, tokens - served) / max(1e-3, seconds - before)
-        self._last = (seconds, tokens)
-        self.run.on_event(
-            Event(
-                "progress",
-                {
-                    "step": step,
-                    "loss": loss,
-                    "tokens_per_second": rate,
-                    "mfu": self._mfu(rate),
-                    "remaining": max(0.0, self.limit.budget - seconds),
-                    "fraction": min(1.0, seconds / self.limit.budget),
-                },
-            )
-        )
-
-    def _take_facts(self, message: Message) -> None:
-        try:
-            self.outcome.steps = message.integer("steps", 1)
-            self.outcome.tokens = message.integer("tokens")
-            self.outcome.passes = round(message.number("passes", 0.0, 1e12), 4)
-            self.outcome.final_loss = message.number("loss", -1e9, 1e9)
-        except ProtocolError as error:
-            raise self.worker.broke(error) from None
-        self.outcome.add_to_curve(
-            self.outcome.training_seconds, self.outcome.steps, self.outcome.tokens, self.outcome.final_loss
-        )
-        self.outcome.mfu = self._mfu(self.outcome.tokens / max(1e-3, self.outcome.training_seconds))
-
-    def _mfu(self, tokens_per_second: float) -> float | None:
-        if not self.run.peak_flops or not self.outcome.flops_per_token:
-            return None
-        return round(tokens_per_second * self.outcome.flops_per_token / self.run.peak_flops, 4)
-
-
-def _plain(message: Message) -> dict[str, Any]:
-    """The `describe` of a message: display only, so what is not plain is left out."""
-    given = message.fields.get("describe")
-    if not isinstance(given, dict):
-        return {}
-    kept = list(given.items())[:64]
-    return {
-        printable(str(k)[:80]): printable(v[:400]) if isinstance(v, str) else v
-        for k, v in kept
-        if isinstance(v, (str, int, float, bool))
-    }
-
-
-def _flops(describe: dict[str, Any]) -> float:
-    value = describe.get("flops_per_token")
-    return float(value) if isinstance(value, (int, float)) and 0 < value < 1e15 else 0.0
 
 
 # --- smaller questions ---------------------------------------------------------------------------------
@@ -500,7 +285,7 @@ def _ask(
         watch = Watch(worker.child.pid)
         message = worker.expect(answer, settings.warmup_cap + 30.0, "import, build and steps")
         found = {k: v for k, v in message.fields.items() if k not in ("describe", "health")}
-        return found | {"describe": _plain(message), "health": watch.report()}
+        return found | {"describe": plain(message), "health": watch.report()}
     except Ended as end:
         raise _failed(end, worker) from None
     finally:

@@ -22,7 +22,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from core import cgroups, landlock, paths, readable, trees
+from core import cgroups, freezing, landlock, paths, readable, trees
 from core.childlog import CappedLog
 
 if TYPE_CHECKING:
@@ -396,6 +396,10 @@ class Child:
     def log_tail(self, lines: int = 50) -> str:
         return self._log.tail(lines)
 
+    def freeze(self) -> freezing.Frozen:
+        """Stop the recipe's process and all below it. Raises `freezing.FreezeError` when one does not stop."""
+        return freezing.freeze(lambda: self._of_the_recipe(trees.listed(self.pid)))
+
     # --- the keeper's thread ---------------------------------------------------------------------
 
     def _keep(self) -> None:
@@ -463,7 +467,11 @@ class Child:
         """The recipe's process and all below it, launcher and init not counted."""
         found = trees.descendants(self.pid)
         self._seen.update({pid: trees.started(pid) for pid in found if pid not in self._seen})
-        return found[1:] if self.enforced.get("namespaced", self._policy.layers.namespaces) else found
+        return self._of_the_recipe(found)
+
+    def _of_the_recipe(self, tree: list[int]) -> list[int]:
+        """What is below the launcher without init, which is the launcher's only child where there is one."""
+        return tree[1:] if self.enforced.get("namespaced", self._policy.layers.namespaces) else tree
 
     def _end(self, reason: str) -> None:
         self._exceeded = self._exceeded or reason

@@ -19,7 +19,7 @@ from core.data import Dataset
 from core.evaluate import AuditBatch
 from core.wire import ProtocolError
 
-Part = Literal["val", "holdout"]
+Part = Literal["train", "val", "holdout"]
 
 
 @dataclass(frozen=True)
@@ -34,10 +34,12 @@ class Text:
     part: Part
 
     @classmethod
-    def of(cls, dataset: Dataset, place: Place, part: Part = "val") -> Text:
-        """`DataError` where the part is shorter than a row."""
+    def of(cls, dataset: Dataset, place: Place, part: Part = "val", tokens: int = 0) -> Text:
+        """At least `tokens` of a part, by default as many as the settings say are scored. `DataError` where the part is
+        shorter than a row."""
         settings = place.settings
-        rows = np.ascontiguousarray(dataset.rows(part, settings.sequence_len, settings.eval_tokens), np.int32)
+        wanted = tokens or settings.eval_tokens
+        rows = np.ascontiguousarray(dataset.rows(part, settings.sequence_len, wanted), np.int32)
         counted = dataset.token_bytes[rows[:, 1:]] > 0
         return cls(rows, counted, dataset.token_bytes, dataset.unigram_nats, min(settings.rows(), len(rows)), part)
 

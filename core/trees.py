@@ -23,6 +23,11 @@ def descendants(pid: int) -> list[int]:
         return []
 
 
+def listed(pid: int) -> list[int]:
+    """`descendants` from one list of all processes: none is missed for having got another parent meanwhile."""
+    return processes.descendants_listed(pid) if LINUX else descendants(pid)
+
+
 def resident(pid: int) -> int:
     if LINUX:
         return processes.resident(pid)

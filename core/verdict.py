@@ -1,15 +1,84 @@
-"""Keep or discard: a pure function of the samples."""
+"""Keep, simplify, discard, or run it again: pure functions of the scores. docs/verdict.md tells the method in plain
+words.
+
+`decide` is the statistical verdict, `decide_simple` upstream's rule; `taint` says when a measurement counts as
+disturbed. Scores are validation bits per byte: lower is better, and a gain is positive.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from core.apple import departure
+from core.discovery import Tested, expected_effect, level
+from core.evidence import Evidence, looks
+from core.noise import Noise, Run
+from core.sequential import Design, Look, bounds
 
 TAINTING_SHARE = 0.25  # of our own cores' time, taken by other processes: steps and so the score suffer
+LEAST_DF = 2  # degrees of freedom below which an estimated noise is none
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What a lab's verdicts go by. The defaults were chosen with `python -m benchmarks.nights`; sds are noise sds."""
+
+    alpha: float = 0.05  # false keeps among all keeps, at most
+    min_effect: float = 0.001  # bpb below which a gain is not worth keeping
+    baseline_runs: int = 5  # seeds of the baseline at the start of a lab
+    cap: int = 16  # runs of one candidate, at most
+    control_cap: int = 20  # runs of the incumbent up to which a candidate may ask for more
+    sharing: float = (
+        2.0  # verdicts that a run of the incumbent serves; Dunnett's rule: sqrt(sharing) times as many runs
+    )
+    effect: float = 1.0  # sds: the gain that is looked for before anything is known of gains
+    most_effect: float = 2.0  # sds: what is looked for after large gains, at most
+    shrink: float = 0.8  # of the mean of what was kept: such estimates are too high
+    patience: float = 0.9  # log of Wald's lower ratio: of such gains exp(-0.9) are given up in the end
+    patience_large: float = 1.6  # the same when the largest gains are looked for
+    wealth: float = 0.8  # of alpha: the most that a night of pure noise keeps anything with
+    decay: float = 1.6  # of LORD++
+    fresh: int = 20  # runs: nothing is kept against a best that has not been run since
+    min_tokens: int = 5  # syntax-tree tokens that a simplification must save
+    margin: float = 1.0  # sds that a simplification may lose at most (min_effect, where that is more)
+
+    @property
+    def information(self) -> float:
+        """With both arms at their caps: there a test ends."""
+        return 1 / (1 / self.cap + 1 / self.control_cap)
+
+
+@dataclass(frozen=True)
+class Night:
+    """The candidates that were tested before this one, oldest first, since the lab began: for being better, and for
+    being no worse (the simplifications)."""
+
+    tested: Sequence[Tested] = ()
+    simplified: Sequence[Tested] = ()
+
+    @classmethod
+    def from_records(cls, records: Sequence[Mapping[str, Any]]) -> Night:
+        """From each earlier experiment's `Step.record`, oldest first. What has none (a crash, a run that was stopped
+        early, the baseline) was not tested and does not count."""
+        return cls(
+            tuple(Tested(**record["tested"]) for record in records if record.get("tested")),
+            tuple(Tested(**record["simplified"]) for record in records if record.get("simplified")),
+        )
+
+
+@dataclass(frozen=True)
+class Step:
+    """What follows. `status`: "keep", "simplify", "discard"; or a run that is needed first, of the candidate ("more")
+    or of the incumbent ("control"), with `seed`. `reason`: for people, with the figures. `record`: JSON, to be stored
+    with the decided experiment; `Night.from_records` reads it."""
+
+    status: str
+    reason: str
+    seed: int | None = None
+    record: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -18,8 +87,179 @@ class Verdict:
     reason: str  # with the figures, for people
 
 
-def decide(best: Sequence[float], candidate: Sequence[float], min_delta: float) -> Verdict:
-    """Is the candidate better than the incumbent by more than `min_delta`? All in bits per byte, lower is better.
+@dataclass(frozen=True)
+class _Question:
+    """One sequential test: is the gain above -`shift` (bpb)? `level`: given that the first look is passed."""
+
+    design: Design
+    level: float
+    shift: float = 0.0
+
+    def answer(self, seen: Sequence[Evidence]) -> tuple[str, Look]:
+        """At the last of these looks: "shown", "futile" or "open"; and its bounds."""
+        informations = [one.information for one in seen]
+        look = bounds(informations, self.level * self.design.passes(informations[0]), self.design)
+        score = seen[-1].score(self.shift)
+        return ("shown" if score >= look.upper else "futile" if score < look.lower else "open"), look
+
+
+def first_runs(rule: Rule) -> int:
+    """How many seeds the baseline runs at the start of a lab, to learn the noise from."""
+    return rule.baseline_runs
+
+
+def decide(
+    incumbent: Sequence[Run], candidate: Sequence[Run], noise: Noise, night: Night, rule: Rule, smaller_by: int = 0
+) -> Step:
+    """What to do with a candidate after the runs that there are: of one drift epoch, untainted.
+
+    `incumbent` is empty for the first recipe that finished, the baseline. `smaller_by`: syntax-tree tokens saved. The
+    runs may come in any order; their `order` says which were there at which look. Raises `ValueError` without a run of
+    the candidate."""
+    if not candidate:
+        raise ValueError("a verdict needs a score of the candidate")
+    if not incumbent:
+        return Step("keep", f"the baseline: {_mean(candidate):.6f}", record={"rule": "baseline"})
+    if noise.df < LEAST_DF:
+        reason = f"the noise is not known yet: {noise.df:g} degrees of freedom, {LEAST_DF} are needed"
+        return Step("control", reason, _unused_seed(incumbent, candidate))
+    return _Case(tuple(incumbent), tuple(candidate), noise, night, rule, smaller_by).step()
+
+
+@dataclass(frozen=True)
+class _Case:
+    """The arguments of `decide`, and what follows from them."""
+
+    incumbent: tuple[Run, ...]
+    candidate: tuple[Run, ...]
+    noise: Noise
+    night: Night
+    rule: Rule
+    smaller_by: int
+
+    def step(self) -> Step:
+        seen = looks(self.incumbent, self.candidate, self.noise)
+        better = self._better(seen[-1].sd)
+        answer, look = better.answer(seen)
+        simplifies = self.smaller_by >= self.rule.min_tokens
+        if simplifies and any(better.answer(seen[:k])[0] == "futile" for k in range(1, len(seen))):
+            answer = "futile"  # it went on only because it is smaller
+        record = self._record(better, look, seen, answer)
+        if answer == "shown":
+            return self._shown(seen[-1], record)
+        if answer == "open" and (ask := self._ask(seen[-1], record)):
+            return ask
+        if simplifies:
+            return self._simplify(seen, record)
+        return Step("discard", self._why_not(seen[-1], answer, better), record=record)
+
+    def _better(self, sd: float) -> _Question:
+        rule, tested = self.rule, self.night.tested
+        least, most = (max(effect, rule.min_effect / sd) for effect in (rule.effect, rule.most_effect))
+        effect = expected_effect(tested, least, most, rule.shrink)
+        share = (effect - least) / (most - least) if most > least else 0.0
+        patience = rule.patience + share * (rule.patience_large - rule.patience)
+        design = Design(effect, patience, rule.patience, rule.information)
+        return _Question(design, level(tested, rule.alpha, rule.wealth, rule.decay))
+
+    def _shown(self, now: Evidence, record: dict[str, Any]) -> Step:
+        rule, what = self.rule, self._compared(now)
+        if now.gain < rule.min_effect:
+            record["tested"]["found"] = False
+            return Step("discard", f"{what}: real, but less than the {rule.min_effect:g} worth keeping", record=record)
+        age = max(r.order for r in self.candidate) - max(r.order for r in self.incumbent)
+        if age > rule.fresh:
+            reason = f"{what}; the best was last run {age} runs ago, and is run again before this is kept"
+            return Step("control", reason, _unused_seed(self.incumbent, self.candidate), record)
+        return Step("keep", f"{what}, more than noise", record=record)
+
+    def _simplify(self, seen: Sequence[Evidence], record: dict[str, Any]) -> Step:
+        """Not better, or not seen to be; but it is smaller, so no worse than by the margin is enough."""
+        rule, now = self.rule, seen[-1]
+        margin = max(rule.margin, rule.min_effect / now.sd)
+        design = Design(margin, rule.patience_large, rule.patience_large, rule.information)
+        paid = level(self.night.simplified, rule.alpha, rule.wealth, rule.decay)
+        question = _Question(design, paid, margin * now.sd)
+        answer, _ = question.answer(seen)
+        if answer == "open" and (ask := self._ask(now, record)):
+            return ask
+        passed = len(seen) > 1 or answer != "futile"
+        found = answer == "shown" and now.gain > -rule.min_effect
+        record["simplified"] = {"passed": passed, "found": found, "effect": now.gain / now.sd}
+        if found:
+            reason = (
+                f"{self.smaller_by} tokens less, and {self._compared(now)}: a loss of {question.shift:.6f} is ruled out"
+            )
+            return Step("simplify", reason, record=record)
+        short = f"{self.smaller_by} tokens less, but {self._compared(now)}: "
+        return Step("discard", f"{short}a loss of {question.shift:.6f} cannot be ruled out", record=record)
+
+    def _ask(self, now: Evidence, record: dict[str, Any]) -> Step | None:
+        """The run that helps most, None when no more are allowed. One of the incumbent serves later verdicts too."""
+        n, m, rule = len(self.candidate), len(self.incumbent), self.rule
+        may_control = m < rule.control_cap
+        if n >= rule.cap and not may_control:
+            return None
+        reason = f"{self._compared(now)}: not yet to be told from noise"
+        if may_control and (n >= rule.cap or rule.sharing / (m * (m + 1)) > 1 / (n * (n + 1))):
+            return Step("control", reason, _unused_seed(self.incumbent, self.candidate), record)
+        return Step("more", reason, _unused_seed(self.candidate, self.incumbent), record)
+
+    def _why_not(self, now: Evidence, answer: str, question: _Question) -> str:
+        what = self._compared(now)
+        if answer == "futile" and now.gain > 0:
+            return f"{what}: the {question.design.effect * now.sd:.6f} looked for is not likely any more"
+        return what if answer == "futile" else f"{what}: not to be told from noise, and no more runs are allowed"
+
+    def _compared(self, now: Evidence) -> str:
+        """ "1.234567 is 0.001234 ± 0.000456 better than the best, 1.235801 (3 runs against 5)"."""
+        new, n, m = _mean(self.candidate), len(self.candidate), len(self.incumbent)
+        way = "better" if now.gain >= 0 else "worse"
+        runs = f"{n} run{'s' if n > 1 else ''} against {m}"
+        return f"{new:.6f} is {abs(now.gain):.6f} ± {now.error:.6f} {way} than the best, {new + now.gain:.6f} ({runs})"
+
+    def _record(self, question: _Question, look: Look, seen: Sequence[Evidence], answer: str) -> dict[str, Any]:
+        now, root = seen[-1], math.sqrt(seen[-1].information)
+        recorded, single = ([min(arm, key=_order).bpb] for arm in (self.incumbent, self.candidate))
+        return {
+            "rule": "statistical",
+            "gain": now.gain,
+            "error": now.error,
+            "interval": list(now.interval()),
+            "runs": len(self.candidate),
+            "control_runs": len(self.incumbent),
+            "z": now.z(),
+            "needed_z": look.upper / root if math.isfinite(look.upper) else None,
+            "hopeless_z": look.lower / root,
+            "level": question.level * question.design.passes(seen[0].information),
+            "looked_for": question.design.effect * now.sd,
+            "noise": asdict(self.noise),
+            "correlation_used": self.noise.trusted_correlation(),
+            "simple": decide_simple(recorded, single, self.rule.min_effect).status,
+            "tested": {
+                "passed": len(seen) > 1 or answer != "futile",
+                "found": answer == "shown",
+                "effect": now.gain / now.sd,
+            },
+        }
+
+
+def _order(run: Run) -> int:
+    return run.order
+
+
+def _mean(runs: Sequence[Run]) -> float:
+    return math.fsum(run.bpb for run in runs) / len(runs)
+
+
+def _unused_seed(mine: Sequence[Run], others: Sequence[Run]) -> int:
+    """The next seed of one arm: the first that only the other has, so that pairs come about; else the one after all."""
+    used = {run.seed for run in mine}
+    return min({run.seed for run in others} - used, default=max(used) + 1)
+
+
+def decide_simple(best: Sequence[float], candidate: Sequence[float], min_delta: float) -> Verdict:
+    """Upstream's rule: is the candidate better than the incumbent by more than `min_delta`?
 
     `best` holds the incumbent's samples and is empty for the first experiment that finished: the baseline.
     Raises `ValueError` on a sample that is not a positive, finite number and on a candidate without samples.

@@ -19,7 +19,8 @@ NOT_MEASURING = frozenset(
         *("hub", "nvml", "places", "torchbuild", "windows"),
         *("keeping", "lab", "ledger", "live", "locks", "loop", "paths", "recipe", "recovery", "selfcheck"),
         *("verdict", "versions", "deciding", "measuring", "schema", "session"),
-        *("confirming", "discovery", "effects", "finalizing", "evidence", "noise", "steady"),
+        *("confirming", "discovery", "effects", "evidence", "finalizing"),
+        *("noise", "runs", "sequential", "size", "steady"),
         *("gap", "idle", "objections", "reapply", "thinking", "waiting"),
     }
 )

@@ -89,6 +89,8 @@ class Search:
             if p.tainted and best and not kept:
                 continue
             score = None if failed or p.val_bpb is None or not math.isfinite(p.val_bpb) else p.val_bpb
+            if best and (early := p.facts.get("stopped_early")):
+                score = best_bpb + early["expected"]  # where it would have ended, by what was known when it was stopped
             if score is None and not (failed and best):
                 continue
             base = best or read

@@ -97,6 +97,9 @@ class World(Scripted):
         }  # fmt: skip
         outcome.training_seconds, outcome.steps, outcome.tokens = trained, 1200, 1200 * 4096
         outcome.curve = [[t, t * 4, t * 4 * 4096, 9 * 0.9**t + 3] for t in range(1, 40)]
+        if request.holdout and not failed:
+            outcome.timings |= {"holdout scoring": 9.0, "holdout audit": 6.0}
+            outcome.timings["total"] += 15.0
         self.clock.forward(outcome.timings["total"] + self.slept.get(at, 0.0))
         if failed:
             outcome.status, outcome.reason = failed

@@ -13,7 +13,7 @@ from scripted import Limits, Loop, Scripted, make_lab, recipe
 from test_hardware import GIB, M4, Machine
 
 from backends.mlx import profiles
-from core.apple import CHIPS, conditions, departure, identify
+from core.apple import CHIPS, GpuLoad, conditions, departure, identify
 from core.contract import Proposal
 from core.errors import UserError
 from core.executor import LocalExecutor, settled
@@ -138,6 +138,13 @@ def test_conditions_are_read():
         "battery": True,
     }
     assert conditions(mac()) == {}
+
+
+def test_how_busy_the_gpu_is():
+    said = '  | "PerformanceStatistics" = {"In use system memory"=9,"Device Utilization %"=37,"Tiler Utilization %"=3}'
+    assert GpuLoad(mac(commands={IOREG: said})).look("gpu", ()).busy == 0.37
+    unknown = GpuLoad(mac()).look("gpu", ())
+    assert unknown.busy is None and unknown.error
 
 
 def test_only_a_departure_from_the_steady_state_taints():

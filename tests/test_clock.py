@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from core.clock import Budget, Limit, StepTimes
+from core.clock import Budget, Limit, StepTimes, Stopwatch
 
 seconds = st.floats(1e-4, 1e4)
 
@@ -67,3 +67,28 @@ def test_no_claim_buys_more_than_two_percent(budget: float, claimed: float) -> N
 def test_padding_the_weights_buys_next_to_nothing(budget: float, size: int) -> None:
     allowed = Limit(budget).handover(size)
     assert 0.5 <= allowed <= 0.5 + 0.02 * budget * (1 + 1e-9)
+
+
+@given(st.lists(st.tuples(st.sampled_from(["stop", "go on", "never mind"]), st.floats(0.01, 50)), max_size=20))
+def test_a_stopwatch_counts_what_is_not_paused(events: list[tuple[str, float]]) -> None:
+    """Against a plain sum of the stretches, each counted as long as the clock ran; a stop that was none counts."""
+    time = [100.0]
+    clock, budget = Stopwatch(100.0, lambda: time[0]), Budget(1000.0, 100.0, lambda: time[0])
+    ran, held, standing = 0.0, 0.0, False
+    for event, passed in events:
+        if event == "stop":
+            clock.stop()
+            standing = True
+        elif event == "go on":
+            paused = clock.go_on()
+            budget.pause(paused)
+            assert paused == pytest.approx(held)
+            held, standing = 0.0, False
+        else:
+            clock.never_mind()
+            ran, held, standing = ran + held, 0.0, False
+        time[0] += passed
+        ran, held = (ran, held + passed) if standing else (ran + passed, held)
+        assert clock.elapsed() == pytest.approx(ran)
+        if not standing:
+            assert budget.elapsed() == pytest.approx(ran), "the trainer's view is the same once it is told"

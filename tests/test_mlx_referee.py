@@ -14,6 +14,7 @@ import pytest
 from core import guard
 from core.outcome import Outcome, Request
 from core.paths import project_root
+from core.probing import Probe
 from core.referee import execute
 
 pytest.importorskip("mlx.core")
@@ -104,6 +105,7 @@ def judge(dataset, settings, tmp_path_factory):
                 workdir=tmp_path_factory.mktemp("work"),
                 lint=lint,
                 would_keep=lambda bpb: True,
+                probe=Probe((0.3, 0.6), 2048),
             )
         )
 
@@ -121,6 +123,13 @@ def test_an_honest_recipe_is_scored_and_audited(honest):
     assert 1.0 < honest.val_bpb < 4.0
     assert honest.steps > 20
     assert honest.peak_memory > 2**20
+
+
+def test_an_honest_recipe_is_looked_at_on_its_way(honest):
+    assert honest.unprobed == []
+    (first, _, early), (second, _, late) = honest.probes
+    assert (first, second) == (0.3, 0.6) and 1.0 < late < early
+    assert honest.training_seconds == pytest.approx(1.5, abs=0.5) and honest.timings["probing"] >= 1.0
 
 
 def test_the_lint_knows_mlx_ways_to_files():

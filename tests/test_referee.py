@@ -15,6 +15,23 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
+from edits import (
+    BUILD,
+    CHANNEL,
+    HANDED,
+    LOGITS,
+    OS,
+    STEP,
+    Edit,
+    before,
+    changed,
+    check_clean,
+    forged,
+    in_step,
+    instead,
+    left_behind,
+    trained_in_weights,
+)
 
 from core import weights
 from core.data import Dataset
@@ -25,25 +42,6 @@ from core.referee import RecipeFailed, dry_build, execute, measure, sample
 from core.settings import Settings
 
 Run = Callable[..., Outcome]
-
-
-def left_behind() -> list[str]:
-    """Processes of ours that still run; the referee's contract is that there is none."""
-    found = []
-    for process in psutil.Process().children(recursive=True):
-        try:
-            command = " ".join(process.cmdline())
-        except psutil.Error:
-            continue
-        if "backends.worker" in command or "launcher" in command:
-            found.append(command)
-    return found
-
-
-def check_clean(workdir: Path) -> None:
-    assert left_behind() == []
-    kept = {"weights.safetensors", "trainer.log", "scorer.log", "auditor.log"}
-    assert {p.name for p in workdir.iterdir()} <= kept
 
 
 # --- an honest recipe ----------------------------------------------------------------------------------
@@ -156,49 +154,6 @@ def test_a_budget_of_ones_own_and_no_audit(run_recipe: Run, tiny_recipe: str, tm
     again = run_recipe(tiny_recipe, budget=1.0, audit="auto", would_keep=lambda bpb: asked.append(bpb) or False)
     assert asked == [again.val_bpb] and not again.audited
     check_clean(tmp_path / "work")
-
-
-def changed(source: str, *pairs: tuple[str, str]) -> str:
-    for old, new in pairs:
-        assert source.count(old) == 1, old
-        source = source.replace(old, new)
-    return source
-
-
-STEP = "        loss = F.cross_entropy(self.model(tokens[:, :-1])"
-LOGITS = "        return self.model(tokens)\n"
-HANDED = "        return {n: p.detach().numpy() for n, p in self.params.items()}\n"
-BUILD = "def build(spec):\n"
-OS = ("import numpy as np\n", "import json, os, struct, sys, time\nimport numpy as np\n")
-CHANNEL = 'int(os.environ["AUTORESEARCH_CHANNEL"])'
-
-Edit = tuple[str, str]
-
-
-def before(mark: str, code: str) -> Edit:
-    """Put lines of code, indented like a method's, before the marked line."""
-    return mark, "".join(f"        {line}\n" for line in code.splitlines()) + mark
-
-
-def in_step(code: str, step: int = 4) -> Edit:
-    """Do this once, after so many steps of one build: after the warm-up, whose builds take one step."""
-    return before(STEP, f"if self.steps == {step}:\n" + "".join(f"    {line}\n" for line in code.splitlines()))
-
-
-def instead(mark: str, code: str) -> Edit:
-    return mark, f"        {code}\n"
-
-
-def trained_in_weights(code: str) -> Edit:
-    return before(HANDED, f"if self.steps > 4: {code}")
-
-
-def forged(kind: str, fields: str) -> Edit:
-    return in_step(
-        f"""header = json.dumps({{"kind": "{kind}", "fields": {fields}, "arrays": []}}).encode()
-os.write({CHANNEL}, struct.pack("<4sIQI", b"ARW1", len(header), 0, 0) + header)
-time.sleep(60)"""
-    )
 
 
 def scored_as(value: float) -> Edit:

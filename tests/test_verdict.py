@@ -8,15 +8,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from core.verdict import decide, taint
+from core.verdict import decide_simple, taint
 
 scores = st.floats(min_value=1e-6, max_value=100.0)
 many = st.lists(scores, min_size=1, max_size=8)
 
 
 def test_the_first_that_finishes_is_the_baseline():
-    assert decide([], [1.9], 0.001).status == "keep"
-    assert "baseline" in decide([], [1.9], 0.001).reason
+    assert decide_simple([], [1.9], 0.001).status == "keep"
+    assert "baseline" in decide_simple([], [1.9], 0.001).reason
 
 
 @pytest.mark.parametrize(
@@ -29,34 +29,34 @@ def test_the_first_that_finishes_is_the_baseline():
     ],
 )
 def test_reasons_have_the_figures(best, new, status, figure):
-    said = decide([best], [new], 0.001)
+    said = decide_simple([best], [new], 0.001)
     assert said.status == status
     assert figure in said.reason
 
 
 def test_exactly_the_minimum_difference_is_not_enough():
-    assert decide([1.5], [1.25], 0.25).status == "discard"  # both are exact in binary
+    assert decide_simple([1.5], [1.25], 0.25).status == "discard"  # both are exact in binary
 
 
 @given(many, many, st.floats(min_value=0, max_value=1))
 def test_kept_only_if_better_by_more_than_the_difference(best, new, delta):
     gain = math.fsum(best) / len(best) - math.fsum(new) / len(new)
-    assert (decide(best, new, delta).status == "keep") == (gain > delta)
+    assert (decide_simple(best, new, delta).status == "keep") == (gain > delta)
 
 
 @given(many, many, st.floats(min_value=0, max_value=1))
 def test_the_order_of_samples_does_not_matter(best, new, delta):
-    assert decide(best, new, delta) == decide(best[::-1], new[::-1], delta)
+    assert decide_simple(best, new, delta) == decide_simple(best[::-1], new[::-1], delta)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, 0.0, -1.0])
 def test_what_is_no_score_is_refused(bad):
     with pytest.raises(ValueError, match="not a score"):
-        decide([1.5], [bad], 0.001)
+        decide_simple([1.5], [bad], 0.001)
     with pytest.raises(ValueError, match="not a score"):
-        decide([bad], [1.5], 0.001)
+        decide_simple([bad], [1.5], 0.001)
     with pytest.raises(ValueError, match="needs a score"):
-        decide([1.5], [], 0.001)
+        decide_simple([1.5], [], 0.001)
 
 
 def test_work_beside_a_training_taints_it():

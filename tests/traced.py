@@ -131,7 +131,7 @@ class Truth:
             if why:
                 found[f"wasted.{why}"] = found.get(f"wasted.{why}", 0.0) + t["total"]
                 continue
-            judged = t.get("scoring", 0.0) + t.get("audit", 0.0)
+            judged = sum(seconds for name, seconds in t.items() if name.endswith(("scoring", "audit")))
             found["training"] += o["training_seconds"]
             found["scoring"] += judged
             found["starting"] += t["total"] - o["training_seconds"] - judged

@@ -1,0 +1,57 @@
+"""Online control of false discoveries: how sure must one be of the next candidate, after all that was tried?
+
+A night tries a hundred candidates. Each test may err; what is bounded is the share of errors among what is kept (the
+false discovery rate). LORD++ (Ramdas, Yang, Wainwright and Jordan, "Online control of the false discovery rate with
+decaying memory", NeurIPS 2017; Javanmard and Montanari, Annals of Statistics 2018) pays each test's level from a wealth
+of error that a find refills. Candidates that fall at the first look are discarded without paying, as in ADDIS (Tian and
+Ramdas, NeurIPS 2019): the level is then one *given that the first look was passed*, which `core.sequential` accounts
+for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from scipy.special import zeta
+
+
+@dataclass(frozen=True)
+class Tested:
+    """An earlier candidate. `passed`: the first look; `found`: the test concluded for it; `effect` (sds): the estimate
+    at the end."""
+
+    passed: bool
+    found: bool
+    effect: float = 0.0
+
+
+def level(tested: Sequence[Tested], alpha: float, wealth: float, decay: float) -> float:
+    """The level of the next test, given that it passes its first look: LORD++ at false discovery rate `alpha`.
+
+    `wealth` in (0, 1]: the part of alpha that is there at the start, and the most that a night of pure noise keeps
+    anything with. `decay` > 1: tests later than a find get less, as 1 / k ** decay for the k-th. Always in (0, alpha].
+    """
+    clock, finds = 0, []
+    for one in tested:
+        clock += one.passed
+        if one.found:
+            finds.append(clock)
+    start = alpha * wealth
+    refills = [alpha - start] + [alpha] * (len(finds) - 1)
+    paid = start * _share(clock + 1, decay)
+    return paid + sum(refill * _share(clock + 1 - found, decay) for refill, found in zip(refills, finds))
+
+
+def _share(k: int, decay: float) -> float:
+    """Of a wealth, what the k-th test (from 1) after it gets; the shares of all tests sum to one."""
+    return float(k**-decay / zeta(decay))
+
+
+def expected_effect(tested: Sequence[Tested], least: float, most: float, shrink: float) -> float:
+    """The gain (sds) to look for next: `shrink` times the mean of what was kept, from two keeps on. Estimates of what
+    was kept are too high; `shrink` takes that back. It only says when to give up: it makes no false keep likelier."""
+    kept = [one.effect for one in tested if one.found]
+    if len(kept) < 2:
+        return least
+    return min(max(shrink * sum(kept) / len(kept), least), max(least, most))

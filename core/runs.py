@@ -1,0 +1,87 @@
+"""Which of a lab's recorded runs can be compared, and what they say of its noise and of its steady state.
+
+Runs are comparable within one epoch and one set of versions. Confirmations are made to see what was gained without the
+luck of the draw: they tell of the noise, but no verdict rests on them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from core import steady
+from core.ledger import Ledger, Sample
+from core.noise import Noise, Run, estimate_noise
+from core.steady import Steady
+
+DECIDING = ("verdict", "control")  # purposes of the runs that verdicts rest on
+
+
+@dataclass(frozen=True)
+class Runs:
+    """All runs of a lab that have a number, oldest first, seen from its present epoch and versions."""
+
+    samples: Sequence[Sample]
+    epoch: int
+    versions: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, ledger: Ledger, versions: Mapping[str, Any]) -> Runs:
+        return cls(ledger.all_samples(), ledger.epoch(), versions)
+
+    def with_run(self, number: int, seed: int, bpb: float) -> Runs:
+        """As if experiment `number` had made this one too."""
+        made = Sample(number, seed, bpb, False, dict(self.versions), "", id=-1, epoch=self.epoch)
+        return replace(self, samples=[*self.samples, made])
+
+    def of_now(self, number: int) -> list[Sample]:
+        """The comparable runs of an experiment, disturbed ones too."""
+        return [s for _, s in self._of_now(number)]
+
+    def scores(self, number: int) -> list[Run]:
+        """What a verdict may rest on: the comparable runs that were not disturbed. Where there is no other, as with a
+        baseline whose every run was, the disturbed ones."""
+        found = self._of_now(number)
+        good = [(k, s) for k, s in found if not s.tainted]
+        return [Run(s.seed, s.val_bpb, k) for k, s in good or found]
+
+    def noise(self, leave_out: Sequence[Sample] = ()) -> Noise:
+        """Of this lab, from every run that was not disturbed but for those that are left out."""
+        left_out = {s.id for s in leave_out}
+        groups: dict[tuple[int, int, str], list[Run]] = defaultdict(list)
+        repeats: dict[tuple[tuple[int, int, str], int], list[float]] = defaultdict(list)
+        for k, s in enumerate(self.samples):
+            if s.tainted or s.id in left_out:
+                continue
+            key = (s.number, s.epoch, json.dumps(s.versions, sort_keys=True))
+            groups[key].append(Run(s.seed, s.val_bpb, k))
+            repeats[key, s.seed].append(s.val_bpb)
+        return estimate_noise(list(groups.values()), [r for r in repeats.values() if len(r) > 1])
+
+    def steady(self, number: int) -> Steady:
+        """What a run of experiment `number` is compared with."""
+        present = [s for s in self.samples if s.purpose in DECIDING and self._is_now(s)]
+        good = [s for s in present if not s.tainted]
+        if not present:
+            return Steady()
+        rates: dict[int, list[float]] = defaultdict(list)
+        for s in good:
+            if found := steady.rate(s.outcome or {}):
+                rates[s.number].append(found)
+        health = ((good[0] if good else present[-1]).outcome or {}).get("health") or {}
+        return Steady(health, bool(good), rates.get(number, ()), steady.spread(list(rates.values())))
+
+    def since(self, number: int) -> list[Sample]:
+        """What was run for verdicts since the last good run of experiment `number`; all, where it has none."""
+        last = max((run.order for run in self.scores(number)), default=-1)
+        return [s for s in self.samples[last + 1 :] if s.purpose == "verdict" and s.number != number]
+
+    def _is_now(self, s: Sample) -> bool:
+        return s.epoch == self.epoch and s.versions == self.versions
+
+    def _of_now(self, number: int) -> list[tuple[int, Sample]]:
+        found = enumerate(self.samples)
+        return [(k, s) for k, s in found if s.number == number and s.purpose in DECIDING and self._is_now(s)]

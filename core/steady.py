@@ -1,0 +1,99 @@
+"""Was a run disturbed? It was if it departs from the lab's own steady state: what its first good run was measured in.
+
+A machine that always has something else to do is comparable with itself; one that slept, or that is slower than it was,
+is not.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+from core.apple import departure as apple_departure
+from core.verdict import TAINTING_SHARE, taint
+
+SLEPT = 1.0  # seconds
+CLOCK_SET = 2.0  # seconds by which the time of day may be corrected meanwhile
+STALLED = 0.05  # of the time that some process waits for memory, more than in the steady state
+SLOWER = 0.05  # of the steps per second of the same recipe
+SPREADS = 4.0  # the same in relative standard deviations of step rates, where those are wider
+
+
+@dataclass(frozen=True)
+class Steady:
+    """What a run is compared with. `health`: of the lab's first good run in this epoch, before there is one of its last
+    run, None before there is any. `is_good`: whether that run was. `rates`: steps per second of the same recipe's good
+    runs; `spread`: relative sd of such rates between runs of one recipe."""
+
+    health: Mapping[str, Any] | None = None
+    is_good: bool = False
+    rates: Sequence[float] = ()
+    spread: float = 0.0
+
+
+def departure(outcome: Mapping[str, Any], steady: Steady) -> str:
+    """Why the run with this outcome is to be taken again, "" if it is not."""
+    health: Mapping[str, Any] = outcome.get("health") or {}
+    return _interrupted(health) or _unlike(health, steady) or _rate(rate(outcome), steady)
+
+
+def rate(outcome: Mapping[str, Any]) -> float | None:
+    """Steps per second; None where nothing was trained."""
+    steps, seconds = float(outcome.get("steps") or 0), float(outcome.get("training_seconds") or 0.0)
+    return steps / seconds if steps > 0 and seconds > 0 else None
+
+
+def spread(groups: Sequence[Sequence[float]]) -> float:
+    """The relative standard deviation of step rates within groups of one recipe each; 0 where nothing is known."""
+    logs = [[math.log(r) for r in group] for group in groups if len(group) > 1]
+    freedom = sum(len(group) - 1 for group in logs)
+    squares = sum((x - math.fsum(group) / len(group)) ** 2 for group in logs for x in group)
+    return math.sqrt(squares / freedom) if freedom else 0.0
+
+
+def _interrupted(health: Mapping[str, Any]) -> str:
+    """What no steady state can contain."""
+    slept = float(health.get("slept_seconds") or 0.0)
+    if slept > SLEPT:
+        return f"the machine slept for {slept:.0f} s meanwhile"
+    moved = float(health.get("clock_set_seconds") or 0.0)
+    if abs(moved) > CLOCK_SET:
+        return f"the clock was set {'forward' if moved > 0 else 'back'} by {abs(moved):.0f} s meanwhile"
+    return str((health.get("card") or {}).get("tainted") or "")
+
+
+def _unlike(health: Mapping[str, Any], steady: Steady) -> str:
+    """Before there is a good run a quiet machine is one, and so is one that is as busy as it was the last time."""
+    disturbed = taint(health)
+    if steady.health is None or (not steady.is_good and not disturbed):
+        return disturbed
+    return _changed(health, steady.health)
+
+
+def _changed(now: Mapping[str, Any], before: Mapping[str, Any]) -> str:
+    ours = max(1.0, float(now.get("our_cores") or 0.0))
+    others, usual = (float(h.get("others_cores") or 0.0) for h in (now, before))
+    if abs(others - usual) > TAINTING_SHARE * ours:
+        loop = float(now.get("loop_cores") or 0.0)
+        own = f" ({loop:.1f} of them the researcher and the loop)" if loop >= 0.1 else ""
+        return f"other processes kept {others:.1f} cores busy{own}, and {usual:.1f} in this lab's steady state"
+    stalled, usually = (float(h.get("memory_stalled") or 0.0) for h in (now, before))
+    if stalled > usually + STALLED:
+        return f"processes waited for memory {stalled:.0%} of the time, and {usually:.0%} in this lab's steady state"
+    if now.get("on_battery") and before.get("on_battery") is False:
+        return "the machine runs on its battery, unlike in this lab's steady state"
+    return apple_departure(now.get("conditions") or {}, before.get("conditions") or {})
+
+
+def _rate(found: float | None, steady: Steady) -> str:
+    if found is None or not steady.rates:
+        return ""
+    usual = median(steady.rates)
+    off = found / usual - 1
+    if abs(off) <= max(SLOWER, SPREADS * steady.spread):
+        return ""
+    way = "slower" if off < 0 else "faster"
+    return f"it trained {abs(off):.0%} {way} than the same recipe before ({found:.4g} steps/s, {usual:.4g} before)"

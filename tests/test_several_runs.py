@@ -1,0 +1,426 @@
+"""The statistical loop: several seeds for an experiment, the best run again, a machine that moves or is disturbed, and
+kills between the runs. Scores come from a script with noise; everything else is real."""
+
+from __future__ import annotations
+
+import random
+import sys
+import time
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+from scripted import Limits, Loop, Scripted, check, git, make_lab, recipe
+from test_kill import in_a_process, kill
+
+from core import measuring
+from core.contract import Proposal
+from core.errors import UserError
+from core.lab import Lab
+from core.probing import LEAST_PAIRS, as_record
+from core.verdict import Rule, first_runs
+
+SD = 0.004  # bpb, between seeds
+SEEDS = list(range(42, 42 + first_runs(Rule())))  # of a baseline, as the settings begin with 42
+
+
+@pytest.fixture
+def night(tmp_path, settings):
+    return make_lab(tmp_path / "night", replace(settings, verdict="statistical"))
+
+
+class Ideas:
+    """A researcher without state: idea k has the k-th score, counted from 1."""
+
+    name = "ideas"
+
+    def __init__(self, *scores: float) -> None:
+        self.scores = scores
+
+    def propose(self, view):
+        number = len(view.past)
+        score = self.scores[(number - 1) % len(self.scores)]
+        return Proposal(recipe(score, mark=f"idea {number}"), f"idea {number}")
+
+
+class Machine(Scripted):
+    """Its scores are worse by `slower` from the moment that this is set; `health` is what the next runs say."""
+
+    slower = 0.0
+
+    def __init__(self, **given):
+        super().__init__(**{"noise": SD, **given})
+        self.audits = Counter()
+
+    def score(self, request, plain):
+        return round(super().score(request, plain) + self.slower, 6)
+
+    def execute(self, request, on_event, stop):
+        outcome = super().execute(request, on_event, stop)
+        self.audits[outcome.audited] += 1
+        return outcome
+
+
+class Looking(Machine):
+    """Looks at its runs, as the referee does: a probe shows the score, half a bit higher and a little off."""
+
+    def execute(self, request, on_event, stop):
+        outcome = super().execute(request, on_event, stop)
+        for index, share in enumerate(request.probe.shares if outcome.val_bpb else ()):
+            probe = outcome.val_bpb + 0.5 + random.Random(f"{outcome.val_bpb}{share}").gauss(0.0, 0.002)
+            outcome.probes.append([share, share * 2.0, probe])
+            found = request.probe.judge(index, probe)
+            if found and found.hopeless:
+                outcome.stopped_early = as_record(found, probe, (1 - share) * 2.0)
+                outcome.status, outcome.reason, outcome.val_bpb = "hopeless", found.sentence(), None
+                break
+        return outcome
+
+
+def loop_of(lab, executor=None, researcher=None, on_event=lambda event: None, **given) -> Loop:
+    return Loop(lab, researcher, executor or Machine(), on_event, **given)
+
+
+def ends(lab, executor, score, what="idea") -> object:
+    """Judge one candidate with this score."""
+    mark = f"{what} {len(lab.ledger.experiments())}"
+    return loop_of(lab, executor).judge(recipe(score, mark=mark), mark)
+
+
+def runs(lab, number, purpose=None):
+    return [(s.seed, s.tainted) for s in lab.ledger.samples(number, purpose)]
+
+
+def events(lab, kind):
+    return [e.text for e in lab.ledger.events() if e.kind == kind]
+
+
+# --- what is kept --------------------------------------------------------------------------------
+
+
+def test_the_baseline_shows_the_noise(night):
+    loop_of(night, researcher=Ideas(2.0)).run(Limits(experiments=1))
+    check(night)
+    baseline = night.best()
+    scores = [s.val_bpb for s in night.ledger.samples(1)]
+    assert [seed for seed, _ in runs(night, 1)] == SEEDS
+    assert baseline.val_bpb == pytest.approx(sum(scores) / len(scores)) and len(set(scores)) == len(scores)
+    assert f"over {len(SEEDS)} seeds" in baseline.reason
+    assert [r["seed"] for r in baseline.verdict["all_runs"]] == SEEDS
+
+
+def test_a_night_of_placebos_keeps_nothing_where_upstream_s_rule_would(night):
+    loop_of(night, researcher=Ideas(2.0)).run(Limits(experiments=25))
+    check(night)
+    found = night.ledger.experiments()
+    assert [e.number for e in found if e.is_kept] == [1]
+    assert sum(e.verdict["simple"] == "keep" for e in found[1:]) > 3
+    assert all(e.verdict["rule"] == "statistical" for e in found)
+
+
+def test_a_true_gain_is_kept_after_several_seeds_each_of_them_audited(night):
+    executor = Machine()
+    loop_of(night, executor, Ideas(2.0)).run(Limits(experiments=1))
+    e = ends(night, executor, 2.0 - 4 * SD)
+    check(night)
+    samples = night.ledger.samples(e.number)
+    assert e.status == "keep", e.reason
+    assert len(samples) == e.verdict["runs"] > 1
+    assert len({s.seed for s in samples}) == len(samples)
+    assert all(s.outcome["audited"] for s in samples) and executor.audits[False] == 0
+    assert e.val_bpb == pytest.approx(sum(s.val_bpb for s in samples) / len(samples))
+    assert night.ledger.samples(1)[-1].id > samples[0].id, "the best was run beside it"
+    low, high = e.verdict["interval"]
+    assert low < 4 * SD < high
+
+
+def test_a_clear_loser_has_one_run_and_no_audit(night):
+    executor = Machine()
+    loop_of(night, executor, Ideas(2.0)).run(Limits(experiments=1))
+    e = ends(night, executor, 2.1)
+    assert (e.status, len(night.ledger.samples(e.number)), executor.audits[False]) == ("discard", 1, 1)
+
+
+def test_a_smaller_program_that_is_no_worse_simplifies(tmp_path, settings):
+    large = recipe(2.0) + b"".join(b"X%d = [1, 2, 3]\n" % k for k in range(9))
+    night = make_lab(tmp_path / "night", replace(settings, verdict="statistical"), first=large)
+    executor = Machine()
+    loop_of(night, executor, Ideas(2.0)).run(Limits(experiments=1))
+    e = ends(night, executor, 2.0 - SD / 2)
+    check(night)
+    assert e.status == "simplify", e.reason
+    assert night.best() == e and git(night, "log", "--format=%s", night.branch).splitlines()[0] == e.description
+
+
+def test_an_executor_that_never_audits_gets_nothing_kept(night):
+    loop_of(night, Machine(), Ideas(2.0)).run(Limits(experiments=1))
+    e = ends(night, Machine(audited=False), 1.5)
+    assert (e.status, e.val_bpb, night.ledger.samples(e.number)) == ("invalid", None, [])
+    assert "was not audited" in e.reason
+
+
+def test_a_crash_on_a_later_seed_ends_it(night):
+    executor = Machine()
+    loop_of(night, executor, Ideas(2.0)).run(Limits(experiments=1))
+    plain = executor.execute
+
+    def execute(request, on_event, stop):
+        outcome = plain(request, on_event, stop)
+        if request.seed == 43:
+            outcome.status, outcome.reason, outcome.val_bpb = "crash", "the loss is nan", None
+        return outcome
+
+    executor.execute = execute
+    e = ends(night, executor, 1.9)
+    check(night)
+    assert (e.status, e.val_bpb) == ("crash", None)
+    assert [r["seed"] for r in e.verdict["all_runs"]] == [42], "what it cost stays on the record"
+
+
+def test_hopeless_runs_are_stopped_early_and_researchers_are_told(tmp_path, settings):
+    night = make_lab(tmp_path / "night", replace(settings, verdict="statistical", probe=True))
+    researcher = Ideas(*(2.1 + 0.01 * k for k in range(5)))
+    loop_of(night, Looking(), researcher).run(Limits(experiments=21))
+    check(night)
+    found = night.ledger.experiments()
+    early = [e for e in found if e.verdict.get("stopped_early")]
+    assert len(early) >= 9 and min(e.number for e in early) > LEAST_PAIRS + 1
+    assert not {10, 20} & {e.number for e in early}, "one in ten runs to its end"
+    for e in early:
+        assert (e.status, e.val_bpb, night.ledger.samples(e.number)) == ("discard", None, [])
+        assert e.reason.startswith("stopped early: at ") and e.verdict["stopped_early"]["saved_seconds"] > 0
+    view = night.view({})
+    assert [p.number for p in view.past if p.facts.get("stopped_early")] == [e.number for e in early]
+    gain = ends(night, Looking(), 1.9)
+    assert gain.status == "keep", gain.reason
+
+
+# --- the best again ------------------------------------------------------------------------------
+
+
+def test_the_best_is_run_again_at_intervals(night, monkeypatch):
+    monkeypatch.setattr(measuring, "CONTROL_EVERY", 3)
+    loop_of(night, researcher=Ideas(2.1)).run(Limits(experiments=9))
+    check(night)
+    controls = [s.seed for s in night.ledger.samples(1, "control")]
+    assert controls == [SEEDS[-1] + 1, SEEDS[-1] + 2]
+    assert night.ledger.epoch() == 0
+
+
+def test_after_a_drift_candidates_are_judged_against_the_new_figure(night, monkeypatch):
+    monkeypatch.setattr(measuring, "CONTROL_EVERY", 2)
+    executor = Machine()
+    loop_of(night, executor, Ideas(2.1)).run(Limits(experiments=2))
+    executor.slower = 0.1
+    gain = 5 * SD
+    loop_of(night, executor, Ideas(2.0 - gain)).run(Limits(experiments=4))
+    check(night)
+    (said,) = events(night, "epoch")
+    assert "worse than before" in said
+    first, *later = night.ledger.experiments()[2:]
+    assert first.status == "discard", "before anybody knew"
+    kept = next(e for e in later if e.status == "keep")
+    assert kept.best_before == pytest.approx(2.1, abs=3 * SD)
+    assert kept.verdict["gain"] == pytest.approx(gain, abs=3 * SD)
+    assert {s.epoch for s in night.ledger.samples(kept.number)} == {1}
+
+
+def test_a_machine_that_got_faster_makes_no_keep(night):
+    """The candidate looks better only because the machine does; the best's own further runs tell."""
+    executor = Machine()
+    loop_of(night, executor, Ideas(2.1)).run(Limits(experiments=2))
+    executor.slower = -0.1
+    loop_of(night, executor, Ideas(2.0)).run(Limits(experiments=5))
+    check(night)
+    assert [e.number for e in night.ledger.experiments() if e.is_kept] == [1]
+    assert len(events(night, "epoch")) == 1
+
+
+def test_a_best_that_fails_on_other_seeds_is_a_clear_error(night, monkeypatch):
+    monkeypatch.setattr(measuring, "CONTROL_EVERY", 1)
+    loop_of(night, Machine(), Ideas(2.1)).run(Limits(experiments=2))
+    broken = Machine(status="crash", reason="the loss is nan", val_bpb=None)
+    with pytest.raises(UserError, match=r"best \(#1\) failed 3 times in a row .*the loss is nan.*autoresearch undo 1"):
+        loop_of(night, broken, Ideas(2.0)).run(Limits(experiments=3))
+    assert len(events(night, "remeasured")) == 3
+    check(night)
+
+
+def test_a_change_of_versions_begins_an_epoch_and_an_undo_into_an_older_one_is_measured_again(night):
+    executor = Machine()
+    old, new = ({"measured_with": lambda s, v=v: {"torch": v}} for v in ("1", "2"))
+    loop_of(night, executor, **old).judge_pending(1)
+    loop_of(night, executor, **new).judge(recipe(1.5, mark="a"), "much better")
+    assert [s.epoch for s in night.ledger.samples(1)] == [0] * len(SEEDS) + [1] * len(
+        night.ledger.samples(1, "control")
+    )
+    assert night.best().number == 2
+    night.undo(2)
+    night.ledger.begin_epoch("a drift of the second", 2)
+    loop_of(night, executor, **new).judge(recipe(2.1, mark="b"), "worse")
+    assert night.ledger.samples(1)[-1].epoch == 2
+    assert "it was run before the machine changed" in " ".join(events(night, "note"))
+
+
+def test_a_confirmation_decides_nothing(night):
+    executor = Machine()
+    loop = loop_of(night, executor, Ideas(2.0))
+    loop.run(Limits(experiments=1))
+    before = night.best_bpb()
+    with loop.holding():
+        outcome = loop.measure(1, 1042, "confirm", "to see what was gained", holdout=True)
+    assert outcome.status == "scored" and outcome.audited
+    assert runs(night, 1, "confirm") == [(1042, False)]
+    assert night.best_bpb() == before
+    assert loop.measure(1, 1043, "confirm", "once more").val_bpb > 0
+    check(night)
+
+
+# --- a machine that is disturbed -----------------------------------------------------------------
+
+BUSY = {"others_cores": 1.5, "our_cores": 1.0}
+
+
+class Disturbed(Machine):
+    """The runs of those whose description holds `whose` are disturbed, the first `times` of them."""
+
+    def __init__(self, number, times, health=BUSY):
+        super().__init__()
+        self.whose, self.left, self.sick = f"-{number}", times, health
+
+    def execute(self, request, on_event, stop):
+        outcome = super().execute(request, on_event, stop)
+        if request.experiment.endswith(self.whose) and self.left:
+            self.left -= 1
+            outcome.health = dict(self.sick)
+        return outcome
+
+
+def test_a_disturbed_run_is_repeated_and_does_not_count(night):
+    loop_of(night, Machine(), Ideas(2.0)).run(Limits(experiments=1))
+    e = ends(night, Disturbed(2, 1), 2.1)
+    check(night)
+    assert (e.status, e.tainted, runs(night, 2)) == ("discard", False, [(42, True), (42, False)])
+    assert e.val_bpb == night.ledger.samples(2)[-1].val_bpb
+    assert "1.5 cores busy" in night.ledger.samples(2)[0].outcome["health"]["disturbed"]
+
+
+def test_what_is_always_disturbed_is_passed_by_and_then_the_best_is_looked_at(night):
+    loop_of(night, Machine(), Ideas(2.0)).run(Limits(experiments=1))
+    e = ends(night, Disturbed(2, 99), 1.0)
+    check(night)
+    assert (e.status, e.tainted, runs(night, 2)) == ("discard", True, [(42, True)] * 3)
+    assert "passed by: run 3 times" in e.reason and e.verdict["simple"] == "keep"
+    ends(night, Machine(), 2.1)
+    assert runs(night, 1, "control") == [(SEEDS[-1] + 1, False)]
+    assert night.ledger.epoch() == 0
+
+
+def test_a_machine_that_stays_busy_becomes_the_new_steady_state(night):
+    loop_of(night, Machine(), Ideas(2.0)).run(Limits(experiments=1))
+    busy = Machine(health=BUSY)
+    passed_by = ends(night, busy, 2.1)
+    after = [ends(night, busy, 2.1) for _ in range(2)]
+    check(night)
+    assert passed_by.tainted and not any(e.tainted for e in after)
+    assert [len(runs(night, e.number)) for e in after] == [1, 1]
+    (said,) = events(night, "epoch")
+    assert "the machine is not what it was: other processes kept 1.5 cores busy" in said
+
+
+def test_a_machine_that_is_never_quiet_has_a_baseline_all_the_same(night):
+    loop_of(night, Machine(health=BUSY), Ideas(2.0)).run(Limits(experiments=2))
+    check(night)
+    assert night.ledger.get(1).status == "keep"
+    assert runs(night, 1)[:2] == [(42, True), (42, False)], "as busy as the last time: that is how it is"
+
+
+@pytest.mark.parametrize(
+    ("health", "why"),
+    [
+        ({"slept_seconds": 3600.0}, "slept for 3600 s"),
+        ({"clock_set_seconds": -7200.0}, "clock was set back by 7200 s"),
+        ({"memory_stalled": 0.4}, "waited for memory 40%"),
+    ],
+)
+def test_sleep_clocks_and_memory_disturb(night, health, why):
+    loop_of(night, Machine(), Ideas(2.0)).run(Limits(experiments=1))
+    e = ends(night, Disturbed(2, 1, health), 2.1)
+    assert not e.tainted
+    assert why in night.ledger.samples(2)[0].outcome["health"]["disturbed"]
+
+
+def test_a_slower_machine_shows_in_the_steps_of_the_best(night, monkeypatch):
+    monkeypatch.setattr(measuring, "CONTROL_EVERY", 1)
+    loop_of(night, Machine(training_seconds=10.0), Ideas(2.1)).run(Limits(experiments=2))
+    loop_of(night, Machine(training_seconds=13.0), Ideas(2.1)).run(Limits(experiments=1))
+    said = night.ledger.samples(1, "control")[0].outcome["health"]["disturbed"]
+    assert said == "it trained 23% slower than the same recipe before (0.7692 steps/s, 1 before)"
+    assert night.ledger.epoch() == 1
+
+
+# --- stops and kills -----------------------------------------------------------------------------
+
+GAINS = [2.01, 2.0, 1.97, 1.97, 1.99, 1.94, 1.98]
+
+
+def story(lab) -> list:
+    """All that a night is: what was decided of what, and on which runs."""
+    return [
+        (e.description, e.status, e.val_bpb, e.best_before, e.parent,
+         [(s.seed, s.val_bpb, s.purpose) for s in lab.ledger.samples(e.number)])
+        for e in lab.ledger.experiments() if e.status is not None
+    ]  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="kill -9 and fork are POSIX")
+def test_killed_between_and_within_runs_a_night_ends_as_if_it_had_not_been(tmp_path, settings):
+    """No run is lost that was on the record, none is counted twice: the same runs, verdicts and figures come out."""
+    statistical = replace(settings, verdict="statistical")
+    lab = make_lab(tmp_path / "night", statistical)
+    dice = random.Random(5)
+    for _ in range(15):
+        path, known = lab.path, len(lab.ledger.all_samples())
+        lab.ledger.close()
+
+        def act(path=path):
+            Loop(Lab.open(path), Ideas(*GAINS), Machine(seconds=0.005), lambda event: None).run(Limits())
+
+        pid = in_a_process(act)
+        time.sleep(dice.uniform(0.05, 0.5))
+        kill(pid, tree=dice.random() < 0.5)
+        lab = Lab.open(path)
+        with lab.lock():
+            loop_of(lab).recover()
+        check(lab)
+        assert len(lab.ledger.all_samples()) >= known
+    loop_of(lab, researcher=Ideas(*GAINS)).run(Limits(experiments=max(1, 7 - len(story(lab)))))
+    told = story(lab)
+    calm = make_lab(tmp_path / "calm", statistical)
+    loop_of(calm, researcher=Ideas(*GAINS)).run(Limits(experiments=len(told)))
+    assert told == story(calm)
+    assert any(status == "keep" for _, status, *_ in told[1:])
+
+
+def test_a_deadline_between_two_runs_leaves_the_experiment_for_the_next_start(night):
+    executor = Machine(timings={"total": 100.0})
+    loop_of(night, executor, Ideas(1.9)).run(Limits(experiments=1))
+    began = []
+
+    def stop_after_one(event):
+        if event.kind == "start" and event.data["number"] == 2:
+            began.append(event)
+        if event.kind == "note" and began:
+            loop.stop()
+
+    loop = loop_of(night, executor, Ideas(1.9), stop_after_one)
+    loop.run(Limits())
+    check(night)
+    waits = night.ledger.get(2)
+    assert (waits.state, len(runs(night, 2))) == ("proposed", 1)
+    late = loop_of(night, executor, Ideas(1.9)).run(Limits(deadline=time.time() + 50))
+    assert (late.decided, night.ledger.get(2).state) == (0, "proposed")
+    loop_of(night, executor, Ideas(1.9)).run(Limits(experiments=1))
+    assert night.ledger.get(2).status == "keep"
+    assert Counter(runs(night, 2)).most_common(1)[0][1] == 1, "no seed twice"
