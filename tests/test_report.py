@@ -332,10 +332,9 @@ def test_what_each_rule_would_have_kept(tmp_path, settings, monkeypatch):
     lab, _, _ = night(tmp_path / "rules", settings, monkeypatch, NIGHT[:8])
     judged = [e for e in lab.ledger.experiments()[1:] if e.val_bpb]
     for e, simple in zip(judged, ("keep", "discard", "keep", "keep", "discard", "discard"), strict=False):
-        in_the_ledger(
-            lab, "UPDATE experiments SET verdict = ? WHERE number = ?", json.dumps({"simple": simple}), e.number
-        )
-    asked = [e for e in lab.ledger.experiments() if e.verdict]
+        said = json.dumps({"rule": "statistical", "simple": simple})
+        in_the_ledger(lab, "UPDATE experiments SET verdict = ? WHERE number = ?", said, e.number)
+    asked = [e for e in lab.ledger.experiments() if e.verdict.get("rule") == "statistical"]
     found = findings(read(lab)).rules
     assert found.simple == 3 and found.statistical == sum(e.status == "keep" for e in asked)
     assert found.both == sum(e.status == "keep" and e.verdict["simple"] == "keep" for e in asked)
