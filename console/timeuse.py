@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Any
 
 from console.rows import Row
@@ -84,7 +85,7 @@ def time_use(rows: Sequence[Row], samples: Mapping[int, Sequence[Sample]]) -> Ti
         early = outcome.get("stopped_early") or {}
         stopped, saved = stopped + bool(early), saved + _seconds(early.get("saved_seconds"))
     idle, paused, watched = _idle([outcome for _, _, outcome in recorded])
-    oddities = tuple(odd_clocks(rows, samples))
+    oddities = tuple(odd_clocks(rows))
     return TimeUse(
         training, scoring, starting, wasted, idle, paused, watched, repeats, stopped, saved,
         _wall(rows, oddities, samples), oddities,
@@ -127,43 +128,30 @@ def _idle(outcomes: Sequence[Mapping[str, Any]]) -> tuple[dict[str, float], floa
     return {what: seconds for what, seconds in waits.items() if seconds}, paused, sum(total for _, total in known)
 
 
-def odd_clocks(rows: Sequence[Row], samples: Mapping[int, Sequence[Sample]]) -> Iterable[Oddity]:
-    """Experiments during which the time of day did not pass as time did, and those that began before the one ahead of
-    them had ended."""
+def odd_clocks(rows: Sequence[Row]) -> Iterable[Oddity]:
+    """Experiments whose last run took another time by the time of day than by its own clock, and those that began
+    before the one ahead of them had ended."""
     before: Row | None = None
     for r in rows:
         began, ended = moment(r.started), moment(r.finished)
         if began is None or ended is None:
             continue
-        passed, busy = (ended - began).total_seconds(), _busy_between(r, samples)
-        if passed < -SET_BACK or (busy is not None and passed < busy - SET_BACK):
-            yield Oddity(r.number, passed - (busy or 0.0))
-        elif busy is not None and passed - busy > max(SLEPT, 0.5 * busy):
-            yield Oddity(r.number, passed - busy)
+        ahead = (ended - began).total_seconds() - (r.seconds or 0.0)
+        if ahead < -SET_BACK or (r.seconds and ahead > max(SLEPT, 0.5 * r.seconds)):
+            yield Oddity(r.number, ahead)
         last = moment(before.finished) if before else None
         if last is not None and (began - last).total_seconds() < -SET_BACK:
             yield Oddity(r.number, (began - last).total_seconds())
         before = r
 
 
-def _busy_between(r: Row, samples: Mapping[int, Sequence[Sample]]) -> float | None:
-    """Seconds of all runs that were recorded between an experiment's start and end: its own, and those of the best in
-    between. None where its duration is not known."""
-    own = [s for s in samples.get(r.number, ()) if s.outcome and s.purpose == "verdict"]
-    between = [
-        s for n, of_one in samples.items() if n != r.number for s in of_one
-        if s.outcome and s.purpose == "control" and r.started <= s.created <= r.finished
-    ]  # fmt: skip
-    totals = [_seconds((s.outcome or {}).get("timings", {}).get("total")) for s in (*own, *between)]
-    if not own:
-        totals.append(r.seconds or 0.0)
-    return sum(totals) if all(totals) else None
-
-
 def _wall(rows: Sequence[Row], oddities: Sequence[Oddity], samples: Mapping[int, Sequence[Sample]]) -> float | None:
     began = [m for r in rows if (m := moment(r.started))]
     ended = [m for r in rows if (m := moment(r.finished))]
-    ended += [m for of_one in samples.values() for s in of_one if (m := moment(s.created))]
+    for s in (s for of_one in samples.values() for s in of_one):
+        if (at := moment(s.created)) is not None:
+            ended.append(at)
+            began.append(at - timedelta(seconds=_seconds(((s.outcome or {}).get("timings") or {}).get("total"))))
     if not began or not ended or any(o.seconds < 0 for o in oddities):
         return None
     return max(0.0, (max(ended) - min(began)).total_seconds())

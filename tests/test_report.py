@@ -295,6 +295,17 @@ def test_a_machine_that_slept_is_told(tmp_path, settings, monkeypatch):
     assert use.busy < 6 * 330 and use.away == pytest.approx(3 * 3600, abs=10)
 
 
+def test_experiments_of_several_runs_are_no_odd_clocks(tmp_path, settings, monkeypatch):
+    lab, _, _ = night(tmp_path / "several", settings, monkeypatch, NIGHT[:4], verdict="statistical")
+    assert len(lab.ledger.samples(1)) > 1
+    found = findings(read(lab))
+    assert found.time.oddities == () and found.time.wall is not None
+    recorded = [s.outcome["timings"]["total"] for s in lab.ledger.all_samples()]
+    assert found.time.busy == pytest.approx(sum(recorded))
+    assert found.spread.runs >= 5  # the baseline's own
+    sane(lab)
+
+
 def test_a_clock_that_was_set_back_gives_no_nonsense(tmp_path, settings, monkeypatch):
     lab, loop, world = night(tmp_path / "back", settings, monkeypatch, NIGHT[:3])
     world.clock.forward(-7200.0)

@@ -7,7 +7,7 @@ import json
 import math
 import sqlite3
 from collections.abc import Callable, Sequence
-from datetime import datetime
+from datetime import datetime, timedelta
 from html.parser import HTMLParser
 from pathlib import Path
 from statistics import fmean, median
@@ -237,7 +237,10 @@ def expected(truth: Truth) -> dict[str, Callable[..., Any]]:
     def night() -> float:
         began = [datetime.fromisoformat(r["started"]) for r in rows.values() if r["started"]]
         ended = [datetime.fromisoformat(r["finished"]) for r in rows.values() if r["finished"]]
-        ended += [datetime.fromisoformat(s["created"]) for s in truth.samples]
+        for s in truth.samples:
+            ended.append(datetime.fromisoformat(s["created"]))
+            total = json.loads(s["outcome"])["timings"]["total"]
+            began.append(ended[-1] - timedelta(seconds=total))
         return (max(ended) - min(began)).total_seconds()
 
     fixed = {name: (lambda value=value: value) for name, value in count.items()}
