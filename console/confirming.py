@@ -14,7 +14,7 @@ from console.findings import Findings, findings, read
 from console.markdown import changed
 from console.output import Screen
 from console.signals import Asked, ends
-from console.words import duration, plural, shorten
+from console.words import duration, plural, roughly, shorten
 from core import confirming, effects
 from core.confirming import Done, Plan
 from core.errors import UserError
@@ -39,7 +39,7 @@ def confirm_verb(
     told = ", ".join(f"#{n}" for n in numbers)
     screen.say(
         f"{told} on {plural(seeds, 'fresh seed')}: {plural(len(wanted.runs), 'run')} to go"
-        + (f", about {duration(wanted.seconds)}" if wanted.runs else ": all is measured")
+        + (f", about {roughly(wanted.seconds)}" if wanted.runs else ": all is measured")
     )
     if cost:
         screen.document({"lab": places.about(lab), "runs": len(wanted.runs), "seconds": wanted.seconds})

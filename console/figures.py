@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from html import escape
 
-from console.words import bpb, delta, duration
+from console.words import bpb, delta, duration, roughly
 from core.effects import Effect, Estimate
 
 STATES = {"replicated": "✓", "not replicated": "✗", "open": "~", "unconfirmed": "○"}
@@ -37,6 +37,10 @@ def change(key: str, gain: float | None) -> str:
 
 def time(key: str, seconds: float) -> str:
     return fact(key, seconds, duration(seconds))
+
+
+def cost(key: str, seconds: float) -> str:
+    return fact(key, seconds, f"about {roughly(seconds)}")
 
 
 def link(number_: int) -> str:

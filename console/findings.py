@@ -214,7 +214,8 @@ def levels(rows: Sequence[Row], samples: Mapping[int, Sequence[Sample]], spread:
             later = [x.number for x in rows if controls and x.started and x.started >= min(controls)]
             if epoch > began and later:
                 found.append(Level(later[0], r.number, effects.estimate(effects.scores(group), spread), True))
-    return sorted(found, key=lambda level: level.first)
+    latest = {level.first: level for level in found}  # of two epochs that began there the newer one
+    return sorted(latest.values(), key=lambda level: level.first)
 
 
 # --- the rules, and what nearly was ------------------------------------------------------------------

@@ -8,7 +8,7 @@ from console import sections
 from console.figures import STATE_WORDS, signed
 from console.findings import Findings, Kept
 from console.tables import cost_line
-from console.words import bpb, duration, plural, shorten
+from console.words import bpb, duration, plural, roughly, shorten
 from core.effects import Effect
 
 
@@ -47,7 +47,7 @@ def answer(found: Findings) -> list[str]:
     if gain.validation is None:
         return [
             recorded,
-            f"Not confirmed: on fresh seeds that takes about {duration(gain.seconds)}: `autoresearch confirm`",
+            f"Not confirmed: on fresh seeds that takes about {roughly(gain.seconds)}: `autoresearch confirm`",
         ]
     again = gain.validation
     holds = again.low is not None and again.low > 0
@@ -90,7 +90,7 @@ def _kept(found: Findings) -> str:
 
 
 def _kept_line(k: Kept) -> list[str]:
-    cost = f", about {duration(k.seconds)}: `confirm {k.row.number}`" if k.state == "unconfirmed" and k.seconds else ""
+    cost = f", about {roughly(k.seconds)}: `confirm {k.row.number}`" if k.state == "unconfirmed" and k.seconds else ""
     claimed = "" if k.row.delta is None else signed(k.row.delta)
     simpler = " (simpler)" if k.row.status == "simplify" else ""
     again = changed(k.again) if k.again else ""
@@ -111,7 +111,7 @@ def _tried(found: Findings) -> str:
 
 def _following(found: Findings) -> str:
     items = [
-        f"Confirm #{k.row.number}: about {duration(k.seconds)}, `autoresearch confirm {k.row.number}`"
+        f"Confirm #{k.row.number}: about {roughly(k.seconds)}, `autoresearch confirm {k.row.number}`"
         for k in found.unsettled
         if k.seconds
     ]

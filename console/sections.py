@@ -6,7 +6,7 @@ from collections import Counter
 from html import escape
 
 from console.chart import Whisker, reach, whisker
-from console.figures import cells, change, fact, interval, link, number, score, spans, state, table, time
+from console.figures import cells, change, cost, fact, interval, link, number, score, spans, state, table, time
 from console.findings import Findings, Kept
 from console.rows import Row
 from console.themes import Theme
@@ -39,7 +39,7 @@ def _answer(found: Findings) -> tuple[str, str, str]:
         )
         lead = f"{came} when it was kept. That is not confirmed yet."
         more = "<p>A figure that was chosen because it was low flatters. On fresh seeds it is known after "
-        return "", lead, more + f"about {time('gain.seconds', gain.seconds)}: <code>autoresearch confirm</code></p>"
+        return "", lead, more + f"{cost('gain.seconds', gain.seconds)}: <code>autoresearch confirm</code></p>"
     holds = again.low is not None and again.low > 0
     lost = again.high is not None and again.high < found.record.worth
     size = f"<b>{change('gain.val', again.gain)}</b> val_bpb"
@@ -157,10 +157,10 @@ def _kept_lead(found: Findings) -> str:
         )
         if states[name]
     ]  # fmt: skip
-    cost = sum(k.seconds for k in found.unsettled)
+    seconds = sum(k.seconds for k in found.unsettled)
     more = ""
-    if states["unconfirmed"] and cost:
-        more = f" Confirming all takes about {time('kept.seconds', cost)}: <code>autoresearch confirm --kept</code>"
+    if states["unconfirmed"] and seconds:
+        more = f" Confirming all takes {cost('kept.seconds', seconds)}: <code>autoresearch confirm --kept</code>"
     return f"<p>Of {number('tally.kept', len(found.kept))} kept: {', '.join(parts)}.{more}</p>"
 
 
@@ -174,10 +174,10 @@ def _kept(k: Kept, within: tuple[float, float]) -> str:
     plot = whisker(_whisker(k.again), within) if k.again else ""
     range_ = interval(f"kept.{n}", k.again)
     plot += f'<span class="soft">{range_}</span>' if range_ else ""
-    cost = ""
+    takes = ""
     if k.state == "unconfirmed" and k.seconds:
-        cost = (
-            f'<br><span class="soft">about {time(f"kept.{n}.seconds", k.seconds)}:</span> '
+        takes = (
+            f'<br><span class="soft">{cost(f"kept.{n}.seconds", k.seconds)}:</span> '
             f"<code>confirm {number(f'kept.{n}.number', n)}</code>"
         )
     simpler = " (simpler)" if k.row.status == "simplify" else ""
@@ -187,7 +187,7 @@ def _kept(k: Kept, within: tuple[float, float]) -> str:
         ("n", "when kept", change(f"kept.{n}.delta", None if k.row.delta is None else -k.row.delta)),
         ("n", "on fresh seeds", again + runs),
         ("plot", "95 %", plot),
-        ("w", "does it hold?", state(k.state, cost)),
+        ("w", "does it hold?", state(k.state, takes)),
     )
 
 
@@ -280,8 +280,8 @@ def _time_notes(found: Findings) -> str:
     if use.repeats:
         told = ", ".join(f"{escape(why)} {time(f'time.repeats.{why}', s)}" for why, s in use.repeats.items())
         notes.append(f"Measuring again took, of the above: {told}.")
-    if cost := _cost(found):
-        notes.append(cost)
+    if paid := _cost(found):
+        notes.append(paid)
     notes += [f'<span class="warn">{line}</span>' for line in clock_notes(found)]
     return "".join(f"<p>{note}</p>" for note in notes)
 
@@ -396,7 +396,7 @@ def _drift(found: Findings) -> str:
     if not found.drift:
         if not controls:
             return ""
-        return f"<h3>Drift</h3><p>None seen in {number('drift.controls', controls)} re-runs of the best.</p>"
+        return f"<h3>Drift</h3><p>It was not seen in {number('drift.controls', controls)} re-runs of the best.</p>"
     lines = "".join(f'<li class="says">{escape(e.text)}</li>' for e in found.drift)
     return f"<h3>Drift</h3><p>Runs from here on are not compared with those before:</p><ul>{lines}</ul>"
 
@@ -406,7 +406,7 @@ def _drift(found: Findings) -> str:
 
 def following(found: Findings) -> str:
     items = [
-        f"Confirm {link(k.row.number)}: about {time(f'kept.{k.row.number}.seconds', k.seconds)}, "
+        f"Confirm {link(k.row.number)}: {cost(f'kept.{k.row.number}.seconds', k.seconds)}, "
         f"<code>autoresearch confirm {number(f'kept.{k.row.number}.number', k.row.number)}</code>"
         for k in found.unsettled
         if k.seconds

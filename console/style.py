@@ -17,7 +17,7 @@ h2 { font-size: 1.2rem; margin: 2.6rem 0 .5rem; letter-spacing: -.005em }
 h3 { font-size: 1rem; margin: 1.2rem 0 .2rem }
 p { margin: .4rem 0 .7rem; max-width: 46rem }
 code { font: .92em ui-monospace, "SF Mono", Menlo, "Liberation Mono", monospace; background: var(--panel);
-  padding: .1em .35em; border-radius: .3em }
+  padding: .1em .35em; border-radius: .3em; white-space: nowrap }
 a { color: var(--best) }
 .soft, .scale { color: var(--soft) }
 .scale { margin: .15rem 0 1.2rem }
@@ -28,9 +28,9 @@ a { color: var(--best) }
 .answer .lead { font-size: 1.3rem; line-height: 1.35; margin: 0 0 .5rem; max-width: 50rem }
 .answer p:last-child { margin-bottom: 0 }
 .lead b { font-weight: 650; white-space: nowrap }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(8.6rem, 1fr)); gap: .7rem; margin: 0 0 1.2rem }
-.tile { background: var(--panel); border-radius: .6rem; padding: .6rem .85rem }
-.tile b { display: block; font-size: 1.25rem; white-space: nowrap; font-variant-numeric: tabular-nums }
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(7.7rem, 1fr)); gap: .7rem; margin: 0 0 1.2rem }
+.tile { background: var(--panel); border-radius: .6rem; padding: .6rem .7rem }
+.tile b { display: block; font-size: 1.15rem; white-space: nowrap; font-variant-numeric: tabular-nums }
 .tile span.what { color: var(--soft); font-size: .87rem; line-height: 1.3; display: block }
 svg { display: block; width: 100%; height: auto; overflow: visible }
 svg text { fill: var(--soft); font: 12px system-ui, "Liberation Sans", sans-serif }
