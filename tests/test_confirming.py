@@ -150,7 +150,7 @@ def test_the_verb_tells_the_cost_measures_and_goes_on(made, monkeypatch):
     first, last = pair(kept(lab))
     at = len(world.requests)
     said = verb(monkeypatch, world, "confirm", "--lab", lab.path, "--cost")
-    assert f"#{first}, #{last} on 4 fresh seeds: 8 runs to go, about 42 min" in said
+    assert f"#{first}, #{last} on 4 fresh seeds: 8 runs to go, about 43 min" in said
     assert len(world.requests) == at
     said = verb(monkeypatch, world, "confirm", "--lab", lab.path, "--seeds", 2)
     assert "4 runs to go" in said and "4 of 4" in said
