@@ -20,10 +20,10 @@ from core.live import Event
 from core.outcome import Outcome
 from core.probing import Probe
 from core.recovery import ATTEMPTS
-from core.runs import Runs
+from core.runs import Runs, night
 from core.session import Session
 from core.size import syntax_tokens
-from core.verdict import Night, Rule, Step
+from core.verdict import Rule, Step
 
 DISTURBED = 3  # times that one seed is run, each time disturbed, before the candidate is passed by
 AGAIN = "again"  # status of a step: the run that was made does not count, and is repeated
@@ -236,7 +236,8 @@ class Deciding:
         incumbent = runs.scores(best.number)
         if not incumbent:
             return Step("control", "the best has no run that these could be compared with", first)
-        step = verdict.decide(incumbent, mine, runs.noise(), self._night(e), self.rule(), self._smaller_by(e, best))
+        before = night([x for x in self._session.ledger.experiments() if x.number < e.number])
+        step = verdict.decide(incumbent, mine, runs.noise(), before, self.rule(), self._smaller_by(e, best))
         if step.status in KEPT and max(r.order for r in incumbent) < min(r.order for r in mine):
             reason = f"{step.reason}; before it is kept the best is run beside it, as the machine may have moved"
             return Step("control", reason, 1 + max(r.seed for r in incumbent), step.record)
@@ -257,9 +258,6 @@ class Deciding:
         record = {"rule": STATISTICAL, "simple": simple, "disturbed": why, "runs": len(made)}
         reason = f"passed by: run {times} times, each time disturbed, at last because {why}"
         return Step("discard", reason, record=record)
-
-    def _night(self, e: Experiment) -> Night:
-        return Night.from_records([x.verdict for x in self._session.ledger.experiments() if x.number < e.number])
 
     def _smaller_by(self, e: Experiment, best: Experiment) -> int:
         """Syntax-tree tokens that the candidate has less than the best."""

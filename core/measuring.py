@@ -19,7 +19,7 @@ from core.ledger import Experiment, Sample
 from core.live import Event
 from core.outcome import Outcome, Request, always
 from core.probing import Probe
-from core.runs import Runs
+from core.runs import Runs, night
 from core.session import Session
 from core.versions import changes
 
@@ -142,7 +142,8 @@ class Measuring:
             return
         runs, good = self._runs(), [s for s in made if not s.tainted]
         usual = runs.noise(leave_out=good[-noise.CHANGE_POINTS :])  # what may have moved does not say what is usual
-        if moved := noise.drift(runs.scores(number), usual):
+        fair = night(self._session.ledger.experiments()).fair(runs.scores(number))
+        if moved := noise.drift(fair, usual):
             self._begin_epoch(number, good[-moved.runs :], moved.reason)
 
     def _begin_epoch(self, number: int, carry: Sequence[Sample], why: str) -> None:

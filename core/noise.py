@@ -10,7 +10,6 @@ import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import combinations
 
 import numpy as np
 from scipy.special import ndtri, stdtr
@@ -80,25 +79,24 @@ def _centred(group: Sequence[Run]) -> dict[int, float]:
 
 
 def _correlation(centred: Sequence[dict[int, float]]) -> tuple[float, int]:
-    """(correlation of two recipes at the same seed, degrees of freedom), over all pairs of recipes with two or more
-    seeds in common: the pooled product-moment estimate. Degrees of freedom as in a two-way table: (recipes - 1)(seeds -
-    1) where it is complete, fewer where cells are missing."""
-    products = first = second = 0.0
-    shared_by: dict[int, set[int]] = defaultdict(set)
-    for (i, one), (j, other) in combinations(enumerate(centred), 2):
-        seeds = sorted(one.keys() & other.keys())
-        if len(seeds) < 2:
-            continue
-        x, y = (np.array([c[s] for s in seeds]) for c in (one, other))
-        x, y = x - x.mean(), y - y.mean()
-        products, first, second = products + float(x @ y), first + float(x @ x), second + float(y @ y)
-        for seed in seeds:
-            shared_by[seed] |= {i, j}
-    recipes = set().union(*shared_by.values()) if shared_by else set()
-    pairs = sum(len(found) - 1 for found in shared_by.values()) - max(0, len(recipes) - 1)
-    if pairs < 1 or not first or not second:
+    """(correlation of two recipes at the same seed, degrees of freedom): the products of all pairs of recipes at one
+    seed over their squares, as in an intraclass correlation (Fisher 1925). Degrees of freedom as in a two-way table:
+    (recipes - 1)(seeds - 1) where it is complete, fewer where cells are missing."""
+    by_seed = defaultdict(list)
+    for recipe, scores in enumerate(centred):
+        for seed, value in scores.items():
+            by_seed[seed].append((recipe, value))
+    shared = [found for found in by_seed.values() if len(found) > 1]
+    products = squares = 0.0
+    for found in shared:
+        own = math.fsum(value * value for _, value in found)
+        products += math.fsum(value for _, value in found) ** 2 - own
+        squares += (len(found) - 1) * own
+    recipes = {recipe for found in shared for recipe, _ in found}
+    pairs = sum(len(found) - 1 for found in shared) - max(0, len(recipes) - 1)
+    if pairs < 1 or not squares:
         return 0.0, 0
-    return products / math.sqrt(first * second), pairs
+    return products / squares, pairs
 
 
 @dataclass(frozen=True)

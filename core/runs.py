@@ -13,9 +13,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from core import steady
-from core.ledger import Ledger, Sample
+from core.ledger import Experiment, Ledger, Sample
 from core.noise import Noise, Run, estimate_noise
 from core.steady import Steady
+from core.verdict import Night
 
 DECIDING = ("verdict", "control")  # purposes of the runs that verdicts rest on
 
@@ -34,30 +35,30 @@ class Runs:
 
     def with_run(self, number: int, seed: int, bpb: float) -> Runs:
         """As if experiment `number` had made this one too."""
-        made = Sample(number, seed, bpb, False, dict(self.versions), "", id=-1, epoch=self.epoch)
+        last = self.samples[-1].id if self.samples else 0
+        made = Sample(number, seed, bpb, False, dict(self.versions), "", id=last + 1, epoch=self.epoch)
         return replace(self, samples=[*self.samples, made])
 
     def of_now(self, number: int) -> list[Sample]:
         """The comparable runs of an experiment, disturbed ones too."""
-        return [s for _, s in self._of_now(number)]
+        return [s for s in self.samples if s.number == number and s.purpose in DECIDING and self._is_now(s)]
 
     def scores(self, number: int) -> list[Run]:
         """What a verdict may rest on: the comparable runs that were not disturbed. Where there is no other, as with a
         baseline whose every run was, the disturbed ones."""
-        found = self._of_now(number)
-        good = [(k, s) for k, s in found if not s.tainted]
-        return [Run(s.seed, s.val_bpb, k) for k, s in good or found]
+        found = self.of_now(number)
+        return [_run(s) for s in [s for s in found if not s.tainted] or found]
 
     def noise(self, leave_out: Sequence[Sample] = ()) -> Noise:
         """Of this lab, from every run that was not disturbed but for those that are left out."""
         left_out = {s.id for s in leave_out}
         groups: dict[tuple[int, int, str], list[Run]] = defaultdict(list)
         repeats: dict[tuple[tuple[int, int, str], int], list[float]] = defaultdict(list)
-        for k, s in enumerate(self.samples):
+        for s in self.samples:
             if s.tainted or s.id in left_out:
                 continue
             key = (s.number, s.epoch, json.dumps(s.versions, sort_keys=True))
-            groups[key].append(Run(s.seed, s.val_bpb, k))
+            groups[key].append(_run(s))
             repeats[key, s.seed].append(s.val_bpb)
         return estimate_noise(list(groups.values()), [r for r in repeats.values() if len(r) > 1])
 
@@ -76,12 +77,18 @@ class Runs:
 
     def since(self, number: int) -> list[Sample]:
         """What was run for verdicts since the last good run of experiment `number`; all, where it has none."""
-        last = max((run.order for run in self.scores(number)), default=-1)
-        return [s for s in self.samples[last + 1 :] if s.purpose == "verdict" and s.number != number]
+        last = max((run.order for run in self.scores(number)), default=0)
+        return [s for s in self.samples if s.id > last and s.purpose == "verdict" and s.number != number]
 
     def _is_now(self, s: Sample) -> bool:
         return s.epoch == self.epoch and s.versions == self.versions
 
-    def _of_now(self, number: int) -> list[tuple[int, Sample]]:
-        found = enumerate(self.samples)
-        return [(k, s) for k, s in found if s.number == number and s.purpose in DECIDING and self._is_now(s)]
+
+def night(experiments: Sequence[Experiment]) -> Night:
+    """What these candidates, oldest first, leave for the next one. What was taken back is tested, but not kept."""
+    records = [{k: v for k, v in e.verdict.items() if k != "kept" or e.undone is None} for e in experiments]
+    return Night.from_records(records)
+
+
+def _run(s: Sample) -> Run:
+    return Run(s.seed, s.val_bpb, order=s.id)

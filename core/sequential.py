@@ -27,6 +27,8 @@ from scipy.special import ndtr, ndtri
 
 NODES = 40  # of the Gauss-Legendre rule: crossing probabilities are exact to 1e-6 relative to the level
 FAR = 7.5  # standard deviations: beyond lies less than 1e-13
+FURTHER = 40  # looks at most that are taken to follow
+LEVEL_STEP = 0.03  # of the logarithm
 WEAKEST = 0.025  # one-sided: no look concludes on less than this nominal level, however much may be spent
 
 
@@ -34,12 +36,14 @@ WEAKEST = 0.025  # one-sided: no look concludes on less than this nominal level,
 class Design:
     """One test. `effect` (sds): the gain that the lower line is made for. `patience`: the log of Wald's lower ratio;
     with more of it hopeful ones go on longer. `first_patience`: the same for the first look, which most candidates do
-    not pass. `information`: at which all error is spent and the test ends."""
+    not pass. `information`: at which all error is spent and the test ends. `spending`: the power of the share of
+    information that is the share of error spent by then (Kim and DeMets, Biometrika 1987)."""
 
     effect: float
     patience: float
     first_patience: float
     information: float
+    spending: float = 1.0
 
     def lower(self, look: int, information: float) -> float:
         """The score below which look number `look` (from 0) ends the test."""
@@ -53,10 +57,12 @@ class Design:
 
 @dataclass(frozen=True)
 class Look:
-    """The bounds of one look, on the score's scale: below `lower` it is futile, from `upper` on it is shown."""
+    """The bounds of one look, on the score's scale: below `lower` it is futile, from `upper` on it is shown.
+    `survival`: how likely a null candidate that passed the first look is not futile by now."""
 
     lower: float
     upper: float
+    survival: float
 
 
 @dataclass(frozen=True)
@@ -79,26 +85,63 @@ def bounds(informations: Sequence[float], level: float, design: Design) -> Look:
         raise ValueError(f"{level} is not a level: between 0 and 1")
     if not informations or informations[0] <= 0 or any(b <= a for a, b in pairwise(informations)):
         raise ValueError(f"informations must be positive and rise from look to look: {list(informations)}")
-    rounded = tuple(float(f"{i:.6g}") for i in informations)
-    return _state(rounded, float(f"{level:.3g}"), design).look
+    return _state(tuple(_rounded(i) for i in informations), _rounded_level(level), design).look
 
 
-@lru_cache(maxsize=8192)
+def _rounded(information: float) -> float:
+    return float(f"{information:.6g}")
+
+
+def _rounded_level(level: float) -> float:
+    """Down to one of a few, so that the states of one candidate serve for others: at most 3 % of the level."""
+    return math.exp(math.floor(math.log(level) / LEVEL_STEP) * LEVEL_STEP)
+
+
+@lru_cache(maxsize=32768)
 def _state(informations: tuple[float, ...], level: float, design: Design) -> _State:
     """By recursive integration (Armitage, McPherson and Rowe, JRSS A 1969)."""
     now, number = informations[-1], len(informations) - 1
     lower = design.lower(number, now)
     if number == 0:
         values, weights = _quadrature(lower, FAR * math.sqrt(now))
-        return _State(Look(lower, math.inf), 0.0, values, weights * _normal(values, now))
+        return _State(Look(lower, math.inf, 1.0), 0.0, values, weights * _normal(values, now))
     before = _state(informations[:-1], level, design)
     step = now - informations[-2]
-    may_spend = level * min(1.0, now / design.information) - before.spent
+    may_spend = level * min(1.0, now / design.information) ** design.spending - before.spent
     upper = max(_upper(before, step, may_spend, now), lower)
     spent = before.spent + _crossing(before, step, upper)
     values, weights = _quadrature(lower, min(upper, FAR * math.sqrt(now)))
+    weights = weights * (_normal(values[:, None] - before.values, step) @ before.weights)
+    survival = (spent + float(weights.sum())) / design.passes(informations[0])
+    return _State(Look(lower, upper, min(1.0, survival)), spent, values, weights)
+
+
+def luck(informations: Sequence[float], level: float, design: Design, estimate: float) -> float:
+    """By how much (sds) `estimate` is too high on average because the test concluded: what crosses a bound was lucky.
+
+    The bias of the estimate given that the upper bound is crossed, at these looks or at later ones at the present pace,
+    were the estimate the true effect (Whitehead, "On the bias of maximum likelihood estimation following a sequential
+    test", Biometrika 1986; one step of his adjustment, which corrects too little rather than too much). At least 0."""
+    path = list(informations)
+    pace = max(path[-1] - path[-2], design.information / FURTHER)
+    path += list(np.arange(path[-1] + pace, design.information, pace))
+    rounded, down = tuple(_rounded(i) for i in path), _rounded_level(level)
+    states = [_state(rounded[: k + 1], down, design) for k in range(len(path))]
+    found = [
+        _crossed(before, after, now - then, now)
+        for (before, after), (then, now) in zip(pairwise(states), pairwise(rounded))
+        if math.isfinite(after.look.upper)
+    ]
+    scores, weights, reached = (np.concatenate(part) for part in zip(*found))
+    tilted = weights * np.exp(estimate * scores - estimate**2 * reached / 2)  # from no effect to this one
+    return max(0.0, float(tilted @ (scores / reached) / tilted.sum()) - estimate)
+
+
+def _crossed(before: _State, after: _State, step: float, now: float) -> tuple[NDArray[np.float64], ...]:
+    """Of a look: scores above its upper bound, their weights under the null, and its information, each (NODES,)."""
+    values, weights = _quadrature(after.look.upper, after.look.upper + FAR * math.sqrt(step))
     density = _normal(values[:, None] - before.values, step) @ before.weights
-    return _State(Look(lower, upper), spent, values, weights * density)
+    return values, weights * density, np.full(NODES, now)
 
 
 def _upper(before: _State, step: float, may_spend: float, now: float) -> float:

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from core.apple import departure
 from core.discovery import Tested, expected_effect, level
 from core.evidence import Evidence, looks
 from core.noise import Noise, Run
-from core.sequential import Design, Look, bounds
+from core.sequential import Design, Look, bounds, luck
 
 TAINTING_SHARE = 0.25  # of our own cores' time, taken by other processes: steps and so the score suffer
 LEAST_DF = 2  # degrees of freedom below which an estimated noise is none
@@ -29,44 +29,55 @@ class Rule:
     alpha: float = 0.05  # false keeps among all keeps, at most
     min_effect: float = 0.001  # bpb below which a gain is not worth keeping
     baseline_runs: int = 5  # seeds of the baseline at the start of a lab
-    cap: int = 16  # runs of one candidate, at most
-    control_cap: int = 20  # runs of the incumbent up to which a candidate may ask for more
-    sharing: float = (
-        2.0  # verdicts that a run of the incumbent serves; Dunnett's rule: sqrt(sharing) times as many runs
-    )
+    cap: int = 36  # runs of one candidate, at most
+    control_cap: int = 50  # runs of the incumbent up to which a candidate may ask for more
+    reach: float = 28.0  # information (1/sds²) at which the test for a gain of one sd ends; less for larger gains
+    simplify_reach: float = 12.0  # the same for a simplification
+    sharing: float = 1.5  # verdicts that a run of the incumbent serves; it gets sqrt(sharing) as many (Dunnett)
     effect: float = 1.0  # sds: the gain that is looked for before anything is known of gains
     most_effect: float = 2.0  # sds: what is looked for after large gains, at most
-    shrink: float = 0.8  # of the mean of what was kept: such estimates are too high
-    patience: float = 0.9  # log of Wald's lower ratio: of such gains exp(-0.9) are given up in the end
-    patience_large: float = 1.6  # the same when the largest gains are looked for
+    shrink: float = 0.75  # of the mean of what was kept: such estimates are too high
+    patience: tuple[float, float] = (0.9, 1.75)  # log of Wald's lower ratio, looking for `effect` and for `most_effect`
+    first_patience: tuple[float, float] = (0.4, 1.1)  # the same at the first look
+    spending: float = 0.6  # power of the information's share that is the share of error spent
     wealth: float = 0.8  # of alpha: the most that a night of pure noise keeps anything with
-    decay: float = 1.6  # of LORD++
+    decay: float = 1.6  # of SAFFRON's charges
+    lambda_: float = 0.15  # of SAFFRON
     fresh: int = 20  # runs: nothing is kept against a best that has not been run since
     min_tokens: int = 5  # syntax-tree tokens that a simplification must save
     margin: float = 1.0  # sds that a simplification may lose at most (min_effect, where that is more)
 
-    @property
-    def information(self) -> float:
-        """With both arms at their caps: there a test ends."""
-        return 1 / (1 / self.cap + 1 / self.control_cap)
+    def information(self, effect: float, reach: float) -> float:
+        """At which the test for a gain of `effect` sds ends."""
+        return min(reach / effect**2, 1 / (1 / self.cap + 1 / self.control_cap))
 
 
 @dataclass(frozen=True)
 class Night:
     """The candidates that were tested before this one, oldest first, since the lab began: for being better, and for
-    being no worse (the simplifications)."""
+    being no worse (the simplifications). `luck` (bpb): by how much the runs with the orders `lucky` are too good on
+    average: those that the present incumbent was kept for."""
 
     tested: Sequence[Tested] = ()
     simplified: Sequence[Tested] = ()
+    luck: float = 0.0
+    lucky: frozenset[int] = frozenset()
 
     @classmethod
     def from_records(cls, records: Sequence[Mapping[str, Any]]) -> Night:
         """From each earlier experiment's `Step.record`, oldest first. What has none (a crash, a run that was stopped
         early, the baseline) was not tested and does not count."""
+        kept = [record["kept"] for record in records if record.get("kept")]
         return cls(
             tuple(Tested(**record["tested"]) for record in records if record.get("tested")),
             tuple(Tested(**record["simplified"]) for record in records if record.get("simplified")),
+            float(kept[-1]["luck"]) if kept else 0.0,
+            frozenset(kept[-1]["orders"]) if kept else frozenset(),
         )
+
+    def fair(self, incumbent: Sequence[Run]) -> list[Run]:
+        """The incumbent's runs without the luck that it was kept for: what candidates and drift are judged against."""
+        return [replace(r, bpb=r.bpb + self.luck) if r.order in self.lucky else r for r in incumbent]
 
 
 @dataclass(frozen=True)
@@ -95,12 +106,34 @@ class _Question:
     level: float
     shift: float = 0.0
 
+    def error(self, seen: Sequence[Evidence]) -> float:
+        """How likely this test as a whole concludes for something that is not so."""
+        return self.level * self.design.passes(seen[0].information)
+
     def answer(self, seen: Sequence[Evidence]) -> tuple[str, Look]:
-        """At the last of these looks: "shown", "futile" or "open"; and its bounds."""
-        informations = [one.information for one in seen]
-        look = bounds(informations, self.level * self.design.passes(informations[0]), self.design)
+        """At the last of these looks: "shown", "futile", "spent" (the test is at its end) or "open"; and its bounds."""
+        look = bounds([one.information for one in seen], self.error(seen), self.design)
         score = seen[-1].score(self.shift)
-        return ("shown" if score >= look.upper else "futile" if score < look.lower else "open"), look
+        if score >= look.upper:
+            return "shown", look
+        if score < look.lower:
+            return "futile", look
+        return "spent" if seen[-1].information >= self.design.information else "open", look
+
+    def tested(self, seen: Sequence[Evidence], answer: str, lambda_: float) -> dict[str, Any]:
+        """What later candidates' levels depend on: the fields of `Tested`."""
+        informations = [one.information for one in seen]
+        lasted = len(seen) - (answer == "futile")  # looks at which it was not futile
+        survival = bounds(informations[:lasted], self.error(seen), self.design).survival if lasted else 1.0
+        effect = (seen[-1].gain + self.shift) / seen[-1].sd
+        promising = answer == "shown" or survival <= lambda_
+        return {"passed": lasted > 0, "promising": promising, "found": answer == "shown", "effect": effect}
+
+    def luck(self, seen: Sequence[Evidence]) -> float:
+        """By how much (bpb) the gain is too high on average, having been concluded."""
+        now = seen[-1]
+        informations = [one.information for one in seen]
+        return now.sd * luck(informations, self.error(seen), self.design, now.score() / now.information)
 
 
 def first_runs(rule: Rule) -> int:
@@ -123,7 +156,7 @@ def decide(
     if noise.df < LEAST_DF:
         reason = f"the noise is not known yet: {noise.df:g} degrees of freedom, {LEAST_DF} are needed"
         return Step("control", reason, _unused_seed(incumbent, candidate))
-    return _Case(tuple(incumbent), tuple(candidate), noise, night, rule, smaller_by).step()
+    return _Case(tuple(night.fair(incumbent)), tuple(candidate), noise, night, rule, smaller_by).step()
 
 
 @dataclass(frozen=True)
@@ -146,7 +179,7 @@ class _Case:
             answer = "futile"  # it went on only because it is smaller
         record = self._record(better, look, seen, answer)
         if answer == "shown":
-            return self._shown(seen[-1], record)
+            return self._shown(seen, better, record)
         if answer == "open" and (ask := self._ask(seen[-1], record)):
             return ask
         if simplifies:
@@ -158,12 +191,15 @@ class _Case:
         least, most = (max(effect, rule.min_effect / sd) for effect in (rule.effect, rule.most_effect))
         effect = expected_effect(tested, least, most, rule.shrink)
         share = (effect - least) / (most - least) if most > least else 0.0
-        patience = rule.patience + share * (rule.patience_large - rule.patience)
-        design = Design(effect, patience, rule.patience, rule.information)
-        return _Question(design, level(tested, rule.alpha, rule.wealth, rule.decay))
+        patience, first = (low + share * (high - low) for low, high in (rule.patience, rule.first_patience))
+        design = Design(effect, patience, first, rule.information(effect, rule.reach), rule.spending)
+        return _Question(design, self._level(tested))
 
-    def _shown(self, now: Evidence, record: dict[str, Any]) -> Step:
-        rule, what = self.rule, self._compared(now)
+    def _level(self, tested: Sequence[Tested]) -> float:
+        return level(tested, self.rule.alpha, self.rule.wealth, self.rule.decay, self.rule.lambda_)
+
+    def _shown(self, seen: Sequence[Evidence], better: _Question, record: dict[str, Any]) -> Step:
+        rule, now, what = self.rule, seen[-1], self._compared(seen[-1])
         if now.gain < rule.min_effect:
             record["tested"]["found"] = False
             return Step("discard", f"{what}: real, but less than the {rule.min_effect:g} worth keeping", record=record)
@@ -171,22 +207,26 @@ class _Case:
         if age > rule.fresh:
             reason = f"{what}; the best was last run {age} runs ago, and is run again before this is kept"
             return Step("control", reason, _unused_seed(self.incumbent, self.candidate), record)
+        share = now.information / len(
+            self.candidate
+        )  # of the luck, the candidate's; the incumbent's bad luck is the rest
+        record["kept"] = {"luck": better.luck(seen) * share, "orders": sorted(run.order for run in self.candidate)}
         return Step("keep", f"{what}, more than noise", record=record)
 
     def _simplify(self, seen: Sequence[Evidence], record: dict[str, Any]) -> Step:
         """Not better, or not seen to be; but it is smaller, so no worse than by the margin is enough."""
         rule, now = self.rule, seen[-1]
         margin = max(rule.margin, rule.min_effect / now.sd)
-        design = Design(margin, rule.patience_large, rule.patience_large, rule.information)
-        paid = level(self.night.simplified, rule.alpha, rule.wealth, rule.decay)
-        question = _Question(design, paid, margin * now.sd)
+        patience = rule.patience[-1]
+        information = rule.information(margin, rule.simplify_reach)
+        design = Design(margin, patience, patience, information, rule.spending)
+        question = _Question(design, self._level(self.night.simplified), margin * now.sd)
         answer, _ = question.answer(seen)
         if answer == "open" and (ask := self._ask(now, record)):
             return ask
-        passed = len(seen) > 1 or answer != "futile"
-        found = answer == "shown" and now.gain > -rule.min_effect
-        record["simplified"] = {"passed": passed, "found": found, "effect": now.gain / now.sd}
-        if found:
+        record["simplified"] = question.tested(seen, answer, rule.lambda_)
+        if answer == "shown" and now.gain > -rule.min_effect:
+            record["kept"] = {"luck": 0.0, "orders": []}
             reason = (
                 f"{self.smaller_by} tokens less, and {self._compared(now)}: a loss of {question.shift:.6f} is ruled out"
             )
@@ -231,16 +271,12 @@ class _Case:
             "z": now.z(),
             "needed_z": look.upper / root if math.isfinite(look.upper) else None,
             "hopeless_z": look.lower / root,
-            "level": question.level * question.design.passes(seen[0].information),
+            "level": question.error(seen),
             "looked_for": question.design.effect * now.sd,
             "noise": asdict(self.noise),
             "correlation_used": self.noise.trusted_correlation(),
             "simple": decide_simple(recorded, single, self.rule.min_effect).status,
-            "tested": {
-                "passed": len(seen) > 1 or answer != "futile",
-                "found": answer == "shown",
-                "effect": now.gain / now.sd,
-            },
+            "tested": question.tested(seen, answer, self.rule.lambda_),
         }
 
 

@@ -250,7 +250,13 @@ class TestASmallLab:
         file.write_bytes(before)
 
     def test_other_settings_are_refused(self, small: Shell) -> None:
-        for option in (["--budget", "2"], ["--data", "tinystories"], ["--text", "x"], ["--backend", "cuda"]):
+        for option in (
+            ["--budget", "2"],
+            ["--verdict", "statistical"],
+            ["--data", "tinystories"],
+            ["--text", "x"],
+            ["--backend", "cuda"],
+        ):
             error = small("run", "small", *option, status=1).stderr
             assert "locked" in error and option[0] in error
         assert "exists and is not empty" in small("init", "small", status=1).stderr

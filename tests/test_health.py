@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -102,12 +103,12 @@ def test_the_spread_of_step_rates_is_within_recipes():
 
 
 def sample(number, seed, bpb, **given):
-    fields = {"tainted": False, "versions": {"torch": "2"}, "created": "", "id": 100 * number + seed, **given}
+    fields = {"tainted": False, "versions": {"torch": "2"}, "created": "", **given}
     return Sample(number, seed, bpb, **fields)
 
 
 def test_only_runs_of_this_epoch_and_these_versions_are_compared():
-    samples = [
+    made = [
         sample(1, 42, 2.0),
         sample(1, 43, 2.1, epoch=1, tainted=True),
         sample(1, 43, 2.2, epoch=1),
@@ -116,8 +117,9 @@ def test_only_runs_of_this_epoch_and_these_versions_are_compared():
         sample(1, 1042, 2.5, epoch=1, purpose="confirm"),
         sample(2, 42, 1.0, epoch=1, tainted=True),
     ]
+    samples = [replace(s, id=10 * k) for k, s in enumerate(made, 1)]
     runs = Runs(samples, 1, {"torch": "2"})
-    assert [(r.seed, r.bpb, r.order) for r in runs.scores(1)] == [(43, 2.2, 2), (45, 2.4, 4)]
+    assert [(r.seed, r.bpb, r.order) for r in runs.scores(1)] == [(43, 2.2, 30), (45, 2.4, 50)]
     assert [r.bpb for r in runs.scores(2)] == [1.0], "there is no other"
     assert [r.bpb for r in runs.with_run(2, 43, 1.5).scores(2)] == [1.5]
     assert [s.number for s in runs.since(1)] == [2]

@@ -154,7 +154,22 @@ def shell(tmp_path):
 
 def test_three_experiments_of_the_search(shell, tmp_path: Path):
     """The shipped recipe, fitted to this machine, through init, run, log and sample."""
-    shell("init", "night", "--backend", "mlx", "--data", "kjv", "--vocab", "512", "--profile", "demo", "--budget", "4")
+    shell(
+        "init",
+        "night",
+        "--backend",
+        "mlx",
+        "--data",
+        "kjv",
+        "--vocab",
+        "512",
+        "--profile",
+        "demo",
+        "--budget",
+        "4",
+        "--verdict",
+        "simple",
+    )
     settings = json.loads(shell("status", "night", "--json"))
     assert "mlx" in json.dumps(settings)
     shell("run", "night", "--experiments", "3")

@@ -31,7 +31,7 @@ class Placebos:
 
 @pytest.mark.slow
 def test_a_placebo_night_keeps_nothing(tmp_path, settings, tiny_recipe):
-    chosen = replace(settings, verdict="statistical", budget=0.7, eval_tokens=1024, audit_points=64)
+    chosen = replace(settings, verdict="statistical", budget=2.0, eval_tokens=1024, audit_points=64)
     lab = make_lab(tmp_path / "night", chosen, first=tiny_recipe.encode())
     said = Loop(lab, Placebos(), LocalExecutor(), lambda event: None).run(Limits(experiments=3))
     found = lab.ledger.experiments()

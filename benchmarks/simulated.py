@@ -1,0 +1,236 @@
+"""Nights of the loop on a machine that is only a random number generator: what `benchmarks.nights` counts.
+
+All verdicts come from the real functions of core. Effects are in noise sds, device time in budgets (full runs).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+
+from core.noise import Noise, Run, drift, estimate_noise
+from core.verdict import Night, Rule, Step, decide, decide_simple, first_runs
+
+SD = 0.01  # bpb: the noise of one run
+START = 5.0  # bpb of the baseline, far enough from 0 for any night's gains
+CONFIRMATION = 5  # fresh seeds of the baseline and of the winner, at the end
+FRESH_SEED = 100_000
+
+
+@dataclass(frozen=True)
+class World:
+    """What the candidates and the machine are like. A gain is relative to the incumbent of the moment."""
+
+    name: str
+    better: float = 0.0  # share of candidates with a true gain
+    gain: float = 2.0  # sds, of those
+    worse: float = 0.0  # share of the others that is worse, by |N(0, spread)| sds; the rest of them changes nothing
+    spread: float = 3.0
+    correlation: float = 0.0  # of two recipes at one seed
+    candidate_noise: float = 1.0  # sds of a candidate's run
+    creep: float = 0.0  # sds by which every score rises from the night's first candidate to its last
+    step: float = 0.0  # sds by which every score rises once, after a random candidate
+    candidates: int = 100
+    # Early stopping: of those worse by `hopeless` sds or more `caught` are stopped after `share` of the budget, and of
+    # the others `false_stops`.
+    hopeless: float = 4.0
+    caught: float = 0.8
+    share: float = 0.5
+    false_stops: float = 0.01
+
+
+@dataclass
+class Recipe:
+    level: float  # true bpb, without drift
+    noise: float = 1.0
+    runs: list[Run] = field(default_factory=list)
+
+
+class Machine:
+    """Runs recipes and counts the time."""
+
+    def __init__(self, world: World, random: np.random.Generator) -> None:
+        self.world = world
+        self.random = random
+        self.time = 0.0  # budgets
+        self.order = 0
+        self.candidate = 0
+        self._seeds: dict[int, float] = {}  # what a seed does to every recipe, sds
+        self._step_at = int(random.integers(world.candidates // 5, 4 * world.candidates // 5 + 1))
+
+    def run(self, recipe: Recipe, seed: int) -> Run:
+        """One run; it is added to the recipe's."""
+        run = Run(seed, self.score(recipe, seed), self.order)
+        self.time += 1
+        self.order += 1
+        recipe.runs.append(run)
+        return run
+
+    def score(self, recipe: Recipe, seed: int) -> float:
+        shared = self.world.correlation
+        common = self._seeds.setdefault(seed, float(self.random.normal())) if shared else 0.0
+        own = float(self.random.normal())
+        noise = recipe.noise * (math.sqrt(shared) * common + math.sqrt(1 - shared) * own)
+        return recipe.level + SD * (noise + self._moved())
+
+    def _moved(self) -> float:
+        """Sds by which the machine has drifted."""
+        creep = self.world.creep * self.candidate / self.world.candidates
+        return creep + (self.world.step if self.candidate > self._step_at else 0.0)
+
+    def draw(self, incumbent: Recipe) -> tuple[float, Recipe]:
+        """The next candidate: (true gain in sds, recipe)."""
+        self.candidate += 1
+        world, dice = self.world, self.random
+        gain = world.gain if dice.random() < world.better else 0.0
+        if not gain and dice.random() < world.worse:
+            gain = -abs(float(dice.normal(0, world.spread)))
+        return gain, Recipe(incumbent.level - SD * gain, world.candidate_noise)
+
+    def stops(self, gain: float) -> bool:
+        """Is the candidate's first run stopped early? Then its share of the time is counted."""
+        world = self.world
+        stopped = self.random.random() < (world.caught if gain <= -world.hopeless else world.false_stops)
+        self.time += world.share if stopped else 0.0
+        return bool(stopped)
+
+
+@dataclass
+class Result:
+    """One night. Gains in sds."""
+
+    better: int = 0  # candidates with a true gain
+    found: int = 0  # of those, kept
+    false: int = 0  # kept without a true gain
+    time: float = 0.0
+    controls: int = 0
+    epochs: int = 0  # drifts that were seen
+    true_gain: float = 0.0  # from the baseline to the winner
+    claimed_gain: float = 0.0  # by the scores that the verdicts were made from
+    confirmed_gain: float = 0.0  # re-measured on fresh seeds
+
+    def count(self, gain: float, kept: bool) -> None:
+        self.better += gain > 0
+        self.found += kept and gain > 0
+        self.false += kept and gain <= 0
+
+
+Strategy = Callable[[World, np.random.Generator], Result]
+
+
+class Statistical:
+    """The loop under `core.verdict.decide`."""
+
+    def __init__(self, rule: Rule) -> None:
+        self.rule = rule
+
+    def __call__(self, world: World, random: np.random.Generator) -> Result:
+        return _Played(world, random, self.rule).night()
+
+
+class _Played:
+    """One night of `Statistical`."""
+
+    def __init__(self, world: World, random: np.random.Generator, rule: Rule) -> None:
+        self.world, self.rule = world, rule
+        self.machine = Machine(world, random)
+        self.result = Result()
+        self.baseline = self.incumbent = Recipe(START)
+        self.groups = [self.baseline.runs]  # of one recipe and epoch each
+        self.before = Night()
+        self.records: list[Mapping[str, Any]] = []
+
+    def night(self) -> Result:
+        for seed in range(first_runs(self.rule)):
+            self.machine.run(self.baseline, seed)
+        for _ in range(self.world.candidates):
+            gain, candidate = self.machine.draw(self.incumbent)
+            step = None if self.machine.stops(gain) else self._judge(candidate)
+            kept = step is not None and step.status == "keep"
+            self.result.count(gain, kept)
+            if step is not None:
+                self.records.append(step.record)
+                self.before = Night.from_records(self.records)
+            if step is not None and kept:
+                self.result.claimed_gain += float(step.record["gain"]) / SD
+                self.incumbent = candidate
+        return _ended(self.machine, self.result, self.baseline, self.incumbent)
+
+    def _judge(self, candidate: Recipe) -> Step:
+        last = self.incumbent.runs[-1]
+        if self.machine.order - last.order > self.rule.fresh:
+            self._control(candidate, last.seed + 1)
+        self.groups.append(candidate.runs)
+        self.machine.run(candidate, 0)
+        while True:
+            step = decide(self.incumbent.runs, candidate.runs, self._noise(), self.before, self.rule)
+            if step.seed is None:
+                return step
+            if step.status == "more":
+                self.machine.run(candidate, step.seed)
+            else:
+                self._control(candidate, step.seed)
+            if not candidate.runs:  # all of them were made before a drift
+                self.machine.run(candidate, 0)
+
+    def _control(self, candidate: Recipe, seed: int) -> None:
+        """Run the incumbent again, and begin a new epoch if it has moved."""
+        self.machine.run(self.incumbent, seed)
+        self.result.controls += 1
+        moved = drift(self.before.fair(self.incumbent.runs), self._noise())
+        if moved:
+            self.result.epochs += 1
+            since = self.incumbent.runs[-moved.runs].order
+            for recipe in (self.incumbent, candidate):
+                new = [run for run in recipe.runs if run.order >= since]
+                recipe.runs[:] = [run for run in recipe.runs if run.order < since]  # the old epoch's group
+                recipe.runs = new
+                self.groups.append(new)
+
+    def _noise(self) -> Noise:
+        return estimate_noise([group for group in self.groups if len(group) > 1])
+
+
+class Simple:
+    """Upstream's rule: keep what scores lower than the best's recorded score. `seeds`: runs whose mean is recorded.
+    `margin` (sds): by how much lower. A loop without early stopping and without re-runs."""
+
+    def __init__(self, seeds: int = 1, margin: float = 0.0) -> None:
+        self.seeds = seeds
+        self.margin = margin
+
+    def __call__(self, world: World, random: np.random.Generator) -> Result:
+        machine, result = Machine(world, random), Result()
+        baseline = incumbent = Recipe(START)
+        recorded = self._measure(machine, baseline)
+        for _ in range(world.candidates):
+            gain, candidate = machine.draw(incumbent)
+            scores = self._measure(machine, candidate)
+            kept = decide_simple(recorded, scores, self.margin * SD).status == "keep"
+            result.count(gain, kept)
+            if kept:
+                result.claimed_gain += (math.fsum(recorded) - math.fsum(scores)) / self.seeds / SD
+                incumbent, recorded = candidate, scores
+        return _ended(machine, result, baseline, incumbent)
+
+    def _measure(self, machine: Machine, recipe: Recipe) -> list[float]:
+        return [machine.run(recipe, seed).bpb for seed in range(self.seeds)]
+
+
+def _ended(machine: Machine, result: Result, baseline: Recipe, winner: Recipe) -> Result:
+    """With the gain confirmed on fresh seeds, in pairs, both at the night's end. Its time is not the search's."""
+    result.time = machine.time
+    result.true_gain = (baseline.level - winner.level) / SD
+    seeds = range(FRESH_SEED, FRESH_SEED + CONFIRMATION)
+    lost, won = ([machine.score(recipe, seed) for seed in seeds] for recipe in (baseline, winner))
+    result.confirmed_gain = (math.fsum(lost) - math.fsum(won)) / CONFIRMATION / SD
+    return result
+
+
+def nights(world: World, strategy: Strategy, seeds: list[np.random.SeedSequence]) -> list[dict[str, float]]:
+    """One night for each seed."""
+    return [asdict(strategy(world, np.random.default_rng(seed))) for seed in seeds]
