@@ -9,12 +9,13 @@ from typing import Any, NoReturn
 
 import click
 
-from console.options import Duration, Moment
+from console.options import ASKING, Duration, Moment, asking_options, making_options
 
 SECTIONS = {
     "The three that matter": ["run", "log", "report"],
     "Before": ["doctor", "prepare", "init"],
     "One experiment": ["try", "wait", "train"],
+    "Afterwards": ["confirm", "finalize"],
     "Look": ["status", "best", "show", "diff", "sample"],
     "Compare": ["bench"],
     "For agents": ["mcp"],
@@ -158,50 +159,6 @@ def _lab_option(function: Callable[..., Any]) -> Callable[..., Any]:
     )
 
 
-def _making_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """What a new lab is made from; locked afterwards."""
-    options = [
-        click.option("--backend", metavar="NAME", help="cuda, rtx, mlx or cpu; default: what this machine has."),
-        click.option("--data", metavar="NAME", help="kjv, tinystories, climbmix or a prepared folder."),
-        click.option("--text", type=click.Path(path_type=Path), metavar="PATH", help="Your own text instead."),
-        click.option("--vocab", type=click.IntRange(min=258), metavar="N", help="Tokens in the vocabulary."),
-        click.option("--profile", metavar="NAME", help="What the recipe starts from; default: fitted to here."),
-        click.option("--budget", type=Duration(least=0.5), metavar="S", help="Training time of an experiment: 60, 5m."),
-        click.option(
-            "--verdict", type=click.Choice(["statistical", "simple"]), help="The rule that keeps; default: statistical."
-        ),
-        click.option("--from", "source", type=click.Path(path_type=Path), metavar="DIR", help="An upstream clone."),
-        click.option("--tag", metavar="TAG", help="Name of the lab; default from the date, like nov24."),
-    ]
-    for option in reversed(options):
-        function = option(function)
-    return function
-
-
-def _asking_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """How researchers that cost money are asked; each takes those that it knows."""
-    options = [
-        click.option("--model", metavar="NAME", help="Which model answers; default: claude-opus-5-5."),
-        click.option("--effort", metavar="E", help="low, medium, high, xhigh or max; default: high."),
-        click.option("--max-cost", type=click.FloatRange(min=0), metavar="USD", help="Most that this run spends; 10."),
-        click.option("--max-tokens", type=click.IntRange(min=1), metavar="N", help="The same in tokens of all kinds."),
-        click.option(
-            "--command", metavar="LINE", help='A coding agent, with --researcher command: "agent {prompt_file}".'
-        ),
-        click.option("--time-limit", type=Duration(least=1), metavar="S", help="For one answer of an agent; 20m."),
-        click.option("--pass-env", metavar="A,B", help="Variables that an agent gets on top of the usual ones."),
-        click.option(
-            "--attempts", type=click.IntRange(1, 3), metavar="N", help="At one idea that crashes; default: 3."
-        ),
-    ]
-    for option in reversed(options):
-        function = option(function)
-    return function
-
-
-ASKING = ("model", "effort", "max_cost", "max_tokens", "command", "time_limit", "pass_env", "attempts")
-
-
 def verb(name: str) -> Callable[[Callable[..., Any]], Any]:
     """A verb of the command line; its docstring is the help, examples included."""
 
@@ -246,8 +203,8 @@ def cli() -> None:
 @click.option("--demo", is_flag=True, help="About five minutes on two cores: small text, short budgets.")
 @click.option("--notify", metavar="URL", envvar="AUTORESEARCH_NOTIFY", help="Post keeps, stalls and the end there.")
 @click.option("--strict", is_flag=True, help="Refuse to run where the sandbox lacks anything.")
-@_asking_options
-@_making_options
+@asking_options
+@making_options
 def run(lab: str | None, as_json: bool, **options: Any) -> int:
     """Research until told to stop. Makes the lab and the data where they are missing.
 
@@ -292,7 +249,10 @@ def log(lab: str | None, as_json: bool, follow: bool, limit: int | None, kept: b
 @_lab_argument
 @click.option("--out", type=click.Path(path_type=Path), metavar="DIR", help="Where to write; default: the lab.")
 def report(lab: str | None, as_json: bool, out: Path | None) -> None:
-    """The night as a picture: report.html (one self-contained page) and report.png.
+    """The night as a page, report.html, with its picture, report.png, and in short, report.md. Never trains.
+
+    It says what was gained, whether that holds on fresh seeds and on text that no decision has seen, what was tried,
+    where the time went, and what to try next.
 
     \b
     autoresearch report
@@ -301,6 +261,51 @@ def report(lab: str | None, as_json: bool, out: Path | None) -> None:
     from console.report import report_verb
 
     report_verb(_screen(as_json), lab, out)
+
+
+# --- afterwards --------------------------------------------------------------------------------
+
+
+@verb("confirm")
+@click.argument("number", type=click.IntRange(min=1), metavar="[N]", required=False)
+@click.option("--seeds", type=click.IntRange(1, 64), default=4, show_default=True, metavar="K", help="Of each.")
+@click.option("--kept", is_flag=True, help="All that was kept, each against the one before it.")
+@click.option("--holdout/--no-holdout", default=None, help="Score the holdout too; default: for baseline and winner.")
+@click.option("--cost", is_flag=True, help="Only say how long it would take.")
+@_lab_option
+def confirm(number: int | None, as_json: bool, lab: str | None, **options: Any) -> int:
+    """Measure again on fresh seeds, which no decision has seen: baseline and winner, or experiment N.
+
+    A score that was kept because it came out low flatters; fresh seeds do not. Ctrl-C ends at once, and the same
+    command goes on where it stopped. With --json: one JSON line for each event.
+
+    \b
+    autoresearch confirm
+    autoresearch confirm 12 --seeds 6
+    autoresearch confirm --kept --cost
+    """
+    from console.confirming import confirm_verb
+
+    return confirm_verb(_screen(as_json), lab, number, **options)
+
+
+@verb("finalize")
+@_lab_argument
+@click.option("--branch", metavar="NAME", help="Default: autoresearch/TAG-final.")
+@click.option("--unconfirmed", is_flag=True, help="Also what is not settled or not confirmed; commits say so.")
+@click.option("--dry-run", is_flag=True, help="Only say what it would do.")
+def finalize(lab: str | None, as_json: bool, branch: str | None, unconfirmed: bool, dry_run: bool) -> None:
+    """Put the changes that hold on fresh seeds on a clean branch, one commit each, with the effect re-measured.
+
+    What did not replicate is left out where the rest can be made without it. Your files are not touched.
+
+    \b
+    autoresearch finalize
+    autoresearch finalize nov24 --branch for-review --dry-run
+    """
+    from console.confirming import finalize_verb
+
+    finalize_verb(_screen(as_json), lab, branch, unconfirmed, dry_run)
 
 
 # --- before ------------------------------------------------------------------------------------
@@ -323,7 +328,7 @@ def doctor(as_json: bool, backend: str | None, bundle: bool) -> int:
 
 @verb("init")
 @_lab_argument
-@_making_options
+@making_options
 def init(lab: str | None, as_json: bool, **options: Any) -> None:
     """Make a lab without running it: fits the recipe to this machine, commits it, locks the settings.
 

@@ -1,7 +1,9 @@
-"""Kinds of values that options of the command line take."""
+"""Kinds of values that options of the command line take, and groups of options that several verbs share."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import click
@@ -44,3 +46,47 @@ class Moment(click.ParamType):
         now = datetime.now()
         moment = now.replace(hour=wanted.hour, minute=wanted.minute, second=0, microsecond=0)
         return (moment if moment > now else moment + timedelta(days=1)).timestamp()
+
+
+def making_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """What a new lab is made from; locked afterwards."""
+    options = [
+        click.option("--backend", metavar="NAME", help="cuda, rtx, mlx or cpu; default: what this machine has."),
+        click.option("--data", metavar="NAME", help="kjv, tinystories, climbmix or a prepared folder."),
+        click.option("--text", type=click.Path(path_type=Path), metavar="PATH", help="Your own text instead."),
+        click.option("--vocab", type=click.IntRange(min=258), metavar="N", help="Tokens in the vocabulary."),
+        click.option("--profile", metavar="NAME", help="What the recipe starts from; default: fitted to here."),
+        click.option("--budget", type=Duration(least=0.5), metavar="S", help="Training time of an experiment: 60, 5m."),
+        click.option(
+            "--verdict", type=click.Choice(["statistical", "simple"]), help="The rule that keeps; default: statistical."
+        ),
+        click.option("--from", "source", type=click.Path(path_type=Path), metavar="DIR", help="An upstream clone."),
+        click.option("--tag", metavar="TAG", help="Name of the lab; default from the date, like nov24."),
+    ]
+    for option in reversed(options):
+        function = option(function)
+    return function
+
+
+def asking_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """How researchers that cost money are asked; each takes those that it knows."""
+    options = [
+        click.option("--model", metavar="NAME", help="Which model answers; default: claude-opus-5-5."),
+        click.option("--effort", metavar="E", help="low, medium, high, xhigh or max; default: high."),
+        click.option("--max-cost", type=click.FloatRange(min=0), metavar="USD", help="Most that this run spends; 10."),
+        click.option("--max-tokens", type=click.IntRange(min=1), metavar="N", help="The same in tokens of all kinds."),
+        click.option(
+            "--command", metavar="LINE", help='A coding agent, with --researcher command: "agent {prompt_file}".'
+        ),
+        click.option("--time-limit", type=Duration(least=1), metavar="S", help="For one answer of an agent; 20m."),
+        click.option("--pass-env", metavar="A,B", help="Variables that an agent gets on top of the usual ones."),
+        click.option(
+            "--attempts", type=click.IntRange(1, 3), metavar="N", help="At one idea that crashes; default: 3."
+        ),
+    ]
+    for option in reversed(options):
+        function = option(function)
+    return function
+
+
+ASKING = ("model", "effort", "max_cost", "max_tokens", "command", "time_limit", "pass_env", "attempts")

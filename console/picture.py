@@ -13,6 +13,8 @@ from console.words import bpb, plural, shorten
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+    from console.findings import Level
+
 # Okabe and Ito's colours: told apart by people with any common colour blindness. Shapes say the same again.
 KEEP, BEST_LINE, DISCARD, FAIL, INK = "#007a5a", "#0072b2", "#8a8a8a", "#c44e00", "#222222"
 
@@ -37,13 +39,16 @@ def staircase(rows: Sequence[Row]) -> tuple[list[int], list[float]]:
     return numbers, values
 
 
-def window(rows: Sequence[Row]) -> tuple[float, float]:
-    """The range of val_bpb that is drawn: mostly the staircase; far worse experiments go to the upper edge."""
+def window(rows: Sequence[Row], levels: Sequence[Level] = ()) -> tuple[float, float]:
+    """The range of val_bpb that is drawn: mostly the staircase and its band; far worse experiments go to the upper
+    edge."""
     values = sorted(r.val_bpb for r in scored(rows) if r.val_bpb is not None)
     if not values:
         return 0.0, 1.0
     kept = [r.val_bpb for r in rows if r.kept and r.val_bpb is not None] or values
     low, first = min(min(kept), values[0]), max(kept)
+    low = min([low, *(x for level in levels for x in (level.estimate.low, level.estimate.mean) if x is not None)])
+    first = max([first, *(x for level in levels for x in (level.estimate.high, level.estimate.mean) if x is not None)])
     usual = values[min(len(values) - 1, math.ceil(0.8 * len(values)))]
     span = max(first - low, 1e-3 * low, 1e-4)
     high = max(first, min(usual, first + 0.75 * span))
@@ -51,8 +56,19 @@ def window(rows: Sequence[Row]) -> tuple[float, float]:
     return low - pad, high + pad
 
 
-def draw(rows: Sequence[Row], scale: Scale, title: str, path: Path) -> Path:
-    """Write the picture to `path` (PNG, 1600 x 800 pixels)."""
+def crowd(rows: Sequence[Row], apart: float) -> list[Row]:
+    """Of what was kept, those that get a name: at least `apart` experiments from each other, the largest gains
+    first."""
+    kept = [r for r in rows if r.kept and r.val_bpb is not None]
+    chosen: list[Row] = []
+    for r in sorted(kept, key=lambda r: (r is not kept[0], r.delta or 0.0)):
+        if all(abs(r.number - other.number) >= apart for other in chosen):
+            chosen.append(r)
+    return chosen
+
+
+def draw(rows: Sequence[Row], scale: Scale, title: str, path: Path, levels: Sequence[Level] = ()) -> Path:
+    """Write the picture to `path` (PNG, 1600 x 800 pixels). Without `levels` the best is as it was recorded."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -60,10 +76,11 @@ def draw(rows: Sequence[Row], scale: Scale, title: str, path: Path) -> Path:
     FigureCanvasAgg(figure)
     axes = figure.add_axes((0.07, 0.1, 0.915, 0.74))
     _frame(figure, axes, scale, title)
-    low, high = window(rows)
+    low, high = window(rows, levels)
     axes.set_ylim(low, high)
     last = max([r.number for r in rows], default=1)
     axes.set_xlim(min([r.number for r in rows], default=0) - 0.03 * last - 0.4, last * 1.12 + 0.6)
+    _best(axes, rows, levels)
     _points(axes, rows, low, high)
     _labels(axes, rows, low, high)
     if scored(rows):
@@ -92,10 +109,25 @@ def _frame(figure: Any, axes: Axes, scale: Scale, title: str) -> None:
     axes.tick_params(colors="#444444")
 
 
-def _points(axes: Axes, rows: Sequence[Row], low: float, high: float) -> None:
+def _best(axes: Axes, rows: Sequence[Row], levels: Sequence[Level]) -> None:
+    """The running best, with its band where the noise of the lab is known."""
     numbers, values = staircase(rows)
-    if numbers:
-        axes.step(numbers, values, where="post", color=BEST_LINE, linewidth=2.2, zorder=3, label="best so far")
+    if not numbers:
+        return
+    if levels:
+        starts = [level.first for level in levels]
+        numbers = [*starts, max(numbers[-1], starts[-1])]
+        values = [level.estimate.mean for level in levels]
+        values.append(values[-1])
+    bounds = [(level.estimate.low, level.estimate.high) for level in levels]
+    for left, right, (low, high) in zip(numbers, numbers[1:], bounds, strict=False):
+        if low is not None and high is not None:
+            label = "" if axes.collections else "95 % band"
+            axes.fill_between([left, right], low, high, color=BEST_LINE, alpha=0.15, linewidth=0, zorder=2, label=label)
+    axes.step(numbers, values, where="post", color=BEST_LINE, linewidth=2.2, zorder=3, label="best so far")
+
+
+def _points(axes: Axes, rows: Sequence[Row], low: float, high: float) -> None:
     groups: dict[str, list[Row]] = {"kept": [], "not kept": [], "off": [], "failed": []}
     for r in rows:
         if r.failed:
@@ -131,16 +163,10 @@ def _points(axes: Axes, rows: Sequence[Row], low: float, high: float) -> None:
 
 def _labels(axes: Axes, rows: Sequence[Row], low: float, high: float) -> None:
     """The kept ones' descriptions, slanted; of a crowd, the ones that gained most."""
-    kept = [r for r in rows if r.kept and r.val_bpb is not None]
-    if not kept:
+    if not rows:
         return
     wide = max(r.number for r in rows) - min(r.number for r in rows) or 1
-    apart = wide / 30
-    chosen: list[Row] = []
-    for r in sorted(kept, key=lambda r: (r is not kept[0], r.delta or 0.0)):
-        if all(abs(r.number - other.number) >= apart for other in chosen):
-            chosen.append(r)
-    for r in chosen:
+    for r in crowd(rows, wide / 30):
         axes.annotate(
             f"{shorten(r.description, 40)}  {bpb(r.val_bpb)}",
             (r.number, r.val_bpb or low),

@@ -1,57 +1,57 @@
-"""report: the night as a page and a picture, and in a few lines here."""
+"""report: the night as a page, a picture and a text; never trains anything."""
 
 from __future__ import annotations
 
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from console import places, tables
+from console.findings import Findings, findings, read
+from console.markdown import answer, markdown
 from console.output import Screen
 from console.page import page
 from console.picture import draw, title
 from console.words import bpb, delta, duration
 from core.errors import UserError
 
-if TYPE_CHECKING:
-    from core.lab import Lab
-
 
 def report_verb(screen: Screen, given: str | None, out: Path | None) -> None:
     lab = places.find(screen, given)
-    view = places.look(lab)
-    if not view.rows:
+    record = read(lab)
+    if not record.rows:
         raise UserError(f"lab {lab.tag} has no experiment to report", "autoresearch run")
+    found = findings(record)
     folder = out.expanduser() if out else lab.path
-    html, png = write(lab, view, folder)
+    html, png, text = write(found, folder)
     screen.document({
-        "lab": places.about(lab), "html": str(html), "png": str(png), "total": view.total.to_json(),
-        "kept": [r.to_json() for r in view.rows if r.kept],
+        "lab": places.about(lab), "html": str(html), "png": str(png), "markdown": str(text),
+        "total": found.total.to_json(), "kept": [r.to_json() for r in found.rows if r.kept],
     })  # fmt: skip
     if screen.as_json:
         return
-    screen.say(f"{view.scale}; lower is better")
-    screen.say(tables.tally_line(view.total))
-    for r in [r for r in view.rows if r.kept][-12:]:
+    screen.say(f"{record.scale}; lower is better")
+    screen.say(tables.tally_line(found.total))
+    for line in answer(found):
+        screen.say(line)
+    for r in [r for r in found.rows if r.kept][-12:]:
         screen.say(f"  #{r.number:<4} {bpb(r.val_bpb)}  {delta(r.delta) or 'baseline':<8} {r.description}")
-    spent = sum(r.seconds or 0.0 for r in view.rows)
-    uses = tables.uses_line(view.total)
-    screen.say(f"{duration(spent)} of experiments" + (f"; {uses}" if uses else ""))
+    uses = tables.uses_line(found.total)
+    screen.say(f"{duration(found.time.busy)} of experiments" + (f"; {uses}" if uses else ""))
     screen.say(f"page     {places.spelled(html)}")
     screen.say(f"picture  {places.spelled(png)}")
+    screen.say(f"text     {places.spelled(text)}")
 
 
-def write(lab: Lab, view: places.Picture, folder: Path) -> tuple[Path, Path]:
-    """report.html and report.png in the folder, each replaced as a whole."""
+def write(found: Findings, folder: Path) -> tuple[Path, Path, Path]:
+    """report.html, report.png and report.md in the folder, each replaced as a whole."""
     folder.mkdir(parents=True, exist_ok=True)
-    diffs = {r.number: lab.diff(r.number) for r in view.rows if r.number > view.rows[0].number}
     made = f"{datetime.now():%d %B %Y, %H:%M}".lstrip("0")
-    text = page(lab.tag, view.rows, view.scale, view.total, diffs, made)
-    html, png = folder / "report.html", folder / "report.png"
-    beside = folder / ".report.html.tmp"
-    beside.write_text(text, encoding="utf-8")
-    beside.replace(html)
+    html, png, text = (folder / f"report.{kind}" for kind in ("html", "png", "md"))
+    for file, content in ((html, page(found, made)), (text, markdown(found, made))):
+        beside = folder / f".{file.name}.tmp"
+        beside.write_text(content, encoding="utf-8")
+        beside.replace(file)
     beside = folder / ".report.tmp.png"
-    draw(view.rows, view.scale, title(lab.tag, view.rows), beside)
+    draw(found.rows, found.record.scale, title(found.record.tag, found.rows), beside, found.levels)
     beside.replace(png)
-    return html, png
+    return html, png, text

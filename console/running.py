@@ -166,8 +166,8 @@ def _check_locked(lab: Lab, wishes: Wishes) -> None:
 
 def _run(screen: Screen, lab: Lab, who: tuple[Any, Any], limits: Limits, demo: bool, notify: str | None) -> int:
     """`who`: the researcher, and who stands in for it (None: nobody)."""
+    from console.confirming import research
     from core.executor import LocalExecutor
-    from core.loop import Limits as LoopLimits
     from core.loop import Loop
     from core.windows import warnings
 
@@ -180,7 +180,7 @@ def _run(screen: Screen, lab: Lab, who: tuple[Any, Any], limits: Limits, demo: b
             for warning in warnings(lab.path, os.environ):
                 screen.say(f"  warning: {warning}")
             _prices(screen, lab, [w for w in who if w])
-            summary = loop.run(LoopLimits(experiments=limits.experiments, deadline=limits.deadline))
+            summary = research(screen, loop, limits.experiments, limits.deadline, ticker)
         lost = _tell_end(notifier, lab, before, asked, summary)
     if lost:
         screen.line({"event": "note", "text": lost})
@@ -249,6 +249,7 @@ def _tell_end(notifier: Notifier | None, lab: Lab, before: set[int], asked: Aske
 
 
 def _banner(screen: Screen, lab: Lab, researcher: str, limits: Limits, sleep: str) -> None:
+    from console.confirming import reserve_line
     from core.sandbox import abilities
 
     view = places.look(lab)
@@ -277,6 +278,8 @@ def _banner(screen: Screen, lab: Lab, researcher: str, limits: Limits, sleep: st
     )
     screen.say(f"  plan        {plan}{ends_at}; researcher {researcher}")
     screen.say(f"  verdict     {VERDICTS[s.verdict]}")
+    if line := reserve_line(lab, limits.deadline):
+        screen.say(f"  confirm     {line}")
     so_far = tables.tally_line(view.total) if view.total.experiments else "none yet: the first is the baseline"
     screen.say(f"  so far      {so_far}")
     screen.say(f"  disk        {free_disk(lab.record)} free at {lab.record.parent.parent}")

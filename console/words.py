@@ -38,6 +38,11 @@ def duration(seconds: float | None) -> str:
     return f"{minutes / 1440:.1f} days"
 
 
+def roughly(seconds: float) -> str:
+    """An estimate, to the minute where it takes some: 1279 -> '21 min'."""
+    return duration(60 * round(seconds / 60) if seconds >= 90 else seconds)
+
+
 def size(count: float | None) -> str:
     """Bytes in binary units: 1536 -> '1.5 KiB'."""
     if count is None:

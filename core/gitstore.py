@@ -1,6 +1,6 @@
 """Git as a store of objects and refs, and nothing else: no hook, filter, alias, attribute or user setting acts.
 
-Only plumbing is called (hash-object, commit-tree, update-ref, cat-file, for-each-ref, merge-file), through
+Only plumbing is called (hash-object, commit-tree, update-ref, cat-file, for-each-ref, merge-file, ...), through
 GitPython. Porcelain such as `index.commit` runs planted hooks. What lies in the lab's `.git/config` is outvoted by
 `-c` or never looked at by these commands.
 """
@@ -158,6 +158,10 @@ class GitStore:
             self._discard_damaged(name)
         lines = "".join(f"update {name}\0{sha}\0\0" for name, sha in updates.items())
         self._run("update-ref", "--no-deref", "-m", "autoresearch", "--stdin", "-z", stdin=lines.encode())
+
+    def is_branch_name(self, name: str) -> bool:
+        """Would git take it for a new branch?"""
+        return not name.startswith("-") and self._call("check-ref-format", f"refs/heads/{name}")[0] == 0
 
     def delete_ref(self, name: str) -> None:
         self._run("update-ref", "--no-deref", "-d", name)

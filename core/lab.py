@@ -38,7 +38,7 @@ from core.recovery import refs_to_set, wanted_refs
 from core.settings import Settings, locked_hash
 
 RECIPE, PROGRAM, RESULTS, POINTER = "train.py", "program.md", "results.tsv", ".autoresearch.json"
-UNTRACKED = (RESULTS, POINTER, "report.html", "report.png", ".report*")
+UNTRACKED = (RESULTS, POINTER, "report.html", "report.png", "report.md", ".report*")
 SCHEMA = 1
 RECIPE_BYTES = 2**20  # a larger train.py is not read; the guard's limit is far below
 ASK = "ask.json"

@@ -78,6 +78,7 @@ class _Experiment:
 
     def go(self) -> None:
         self._lint()
+        texts = [scoring.Text.of(self.request.dataset, self.place, part) for part in self._parts()]
         self.outcome.versions = versions(self.settings)
         self.outcome.sandbox = {"abilities": abilities().to_dict()}
         self.phase("start")
@@ -93,7 +94,7 @@ class _Experiment:
         self.weights = trainer.hand_over()
         digest = weight_files.file_digest(self.weights)
         self.lap("handover")
-        score = self._judge(scoring.Text.of(self.request.dataset, self.place))
+        score, *holdout = [self._judge(text) for text in texts]
         if weight_files.file_digest(self.weights) != digest:
             raise Ended("invalid", "the weights were changed while they were scored")
         os.close(self.weights)  # Windows moves no open file
@@ -101,6 +102,10 @@ class _Experiment:
         kept = self.request.workdir / "weights.safetensors"
         files.replace_open(trainer.weights_file, kept)
         self.outcome.status, self.outcome.val_bpb, self.outcome.weights = "scored", score.bpb, kept
+        self.outcome.holdout_bpb = holdout[0].bpb if holdout else None
+
+    def _parts(self) -> list[scoring.Part]:
+        return ["val", "holdout"] if self.request.holdout else ["val"]
 
     def _roles(self) -> list[str]:
         roles = ["trainer", "scorer"]
@@ -141,11 +146,22 @@ class _Experiment:
 
     def _judge(self, text: scoring.Text) -> scoring.Score:
         """Score, and audit where that is wanted, at equal shapes. An auditor that runs out of memory has seen the
-        questions, so it is not asked others: its end is the experiment's."""
+        questions, so it is not asked others: its end is the experiment's.
+
+        The holdout has a scorer and an auditor of its own, which have seen no other text, and is always audited."""
+        if text.part == "holdout":
+            for role in ("scorer", "auditor"):
+                self._anew(role)
         text, score = self._score_in_memory(text)
-        if self._wants_audit(score.bpb):
+        if text.part == "holdout" or self._wants_audit(score.bpb):
             self._audit(text, score)
         return score
+
+    def _anew(self, role: str) -> None:
+        """A new process in the place of one that was used."""
+        if role in self.workers:
+            self.workers[role].close()  # first, as it holds memory
+        self.workers[role] = Worker(role, self.place)
 
     def _score_in_memory(self, text: scoring.Text) -> tuple[scoring.Text, scoring.Score]:
         """The score, with half of the rows in a batch where memory ends before any text was shown, in a new process."""
@@ -159,11 +175,10 @@ class _Experiment:
                 text = text.halved()
                 why = f"{end.reason[:300]}; scored again with {text.size} rows at a time"
                 self.outcome.describe["scored_rows_reason"] = printable(why)
-                self.workers["scorer"].close()  # first, as it holds memory
-                self.workers["scorer"] = Worker("scorer", self.place)
+                self._anew("scorer")
 
     def _score(self, text: scoring.Text) -> scoring.Score:
-        self.phase("score")
+        self.phase("score" if text.part == "val" else "score the holdout")
         worker = self.workers["scorer"]
         self._begin(worker, text)
         scoring.give_weights(worker, self.weights)
@@ -171,20 +186,24 @@ class _Experiment:
         scoring.fill_memory(worker, text, seconds, self.rng)
         score = scoring.score(worker, text, seconds, self.rng)
         worker.close()
-        self.outcome.scored_tokens, self.outcome.total_bytes = score.tokens, score.total_bytes
-        self.outcome.total_nats = score.total_nats
-        self.lap("scoring")
+        if text.part == "val":
+            self.outcome.scored_tokens, self.outcome.total_bytes = score.tokens, score.total_bytes
+            self.outcome.total_nats = score.total_nats
+        self.lap("scoring" if text.part == "val" else "holdout scoring")
         return score
 
     def _audit(self, text: scoring.Text, score: scoring.Score) -> None:
-        self.phase("audit")
+        self.phase("audit" if text.part == "val" else "audit of the holdout")
         worker = self.workers["auditor"]
         self._begin(worker, text)
         seconds = scoring.limit(self.place)
-        self.outcome.audit = scoring.audit(worker, text, self.weights, score, seconds, self.rng)
-        self.outcome.audited = True
+        facts = scoring.audit(worker, text, self.weights, score, seconds, self.rng)
         worker.close()
-        self.lap("audit")
+        if text.part == "val":
+            self.outcome.audit, self.outcome.audited = facts, True
+        else:
+            self.outcome.audit["holdout"] = facts
+        self.lap("audit" if text.part == "val" else "holdout audit")
 
     def _begin(self, worker: Worker, text: scoring.Text) -> None:
         """Build in a scorer or auditor; what it compiled is copied before it sees any weight."""

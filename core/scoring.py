@@ -9,7 +9,7 @@ import math
 import os
 import time
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -18,6 +18,8 @@ from core.child import Ended, OutOfMemory, Place, Worker
 from core.data import Dataset
 from core.evaluate import AuditBatch
 from core.wire import ProtocolError
+
+Part = Literal["train", "val", "holdout"]
 
 
 @dataclass(frozen=True)
@@ -29,15 +31,17 @@ class Text:
     token_bytes: np.ndarray  # (V,)
     unigram_nats: np.ndarray  # (V,)
     size: int  # B
+    part: Part
 
     @classmethod
-    def of(cls, dataset: Dataset, place: Place, part: str = "val", tokens: int = 0) -> Text:
-        """At least `tokens` of a part, by default as many of the validation as the settings say."""
+    def of(cls, dataset: Dataset, place: Place, part: Part = "val", tokens: int = 0) -> Text:
+        """At least `tokens` of a part, by default as many as the settings say are scored. `DataError` where the part is
+        shorter than a row."""
         settings = place.settings
         wanted = tokens or settings.eval_tokens
         rows = np.ascontiguousarray(dataset.rows(part, settings.sequence_len, wanted), np.int32)
         counted = dataset.token_bytes[rows[:, 1:]] > 0
-        return cls(rows, counted, dataset.token_bytes, dataset.unigram_nats, min(settings.rows(), len(rows)))
+        return cls(rows, counted, dataset.token_bytes, dataset.unigram_nats, min(settings.rows(), len(rows)), part)
 
     @property
     def vocab_size(self) -> int:

@@ -20,8 +20,8 @@ NOT_MEASURING = frozenset(
         *("keeping", "lab", "ledger", "live", "locks", "loop", "paths", "recipe", "recovery", "selfcheck"),
         "selfcheck_windows",
         *("verdict", "versions", "deciding", "measuring", "schema", "session"),
-        *("confirming", "discovery", "evidence", "noise", "runs", "sequential", "size", "steady"),
-        "eras",
+        *("confirming", "discovery", "effects", "evidence", "finalizing"),
+        *("noise", "runs", "sequential", "size", "steady"),
         *("gap", "idle", "objections", "reapply", "thinking", "waiting"),
     }
 )

@@ -1,0 +1,236 @@
+"""confirm and finalize: what was kept, measured again on fresh seeds; and a clean branch of what holds."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+from console import places
+from console.display import Ticker
+from console.figures import STATE_WORDS
+from console.findings import Findings, findings, read
+from console.markdown import changed
+from console.output import Screen
+from console.signals import Asked, ends
+from console.words import duration, plural, roughly, shorten
+from core import confirming, effects
+from core.confirming import Done, Plan
+from core.errors import UserError
+
+if TYPE_CHECKING:
+    from core.finalizing import Final
+    from core.lab import Lab
+    from core.live import Event
+    from core.loop import Loop
+
+
+# --- confirm -----------------------------------------------------------------------------------
+
+
+def confirm_verb(
+    screen: Screen, given: str | None, number: int | None, *, seeds: int, kept: bool, holdout: bool | None, cost: bool
+) -> int:
+    """`holdout`: for all, for none, or (None) for baseline and winner; `cost`: only tell it."""
+    lab = places.find(screen, given)
+    numbers = _numbers(lab, number, kept)
+    wanted = plan(lab, numbers, seeds, scored_too(screen, lab, numbers, number, holdout))
+    told = ", ".join(f"#{n}" for n in numbers)
+    screen.say(
+        f"{told} on {plural(seeds, 'fresh seed')}: {plural(len(wanted.runs), 'run')} to go"
+        + (f", about {roughly(wanted.seconds)}" if wanted.runs else ": all is measured")
+    )
+    if cost:
+        screen.document({"lab": places.about(lab), "runs": len(wanted.runs), "seconds": wanted.seconds})
+        return 0
+    done, asked = (Done(0, 0, ""), Asked()) if not wanted.runs else _run(screen, lab, wanted)
+    return _told(screen, lab, numbers, done, asked)
+
+
+def _numbers(lab: Lab, number: int | None, kept: bool) -> list[int]:
+    """Whose recipes are measured: each with what it is compared with."""
+    standing = [e.number for e in lab.ledger.experiments() if e.is_kept]
+    if number is None:
+        if not standing:
+            raise UserError(f"lab {lab.tag} has no baseline yet: nothing can be confirmed", "autoresearch run")
+        return standing if kept else confirming.pair(standing)
+    e = lab.ledger.get(number)
+    if e.status not in ("keep", "simplify", "discard"):
+        how = f"ended as {e.status}" if e.status else "is not decided yet"
+        raise UserError(f"experiment {number} {how}: it has no score to confirm", "autoresearch log")
+    before = max((n for n in standing if n < number), default=None) if e.is_kept else e.parent
+    return [number] if before is None else [before, number]
+
+
+def scored_too(
+    screen: Screen, lab: Lab, numbers: Sequence[int], number: int | None, holdout: bool | None
+) -> Sequence[int]:
+    """For whom the holdout is scored."""
+    wanted = numbers if holdout else confirming.pair(numbers) if holdout is None and number is None else []
+    tokens = lab.dataset().part("holdout").tokens
+    if wanted and tokens <= lab.settings.sequence_len:
+        screen.say(f"the holdout has {tokens} tokens, less than a row of {lab.settings.sequence_len}: it is not scored")
+        return []
+    return wanted
+
+
+def plan(lab: Lab, numbers: Sequence[int], seeds: int, holdout: Sequence[int]) -> Plan:
+    """What is left to run, against what the ledger holds now."""
+    from core.versions import versions
+
+    samples: dict[int, list[Any]] = {}
+    for sample in lab.ledger.all_samples():
+        samples.setdefault(sample.number, []).append(sample)
+    each = confirming.seconds_each([e.outcome for e in lab.ledger.experiments()], lab.settings.budget)
+    return confirming.plan(
+        samples, lab.settings.seed, each, numbers, seeds, holdout, versions(lab.settings), lab.ledger.epoch()
+    )
+
+
+def _run(screen: Screen, lab: Lab, wanted: Plan) -> tuple[Done, Asked]:
+    from core.executor import LocalExecutor
+    from core.loop import Loop
+
+    with Ticker(screen, events=True) as ticker:
+
+        def on_event(event: Event) -> None:
+            if event.kind == "waiting":
+                ticker.say(f"     {event.data.get('text', '')}")
+            elif event.kind != "note":
+                ticker.feed(event)
+
+        loop = Loop(lab, None, LocalExecutor(), on_event)
+        with ends(loop.stop) as asked:
+            ticker.begin("confirming")
+            return confirming.confirm(loop, wanted, say=lambda text: _say(screen, ticker, text)), asked
+
+
+def _say(screen: Screen, ticker: Ticker, text: str) -> None:
+    screen.line({"event": "confirmed", "text": text})
+    ticker.say(f"  {text}")
+
+
+def _told(screen: Screen, lab: Lab, numbers: Sequence[int], done: Done, asked: Asked) -> int:
+    found = findings(read(lab))
+    pairs = list(pairwise(numbers))
+    again = {b: effects.remeasured(found.record.samples, a, b, found.spread) for a, b in pairs}
+    screen.line({
+        "event": "end", "lab": places.about(lab), "measured": done.measured, "left": done.left,
+        "reason": done.reason, "signal": asked.name or None,
+        "effects": [
+            {"number": b, "before": a, "change": -e.gain, "low": e.high and -e.high, "high": e.low and -e.low}
+            for a, b in pairs if (e := again[b])
+        ],
+    })  # fmt: skip
+    for a, b in pairs:
+        e = again[b]
+        if e is not None:
+            runs = f"{e.runs_before} and {e.runs_after} runs"
+            screen.say(f"#{b} against #{a}, on fresh seeds: {changed(e)}, {runs}: {_words(found, b, e)}")
+    left = f"{plural(done.left, 'run')} to go"
+    if asked.signal or done.reason:
+        screen.say(f"ended early ({asked.name or done.reason}), {left}: the same command goes on")
+    elif done.left:
+        screen.say(f"{plural(done.left, 'run')} came to no score that counts: autoresearch log")
+    screen.say("the whole picture: autoresearch report")
+    return asked.status
+
+
+def _words(found: Findings, number: int, again: effects.Effect) -> str:
+    status = next(r.status for r in found.rows if r.number == number)
+    state = effects.settled(status, again, found.record.worth)
+    return STATE_WORDS[state] if status != "discard" else {"replicated": "better after all"}.get(state, "no clear gain")
+
+
+# --- at the end of a run -----------------------------------------------------------------------
+
+
+def research(screen: Screen, loop: Loop, experiments: int | None, deadline: float | None, ticker: Ticker) -> Any:
+    """Research until a limit; with a deadline, the time before it that is kept for that goes to confirming."""
+    from core.loop import Limits
+
+    lab = loop.lab
+    kept_back = reserve(lab, deadline)
+    limits = Limits(experiments, None if deadline is None else deadline - kept_back)
+    summary = loop.run(limits)
+    if not kept_back or summary.reason == "stopped":
+        return summary
+    standing = [e.number for e in lab.ledger.experiments() if e.is_kept]
+    if len(standing) < 2 and (experiments is None or summary.decided < experiments):
+        ticker.say("     nothing was kept, so there is nothing to confirm: the time goes to research")
+        return loop.run(Limits(experiments, deadline))
+    for numbers in (confirming.pair(standing), standing):  # what matters most first
+        wanted = plan(lab, numbers, confirming.SEEDS, scored_too(screen, lab, numbers, None, None))
+        if wanted.runs:
+            told = ", ".join(f"#{n}" for n in numbers)
+            ticker.say(f"     confirming {told} on fresh seeds: {plural(len(wanted.runs), 'run')}")
+            done = confirming.confirm(loop, wanted, deadline, lambda text: _say(screen, ticker, text))
+            if done.reason:
+                break
+    return summary
+
+
+def reserve(lab: Lab, deadline: float | None) -> float:
+    """Seconds that a run with this deadline keeps for confirming."""
+    each = confirming.seconds_each([e.outcome for e in lab.ledger.experiments()], lab.settings.budget)
+    return confirming.reserved(deadline, time.time(), lab.settings.verdict, each)
+
+
+def reserve_line(lab: Lab, deadline: float | None) -> str:
+    """For the banner; "" where nothing is to be said."""
+    if deadline is None:
+        return ""
+    if lab.settings.verdict == "simple":
+        return "no time is kept for it with --verdict simple: autoresearch confirm"
+    seconds = reserve(lab, deadline)
+    if not seconds:
+        return "too little time for it: autoresearch confirm"
+    share = f"{100 * confirming.RESERVED:.0f} %"
+    return f"the last {duration(seconds)} ({share}): baseline and winner again, on fresh seeds"
+
+
+# --- finalize ----------------------------------------------------------------------------------
+
+
+def finalize_verb(screen: Screen, given: str | None, branch: str | None, also: bool, show: bool) -> None:
+    """`also`: take what is not settled or not confirmed too; `show`: only tell what it would do."""
+    from core import finalizing
+
+    lab = places.find(screen, given)
+    found = findings(read(lab))
+    wins = [finalizing.Win(k.row.number, k.again, k.state) for k in found.kept]
+    final = finalizing.arrange(lab, wins, ("open", "unconfirmed") if also else ())
+    name = branch or f"{lab.branch}-final"
+    if not show:
+        name = finalizing.write(lab, final, branch)
+    experiments = lab.ledger.experiments()
+    same = final.measured_as(experiments, {e.number: lab.source(e.number) for e in experiments if e.val_bpb})
+    screen.document({
+        "lab": places.about(lab), "branch": name, "written": not show,
+        "commits": [{"number": s.win.number, "state": s.win.state, "note": s.note} for s in final.steps],
+        "left_out": [{"number": w.number, "state": w.state} for w in final.left_out],
+        "measured_as": same.number if same else None,
+    })  # fmt: skip
+    if screen.as_json:
+        return
+    _tell(screen, lab, found, final)
+    if same:
+        screen.say(f"the recipe that results is #{same.number}'s")
+    else:
+        screen.say("the recipe that results was never measured as it is; to judge it, in the lab:")
+        screen.say(f"  git show {name}:train.py > train.py && autoresearch try -m 'what holds'")
+    screen.say(f"branch   {name}" + (" (not written)" if show else ""))
+    if not show:
+        screen.say(f"see it   git -C {places.spelled(lab.path)} log -p {name}")
+
+
+def _tell(screen: Screen, lab: Lab, found: Findings, final: Final) -> None:
+    from core.finalizing import effect_line
+
+    words = {r.number: shorten(r.description, 70) for r in found.rows}
+    for step in final.steps:
+        screen.say(f"  #{step.win.number:<4} {words[step.win.number]}")
+        screen.say(f"        {effect_line(step.win.again)}{' ' + step.note if step.note else ''}")
+    for win in final.left_out:
+        screen.say(f"  left out: #{win.number}, {STATE_WORDS[win.state]}  {words[win.number]}")

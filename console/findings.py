@@ -1,0 +1,240 @@
+"""What a night found: everything that the report says, as figures taken from the ledger. Pages only spell them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+from console.machine import Machine, machine
+from console.places import look
+from console.rows import KEPT, Row, Scale, Tally, tally
+from console.themes import Theme, themes, untried
+from console.timeuse import TimeUse, time_use
+from core import confirming, effects
+from core.effects import Effect, Estimate, Replication, Spread
+from core.ledger import LedgerEvent, Sample, Spent
+
+if TYPE_CHECKING:
+    from core.lab import Lab
+
+NEAR = 5  # near misses that are told
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A change that was kept, and what it gave when it was measured again."""
+
+    row: Row
+    before: Row  # what it was kept over
+    again: Effect | None  # on fresh seeds; None: not measured again
+    state: Replication
+    seconds: float  # that `confirm` of it would still take
+
+
+@dataclass(frozen=True)
+class Gain:
+    """From the baseline to the winner."""
+
+    baseline: Row
+    winner: Row
+    recorded: float  # bpb, as the decisions saw it: with the winner's curse
+    validation: Effect | None
+    holdout: Effect | None
+    seconds: float  # that confirming both would still take; 0: done
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What each rule would have kept, of the experiments that both judged, against the best that the lab then had."""
+
+    used: str  # "simple" or "statistical": the lab's own
+    simple: int
+    statistical: int | None  # None where it was not asked
+    both: int
+
+
+@dataclass(frozen=True)
+class Level:
+    """The best over a stretch of experiments: one step of the picture's line."""
+
+    first: int  # experiment from which on it holds
+    number: int  # of the best
+    estimate: Estimate
+    fresh: bool  # from fresh runs; else from those that it was kept for
+
+
+@dataclass(frozen=True)
+class Record:
+    """What is read of a lab at one moment."""
+
+    tag: str
+    rows: Sequence[Row]
+    best: int | None
+    scale: Scale
+    samples: Mapping[int, Sequence[Sample]]  # by experiment
+    events: Sequence[LedgerEvent]
+    spent: Spent
+    seed: int
+    worth: float  # the smallest change that is worth keeping, bpb
+    rule: str  # "simple" or "statistical"
+    source: Callable[[int], bytes]  # of an experiment
+    diffs: Mapping[int, str]  # from what each started from
+
+
+@dataclass(frozen=True)
+class Findings:
+    """All of a report."""
+
+    record: Record
+    total: Tally
+    spread: Spread
+    gain: Gain | None
+    kept: Sequence[Kept]
+    levels: Sequence[Level]
+    themes: Sequence[Theme]
+    time: TimeUse
+    rules: Rules
+    machine: Machine
+    near: Sequence[Row]  # discards that came closest
+    untried: Sequence[str]  # constants with a range that nothing has changed
+    seconds_each: float  # that one more run takes
+
+    @property
+    def rows(self) -> Sequence[Row]:
+        return self.record.rows
+
+    @property
+    def drift(self) -> list[LedgerEvent]:
+        """Where a new epoch began: the best had moved, or what measures had changed."""
+        return [e for e in self.record.events if e.kind == "epoch"]
+
+    @property
+    def unsettled(self) -> list[Kept]:
+        return [k for k in self.kept if k.state in ("open", "unconfirmed")]
+
+
+def read(lab: Lab) -> Record:
+    with lab.ledger.transaction():
+        view = look(lab)
+        samples: dict[int, list[Sample]] = {r.number: [] for r in view.rows}
+        for sample in lab.ledger.all_samples():
+            samples[sample.number].append(sample)
+        events, spent = lab.ledger.events(), lab.ledger.spent()
+    return Record(
+        tag=lab.tag,
+        rows=view.rows,
+        best=view.best.number if view.best else None,
+        scale=view.scale,
+        samples=samples,
+        events=events,
+        spent=spent,
+        seed=lab.settings.seed,
+        worth=lab.settings.min_delta,
+        rule=lab.settings.verdict,
+        source=lab.source,
+        diffs={r.number: lab.diff(r.number) for r in view.rows if r.number > view.rows[0].number},
+    )
+
+
+def findings(record: Record) -> Findings:
+    """Nothing is trained, and nothing is read but the record."""
+    rows, samples = record.rows, record.samples
+    total = tally(rows, record.best)
+    spread = effects.spread_of(samples, total.baseline.number if total.baseline else None)
+    each = confirming.seconds_each([r.outcome for r in rows], record.scale.budget)
+    return Findings(
+        record=record,
+        total=total,
+        spread=spread,
+        gain=_gain(record, total, spread, each),
+        kept=_kept(record, spread, each),
+        levels=levels(rows, samples, spread),
+        themes=themes(rows, record.source),
+        time=time_use(rows, samples),
+        rules=rules(rows, record.rule),
+        machine=machine(rows, samples, record.events),
+        near=near_misses(rows, record.worth, spread),
+        untried=untried(rows, record.source, record.best) if record.best is not None else [],
+        seconds_each=each,
+    )
+
+
+# --- the gain, and what it is made of --------------------------------------------------------------
+
+
+def _gain(record: Record, total: Tally, spread: Spread, each: float) -> Gain | None:
+    standing = {r.number: r for r in record.rows if r.kept}
+    pair = confirming.pair(list(standing))
+    if len(pair) < 2 or total.baseline is None:
+        return None
+    baseline, winner = (standing[number] for number in pair)
+    before, after = effects.together(record.samples[pair[0]], record.samples[pair[1]])
+    on_holdout = effects.spread_of(record.samples, baseline.number, "holdout")
+    left = confirming.plan(record.samples, record.seed, each, pair, holdout=pair)
+    return Gain(
+        baseline,
+        winner,
+        (baseline.val_bpb or 0.0) - (winner.val_bpb or 0.0),
+        effects.effect(effects.scores(before), effects.scores(after), spread),
+        effects.effect(effects.scores(before, "holdout"), effects.scores(after, "holdout"), on_holdout),
+        left.seconds,
+    )
+
+
+def _kept(record: Record, spread: Spread, each: float) -> list[Kept]:
+    chain = [r for r in record.rows if r.kept]
+    found = []
+    for before, r in pairwise(chain):
+        again = effects.remeasured(record.samples, before.number, r.number, spread)
+        state = effects.settled(r.status, again, record.worth)
+        left = confirming.plan(record.samples, record.seed, each, [before.number, r.number])
+        found.append(Kept(r, before, again, state, left.seconds))
+    return found
+
+
+def levels(rows: Sequence[Row], samples: Mapping[int, Sequence[Sample]], spread: Spread) -> list[Level]:
+    """The best so far, experiment by experiment; from runs made after it was kept, where there are any. After a drift
+    the same best has another level."""
+    found: list[Level] = []
+    for r in rows:
+        if not r.kept or r.val_bpb is None:
+            continue
+        own = samples.get(r.number, ())
+        fresh = {g[-1].epoch: g for g in effects.groups(own, effects.FRESH).values()}
+        began = min((s.epoch for s in own), default=0)
+        if began in fresh:
+            found.append(Level(r.number, r.number, effects.estimate(effects.scores(fresh[began]), spread), True))
+        else:
+            runs = max(1, sum(s.purpose == "verdict" and not s.tainted for s in own))
+            found.append(Level(r.number, r.number, effects.around(r.val_bpb, runs, spread), False))
+        for epoch, group in fresh.items():
+            controls = [s.created for s in group if s.purpose == "control"]
+            later = [x.number for x in rows if controls and x.started and x.started >= min(controls)]
+            if epoch > began and later:
+                found.append(Level(later[0], r.number, effects.estimate(effects.scores(group), spread), True))
+    latest = {level.first: level for level in found}  # of two epochs that began there the newer one
+    return sorted(latest.values(), key=lambda level: level.first)
+
+
+# --- the rules, and what nearly was ------------------------------------------------------------------
+
+
+def rules(rows: Sequence[Row], used: str) -> Rules:
+    """By the record that each verdict left; the baseline is nobody's keep."""
+    judged = [r for r in rows if r.decided and not r.failed and r.best_before is not None]
+    asked = [r for r in judged if r.simple]
+    if not asked:
+        simple = sum(r.status in KEPT for r in judged)
+        return Rules(used, simple, None, simple)
+    by_simple = [r for r in asked if r.simple == "keep"]
+    by_other = [r for r in asked if r.status in KEPT]
+    return Rules(used, len(by_simple), len(by_other), sum(r in by_other for r in by_simple))
+
+
+def near_misses(rows: Sequence[Row], worth: float, spread: Spread) -> list[Row]:
+    """Discards that were better than the best by too little, or worse by less than noise explains, the best first."""
+    margin = max(worth, (spread.sd or 0.0) * 2**0.5)  # the standard deviation of a difference of two runs
+    close = [r for r in rows if r.status == "discard" and not r.tainted and r.delta is not None and r.delta < margin]
+    return sorted(close, key=lambda r: r.delta or 0.0)[:NEAR]

@@ -1,0 +1,98 @@
+"""How the machine was while it measured, from the health that is kept with every run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+from console.rows import Row
+from core.ledger import LedgerEvent, Sample
+
+
+@dataclass(frozen=True)
+class Reading:
+    """One quantity over a night's runs."""
+
+    name: str
+    unit: str
+    low: float
+    middle: float
+    high: float
+    runs: int
+
+
+@dataclass(frozen=True)
+class Machine:
+    runs: int  # with any health at all
+    tainted: int  # experiments
+    again: int  # how often a run was dropped and repeated
+    reasons: Sequence[str]  # why experiments were tainted, each once
+    readings: Sequence[Reading]
+    speed: tuple[float, float] | None  # tokens/s of the best's first and last run, where it ran again
+
+
+# (name, unit, where it stands in a run's health; a number is a place in a list)
+QUANTITIES: tuple[tuple[str, str, tuple[str | int, ...]], ...] = (
+    ("cores kept busy by others", "", ("others_cores",)),
+    ("processor temperature", "°C", ("temperature_c",)),
+    ("processor clock", "MHz", ("cpu_mhz_after",)),
+    ("card kept busy by others", "", ("card", "others_busy")),
+    ("card temperature, highest", "°C", ("card", "temperature_c")),
+    ("card clock, lowest", "MHz", ("card", "clock_mhz", 0)),
+    ("thermal pressure, 0 is none", "", ("conditions", "thermal")),
+    ("memory pressure, 0 is none", "", ("conditions", "memory_pressure")),
+)
+
+
+def machine(rows: Sequence[Row], samples: Mapping[int, Sequence[Sample]], events: Sequence[LedgerEvent]) -> Machine:
+    outcomes = [o for r in rows for o in _outcomes(r, samples.get(r.number, ()))]
+    healths = [dict(o.get("health") or {}) for o in outcomes if o.get("health")]
+    readings = [r for name, unit, path in QUANTITIES if (r := _reading(name, unit, path, healths))]
+    return Machine(
+        runs=len(healths),
+        tainted=sum(r.tainted for r in rows),
+        again=sum(e.kind == "requeued" for e in events),
+        reasons=_reasons(rows, events),
+        readings=readings,
+        speed=_speed(rows, samples),
+    )
+
+
+def _outcomes(r: Row, samples: Sequence[Sample]) -> list[dict[str, Any]]:
+    found = [dict(s.outcome) for s in samples if s.outcome]
+    return found or ([r.outcome] if r.outcome else [])
+
+
+def _reading(name: str, unit: str, path: tuple[str | int, ...], healths: Sequence[Mapping[str, Any]]) -> Reading | None:
+    values = [v for h in healths if (v := _at(h, path)) is not None]
+    return Reading(name, unit, min(values), median(values), max(values), len(values)) if values else None
+
+
+def _at(health: Any, path: tuple[str | int, ...]) -> float | None:
+    for key in path:
+        if isinstance(key, int):
+            health = health[key] if isinstance(health, Sequence) and len(health) > key else None
+        else:
+            health = health.get(key) if isinstance(health, Mapping) else None
+    return float(health) if isinstance(health, int | float) and not isinstance(health, bool) else None
+
+
+def _reasons(rows: Sequence[Row], events: Sequence[LedgerEvent]) -> list[str]:
+    found = [str((r.outcome.get("health") or {}).get("tainted") or "") for r in rows if r.tainted]
+    found += [e.text for e in events if e.kind == "tainted"]
+    return list(dict.fromkeys(text for text in found if text))
+
+
+def _speed(rows: Sequence[Row], samples: Mapping[int, Sequence[Sample]]) -> tuple[float, float] | None:
+    """Of the recipe that ran most often: the same work, so another speed is another machine."""
+    many = max(samples.values(), key=lambda of_one: sum(bool(s.outcome) for s in of_one), default=())
+    rates = [_rate(s.outcome) for s in many if s.outcome]
+    known = [r for r in rates if r]
+    return (known[0], known[-1]) if len(known) > 1 else None
+
+
+def _rate(outcome: Mapping[str, Any] | None) -> float:
+    tokens, seconds = (outcome or {}).get("tokens") or 0, (outcome or {}).get("training_seconds") or 0.0
+    return tokens / seconds if seconds else 0.0

@@ -1,0 +1,144 @@
+"""Measuring again what was kept, on seeds that no decision has seen: what is left to run, what it costs, running it.
+
+Seeds `settings.seed + 1000 + k` belong to confirmations alone. A run that is in the ledger is not run again, so
+whatever was cut off goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+from core.ledger import Sample
+
+if TYPE_CHECKING:
+    from core.loop import Loop
+
+FIRST_SEED = 1000  # after the lab's own seed
+SEEDS = 4  # fresh seeds of each recipe, unless something else is asked for
+RESERVED = 0.1  # of a run's time, kept for confirming at its end
+LATEST = 5  # runs by whose duration the next ones are estimated
+ATTEMPTS = 3  # runs of one seed that may be disturbed before it is passed by
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training and score on a fresh seed."""
+
+    number: int  # of the experiment
+    seed: int
+    holdout: bool  # whether the holdout is scored too
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is left to run, in order, and about how long each takes."""
+
+    runs: tuple[Run, ...]
+    seconds_each: float
+
+    @property
+    def seconds(self) -> float:
+        return len(self.runs) * self.seconds_each
+
+
+@dataclass(frozen=True)
+class Done:
+    """How a confirmation ended."""
+
+    measured: int
+    left: int
+    reason: str  # "" when all was measured
+
+
+def pair(kept: Sequence[int]) -> list[int]:
+    """Of all that stands, oldest first: baseline and winner; fewer where nothing was kept beyond the baseline."""
+    return [*kept[:1], *kept[1:][-1:]]
+
+
+def plan(
+    samples: Mapping[int, Sequence[Sample]],
+    seed: int,
+    seconds_each: float,
+    numbers: Sequence[int],
+    seeds: int = SEEDS,
+    holdout: Collection[int] = (),
+    versions: Mapping[str, Any] | None = None,
+    epoch: int | None = None,
+) -> Plan:
+    """The runs that are missing until each of `numbers` has `seeds` fresh ones, seed after seed, so that what ends
+    early can still be compared.
+
+    `samples`: of all experiments; `seed`: the lab's; `holdout`: for whom the holdout is scored too; `versions` and
+    `epoch`: what is measured with now (None: what was measured with last), as other runs cannot be compared.
+    """
+    everything = [s for of_one in samples.values() for s in of_one]
+    if epoch is None:
+        epoch = max((s.epoch for s in everything), default=0)
+    if versions is None:
+        versions = max(everything, key=lambda s: s.created).versions if everything else {}
+    runs = []
+    for k in range(seeds):
+        for number in numbers:
+            wanted = Run(number, seed + FIRST_SEED + k, number in holdout)
+            if not any(_counts(s, wanted, epoch, versions) for s in samples.get(number, ())):
+                runs.append(wanted)
+    return Plan(tuple(runs), seconds_each)
+
+
+def _counts(sample: Sample, wanted: Run, epoch: int, versions: Mapping[str, Any]) -> bool:
+    same = sample.purpose == "confirm" and sample.seed == wanted.seed and sample.epoch == epoch
+    scored = sample.holdout_bpb is not None or not wanted.holdout
+    return same and scored and not sample.tainted and sample.versions == dict(versions)
+
+
+def seconds_each(outcomes: Sequence[Mapping[str, Any] | None], budget: float) -> float:
+    """How long one run takes: as the last scored ones of `outcomes`; before there are any, the budget."""
+    scored = [o for o in outcomes if o and o.get("status") == "scored" and o.get("val_bpb")]
+    known = [float(t) for o in scored[-LATEST:] if (t := (o.get("timings") or {}).get("total"))]
+    return median(known) if known else budget
+
+
+def reserved(deadline: float | None, now: float, rule: str, each: float) -> float:
+    """Seconds before the deadline (Unix time) that a run keeps for confirming. None where a lab decides by the simple
+    rule, which asks for no evidence, and where they would not do for one run each of baseline and winner."""
+    share = 0.0 if deadline is None or rule == "simple" else RESERVED * max(0.0, deadline - now)
+    return share if share >= 2 * each else 0.0
+
+
+def confirm(
+    loop: Loop, wanted: Plan, deadline: float | None = None, say: Callable[[str], None] = lambda _: None
+) -> Done:
+    """Run what is planned, until all is measured, the deadline (Unix time) is too near for another run, or a stop.
+
+    A run that was disturbed is repeated, ATTEMPTS runs in all at most. One that fails has no sample, which the record
+    tells; it is passed by, and tried again when somebody asks again.
+    """
+    measured, many = 0, len(wanted.runs)
+    with loop.holding():
+        for at, run in enumerate(wanted.runs):
+            if deadline is not None and time.time() + wanted.seconds_each > deadline:
+                return Done(measured, many - at, "the next run would not end in time")
+            score = _measured(loop, run)
+            if score is None:
+                return Done(measured, many - at, "stopped")
+            measured += bool(score)
+            said = f"{score:.6f}" if score else "no score that counts"
+            say(f"{at + 1} of {many}: #{run.number} on seed {run.seed}: {said}")
+    return Done(measured, many - measured, "")
+
+
+def _measured(loop: Loop, run: Run) -> float | None:
+    """The undisturbed score of a run, 0.0 where it came to none; None after a stop."""
+    for _ in range(ATTEMPTS):
+        outcome = loop.measure(run.number, run.seed, "confirm", "is it as good on a fresh seed?", run.holdout)
+        if outcome is None:
+            return None
+        if outcome.status != "scored":
+            return 0.0
+        if not (last := loop.ledger.samples(run.number, "confirm")[-1]).tainted:
+            return last.val_bpb
+    return 0.0
