@@ -23,7 +23,8 @@ class Alone(LocalExecutor):
 
 @pytest.mark.slow
 def test_a_placebo_night_keeps_nothing(tmp_path, settings, tiny_recipe):
-    chosen = replace(settings, verdict="statistical", eval_tokens=1024, audit_points=64)
+    # What is worth keeping here is several standard deviations of the noise, so that the night is short.
+    chosen = replace(settings, verdict="statistical", min_delta=0.01, eval_tokens=1024, audit_points=64)
     lab = make_lab(tmp_path / "night", chosen, first=tiny_recipe.encode())
     placebos = {
         "a comment": tiny_recipe + "\n# the same\n",
