@@ -2,8 +2,7 @@
 
 Method: Welch's t interval (95 %) on the logarithms of the repeats, so on the ratio of their geometric means. Repeats
 within one bench share the machine's state of those minutes, so an interval of theirs is too narrow for two benches:
-below a metric's resolution, what two benches of one machine were seen to differ by, a difference is noise whatever the
-interval says.
+below a metric's resolution a difference is called noise whatever the interval says.
 """
 
 from __future__ import annotations
@@ -138,7 +137,7 @@ def _judge(
     if ratio is None:
         return "not told", "the first is zero"
     if abs(ratio - 1) < metric.resolution:
-        return "within noise", f"two benches of one machine differ by up to {metric.resolution:.1%}"
+        return "within noise", f"below {metric.resolution:.1%}, which two benches of one machine may differ by"
     better: Verdict = "better" if (ratio > 1) == metric.higher else "worse"
     if metric.alone:
         return better, "the same work gives the same figure"

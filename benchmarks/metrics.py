@@ -18,7 +18,7 @@ class Metric:
     repeats: Callable[[BackendResult], Sequence[float]]
     show: Callable[[float], str]
     higher: bool  # is better
-    resolution: float = 0.05  # share by which two benches of one machine differ; see docs/benchmarks.md
+    resolution: float = 0.05  # share below which a difference is called noise whatever the repeats say
     least: float = 0.0  # below it a figure is noise, and no ratio is taken
     alone: bool = False  # a single figure tells: it comes from arithmetic and not from a clock
 
