@@ -10,28 +10,21 @@ from test_kill import are_tensors
 
 from core.executor import LocalExecutor
 from core.loop import Loop
-
-
-class Alone(LocalExecutor):
-    """What else this machine does is no part of this test: nothing counts as disturbed."""
-
-    def execute(self, request, on_event, stop):
-        outcome = super().execute(request, on_event, stop)
-        outcome.health = {}
-        return outcome
+from core.measuring import Measuring
 
 
 @pytest.mark.slow
-def test_a_placebo_night_keeps_nothing(tmp_path, settings, tiny_recipe):
-    # What is worth keeping here is several standard deviations of the noise, so that the night is short.
-    chosen = replace(settings, verdict="statistical", min_delta=0.01, eval_tokens=1024, audit_points=64)
+def test_a_placebo_night_keeps_nothing(tmp_path, settings, tiny_recipe, monkeypatch):
+    monkeypatch.setattr(Measuring, "disturbed", lambda *_: "")  # what else this machine does is no part of this test
+    # What is worth keeping is far above the noise, even on a busy machine (0.04 seen), so that the night is short.
+    chosen = replace(settings, verdict="statistical", min_delta=0.1, eval_tokens=1024, audit_points=64)
     lab = make_lab(tmp_path / "night", chosen, first=tiny_recipe.encode())
     placebos = {
         "a comment": tiny_recipe + "\n# the same\n",
         "another seed": tiny_recipe.replace("manual_seed(spec.seed)", "manual_seed(spec.seed + 1000)"),
     }
     for what, source in placebos.items():  # by hand, as the loop refuses a researcher the same program again
-        e = Loop(lab, None, Alone(), lambda event: None).judge(source.encode(), what)
+        e = Loop(lab, None, LocalExecutor(), lambda event: None).judge(source.encode(), what)
         assert e.status == "discard", e.reason
         assert e.verdict["rule"] == "statistical" and e.verdict["noise"]["df"] >= 4
     assert [e.number for e in lab.ledger.experiments() if e.is_kept] == [1]
