@@ -32,6 +32,8 @@ VERDICTS = {
     "simple": "simple: kept is whatever one run puts below the best, luck included",
 }
 OVERHEAD = 15.0  # seconds outside training that are expected before any was measured
+TYPICAL_RUNS = 2.5  # of a candidate, the best's own included, in simulated nights (docs/verdict.md)
+ENOUGH_SEEN = 10  # candidates, whose own number of runs is believed
 
 
 @dataclass(frozen=True)
@@ -248,6 +250,13 @@ def _tell_end(notifier: Notifier | None, lab: Lab, before: set[int], asked: Aske
     return notifier.end(f"{why}; {plural(len(new), 'experiment')}, {kept} kept{best}", data)
 
 
+def _runs_each(rule: str, seen: list[int]) -> float:
+    """How many runs a candidate takes: as many as those of this lab, once that is told by enough of them."""
+    if len(seen) >= ENOUGH_SEEN:
+        return sum(seen) / len(seen)
+    return TYPICAL_RUNS if rule == "statistical" else 1.0
+
+
 def _banner(screen: Screen, lab: Lab, researcher: str, limits: Limits, sleep: str) -> None:
     from console.confirming import reserve_line
     from core.sandbox import abilities
@@ -257,7 +266,7 @@ def _banner(screen: Screen, lab: Lab, researcher: str, limits: Limits, sleep: st
     train = lab.dataset().part("train")
     measured = [r for r in view.rows if r.seconds and r.outcome.get("training_seconds")]
     each = expected(s.budget, [(r.seconds or 0.0) - r.outcome["training_seconds"] for r in measured], OVERHEAD)
-    each *= sum(r.runs for r in measured) / len(measured) if measured else 1.0  # an experiment may take several runs
+    each *= _runs_each(s.verdict, [r.runs for r in measured if r.number > 1])
     left = max(0.0, limits.deadline - time.time()) if limits.deadline else None
     rates = [r.outcome["tokens"] / r.outcome["training_seconds"] for r in measured if r.outcome.get("tokens")]
     passes = passes_line(train.tokens, max(rates, default=None), s.budget)
