@@ -38,7 +38,7 @@ from core.paths import project_root
 from core.probing import Curve, Era
 from core.stream import TokenStream
 
-RESULTS = Path(__file__).parent / "results" / "early_stopping.json"
+RESULTS = Path(__file__).with_name("early_stopping.json")
 LOOKS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 PAIRS = ((0.4, 0.7), (0.3, 0.6), (0.3,), (0.5,), (0.2, 0.4, 0.6))  # shares that `replay` compares
 VOCAB, CONTEXT, STEPS = 1024, 64, 240

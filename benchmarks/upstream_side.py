@@ -21,15 +21,22 @@ from typing import Any
 
 
 def forget(ours: Path) -> None:
-    """Take the project's folders off the path, an editable installation's finder included."""
-    sys.path[:] = [p for p in sys.path if not Path(p or ".").resolve().is_relative_to(ours.resolve())]
+    """Take the project's folders off the path, an editable installation's finder included. The environment that this
+    runs in stays, wherever it lies: the README puts it into the project's folder."""
+    root, environment = ours.resolve(), Path(sys.prefix).resolve()
+
+    def is_ours(place: str) -> bool:
+        path = Path(place or ".").resolve()
+        return path.is_relative_to(root) and not path.is_relative_to(environment)
+
+    sys.path[:] = [p for p in sys.path if not is_ours(p)]
     finders = [f for f in sys.meta_path if "__editable__" in getattr(f, "__module__", "") + repr(f)]
     sys.meta_path[:] = [f for f in sys.meta_path if f not in finders]
     sys.path_hooks[:] = [h for h in sys.path_hooks if "__editable__" not in getattr(h, "__module__", "") + repr(h)]
     sys.path_importer_cache.clear()
     for name in ("core", "backends", "benchmarks", "kernels", "prepare"):
         spec = importlib.util.find_spec(name)
-        if spec is not None and spec.origin and Path(spec.origin).resolve().is_relative_to(ours.resolve()):
+        if spec is not None and spec.origin and is_ours(spec.origin):
             raise ImportError(f"{name} of this project can still be imported beside upstream")
 
 
