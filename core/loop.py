@@ -166,7 +166,8 @@ class Loop:
         if best is not None and self.lab.best_weights() is None:
             outcome = Outcome.from_dict(best.outcome or {})
             self.lab.products.keep(best.number, outcome.weights, outcome.caches)
-        self.lab.products.clear_work(but=[e.number for e in self.ledger.pending()])  # their last run may be kept
+        between_runs = [e.number for e in self.ledger.pending() if self.ledger.samples(e.number)]
+        self.lab.products.clear_work(but=between_runs)  # their last run may be kept
         if not (self.lab.path / "train.py").exists():
             says.append("train.py was missing and is put back")
         self._deciding.restore_recipe()

@@ -9,6 +9,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -30,31 +32,39 @@ CASES = (
 )
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("case", CASES)
-def test_interpreted(case, tmp_path):
+Started = Mapping[str, "Future[subprocess.CompletedProcess[str]]"]
+
+
+@pytest.fixture(scope="module")
+def started(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Started]:
+    """The wanted cases, two at a time: each is one thread's work, and takes minutes."""
+    wanted = {str(item.callspec.params["case"]) for item in request.session.items if item.path == Path(__file__)}
+    with ThreadPoolExecutor(2) as pool:
+        yield {case: pool.submit(interpreted, case, tmp_path_factory.mktemp(case)) for case in CASES if case in wanted}
+
+
+def interpreted(case: str, folder: Path) -> subprocess.CompletedProcess[str]:
     settings = {
         "TRITON_INTERPRET": "1",
         "OMP_NUM_THREADS": "1",
         "MALLOC_MMAP_THRESHOLD_": "1000000000",  # the interpreter's many small arrays: half of its time went to mmap
         "MALLOC_TRIM_THRESHOLD_": "4000000000",
         "PYTHONPATH": str(ROOT),
+        "HYPOTHESIS_STORAGE_DIRECTORY": str(folder),
     }
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-q",
-            "--noconftest",
-            "-p",
-            "no:cacheprovider",
-            f"tests/interpreted/{case}.py",
-        ],
+    file = f"tests/interpreted/{case}.py"
+    return subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "--noconftest", "-p", "no:cacheprovider", file],
         cwd=ROOT,
-        env=os.environ | settings | {"HYPOTHESIS_STORAGE_DIRECTORY": str(tmp_path)},
+        env=os.environ | settings,
         capture_output=True,
         text=True,
-        timeout=400,
+        timeout=600,
     )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
+def test_interpreted(case: str, started: Started) -> None:
+    done = started[case].result()
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]

@@ -152,7 +152,7 @@ def shell(tmp_path):
     return run
 
 
-def test_three_experiments_of_the_search(shell, tmp_path: Path):
+def test_two_experiments_of_the_search(shell, tmp_path: Path):
     """The shipped recipe, fitted to this machine, through init, run, log and sample."""
     shell(
         "init",
@@ -172,9 +172,9 @@ def test_three_experiments_of_the_search(shell, tmp_path: Path):
     )
     settings = json.loads(shell("status", "night", "--json"))
     assert "mlx" in json.dumps(settings)
-    shell("run", "night", "--experiments", "3")
+    shell("run", "night", "--experiments", "2")
     log = json.loads(shell("log", "night", "--json"))
     text = json.dumps(log)
-    assert text.count('"status"') >= 3 and '"keep"' in text
+    assert text.count('"status"') >= 2 and '"keep"' in text
     assert "crash" not in text, text
     assert shell("sample", "night", "--prompt", "And God")
