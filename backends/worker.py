@@ -334,7 +334,7 @@ class Loop:
             if (due := sum(share <= self._budget.progress() for share in self._looks)) > self._looked:
                 self._looked = due
                 self._be_looked_at(due - 1)
-                mark = time.monotonic()
+                mark = time.perf_counter()
         self._read_all()
 
     def _be_looked_at(self, index: int) -> None:
