@@ -16,12 +16,15 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Literal, Protocol
 
 import numpy as np
 
 from benchmarks.results import KernelResult, Peak
 from benchmarks.work import BenchProfile
+from core.paths import project_root
+from core.recipe import replace as replace_constants
 
 Direction = Literal["forward", "both", "step"]  # both: forward and backward; step: of an optimizer
 TOLERANCE = {"float32": 1e-4, "bfloat16": 0.03, "float16": 0.01}  # of the root mean square of what is wanted
@@ -295,6 +298,15 @@ def muon_work(count: int, m: int, n: int, steps: int) -> Work:
     small, large = min(m, n), max(m, n)
     flops = steps * (2 * 2 * small * small * large + 2 * small**3)
     return Work(1.0 * count * flops, 5.0 * 4 * count * m * n)
+
+
+def recipe_at(backend: str, shape: Shape) -> ModuleType:
+    """The shipped recipe of a backend at this shape."""
+    source = (project_root() / "backends" / backend / "train.py").read_text(encoding="utf-8")
+    constants = {"DEPTH": shape.depth, "HEAD_DIM": shape.head_dim, "ASPECT_RATIO": -(-shape.dim // shape.depth)}
+    module = ModuleType("train")
+    exec(compile(replace_constants(source, constants), "train.py", "exec"), module.__dict__)
+    return module
 
 
 def muon_stacks(shape: Shape) -> list[tuple[int, int, int]]:

@@ -17,8 +17,6 @@ import numpy as np
 
 from benchmarks import kernel_cases as cases
 from benchmarks.kernel_cases import Case, Shape, Side
-from core.paths import project_root
-from core.recipe import replace as replace_constants
 
 STREAM_BYTES = 2**24
 CAP = 15.0
@@ -80,17 +78,8 @@ def arrays(x: Any) -> Iterator[mx.array]:
             yield from arrays(item)
 
 
-def recipe_at(shape: Shape) -> ModuleType:
-    """The shipped recipe at this shape."""
-    source = (project_root() / "backends" / "mlx" / "train.py").read_text(encoding="utf-8")
-    constants = {"DEPTH": shape.depth, "HEAD_DIM": shape.head_dim, "ASPECT_RATIO": -(-shape.dim // shape.depth)}
-    module = ModuleType("train")
-    exec(compile(replace_constants(source, constants), "train.py", "exec"), module.__dict__)
-    return module
-
-
 def mlx_cases(shape: Shape, clock: MlxClock) -> Iterator[Case]:
-    recipe, dtype = recipe_at(shape), getattr(mx, clock.dtype)
+    recipe, dtype = cases.recipe_at("mlx", shape), getattr(mx, clock.dtype)
     yield from _attention(shape, recipe, dtype)
     yield from _mlp(shape, recipe, dtype)
     yield _head(shape, recipe, dtype, clock.name)

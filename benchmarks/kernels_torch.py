@@ -18,8 +18,6 @@ from torch import Tensor
 
 from benchmarks import kernel_cases as cases
 from benchmarks.kernel_cases import Case, Shape, Side
-from core.paths import project_root
-from core.recipe import replace
 from kernels import plain
 
 CAP = 15.0
@@ -142,17 +140,8 @@ class Source:
 # --- the CPU recipe -------------------------------------------------------------------------------
 
 
-def cpu_recipe(shape: Shape) -> ModuleType:
-    """The shipped recipe at this shape."""
-    source = (project_root() / "backends" / "cpu" / "train.py").read_text(encoding="utf-8")
-    constants = {"DEPTH": shape.depth, "HEAD_DIM": shape.head_dim, "ASPECT_RATIO": -(-shape.dim // shape.depth)}
-    module = ModuleType("train")
-    exec(compile(replace(source, constants), "train.py", "exec"), module.__dict__)
-    return module
-
-
 def cpu_cases(shape: Shape, clock: TorchClock) -> Iterator[Case]:
-    recipe, dtype = cpu_recipe(shape), getattr(torch, clock.dtype)
+    recipe, dtype = cases.recipe_at("cpu", shape), getattr(torch, clock.dtype)
     yield from _cpu_attention(shape, recipe, dtype)
     yield from _cpu_mlp(shape, recipe, dtype)
     yield _cpu_head(shape, recipe, dtype)

@@ -328,11 +328,6 @@ def fingerprint(source: bytes) -> str:
     return digest.hexdigest()[:16]
 
 
-def tokens(source: str | bytes) -> int:
-    """Size of the syntax tree in nodes, names and values: comments, docstrings and layout count nothing."""
-    return sum(1 for item in _walk(_parse(source)) if item not in ("(", ")"))
-
-
 def _walk(tree: ast.AST) -> Iterator[str]:
     """The tree as a flat list of strings. Own walk: `ast.dump` differs between Python versions and recurses."""
     stack: list[Any] = [tree]
