@@ -4,10 +4,11 @@
     python -m benchmarks.nights --nights 200 --only equal
     python -m benchmarks.nights --json > nights.json
 
-Every world is played by four rules: `statistical` is what the loop does; `naive` keeps what scores below the best's
+Every world is played by five rules: `statistical` is what the loop does; `naive` keeps what scores below the best's
 recorded score, one run each; `three seeds` does so with the mean of three; `naive, honest` asks for a margin over the
-recorded score that is just large enough for at most 5 % false keeps, found by trying (no loop can know it).
-docs/verdict.md has the table.
+recorded score that is just large enough for at most 5 % false keeps, found by trying (no loop can know it);
+`clairvoyant` is the least time per true gain that any rule with at most 5 % false keeps can need: it knows everything
+but the candidate. docs/verdict.md has the table.
 """
 
 from __future__ import annotations
@@ -23,12 +24,14 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.simulated import Simple, Statistical, Strategy, World, nights
+from benchmarks.simulated import Clairvoyant, Simple, Statistical, Strategy, World, nights
 from core.verdict import Rule
 
 FALSE_SHARE = 0.05
 MARGINS = tuple(np.arange(0.0, 6.01, 0.25))  # sds, of `naive, honest`
 MARGIN_NIGHTS = 200
+KEEPING = (0.8, 0.85, 0.9, 0.93, 0.95)  # posterior probabilities of a true gain, of `clairvoyant`
+DROPPING = (0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3)
 PART = 10  # nights of one task
 
 WORLDS = (
@@ -123,6 +126,8 @@ class Players:
         if world.better and (margin := self._margin(world)) is not None:
             name = f"naive, honest ({margin:g} sds)"
             yield summary(world, name, self.play(world, Simple(margin=margin), many))
+        if world.better and not (world.creep or world.step) and world.candidate_noise == 1.0 and not world.correlation:
+            yield summary(world, "clairvoyant", self.play(world, self._clairvoyant(world), many))
 
     def _margin(self, world: World) -> float | None:
         """The smallest margin with at most 5 % false keeps, None where none is large enough."""
@@ -131,6 +136,16 @@ class Players:
             if tried.false_share <= FALSE_SHARE:
                 return float(margin)
         return None
+
+    def _clairvoyant(self, world: World) -> Clairvoyant:
+        """With the thresholds of least time per true gain among those with at most 5 % false keeps."""
+        best, least = Clairvoyant(KEEPING[-1], DROPPING[0]), float("inf")
+        for keep in KEEPING:
+            for drop in DROPPING:
+                tried = summary(world, "", self.play(world, Clairvoyant(keep, drop), MARGIN_NIGHTS))
+                if tried.false_share <= FALSE_SHARE and tried.time_per_gain < least:
+                    best, least = Clairvoyant(keep, drop), tried.time_per_gain
+        return best
 
 
 def table(rows: Sequence[Row]) -> Table:

@@ -6,13 +6,15 @@ All verdicts come from the real functions of core. Effects are in noise sds, dev
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from functools import lru_cache
 
 import numpy as np
+from numpy.typing import NDArray
+from scipy.special import ndtri
 
-from core.noise import Noise, Run, drift, estimate_noise
+from core.noise import CHANGE_POINTS, Noise, NoisePool, Run, drift
 from core.verdict import Night, Rule, Step, decide, decide_simple, first_runs
 
 SD = 0.01  # bpb: the noise of one run
@@ -47,7 +49,8 @@ class World:
 class Recipe:
     level: float  # true bpb, without drift
     noise: float = 1.0
-    runs: list[Run] = field(default_factory=list)
+    runs: list[Run] = field(default_factory=list)  # of this epoch
+    group: int = 0  # the name of these runs in the noise's pool
 
 
 class Machine:
@@ -140,9 +143,9 @@ class _Played:
         self.machine = Machine(world, random)
         self.result = Result()
         self.baseline = self.incumbent = Recipe(START)
-        self.groups = [self.baseline.runs]  # of one recipe and epoch each
+        self.pool, self.groups = NoisePool(), 1  # a group: the runs of one recipe and epoch
         self.before = Night()
-        self.records: list[Mapping[str, Any]] = []
+        self.since = 0  # candidates since the incumbent ran last
 
     def night(self) -> Result:
         for seed in range(first_runs(self.rule)):
@@ -153,21 +156,20 @@ class _Played:
             kept = step is not None and step.status == "keep"
             self.result.count(gain, kept)
             if step is not None:
-                self.records.append(step.record)
-                self.before = Night.from_records(self.records)
+                self.before = self.before.after(step.record)
             if step is not None and kept:
                 self.result.claimed_gain += float(step.record["gain"]) / SD
-                self.incumbent = candidate
+                self.incumbent, self.since = candidate, 0
         return _ended(self.machine, self.result, self.baseline, self.incumbent)
 
     def _judge(self, candidate: Recipe) -> Step:
-        last = self.incumbent.runs[-1]
-        if self.machine.order - last.order > self.rule.fresh:
-            self._control(candidate, last.seed + 1)
-        self.groups.append(candidate.runs)
+        candidate.group = self._new_group()
+        if self.since >= self.rule.fresh:
+            self._control(candidate, self.incumbent.runs[-1].seed + 1)
+        self.since += 1
         self.machine.run(candidate, 0)
         while True:
-            step = decide(self.incumbent.runs, candidate.runs, self._noise(), self.before, self.rule)
+            step = decide(self.incumbent.runs, candidate.runs, self._noise(candidate), self.before, self.rule)
             if step.seed is None:
                 return step
             if step.status == "more":
@@ -181,18 +183,65 @@ class _Played:
         """Run the incumbent again, and begin a new epoch if it has moved."""
         self.machine.run(self.incumbent, seed)
         self.result.controls += 1
-        moved = drift(self.before.fair(self.incumbent.runs), self._noise())
+        self.since = 0
+        self.pool.put(self.incumbent.group, self.incumbent.runs[:-CHANGE_POINTS])  # what may have moved is not usual
+        moved = drift(self.before.fair(self.incumbent.runs), self.pool.noise())
         if moved:
             self.result.epochs += 1
             since = self.incumbent.runs[-moved.runs].order
             for recipe in (self.incumbent, candidate):
-                new = [run for run in recipe.runs if run.order >= since]
-                recipe.runs[:] = [run for run in recipe.runs if run.order < since]  # the old epoch's group
-                recipe.runs = new
-                self.groups.append(new)
+                self.pool.put(recipe.group, [run for run in recipe.runs if run.order < since])
+                recipe.runs, recipe.group = [run for run in recipe.runs if run.order >= since], self._new_group()
 
-    def _noise(self) -> Noise:
-        return estimate_noise([group for group in self.groups if len(group) > 1])
+    def _noise(self, candidate: Recipe) -> Noise:
+        for recipe in (self.incumbent, candidate):
+            self.pool.put(recipe.group, recipe.runs)
+        return self.pool.noise()
+
+    def _new_group(self) -> int:
+        self.groups += 1
+        return self.groups - 1
+
+
+class Clairvoyant:
+    """What no loop can beat: a rule that knows the noise, the best's true score without running it, and the world that
+    candidates are drawn from. It runs a candidate until the posterior odds of a true gain say `keep` or `drop`, which
+    for two hypotheses is the quickest of all tests (Wald and Wolfowitz, "Optimum character of the sequential
+    probability ratio test", 1948). `keep`, `drop`: the posterior probability of a true gain from which on, and up to
+    which, it decides."""
+
+    def __init__(self, keep: float, drop: float) -> None:
+        self.keep = keep
+        self.drop = drop
+
+    def __call__(self, world: World, random: np.random.Generator) -> Result:
+        machine, result = Machine(world, random), Result()
+        baseline = incumbent = Recipe(START)
+        for _ in range(world.candidates):
+            gain, candidate = machine.draw(incumbent)
+            kept = not machine.stops(gain) and self._judge(machine, incumbent, candidate)
+            result.count(gain, kept)
+            incumbent = candidate if kept else incumbent
+        return _ended(machine, result, baseline, incumbent)
+
+    def _judge(self, machine: Machine, incumbent: Recipe, candidate: Recipe) -> bool:
+        gains, shares = _prior(machine.world)
+        while True:
+            machine.run(candidate, len(candidate.runs))
+            seen = (incumbent.level - np.array([run.bpb for run in candidate.runs])) / SD  # (runs,), sds
+            likelihood = shares * np.exp(gains * seen.sum() - len(seen) * gains**2 / 2)
+            better = float(likelihood[gains > 0].sum() / likelihood.sum())
+            if better >= self.keep or better <= self.drop:
+                return better >= self.keep
+
+
+@lru_cache(maxsize=32)
+def _prior(world: World) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Gains (sds) that a candidate can have, and their shares: (64,) each, the worse ones at equally likely values."""
+    worse = -world.spread * ndtri(0.5 + (np.arange(62) + 0.5) / 124)
+    rest = 1 - world.better
+    shares = np.array([world.better, rest * (1 - world.worse), *[rest * world.worse / len(worse)] * len(worse)])
+    return np.array([world.gain, 0.0, *worse]), shares
 
 
 class Simple:

@@ -128,12 +128,14 @@ def _best(axes: Axes, rows: Sequence[Row], levels: Sequence[Level]) -> None:
 
 
 def _points(axes: Axes, rows: Sequence[Row], low: float, high: float) -> None:
-    groups: dict[str, list[Row]] = {"kept": [], "not kept": [], "off": [], "failed": []}
+    groups: dict[str, list[Row]] = {"kept": [], "not kept": [], "off": [], "failed": [], "stopped": []}
     for r in rows:
         if r.failed:
             groups["failed"].append(r)
         elif r.decided and r.val_bpb is not None:
             groups["kept" if r.kept else "off" if r.val_bpb > high else "not kept"].append(r)
+        elif r.decided:
+            groups["stopped"].append(r)
     edge, floor = high - 0.02 * (high - low), low + 0.025 * (high - low)
 
     def scatter(name: str, label: str, y: list[float], **how: Any) -> None:
@@ -149,16 +151,10 @@ def _points(axes: Axes, rows: Sequence[Row], low: float, high: float) -> None:
     )
     scatter("off", "discarded, off the scale", [edge] * len(groups["off"]), s=34, marker="^", facecolor="none",
             edgecolor=DISCARD, linewidth=1.3, zorder=4)  # fmt: skip
-    scatter(
-        "failed",
-        "failed, no score",
-        [floor] * len(groups["failed"]),
-        s=42,
-        marker="x",
-        color=FAIL,
-        linewidth=1.8,
-        zorder=4,
-    )
+    scatter("failed", "failed, no score", [floor] * len(groups["failed"]), s=42, marker="x", color=FAIL,
+            linewidth=1.8, zorder=4)  # fmt: skip
+    scatter("stopped", "stopped early, no score", [floor] * len(groups["stopped"]), s=60, marker="_", color=DISCARD,
+            linewidth=1.8, zorder=4)  # fmt: skip
 
 
 def _labels(axes: Axes, rows: Sequence[Row], low: float, high: float) -> None:

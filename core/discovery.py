@@ -59,4 +59,5 @@ def expected_effect(tested: Sequence[Tested], least: float, most: float, shrink:
     kept = [one.effect for one in tested if one.found]
     if len(kept) < 2:
         return least
-    return min(max(shrink * sum(kept) / len(kept), least), max(least, most))
+    tenths = round(10 * shrink * sum(kept) / len(kept))  # no finer, so that one night's bounds serve for the next
+    return min(max(tenths / 10, least), max(least, most))

@@ -6,7 +6,6 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 from scipy.special import ndtri, stdtr, stdtrit
 
 from core.noise import RESOLUTION, Noise, Run
@@ -64,20 +63,22 @@ def _rising(found: Iterator[Evidence]) -> Iterator[Evidence]:
 def compare(incumbent: Sequence[Run], candidate: Sequence[Run], noise: Noise) -> Evidence:
     """The best linear unbiased estimate of the gain. Without trusted correlation the difference of the means; with it,
     runs at one seed are weighed as the pairs that they are, the incumbent's other seeds too (generalised least squares,
-    Aitken 1935: the control-variate estimate where the candidate's seeds are among the incumbent's)."""
+    Aitken 1935: the control-variate estimate where the candidate's seeds are among the incumbent's). A seed that an arm
+    has run twice is a pair once."""
     sd, rho = max(noise.sd, RESOLUTION), noise.trusted_correlation()
     n, m = len(candidate), len(incumbent)
+    centre = min(run.bpb for run in incumbent)  # what is summed up is small, and in any order the same
+    x, y = ([run.bpb - centre for run in arm] for arm in (incumbent, candidate))
     if not rho:
-        gain = math.fsum(r.bpb for r in incumbent) / m - math.fsum(r.bpb for r in candidate) / n
-        return Evidence(gain, sd, noise.df, 1 / (1 / n + 1 / m))
-    # arms: 0 incumbent, 1 candidate; design (n + m, 2), covariance (n + m, n + m) in units of sd squared
-    runs, arm = [*incumbent, *candidate], np.repeat([0, 1], [m, n])
-    seeds = np.array([r.seed for r in runs])
-    covariance = rho * ((seeds[:, None] == seeds) & (arm[:, None] != arm)) + np.eye(n + m)
-    design = np.eye(2)[arm]
-    scores = np.array([r.bpb for r in runs])
-    weighed = np.linalg.solve(covariance, np.column_stack([design, scores - scores.mean()]))
-    normal = design.T @ weighed
-    contrast = np.array([1.0, -1.0])
-    means, inverse = np.linalg.solve(normal[:, :2], normal[:, 2]), np.linalg.inv(normal[:, :2])
-    return Evidence(float(contrast @ means), sd, noise.df, float(1 / (contrast @ inverse @ contrast)))
+        return Evidence(math.fsum(x) / m - math.fsum(y) / n, sd, noise.df, 1 / (1 / n + 1 / m))
+    mine, theirs = ({run.seed: run.bpb - centre for run in arm} for arm in (incumbent, candidate))
+    pairs = mine.keys() & theirs.keys()
+    both = [math.fsum(arm[seed] for seed in pairs) for arm in (mine, theirs)]
+    # The normal equations of the two means: a pair's inverse covariance is ((1, -rho), (-rho, 1)) / (1 - rho²).
+    weight = len(pairs) / (1 - rho**2)
+    a, b, off = m - len(pairs) + weight, n - len(pairs) + weight, -rho * weight
+    u = math.fsum(x) - both[0] + (both[0] - rho * both[1]) / (1 - rho**2)
+    v = math.fsum(y) - both[1] + (both[1] - rho * both[0]) / (1 - rho**2)
+    determinant = a * b - off**2
+    gain = ((b + off) * u - (a + off) * v) / determinant
+    return Evidence(gain, sd, noise.df, determinant / (a + b + 2 * off))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -59,13 +59,66 @@ def estimate_noise(groups: Sequence[Sequence[Run]], repeats: Sequence[Sequence[f
     The sd is the usual pooled one: within groups, so recipes of different quality do not widen it. A seed that a group
     holds twice counts once, with its mean.
     """
-    centred = [c for c in (_centred(group) for group in groups) if len(c) > 1]
-    squares, df = sum(r * r for c in centred for r in c.values()), sum(len(c) - 1 for c in centred)
-    correlation, pairs = _correlation(centred)
-    again = [np.asarray(r, dtype=float) for r in repeats if len(r) > 1]
-    repeat_df = sum(len(r) - 1 for r in again)
-    repeat_sd = math.sqrt(sum(float(np.var(r)) * len(r) for r in again) / repeat_df) if repeat_df else None
-    return Noise(math.sqrt(squares / df) if df else 0.0, float(df), correlation, pairs, repeat_sd)
+    pool = NoisePool()
+    for name, group in enumerate(groups):
+        pool.put(name, group)
+    return pool.noise(repeats)
+
+
+class NoisePool:
+    """What `estimate_noise` sums up, kept so that one more run costs its own group only."""
+
+    def __init__(self) -> None:
+        self._centred: dict[int, dict[int, float]] = {}  # group -> seed -> score less the group's mean
+        self._seeds: defaultdict[int, _Sums] = defaultdict(_Sums)
+        self._squares, self._df = 0.0, 0
+
+    def put(self, name: int, group: Sequence[Run]) -> None:
+        """The runs that the group of this name has now, in place of those that it had."""
+        self._add(self._centred.pop(name, {}), -1)
+        centred = _centred(group)
+        if len(centred) > 1:
+            self._centred[name] = centred
+            self._add(centred, 1)
+
+    def _add(self, centred: Mapping[int, float], sign: int) -> None:
+        for seed, value in centred.items():
+            sums = self._seeds[seed]
+            sums.many += sign
+            sums.values += sign * value
+            sums.squares += sign * value * value
+            self._squares += sign * value * value
+        self._df += sign * max(0, len(centred) - 1)
+
+    def noise(self, repeats: Sequence[Sequence[float]] = ()) -> Noise:
+        correlation, pairs = self._correlation()
+        again = [np.asarray(r, dtype=float) for r in repeats if len(r) > 1]
+        repeat_df = sum(len(r) - 1 for r in again)
+        repeat_sd = math.sqrt(sum(float(np.var(r)) * len(r) for r in again) / repeat_df) if repeat_df else None
+        sd = math.sqrt(max(0.0, self._squares) / self._df) if self._df else 0.0
+        return Noise(sd, float(self._df), correlation, pairs, repeat_sd)
+
+    def _correlation(self) -> tuple[float, int]:
+        """(correlation of two recipes at the same seed, degrees of freedom): the products of all pairs of recipes at
+        one seed over their squares, as in an intraclass correlation (Fisher 1925). Degrees of freedom as in a two-way
+        table: (recipes - 1)(seeds - 1) where it is complete, fewer where cells are missing."""
+        shared = {seed: sums for seed, sums in self._seeds.items() if sums.many > 1}
+        products = math.fsum(sums.values**2 - sums.squares for sums in shared.values())
+        squares = math.fsum((sums.many - 1) * sums.squares for sums in shared.values())
+        recipes = sum(not shared.keys().isdisjoint(centred) for centred in self._centred.values())
+        pairs = sum(sums.many - 1 for sums in shared.values()) - max(0, recipes - 1)
+        if pairs < 1 or squares <= 0:
+            return 0.0, 0
+        return products / squares, pairs
+
+
+@dataclass
+class _Sums:
+    """Of all groups' centred scores at one seed."""
+
+    many: int = 0
+    values: float = 0.0
+    squares: float = 0.0
 
 
 def _centred(group: Sequence[Run]) -> dict[int, float]:
@@ -76,27 +129,6 @@ def _centred(group: Sequence[Run]) -> dict[int, float]:
     means = {seed: math.fsum(found) / len(found) for seed, found in scores.items()}
     centre = math.fsum(means.values()) / max(1, len(means))
     return {seed: value - centre for seed, value in means.items()}
-
-
-def _correlation(centred: Sequence[dict[int, float]]) -> tuple[float, int]:
-    """(correlation of two recipes at the same seed, degrees of freedom): the products of all pairs of recipes at one
-    seed over their squares, as in an intraclass correlation (Fisher 1925). Degrees of freedom as in a two-way table:
-    (recipes - 1)(seeds - 1) where it is complete, fewer where cells are missing."""
-    by_seed = defaultdict(list)
-    for recipe, scores in enumerate(centred):
-        for seed, value in scores.items():
-            by_seed[seed].append((recipe, value))
-    shared = [found for found in by_seed.values() if len(found) > 1]
-    products = squares = 0.0
-    for found in shared:
-        own = math.fsum(value * value for _, value in found)
-        products += math.fsum(value for _, value in found) ** 2 - own
-        squares += (len(found) - 1) * own
-    recipes = {recipe for found in shared for recipe, _ in found}
-    pairs = sum(len(found) - 1 for found in shared) - max(0, len(recipes) - 1)
-    if pairs < 1 or not squares:
-        return 0.0, 0
-    return products / squares, pairs
 
 
 @dataclass(frozen=True)
@@ -110,7 +142,7 @@ class Drift:
     reason: str
 
 
-def drift(incumbent: Sequence[Run], noise: Noise, level: float = 0.01) -> Drift | None:
+def drift(incumbent: Sequence[Run], noise: Noise, level: float = 0.002) -> Drift | None:
     """Has the machine moved? The change-point test of the last 1 to 3 runs of one recipe against those before them, two
     sided, by Student's t with the pooled sd, Bonferroni over the change points. None: not more than noise allows.
 

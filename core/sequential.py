@@ -28,7 +28,7 @@ from scipy.special import ndtr, ndtri
 NODES = 40  # of the Gauss-Legendre rule: crossing probabilities are exact to 1e-6 relative to the level
 FAR = 7.5  # standard deviations: beyond lies less than 1e-13
 FURTHER = 40  # looks at most that are taken to follow
-LEVEL_STEP = 0.03  # of the logarithm
+LEVEL_STEP = 0.1  # of the logarithm
 WEAKEST = 0.025  # one-sided: no look concludes on less than this nominal level, however much may be spent
 
 
@@ -93,7 +93,7 @@ def _rounded(information: float) -> float:
 
 
 def _rounded_level(level: float) -> float:
-    """Down to one of a few, so that the states of one candidate serve for others: at most 3 % of the level."""
+    """Down to one of a few, so that the states of one candidate serve for others: at most a tenth of the level."""
     return math.exp(math.floor(math.log(level) / LEVEL_STEP) * LEVEL_STEP)
 
 

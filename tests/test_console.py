@@ -12,9 +12,11 @@ from datetime import date, datetime, timezone
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from matplotlib.image import imread
 
 from console import awake, chart, output, page, picture, places, tables, words
 from console.display import Ticker, expected, finish_line
@@ -238,6 +240,16 @@ def test_the_picture_is_drawn_from_any_night(tmp_path: Path, rows: list[Row]) ->
     head = path.read_bytes()[:24]
     assert head[:8] == b"\x89PNG\r\n\x1a\n"
     assert (int.from_bytes(head[16:20], "big"), int.from_bytes(head[20:24], "big")) == (1600, 800)
+
+
+def test_the_picture_shows_what_was_stopped_early(tmp_path: Path) -> None:
+    def floor(middle: str) -> np.ndarray:
+        """The lowest part of the plot, (rows, columns, RGBA), where marks without a score stand."""
+        rows = [a_row(1, "keep", 1.9, None), a_row(2, middle, None), a_row(3, "keep", 1.8, 1.9)]
+        return imread(picture.draw(rows, SCALE, "night", tmp_path / f"{middle}.png"))[660:715, 200:1560]
+
+    assert (floor("running") == 1).all(axis=2).mean() > 0.9  # nothing but the grid
+    assert (floor("discard") != floor("running")).any()
 
 
 @given(

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from core.discovery import Tested, expected_effect, level
 from core.evidence import compare, looks
-from core.noise import Noise, Run, drift, estimate_noise
+from core.noise import Noise, NoisePool, Run, drift, estimate_noise
 from core.sequential import Design, bounds, luck
 from core.size import syntax_tokens
 
@@ -26,6 +26,23 @@ def runs(scores, order=0, seed=0):
 
 
 # --- noise ---------------------------------------------------------------------------------------------------------
+
+
+GROUPS = st.lists(st.tuples(st.integers(0, 3), st.lists(st.tuples(st.integers(0, 4), st.floats(1, 3)), max_size=6)))
+
+
+@given(GROUPS)
+def test_noise_that_is_kept_up_to_date_is_that_of_all_groups_at_once(changes):
+    """Groups that grow, shrink and vanish, in any order."""
+    pool, groups = NoisePool(), {}
+    for name, found in changes:
+        groups[name] = [Run(seed, bpb, order) for order, (seed, bpb) in enumerate(found)]
+        pool.put(name, groups[name])
+    kept, afresh = pool.noise(), estimate_noise(list(groups.values()))
+    assert (kept.df, kept.pairs) == (afresh.df, afresh.pairs)
+    assert kept.sd == pytest.approx(afresh.sd, abs=1e-6)
+    if afresh.sd > 1e-3:
+        assert kept.correlation == pytest.approx(afresh.correlation, abs=1e-6)
 
 
 def test_the_sd_is_pooled_within_recipes_and_unbiased():
@@ -106,6 +123,25 @@ def test_a_trusted_correlation_gives_the_information_of_the_control_variate_esti
     assert seen.gain == pytest.approx(0.01)
     unpaired = compare(runs([3.0] * m), runs([2.99] * n, order=9), replace(noise, correlation=0.0))
     assert unpaired.information == pytest.approx(1 / (1 / n + 1 / m))
+
+
+ARM = st.dictionaries(st.integers(0, 9), st.floats(2.9, 3.1), min_size=1, max_size=8)  # seed -> score
+
+
+@given(ARM, ARM, st.sampled_from([0.3, 0.7, 0.95]))
+def test_pairs_are_weighed_by_generalised_least_squares(mine, theirs, correlation):
+    """Against the textbook's matrices: (X' V^-1 X)^-1 X' V^-1 y, with V (n + m, n + m) and X (n + m, 2)."""
+    known, new = ([Run(seed, score) for seed, score in arm.items()] for arm in (mine, theirs))
+    noise = Noise(0.01, 30, correlation, 40)
+    rho, seeds = noise.trusted_correlation(), np.array([*mine, *theirs])
+    arm = np.repeat([0, 1], [len(mine), len(theirs)])
+    covariance = rho * ((seeds[:, None] == seeds) & (arm[:, None] != arm)) + np.eye(len(seeds))
+    design, scores = np.eye(2)[arm], np.array([run.bpb for run in (*known, *new)])
+    variance = np.linalg.inv(design.T @ np.linalg.solve(covariance, design))
+    means = variance @ design.T @ np.linalg.solve(covariance, scores)
+    seen = compare(known, new, noise)
+    assert seen.gain == pytest.approx(means[0] - means[1], abs=1e-9)
+    assert 1 / seen.information == pytest.approx(variance[0, 0] + variance[1, 1] - 2 * variance[0, 1])
 
 
 def test_pairs_take_out_what_a_seed_does_to_both():

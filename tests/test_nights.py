@@ -9,7 +9,7 @@ import pytest
 from click.testing import CliRunner
 
 from benchmarks.nights import main, summary
-from benchmarks.simulated import Simple, Statistical, World, nights
+from benchmarks.simulated import Clairvoyant, Simple, Statistical, World, nights
 from core.verdict import Rule
 
 RULE = Rule(min_effect=0.0)
@@ -64,3 +64,13 @@ def test_the_command_prints_a_table_and_json():
     assert [r["rule"] for r in rows] == ["statistical", "naive", "three seeds"]
     refused = CliRunner().invoke(main, ["--only", "no such world"])
     assert refused.exit_code == 2 and "no world" in refused.output
+
+
+def test_no_rule_can_need_less_than_the_clairvoyant():
+    world = World("mixed", better=0.2, gain=2.0, worse=0.75)
+    bound = row(world, Clairvoyant(keep=0.85, drop=0.15), 100)
+    assert bound.power > 0.88 and bound.false_share < 0.06
+    found = row(world, Statistical(RULE), 6)
+    assert bound.time_per_gain < found.time_per_gain
+    careless = row(world, Clairvoyant(keep=0.5, drop=0.15), 100)
+    assert careless.false_share > bound.false_share and careless.time_per_gain < bound.time_per_gain

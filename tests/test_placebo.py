@@ -8,8 +8,7 @@ import pytest
 from scripted import check, make_lab
 from test_kill import are_tensors
 
-from core.executor import LocalExecutor
-from core.loop import Loop
+from benchmarks.placebo import night
 from core.measuring import Measuring
 
 
@@ -19,14 +18,10 @@ def test_a_placebo_night_keeps_nothing(tmp_path, settings, tiny_recipe, monkeypa
     # What is worth keeping is far above the noise, even on a busy machine (0.04 seen), so that the night is short.
     chosen = replace(settings, verdict="statistical", min_delta=0.1, eval_tokens=1024, audit_points=64)
     lab = make_lab(tmp_path / "night", chosen, first=tiny_recipe.encode())
-    placebos = {
-        "a comment": tiny_recipe + "\n# the same\n",
-        "another seed": tiny_recipe.replace("manual_seed(spec.seed)", "manual_seed(spec.seed + 1000)"),
-    }
-    for what, source in placebos.items():  # by hand, as the loop refuses a researcher the same program again
-        e = Loop(lab, None, LocalExecutor(), lambda event: None).judge(source.encode(), what)
-        assert e.status == "discard", e.reason
-        assert e.verdict["rule"] == "statistical" and e.verdict["noise"]["df"] >= 4
+    found = list(night(lab, 2))  # a comment, and another seed
+    assert [p.status for p in found] == ["discard", "discard"], [p.reason for p in found]
+    assert all(p.runs >= 1 and p.simple in ("keep", "discard") for p in found)
+    assert all(e.verdict["noise"]["df"] >= 4 for e in lab.ledger.experiments()[1:])
     assert [e.number for e in lab.ledger.experiments() if e.is_kept] == [1]
     assert all(s.outcome["audited"] for s in lab.ledger.samples(1))
     check(lab, are_tensors)
