@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import ndtri
 
+from core.measuring import CONTROL_EVERY
 from core.noise import CHANGE_POINTS, Noise, NoisePool, Run, drift
 from core.verdict import Night, Rule, Step, decide, decide_simple, first_runs
 
@@ -164,7 +165,7 @@ class _Played:
 
     def _judge(self, candidate: Recipe) -> Step:
         candidate.group = self._new_group()
-        if self.since >= self.rule.fresh:
+        if self.since >= CONTROL_EVERY:
             self._control(candidate, self.incumbent.runs[-1].seed + 1)
         self.since += 1
         self.machine.run(candidate, 0)

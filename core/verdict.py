@@ -33,8 +33,8 @@ class Rule:
     baseline_runs: int = 5  # seeds of the baseline at the start of a lab
     cap: int = 36  # runs of one candidate, at most
     control_cap: int = 50  # runs of the incumbent up to which a candidate may ask for more
-    reach: tuple[float, float] = (36.0, 36.0)  # information (1/sds²) at which a test ends, times its effect squared
-    simplify_reach: float = 12.0  # the same for a simplification's
+    reach: float = 36.0  # information (1/sds²) at which the test for a gain of one sd ends; less for larger gains
+    simplify_reach: float = 12.0  # the same for a simplification
     sharing: float = 1.2  # verdicts that a run of the incumbent serves; it gets sqrt(sharing) as many (Dunnett)
     effect: float = 1.0  # sds: the gain that is looked for before anything is known of gains
     most_effect: float = 2.0  # sds: what is looked for after large gains, at most
@@ -45,8 +45,6 @@ class Rule:
     wealth: float = 0.8  # of alpha: the most that a night of pure noise keeps anything with
     decay: float = 1.6  # of SAFFRON's charges
     lambda_: float = 0.15  # of SAFFRON
-    stale: int = 2  # runs of a candidate from which the best runs next, where it has not since the candidate began
-    fresh: int = 20  # candidates after which the best is due to be run again, whatever comes of them
     min_tokens: int = 5  # syntax-tree tokens that a simplification must save
     margin: float = 1.5  # sds that a simplification may lose at most (min_effect, where that is more)
 
@@ -199,9 +197,8 @@ class _Case:
         least, most = (min(max(effect, worth), LARGEST) for effect in (rule.effect, rule.most_effect))
         effect = expected_effect(tested, least, most, rule.shrink)
         share = (effect - least) / (most - least) if most > least else 0.0
-        ranges = (rule.patience, rule.first_patience, rule.reach)
-        patience, first, reach = (low + share * (high - low) for low, high in ranges)
-        design = Design(effect, patience, first, rule.information(effect, reach), rule.spending)
+        patience, first = (low + share * (high - low) for low, high in (rule.patience, rule.first_patience))
+        design = Design(effect, patience, first, rule.information(effect, rule.reach), rule.spending)
         return _Question(design, self._level(tested))
 
     def _level(self, tested: Sequence[Tested]) -> float:
@@ -212,7 +209,7 @@ class _Case:
         if now.gain < rule.min_effect:
             record["tested"]["found"] = False
             return Step("discard", f"{what}: real, but less than the {rule.min_effect:g} worth keeping", record=record)
-        if self._is_stale():  # the machine may have moved
+        if max(r.order for r in self.incumbent) < min(r.order for r in self.candidate):  # the machine may have moved
             reason = f"{what}; the best has not been run since, and is run again before this is kept"
             return Step("control", reason, _unused_seed(self.incumbent, self.candidate), record)
         share = now.information / len(self.candidate)  # of the luck; the incumbent's bad luck is the rest
@@ -247,14 +244,9 @@ class _Case:
         if n >= rule.cap and not may_control:
             return None
         reason = f"{self._compared(now)}: not yet to be told from noise"
-        stale = n >= rule.stale and self._is_stale()
-        if may_control and (stale or n >= rule.cap or rule.sharing / (m * (m + 1)) > 1 / (n * (n + 1))):
+        if may_control and (n >= rule.cap or rule.sharing / (m * (m + 1)) > 1 / (n * (n + 1))):
             return Step("control", reason, _unused_seed(self.incumbent, self.candidate), record)
         return Step("more", reason, _unused_seed(self.candidate, self.incumbent), record)
-
-    def _is_stale(self) -> bool:
-        """Has the incumbent not run since the candidate began?"""
-        return max(r.order for r in self.incumbent) < min(r.order for r in self.candidate)
 
     def _why_not(self, now: Evidence, answer: str, question: _Question) -> str:
         what = self._compared(now)
