@@ -31,6 +31,7 @@ def runs(scores, order=0, seed=0):
 GROUPS = st.lists(st.tuples(st.integers(0, 3), st.lists(st.tuples(st.integers(0, 4), st.floats(1, 3)), max_size=6)))
 
 
+@settings(deadline=None)
 @given(GROUPS)
 def test_noise_that_is_kept_up_to_date_is_that_of_all_groups_at_once(changes):
     """Groups that grow, shrink and vanish, in any order."""
@@ -128,6 +129,7 @@ def test_a_trusted_correlation_gives_the_information_of_the_control_variate_esti
 ARM = st.dictionaries(st.integers(0, 9), st.floats(2.9, 3.1), min_size=1, max_size=8)  # seed -> score
 
 
+@settings(deadline=None)
 @given(ARM, ARM, st.sampled_from([0.3, 0.7, 0.95]))
 def test_pairs_are_weighed_by_generalised_least_squares(mine, theirs, correlation):
     """Against the textbook's matrices: (X' V^-1 X)^-1 X' V^-1 y, with V (n + m, n + m) and X (n + m, 2)."""
