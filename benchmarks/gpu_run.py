@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.gpu import ROOT, Order
+from core.tokenizer import SMALLEST_VOCABULARY
 
 if TYPE_CHECKING:
     from core.data import Dataset
@@ -36,6 +38,8 @@ def run(order: Order) -> Iterator[dict[str, Any]]:
     peak = (outcome.peak_memory or 0) / 2**30
     yield row | {"val_bpb": outcome.val_bpb, "steps": outcome.steps, "tokens_per_second": rate, "mfu": outcome.mfu}
     yield {"scored tokens": outcome.scored_tokens, "peak_gib": peak, **outcome.timings}
+    if dataset.vocab_size == SMALLEST_VOCABULARY:
+        yield {"setting": "vocabulary", "value": "single bytes: rustbpe, which learns merges, is not installed"}
     for name, value in outcome.describe.items():
         if name.startswith(("attention", "rows", "scored", "peak", "dtype")):
             yield {"setting": name, "value": value}
@@ -54,6 +58,8 @@ def data(order: Order, folder: Path) -> Dataset:
     for file in sorted([*ROOT.glob("*/*.py"), *ROOT.glob("docs/*.md")]):
         (texts / f"{file.parent.name}-{file.stem}.txt").write_text(file.read_text(encoding="utf-8"), encoding="utf-8")
     vocab = min(order.vocab, 2048) if order.device != "cpu" else 512  # a megabyte teaches no more merges than that
+    if find_spec("rustbpe") is None:
+        vocab = SMALLEST_VOCABULARY
     return build(Plan(from_path(texts), vocab, []), root, print_nothing, print_nothing)
 
 
