@@ -65,6 +65,7 @@ class Order:
 
 
 SMOKE = Order(2, 64, 2, 32, 2, 97, 128, 3, "cpu")
+WHOLE = "stderr"  # of a section that failed: in the JSON only
 
 
 def run_section(name: str, order: Order, limit: float, caches: Path | None = None) -> Iterator[dict[str, Any]]:
@@ -98,14 +99,16 @@ def run_section(name: str, order: Order, limit: float, caches: Path | None = Non
             yield {"section": name, **json.loads(line)}
     if ended:
         last = next((line for line in reversed(errors.splitlines()) if line.strip()), "")
-        yield {"section": name, "failed": ended, "error": last[:400]}
+        yield {"section": name, "failed": ended, "error": last[:400], WHOLE: errors[-6000:]}
 
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown: one table a section, in the order in which they ran."""
     lines = []
     for section in dict.fromkeys(row["section"] for row in rows):
-        found = [{k: v for k, v in row.items() if k != "section"} for row in rows if row["section"] == section]
+        found = [
+            {k: v for k, v in row.items() if k not in ("section", WHOLE)} for row in rows if row["section"] == section
+        ]
         columns = list(dict.fromkeys(name for row in found for name in row))
         lines += [f"## {section}", f"| {' | '.join(columns)} |", f"|{' --- |' * len(columns)}"]
         lines += [f"| {' | '.join(_cell(row.get(c)) for c in columns)} |" for row in found] + [""]
@@ -129,7 +132,7 @@ def measure(order: Order, names: Sequence[str], out: Path) -> int:
         limit = max(0.0, min(max(LIMITS[name], end - began - later), end - began))
         for row in run_section(name, order, limit, out / "caches"):
             rows.append(row)
-            print("  ".join(f"{k} {_cell(v)}" for k, v in row.items()), flush=True)
+            print("  ".join(f"{k} {_cell(v)}" for k, v in row.items() if k != WHOLE), flush=True)
         print(f"{name}: {time.monotonic() - began:.0f} s", flush=True)
         (out / "results.json").write_text(json.dumps({"order": asdict(order), "rows": rows}, indent=1))
         (out / "results.md").write_text(table(rows))

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from core.outcome import Outcome
 
 SECONDS = 15.0  # of training on a card
+WARMUP_CAP = 180.0  # seconds: nothing is compiled yet, and a child compiles in one thread
 SCORED = 2**20  # tokens
 
 
@@ -90,6 +91,7 @@ def experiment(order: Order, dataset: Dataset, workdir: Path) -> Outcome:
         sequence_len=order.context,
         bos_id=dataset.bos_id,
         budget=2.0 if on_cpu else SECONDS,
+        warmup_cap=WARMUP_CAP,
         eval_tokens=2**12 if on_cpu else SCORED,
         dtype="float32" if on_cpu else "bfloat16",
         device=order.device,

@@ -34,6 +34,7 @@ def test_all_sections_run_small_and_write_what_they_found(tmp_path):
 def test_a_section_that_fails_leaves_a_row_with_the_reason():
     rows = list(run_section("nonesuch", SMOKE, 60))
     assert rows[-1]["failed"] == "exit status 1" and "nonesuch" in rows[-1]["error"]
+    assert "Traceback" in rows[-1]["stderr"] and "Traceback" not in table(rows), "what is to be mended is in the JSON"
 
 
 def test_what_a_section_leaves_over_is_for_the_others(tmp_path, monkeypatch):
