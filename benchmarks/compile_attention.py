@@ -28,7 +28,7 @@ def parts(target: int, head: int) -> Iterator[Case]:
 
 def forward_part(target: int, head: int, tile: Tile | None = None, dtype: str = "bf16") -> Case:
     tile = tile or FORWARD[target][padded(head)]
-    constants = {"vt": 3 * HEADS * head, "M": tile.queries, "N": tile.keys}
+    constants = {"vt": 3 * HEADS * head, "M": tile.queries, "N": tile.keys, "LEAN": tile.lean}
     kernel = attention.forward_kernel
     return _part("forward", kernel, target, head, dtype, constants, tile.warps, tile.stages, PRODUCT[target])
 

@@ -5,16 +5,19 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.gpu import ROOT, Order
+from core.tokenizer import SMALLEST_VOCABULARY
 
 if TYPE_CHECKING:
     from core.data import Dataset
     from core.outcome import Outcome
 
 SECONDS = 15.0  # of training on a card
+WARMUP_CAP = 180.0  # seconds: nothing is compiled yet, and a child compiles in one thread
 SCORED = 2**20  # tokens
 
 
@@ -36,6 +39,8 @@ def run(order: Order) -> Iterator[dict[str, Any]]:
     peak = (outcome.peak_memory or 0) / 2**30
     yield row | {"val_bpb": outcome.val_bpb, "steps": outcome.steps, "tokens_per_second": rate, "mfu": outcome.mfu}
     yield {"scored tokens": outcome.scored_tokens, "peak_gib": peak, **outcome.timings}
+    if dataset.vocab_size == SMALLEST_VOCABULARY:
+        yield {"setting": "vocabulary", "value": "single bytes: rustbpe, which learns merges, is not installed"}
     for name, value in outcome.describe.items():
         if name.startswith(("attention", "rows", "scored", "peak", "dtype")):
             yield {"setting": name, "value": value}
@@ -54,6 +59,8 @@ def data(order: Order, folder: Path) -> Dataset:
     for file in sorted([*ROOT.glob("*/*.py"), *ROOT.glob("docs/*.md")]):
         (texts / f"{file.parent.name}-{file.stem}.txt").write_text(file.read_text(encoding="utf-8"), encoding="utf-8")
     vocab = min(order.vocab, 2048) if order.device != "cpu" else 512  # a megabyte teaches no more merges than that
+    if find_spec("rustbpe") is None:
+        vocab = SMALLEST_VOCABULARY
     return build(Plan(from_path(texts), vocab, []), root, print_nothing, print_nothing)
 
 
@@ -84,6 +91,7 @@ def experiment(order: Order, dataset: Dataset, workdir: Path) -> Outcome:
         sequence_len=order.context,
         bos_id=dataset.bos_id,
         budget=2.0 if on_cpu else SECONDS,
+        warmup_cap=WARMUP_CAP,
         eval_tokens=2**12 if on_cpu else SCORED,
         dtype="float32" if on_cpu else "bfloat16",
         device=order.device,

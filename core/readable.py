@@ -39,6 +39,7 @@ LIBRARIES = {"cpu": ("torch",), "cuda": ("torch",), "rtx": ("torch",), "mlx": ("
 SYSTEM = words(  # programs, libraries, headers: no user's data
     "/usr/bin /usr/sbin /usr/lib /usr/lib32 /usr/lib64 /usr/libexec /usr/include /usr/local/bin /usr/local/lib "
     "/usr/local/lib64 /usr/local/include /bin /sbin /lib /lib64 /nix/store /opt/rocm /usr/local/cuda "
+    "/usr/local/nvidia "  # the driver's libraries in many containers
     "/etc/ld.so.cache /etc/ld.so.conf /etc/ld.so.conf.d /etc/ld.so.preload /etc/localtime /usr/share/zoneinfo "
     "/etc/ssl/openssl.cnf /etc/pki/tls/openssl.cnf /usr/share/locale /System/Library /usr/share/icu "
     "/Library/Developer/CommandLineTools /Applications/Xcode.app/Contents/Developer"

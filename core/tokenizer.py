@@ -153,9 +153,11 @@ def train(texts: Iterable[str], vocab_size: int, pattern: str = SPLIT_PATTERN) -
 
     `DataError` with the largest size that this text allows, where it has too few different words.
     """
+    check_vocabulary(vocab_size)
+    if vocab_size == SMALLEST_VOCABULARY:  # no merges to be learned
+        return Tokenizer({bytes([i]): i for i in range(256)}, pattern)
     import rustbpe  # here: only `prepare` trains
 
-    check_vocabulary(vocab_size)
     trainer = rustbpe.Tokenizer()
     trainer.train_from_iterator((p for t in texts for p in pieces(t)), vocab_size - 1, pattern=pattern)
     tokenizer = Tokenizer({bytes(token): rank for token, rank in trainer.get_mergeable_ranks()}, pattern)

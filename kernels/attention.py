@@ -48,13 +48,13 @@ def over_keys(
     acc, total, q, rows,  # (M, DP) float32, (M,) float32, (M, DP), (M,)
     K, V,  # of this head: k^ (T, DP), v (T, D)
     first, last, whole, gap, T, window, scale2, shift2,
-    vt: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, N: tl.constexpr, MASKED: tl.constexpr,
+    vt: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, N: tl.constexpr, MASKED: tl.constexpr, LEAN: tl.constexpr,
 ):  # fmt: skip
     """Add the keys first..last (in steps of N) to acc = sum exp(s - c) v and total = sum exp(s - c).
 
     MASKED: whole..whole+gap are left out.
     """
-    for j in tl.range(first, last, N):
+    for j in tl.range(first, last, N, disable_licm=MASKED and LEAN):
         if MASKED:
             j = tl.where(j < whole, j, j + gap)
         j = tl.multiple_of(j, N)
@@ -84,7 +84,7 @@ def forward_kernel(
     qb, qt, qh, vb, vh, yb, yt, yh,  # strides of Q, V and Y
     T, H, G, window, scale2, shift2,  # scale and c, both times log2(e)
     vt: tl.constexpr,  # tokens of V lie this far apart
-    D: tl.constexpr, DP: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+    D: tl.constexpr, DP: tl.constexpr, M: tl.constexpr, N: tl.constexpr, LEAN: tl.constexpr,
 ):  # fmt: skip
     """Program: M queries of one head. The last queries, which see most, are started first."""
     b, h = (tl.program_id(1) // H).to(tl.int64), tl.program_id(1) % H
@@ -105,10 +105,10 @@ def forward_kernel(
     whole = tl.cdiv(tl.maximum(0, start + M - 1 - window), N) * N
     gap = tl.maximum(0, (start + 1) // N * N - whole)
     acc, total = over_keys(
-        acc, total, q, rows, k, v, first, last - gap, whole, gap, T, window, scale2, shift2, vt, D, DP, N, True
+        acc, total, q, rows, k, v, first, last - gap, whole, gap, T, window, scale2, shift2, vt, D, DP, N, True, LEAN
     )
     acc, total = over_keys(
-        acc, total, q, rows, k, v, whole, whole + gap, whole, gap, T, window, scale2, shift2, vt, D, DP, N, False
+        acc, total, q, rows, k, v, whole, whole + gap, whole, gap, T, window, scale2, shift2, vt, D, DP, N, False, LEAN
     )
     # rows past T see no key: their total of 0 is divided by, but not stored
     tl.store(Lse + tl.program_id(1).to(tl.int64) * T + rows, shift2 + tl.log2(total), mask=rows < T)
@@ -133,7 +133,7 @@ def attention_forward(
             q, turned, v, cos, sin, y, lse,
             *q.stride()[:3], v.stride(0), v.stride(2), *y.stride()[:3],
             T, H, H // k.size(2), window, scale * LOG2E, max(0.0, bound - HEADROOM) * LOG2E,
-            v.stride(1), D, DP, shape.queries, shape.keys, num_warps=shape.warps, num_stages=shape.stages,
+            v.stride(1), D, DP, shape.queries, shape.keys, shape.lean, num_warps=shape.warps, num_stages=shape.stages,
         )  # fmt: skip
     return y, lse
 

@@ -9,7 +9,8 @@ says why. A forced name is taken or refused, never replaced.
 
 `settled` is the same for a recipe: the first process that asks measures, and leaves what it found among the compile
 caches, from which trainer, scorer and auditor of one experiment read it, and the next experiment too. Two processes
-that measured for themselves could settle on two kernels, whose roundings differ.
+that measured for themselves could settle on two kernels, whose roundings differ. A warm-up has an end: what is still
+to be compiled when `PATIENCE` is used up is left out, and the reason names it, now and whenever it is read again.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ REPEATS = 10  # timed runs after WARMUP; their median decides
 WARMUP = 3
 HEAD_START = 100_000_000  # cycles of the card (about 50 ms) in which Python launches all that is timed
 TIMED_ROWS = 16  # at most, when a recipe asks: times grow with the rows, their order does not change
-PATIENCE = 15.0  # seconds of a warm-up after which no further implementation is compiled and timed
+PATIENCE = 15.0  # seconds of a recipe's warm-up, compilers included, after which no further one is compiled and timed
 _log = logging.getLogger(__name__)
 
 
@@ -44,7 +45,7 @@ class Choice:
     run: Attention
     reason: str
     milliseconds: dict[str, float] = field(default_factory=dict)  # forward and backward, of all that were timed
-    refused: dict[str, str] = field(default_factory=dict)  # name -> why it cannot do the case
+    refused: dict[str, str] = field(default_factory=dict)  # name -> why it cannot do the case, or was not timed
 
     @property
     def whole(self) -> bool:
@@ -60,7 +61,8 @@ def available(case: Case) -> dict[str, str]:
 def choose(case: Case, forced: str | None = None, patience: float = float("inf")) -> Choice:
     """The fastest that can do the case, or the forced one. ValueError where a forced one is unknown or cannot.
 
-    patience: seconds after which no further one is tried; the first that can is always timed.
+    patience: seconds after which none is compiled any more. The first that can, and what comes compiled, is always
+    timed: the seconds of a first call count, and one slow compiler must not keep out what needs none.
     """
     if forced is not None and forced not in PEERS:
         raise ValueError(f"no attention called {forced!r}; known: {', '.join(PEERS)}")
@@ -74,30 +76,35 @@ def choose(case: Case, forced: str | None = None, patience: float = float("inf")
         if not found["triton"] and case.device.type == "cpu":
             return _made(case, "triton", "its kernels are interpreted, as TRITON_INTERPRET says", {}, refused)
         return _made(case, "reference", f"no device to time the others on ({case.device.type})", {}, refused)
-    times = _timed(case, [n for n, why in found.items() if not why and n != "reference"], refused, patience)
+    able = [n for n, why in found.items() if not why and n != "reference"]
+    times, passed_by = _timed(case, able, patience)
+    refused |= passed_by
     if not times:
         return _made(case, "reference", f"nothing else can do this: {_reasons(refused)}", {}, refused)
     best = min(times, key=times.__getitem__)
-    others = ", ".join(f"{name} {ms:.3f}" for name, ms in sorted(times.items(), key=lambda x: x[1]) if name != best)
-    reason = f"{times[best]:.3f} ms forward and backward" + (f"; {others}" if others else "; nothing else ran")
+    others = [f"{name} {ms:.3f}" for name, ms in sorted(times.items(), key=lambda x: x[1]) if name != best]
+    others += [f"{name} {why}" for name, why in passed_by.items()]
+    reason = "; ".join([f"{times[best]:.3f} ms forward and backward", *(others or ["nothing else can do this"])])
     return _made(case, best, reason, times, refused)
 
 
-def _timed(case: Case, names: list[str], refused: dict[str, str], patience: float) -> dict[str, float]:
-    """Milliseconds of each that runs; what said it could and could not goes to `refused`."""
+def _timed(case: Case, names: list[str], patience: float) -> tuple[dict[str, float], dict[str, str]]:
+    """Milliseconds of each that runs; and why the others, which could do the case, have none."""
     times: dict[str, float] = {}
+    passed_by: dict[str, str] = {}
     began = time.monotonic()
-    for name in names:
-        if times and time.monotonic() - began > patience:
-            refused[name] = f"not timed: {patience:g} s of the warm-up were used up"
+    for name in sorted(names, key=lambda name: name != names[0] and PEERS[name].compiles):
+        used = time.monotonic() - began
+        if times and PEERS[name].compiles and used > patience:
+            passed_by[name] = f"not timed: {used:.0f} s were used up, {patience:g} s are given to it"
             continue
         try:
             times[name] = milliseconds(PEERS[name].make(case), case)
         except torch.OutOfMemoryError:
             raise  # of the recipe's whole step, which is made smaller then; it says nothing about a peer
         except Exception as error:  # noqa: BLE001 - Triton's, CUTLASS's and the packages' own share no base but this
-            refused[name] = f"failed when timed: {type(error).__name__}: {_first_line(error)}"
-    return times
+            passed_by[name] = f"failed when timed: {type(error).__name__}: {_first_line(error)}"
+    return times, passed_by
 
 
 def _made(case: Case, name: str, reason: str, times: dict[str, float], refused: dict[str, str]) -> Choice:
@@ -128,8 +135,8 @@ def settled(case: Case, forced: str | None = None, folder: Path | None = None) -
     folder = folder or _caches()
     found = _read(folder / _file(case), available(case)) if folder else None
     if found is not None:
-        name, times = found
-        return _made(case, name, f"{times[name]:.3f} ms, as measured before", times, {})
+        name, times, reason = found
+        return _made(case, name, f"{reason} (as measured before)", times, {})
     few = Case(**{**vars(case), "rows": min(case.rows, TIMED_ROWS)})
     choice = choose(few, patience=PATIENCE)
     keep(case, choice, folder)
@@ -141,7 +148,7 @@ def keep(case: Case, choice: Choice, folder: Path | None = None) -> None:
     folder = folder or _caches()
     if folder and choice.milliseconds:
         folder.mkdir(parents=True, exist_ok=True)
-        found = {"name": choice.name, "milliseconds": choice.milliseconds}
+        found = {"name": choice.name, "milliseconds": choice.milliseconds, "reason": choice.reason}
         (folder / _file(case)).write_text(json.dumps(found), encoding="utf-8")
 
 
@@ -161,14 +168,15 @@ def key(case: Case) -> str:
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
-def _read(file: Path, why_not: dict[str, str]) -> tuple[str, dict[str, float]] | None:
-    """What was measured before; None where nothing is there, or nothing that still holds."""
+def _read(file: Path, why_not: dict[str, str]) -> tuple[str, dict[str, float], str] | None:
+    """Name, times and reason of what was measured before; None where nothing is there, or nothing that still holds."""
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
         name, times = str(found["name"]), {str(n): float(ms) for n, ms in found["milliseconds"].items()}
+        reason = str(found["reason"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
-    return (name, times) if name in times and why_not.get(name) == "" else None
+    return (name, times, reason) if name in times and why_not.get(name) == "" else None
 
 
 # --- measuring --------------------------------------------------------------------------------

@@ -63,6 +63,7 @@ class Peer:
     make: Callable[[Case], Attention]
     why_not: Callable[[Case], str]  # "" where it can do the case
     whole: bool = True  # torch.compile takes it into one graph with what stands around it
+    compiles: bool = False  # its first call compiles attention itself, which takes seconds
 
 
 # --- the implementations ----------------------------------------------------------------------
@@ -238,11 +239,11 @@ def _absent(module: str, package: str) -> str:
 
 
 PEERS: dict[str, Peer] = {
-    "triton": Peer(_triton, _no_triton),
+    "triton": Peer(_triton, _no_triton, compiles=True),
     "fa3": Peer(_flash3, _no_flash3, whole=False),
-    "fa4": Peer(_flash4, _no_flash4, whole=False),
+    "fa4": Peer(_flash4, _no_flash4, whole=False, compiles=True),
     "cudnn": Peer(_cudnn, _no_cudnn),
     "flash": Peer(_sdpa_flash, _no_sdpa_flash),
-    "flex": Peer(_flex, _no_flex),
+    "flex": Peer(_flex, _no_flex, compiles=True),
     "reference": Peer(_reference, lambda case: ""),
 }

@@ -109,6 +109,7 @@ def test_the_fastest_that_runs_is_taken_and_failures_are_told(monkeypatch):
     assert "reference" not in found.milliseconds
     if "cudnn" in found.refused and "failed" in found.refused["cudnn"]:
         assert found.refused["cudnn"] == "failed when timed: RuntimeError: no such thing"
+        assert "cudnn failed when timed" in found.reason
 
 
 def test_flash_of_torch_agrees_with_the_reference():
@@ -191,8 +192,9 @@ def test_the_next_process_takes_what_the_first_one_measured(monkeypatch, tmp_pat
 
 
 @pytest.mark.parametrize(
-    "left", ["", "not json", "[]", '{"name": "triton"}', '{"name": "fa3", "milliseconds": {"fa3": 1.0}}',
-             '{"name": "nonesuch", "milliseconds": {"nonesuch": 1.0}}', '{"name": "flex", "milliseconds": {"a": "b"}}'],
+    "left", ["", "not json", "[]", '{"name": "triton"}', '{"name": "fa3", "milliseconds": {"fa3": 1}, "reason": ""}',
+             '{"name": "nonesuch", "milliseconds": {"nonesuch": 1}, "reason": ""}',
+             '{"name": "flex", "milliseconds": {}}', '{"name": "flex", "milliseconds": {"a": "b"}, "reason": ""}'],
 )  # fmt: skip
 def test_what_is_left_over_and_does_not_hold_is_measured_again(monkeypatch, tmp_path, left):
     pytest.importorskip("triton")
@@ -203,12 +205,19 @@ def test_what_is_left_over_and_does_not_hold_is_measured_again(monkeypatch, tmp_
     assert found.name == "triton" and asked
 
 
-def test_a_recipe_is_never_kept_waiting_for_more_than_its_warm_up(monkeypatch):
+def test_when_a_warm_up_is_used_up_nothing_more_is_compiled_and_the_log_names_what_was_left_out(
+    monkeypatch, tmp_path, caplog
+):
+    """What comes compiled is timed all the same; whoever reads the choice later is told too."""
     pytest.importorskip("triton")
-    monkeypatch.setattr(choice, "milliseconds", lambda run, wanted: 1.0)
-    monkeypatch.setattr(choice, "PEERS", {n: replace(p, make=lambda c: reference) for n, p in PEERS.items()})
-    found = choice.choose(card(monkeypatch, 90), patience=0.0)
-    assert found.name == "triton" and "not timed" in found.refused["flash"]
+    caplog.set_level("INFO", "kernels.attention_choice")
+    monkeypatch.setattr(choice, "PATIENCE", 0.0)
+    found, _ = settle(monkeypatch, tmp_path, [1.0, 2.0, 3.0, 4.0])
+    assert found.name == "triton" and "flash" in found.milliseconds and "flex" not in found.milliseconds
+    assert found.refused["flex"].startswith("not timed: 0 s were used up")
+    again, asked = settle(monkeypatch, tmp_path, [])
+    assert not asked and "flex not timed" in again.reason
+    assert len(caplog.messages) == 2 and all("flex not timed" in message for message in caplog.messages)
 
 
 def test_where_nothing_else_can_it_is_the_reference_and_a_warning(monkeypatch, caplog):

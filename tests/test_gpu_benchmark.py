@@ -13,7 +13,7 @@ from core.paths import project_root
 pytest.importorskip("torch")
 pytest.importorskip("triton")
 
-from benchmarks import gpu
+from benchmarks import gpu, gpu_run
 from benchmarks.gpu import LIMITS, SMOKE, run_section, table
 
 
@@ -34,6 +34,31 @@ def test_all_sections_run_small_and_write_what_they_found(tmp_path):
 def test_a_section_that_fails_leaves_a_row_with_the_reason():
     rows = list(run_section("nonesuch", SMOKE, 60))
     assert rows[-1]["failed"] == "exit status 1" and "nonesuch" in rows[-1]["error"]
+    assert "Traceback" in rows[-1]["stderr"] and "Traceback" not in table(rows), "what is to be mended is in the JSON"
+
+
+def test_what_a_section_leaves_over_is_for_the_others(tmp_path, monkeypatch):
+    given = []
+    monkeypatch.setattr(gpu, "run_section", lambda name, order, limit, caches: given.append((name, limit)) or iter(()))
+    gpu.measure(SMOKE, ["step", "run"], tmp_path)
+    assert given[0] == ("step", pytest.approx(gpu.TOTAL - LIMITS["run"], abs=1))
+    assert given[1] == ("run", pytest.approx(gpu.TOTAL, abs=1))
+    monkeypatch.setattr(gpu, "TOTAL", float(LIMITS["step"]))  # too little for both: the first has its own limit
+    gpu.measure(SMOKE, ["step", "run"], tmp_path)
+    assert given[2] == ("step", pytest.approx(LIMITS["step"], abs=1))
+
+
+def test_packages_that_were_brought_along_are_found(tmp_path, monkeypatch):
+    (tmp_path / "triton.py").write_text("__version__ = 'brought along'\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    (row,) = run_section("facts", SMOKE, 60)
+    assert row["triton"] == "brought along"
+
+
+def test_without_a_trainer_of_tokenizers_a_run_reads_bytes(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "rustbpe", None)
+    dataset = gpu_run.data(SMOKE, tmp_path)
+    assert dataset.vocab_size == 257 and dataset.bos_id == 256
 
 
 def test_one_that_hangs_is_ended():

@@ -120,14 +120,20 @@ def test_killed_while_the_next_proposal_is_made(tmp_path, settings):
 
 @pytest.mark.slow
 def test_an_undo_that_is_killed(tmp_path, settings):
+    """At any instant of the time that one takes here, until all but the baseline are undone."""
     dice = random.Random(7)
     lab = make_lab(tmp_path / "night", settings)
-    for k in range(5):
+    for k in range(6):
         Loop(lab, None, Scripted(), lambda event: None).judge(recipe(1.0 - k / 10), f"step {k}")
+    began = time.monotonic()
+    lab.ledger.close()
+    os.waitpid(in_a_process(lambda: Lab.open(lab.path).undo(6)), 0)
+    takes = time.monotonic() - began
+    lab = Lab.open(lab.path)
     while len(keeps := [e.number for e in lab.ledger.experiments() if e.is_kept]) > 1:
         lab.ledger.close()
         pid = in_a_process(lambda: Lab.open(lab.path).undo(keeps[-1]))  # noqa: B023 - used before the next turn
-        time.sleep(dice.uniform(0.0, 0.06))
+        time.sleep(dice.uniform(0.0, 1.25 * takes))
         kill(pid, tree=True)
         lab = Lab.open(lab.path)
         with lab.lock():
