@@ -165,14 +165,14 @@ def test_an_older_ledger_becomes_the_present_one_and_loses_nothing(tmp_path, sch
 
 def test_an_older_ledger_on_a_read_only_disk_can_be_looked_at(tmp_path, monkeypatch):
     path = old_ledger(tmp_path / "ledger.sqlite", 1)
-    connect = module._connect
+    connect = module.connect
 
     def read_only(path, mode):
         made = connect(path, mode)
         made.execute("PRAGMA query_only = ON")
         return made
 
-    monkeypatch.setattr(module, "_connect", read_only)
+    monkeypatch.setattr(module, "connect", read_only)
     now = Ledger.open(path)
     assert (now.meta("schema"), now.spent(), now.get(1).detail, now.get(1).verdict) == (1, Spent(), {"k": 1}, {})
     assert [(s.val_bpb, s.purpose, s.epoch) for s in now.samples(1)] == [(2.0, "verdict", 0)] * 2
@@ -202,7 +202,7 @@ def test_an_upgrade_that_is_killed_is_done_whole_or_not_at_all(tmp_path):
 
 def _upgrade_until(path: Path, statements: int) -> None:
     """In a process of its own, which never returns."""
-    left, connect = [statements], module._connect
+    left, connect = [statements], module.connect
 
     def trace(statement: str) -> None:
         if statement.split()[0] in ("CREATE", "INSERT", "DROP", "ALTER", "COMMIT"):
@@ -218,7 +218,7 @@ def _upgrade_until(path: Path, statements: int) -> None:
 
     code = 1
     try:
-        module._connect = traced
+        module.connect = traced
         Ledger.open(path)
         code = 0
     finally:
