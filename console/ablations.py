@@ -95,10 +95,10 @@ def _told(screen: Screen, lab: Lab, lefts: list[LeftOut], done: Done, asked: Ask
 
 def withouts(lab: Lab) -> dict[int, list[Without]]:
     """By experiment, what the bests of the lab are without its change, oldest first."""
-    with lab.ledger.transaction():
-        ablations, experiments = lab.ledger.ablations(), lab.ledger.experiments()
-        samples = lab.ledger.all_samples() if ablations else []
-    known = Known.of(experiments, samples)
+    ablations = lab.ledger.ablations()
+    if not ablations:
+        return {}
+    known = Known.of(lab.ledger.experiments(), lab.ledger.all_samples())
     spread = effects.spread_of(known.samples, next(iter(known.kept), None), ablations=ablations)
     found: dict[int, list[Without]] = {}
     for a in ablations:

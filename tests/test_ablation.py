@@ -14,7 +14,7 @@ from click.testing import CliRunner
 from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
-from nights import FIRST, Clock, Story, World, confirmed, constants, edit, kept, left_out, night, small, tell
+from nights import FIRST, Clock, Story, World, confirmed, constants, edit, kept, left_out, small, tell
 from scripted import Limits, Loop, check, git, make_lab
 
 from cli import cli

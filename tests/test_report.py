@@ -275,6 +275,7 @@ def test_an_older_ledger_is_reported_as_far_as_it_goes(tmp_path, settings, monke
         for column in ("purpose", "outcome", "holdout_bpb", "epoch"):
             db.execute(f"ALTER TABLE samples DROP COLUMN {column}")
         db.execute("ALTER TABLE experiments DROP COLUMN verdict")
+        db.executescript("DROP TABLE ablation_runs; DROP TABLE ablations")
         db.execute("UPDATE meta SET value = '2' WHERE key = 'schema'")
     again = Lab.open(lab.path)
     sane(again)
