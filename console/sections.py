@@ -146,7 +146,7 @@ def kept(found: Findings) -> str:
     head = [
         ("n", "#"), ("what", "what"), ("n", "when kept"), ("n", "on fresh seeds"),
         ("plot", "95 % interval; left is better"), ("w", "does it hold?"),
-        *([("w", "the winner without it")] if asked else []),
+        *([("without", "the winner without it")] if asked else []),
     ]  # fmt: skip
     return _kept_lead(found) + table(head, lines)
 
@@ -198,7 +198,7 @@ def _kept(k: Kept, within: tuple[float, float], asked: bool) -> str:
         ("n", "on fresh seeds", again + runs),
         ("plot", "95 %", plot),
         ("w", "does it hold?", state(k.state, takes)),
-        *([("w", "the winner without it", _without(k.without) if k.without else "")] if asked else []),
+        *([("without", "the winner without it", _without(k.without) if k.without else "")] if asked else []),
     )
 
 
