@@ -210,8 +210,8 @@ def _without(w: Without) -> str:
         return f'<span class="soft">{said}</span>{other}'
     half, of = ablations.half_width(w.effect), f"{w.effect.runs_before}+{w.effect.runs_after}"
     size = change(key, -w.effect.gain) + ("" if half is None else f" ± {fact(f'{key}.half', half, f'{half:.4f}')}")
-    runs = f'<span class="soft">, {fact(f"{key}.runs", of, of)} runs</span>'
-    return f"{size}{runs}<br>{mark(w.state, said)}{other}"
+    runs = f'<span class="soft">{fact(f"{key}.runs", of, of)} runs</span>'
+    return f"{size}<br>{runs}<br>{mark(w.state, said)}{other}"
 
 
 def tried(found: Findings) -> str:
