@@ -83,6 +83,8 @@ def _told(screen: Screen, lab: Lab, lefts: list[LeftOut], done: Done, asked: Ask
     left = f"{plural(done.left, 'run')} to go"
     if asked.signal or done.reason:
         screen.say(f"ended early ({asked.name or done.reason}), {left}: the same command goes on")
+    elif done.left:
+        screen.say(f"{plural(done.left, 'run')} came to no score that counts: the same command tries again")
     for w in found:
         if idle(w):
             screen.say(f"to try the best without #{w.number}, in the lab: {advice(w.number)}")

@@ -245,7 +245,7 @@ def finalize_verb(screen: Screen, given: str | None, branch: str | None, also: b
 
 
 def _idle(found: Findings, final: Final) -> list[Kept]:
-    """Changes on the branch that held when they were kept, and that the winner does without."""
+    """Changes on the branch that the winner was measured to do without."""
     on_it = {step.win.number for step in final.steps}
     return [k for k in found.idle if k.row.number in on_it]
 

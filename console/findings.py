@@ -117,8 +117,8 @@ class Findings:
 
     @property
     def seconds_without(self) -> float:
-        """That leaving out of the winner what nobody has left out of it would take, at most; 0 where one change is all
-        there is, and for an older best's."""
+        """That leaving out what nobody has left out of the winner yet would take, one change at a time, at
+        most; 0 where there is but one change, whose answer is the gain."""
         if self.gain is None or len(self.kept) < 2:
             return 0.0
         new = [k for k in self.kept if k.without is None or not k.without.stands]
