@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 
 import click
 
-from console.options import ASKING, Duration, Moment, asking_options, making_options
+from console.options import ASKING, Change, Duration, Moment, asking_options, making_options
 
 SECTIONS = {
     "The three that matter": ["run", "log", "report"],
@@ -270,19 +270,22 @@ def report(lab: str | None, as_json: bool, out: Path | None) -> None:
 @click.argument("number", type=click.IntRange(min=1), metavar="[N]", required=False)
 @click.option("--seeds", type=click.IntRange(1, 64), default=4, show_default=True, metavar="K", help="Of each.")
 @click.option("--kept", is_flag=True, help="All that was kept, each against the one before it.")
+@click.option("--without", type=Change(), metavar="N|all", help="The winner without kept change N, or without each.")
 @click.option("--holdout/--no-holdout", default=None, help="Score the holdout too; default: for baseline and winner.")
 @click.option("--cost", is_flag=True, help="Only say how long it would take.")
 @_lab_option
 def confirm(number: int | None, as_json: bool, lab: str | None, **options: Any) -> int:
     """Measure again on fresh seeds, which no decision has seen: baseline and winner, or experiment N.
 
-    A score that was kept because it came out low flatters; fresh seeds do not. Ctrl-C ends at once, and the same
-    command goes on where it stopped. With --json: one JSON line for each event.
+    A score that was kept because it came out low flatters; fresh seeds do not. --without tells whether the winner still
+    needs a change that was kept: it alone is taken back, and both run on the same seeds. Ctrl-C ends at once, and the
+    same command goes on where it stopped. With --json: one JSON line for each event.
 
     \b
     autoresearch confirm
     autoresearch confirm 12 --seeds 6
     autoresearch confirm --kept --cost
+    autoresearch confirm --without 12
     """
     from console.confirming import confirm_verb
 
@@ -424,7 +427,8 @@ def status(lab: str | None, as_json: bool) -> None:
 @verb("best")
 @_lab_argument
 @click.option("--source", is_flag=True, help="Print its train.py and nothing else.")
-def best(lab: str | None, as_json: bool, source: bool) -> None:
+@click.option("--without", type=click.IntRange(min=1), metavar="N", help="With --source: without the kept change N.")
+def best(lab: str | None, as_json: bool, source: bool, without: int | None) -> None:
     """The best experiment so far, and what led to it.
 
     \b
@@ -433,7 +437,7 @@ def best(lab: str | None, as_json: bool, source: bool) -> None:
     """
     from console.looking import best_verb
 
-    best_verb(_screen(as_json), lab, source)
+    best_verb(_screen(as_json), lab, source, without)
 
 
 @verb("show")

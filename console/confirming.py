@@ -5,12 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from console import places
+from console import ablations, places
 from console.display import Ticker
 from console.figures import STATE_WORDS
-from console.findings import Findings, findings, read
+from console.findings import Findings, Kept, findings, read
 from console.markdown import changed
 from console.output import Screen
 from console.signals import Asked, ends
@@ -30,9 +30,26 @@ if TYPE_CHECKING:
 
 
 def confirm_verb(
-    screen: Screen, given: str | None, number: int | None, *, seeds: int, kept: bool, holdout: bool | None, cost: bool
+    screen: Screen,
+    given: str | None,
+    number: int | None,
+    *,
+    without: int | Literal["all"] | None,
+    seeds: int,
+    kept: bool,
+    holdout: bool | None,
+    cost: bool,
 ) -> int:
-    """`holdout`: for all, for none, or (None) for baseline and winner; `cost`: only tell it."""
+    """`without`: measure the winner without that change, or without each; `holdout`: for all, for none, or (None) for
+    baseline and winner; `cost`: only tell it."""
+    if without is not None:
+        if number is not None or kept or holdout:
+            raise UserError(
+                "--without measures the winner alone: N, --kept and --holdout do not go with it", "see --help"
+            )
+        from console.ablations import without_verb
+
+        return without_verb(screen, given, None if without == "all" else without, seeds, cost)
     lab = places.find(screen, given)
     numbers = _numbers(lab, number, kept)
     wanted = plan(lab, numbers, seeds, scored_too(screen, lab, numbers, number, holdout))
@@ -44,7 +61,7 @@ def confirm_verb(
     if cost:
         screen.document({"lab": places.about(lab), "runs": len(wanted.runs), "seconds": wanted.seconds})
         return 0
-    done, asked = (Done(0, 0, ""), Asked()) if not wanted.runs else _run(screen, lab, wanted)
+    done, asked = (Done(0, 0, ""), Asked()) if not wanted.runs else measure(screen, lab, wanted)
     return _told(screen, lab, numbers, done, asked)
 
 
@@ -88,7 +105,8 @@ def plan(lab: Lab, numbers: Sequence[int], seeds: int, holdout: Sequence[int]) -
     )
 
 
-def _run(screen: Screen, lab: Lab, wanted: Plan) -> tuple[Done, Asked]:
+def measure(screen: Screen, lab: Lab, wanted: Plan) -> tuple[Done, Asked]:
+    """Run what is planned, with its progress shown, until it is done or somebody asks for an end."""
     from core.executor import LocalExecutor
     from core.loop import Loop
 
@@ -210,6 +228,7 @@ def finalize_verb(screen: Screen, given: str | None, branch: str | None, also: b
         "lab": places.about(lab), "branch": name, "written": not show,
         "commits": [{"number": s.win.number, "state": s.win.state, "note": s.note} for s in final.steps],
         "left_out": [{"number": w.number, "state": w.state} for w in final.left_out],
+        "idle": [k.row.number for k in _idle(found, final)],
         "measured_as": same.number if same else None,
     })  # fmt: skip
     if screen.as_json:
@@ -225,6 +244,12 @@ def finalize_verb(screen: Screen, given: str | None, branch: str | None, also: b
         screen.say(f"see it   git -C {places.spelled(lab.path)} log -p {name}")
 
 
+def _idle(found: Findings, final: Final) -> list[Kept]:
+    """Changes on the branch that the winner was measured to do without."""
+    on_it = {step.win.number for step in final.steps}
+    return [k for k in found.idle if k.row.number in on_it]
+
+
 def _tell(screen: Screen, lab: Lab, found: Findings, final: Final) -> None:
     from core.finalizing import effect_line
 
@@ -232,5 +257,9 @@ def _tell(screen: Screen, lab: Lab, found: Findings, final: Final) -> None:
     for step in final.steps:
         screen.say(f"  #{step.win.number:<4} {words[step.win.number]}")
         screen.say(f"        {effect_line(step.win.again)}{' ' + step.note if step.note else ''}")
+    for k in _idle(found, final):
+        if k.without:
+            screen.say(f"  note: #{k.row.number} is on it; {ablations.line(k.without)}")
+            screen.say(f"        to try the best without it, in the lab: {ablations.advice(k.row.number)}")
     for win in final.left_out:
         screen.say(f"  left out: #{win.number}, {STATE_WORDS[win.state]}  {words[win.number]}")

@@ -67,9 +67,13 @@ def spans(found: Estimate | Effect | None) -> bool:
 
 def state(of: str, more: str = "") -> str:
     """A mark, a word and a colour: none of them says it alone."""
+    return mark(of, STATE_WORDS[of] + more)
+
+
+def mark(of: str, words: str) -> str:
+    """The same with other words, as HTML."""
     kind = {"replicated": "good", "not replicated": "bad"}.get(of, "open")
-    words = STATE_WORDS[of]
-    return f'<span class="state {kind}"><i aria-hidden="true">{STATES[of]}</i> {words}{more}</span>'
+    return f'<span class="state {kind}"><i aria-hidden="true">{STATES[of]}</i> {words}</span>'
 
 
 def cells(*of: tuple[str, str, str]) -> str:

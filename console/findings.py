@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
+from console import ablations
 from console.machine import Machine, machine
 from console.places import look
 from console.rows import KEPT, Row, Scale, Tally, tally
 from console.themes import Theme, themes, untried
 from console.timeuse import TimeUse, time_use
-from core import confirming, effects
+from core import ablation, confirming, effects
+from core.ablation import Known, Without
 from core.effects import Effect, Estimate, Replication, Spread
-from core.ledger import LedgerEvent, Sample, Spent
+from core.ledger import Ablation, LedgerEvent, Sample, Spent
 
 if TYPE_CHECKING:
     from core.lab import Lab
@@ -31,6 +33,7 @@ class Kept:
     again: Effect | None  # on fresh seeds; None: not measured again
     state: Replication
     seconds: float  # that `confirm` of it would still take
+    without: Without | None  # the winner without it; None: nobody has left it out
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,8 @@ class Record:
     rule: str  # "simple" or "statistical"
     source: Callable[[int], bytes]  # of an experiment
     diffs: Mapping[int, str]  # from what each started from
+    known: Known = field(default_factory=lambda: Known({}, {}, {}))
+    ablations: Sequence[Ablation] = ()
 
 
 @dataclass(frozen=True)
@@ -111,6 +116,22 @@ class Findings:
         return [e for e in self.record.events if e.kind == "epoch"]
 
     @property
+    def seconds_without(self) -> float:
+        """That leaving out what nobody has left out of the winner yet would take, one change at a time, at
+        most; 0 where there is but one change, whose answer is the gain."""
+        if self.gain is None or len(self.kept) < 2:
+            return 0.0
+        new = [k for k in self.kept if k.without is None or not k.without.stands]
+        record, winner = self.record, self.gain.winner.number
+        left = confirming.plan(record.samples, record.seed, self.seconds_each, [winner])
+        return len(new) * confirming.SEEDS * self.seconds_each + left.seconds if new else 0.0
+
+    @property
+    def idle(self) -> list[Kept]:
+        """Changes that the winner was measured to do without."""
+        return [k for k in self.kept if k.without and ablations.idle(k.without)]
+
+    @property
     def unsettled(self) -> list[Kept]:
         return [k for k in self.kept if k.state in ("open", "unconfirmed")]
 
@@ -118,16 +139,14 @@ class Findings:
 def read(lab: Lab) -> Record:
     with lab.ledger.transaction():
         view = look(lab)
-        samples: dict[int, list[Sample]] = {r.number: [] for r in view.rows}
-        for sample in lab.ledger.all_samples():
-            samples[sample.number].append(sample)
-        events, spent = lab.ledger.events(), lab.ledger.spent()
+        known = Known.of(lab.ledger.experiments(), lab.ledger.all_samples())
+        events, spent, left_out = lab.ledger.events(), lab.ledger.spent(), lab.ledger.ablations()
     return Record(
         tag=lab.tag,
         rows=view.rows,
         best=view.best.number if view.best else None,
         scale=view.scale,
-        samples=samples,
+        samples={r.number: known.samples.get(r.number, []) for r in view.rows},
         events=events,
         spent=spent,
         seed=lab.settings.seed,
@@ -135,6 +154,8 @@ def read(lab: Lab) -> Record:
         rule=lab.settings.verdict,
         source=lab.source,
         diffs={r.number: lab.diff(r.number) for r in view.rows if r.number > view.rows[0].number},
+        known=known,
+        ablations=left_out,
     )
 
 
@@ -142,8 +163,10 @@ def findings(record: Record) -> Findings:
     """Nothing is trained, and nothing is read but the record."""
     rows, samples = record.rows, record.samples
     total = tally(rows, record.best)
-    spread = effects.spread_of(samples, total.baseline.number if total.baseline else None)
+    baseline = total.baseline.number if total.baseline else None
+    spread = effects.spread_of(samples, baseline, ablations=record.ablations)
     each = confirming.seconds_each([r.outcome for r in rows], record.scale.budget)
+    extra = [s for a in record.ablations for s in a.runs]
     return Findings(
         record=record,
         total=total,
@@ -152,9 +175,9 @@ def findings(record: Record) -> Findings:
         kept=_kept(record, spread, each),
         levels=levels(rows, samples, spread),
         themes=themes(rows, record.source),
-        time=time_use(rows, samples),
+        time=time_use(rows, samples, extra),
         rules=rules(rows, record.rule),
-        machine=machine(rows, samples, record.events),
+        machine=machine(rows, samples, record.events, extra),
         near=near_misses(rows, record.worth, spread),
         untried=untried(rows, record.source, record.best) if record.best is not None else [],
         seconds_each=each,
@@ -190,7 +213,9 @@ def _kept(record: Record, spread: Spread, each: float) -> list[Kept]:
         again = effects.remeasured(record.samples, before.number, r.number, spread)
         state = effects.settled(r.status, again, record.worth)
         left = confirming.plan(record.samples, record.seed, each, [before.number, r.number])
-        found.append(Kept(r, before, again, state, left.seconds))
+        newest = ablation.newest(r.number, record.ablations, record.known)
+        without = ablation.judge(newest, record.known, spread, record.worth) if newest else None
+        found.append(Kept(r, before, again, state, left.seconds, without))
     return found
 
 

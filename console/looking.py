@@ -7,7 +7,7 @@ from dataclasses import asdict
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
-from console import places, tables
+from console import ablations, places, tables
 from console.output import Screen, plain
 from console.rows import Row, row, rows
 from console.words import bpb, clock, count, delta, duration, moment, plural
@@ -31,7 +31,7 @@ def log_verb(screen: Screen, given: str | None, follow: bool, limit: int | None,
     view = places.look(lab)
     chosen = _chosen(view.rows, limit, kept)
     screen.document(
-        {"lab": places.about(lab), "experiments": [r.to_json() for r in chosen], "total": view.total.to_json(),
+        {"lab": places.about(lab), "experiments": _with_ablations(lab, chosen), "total": view.total.to_json(),
          "spent": asdict(lab.ledger.spent())}
     )  # fmt: skip
     if not view.rows:
@@ -47,6 +47,12 @@ def log_verb(screen: Screen, given: str | None, follow: bool, limit: int | None,
         screen.say(other)
     if any(r.tainted for r in chosen):
         screen.say(tables.TAINTED)
+
+
+def _with_ablations(lab: Lab, chosen: list[Row], full: bool = False) -> list[dict[str, Any]]:
+    """Of each experiment also what the bests were without its change."""
+    known = ablations.withouts(lab)
+    return [{**r.to_json(full), "ablations": list(map(ablations.to_json, known.get(r.number, ())))} for r in chosen]
 
 
 def _chosen(all_rows: list[Row], limit: int | None, kept: bool) -> list[Row]:
@@ -183,7 +189,10 @@ def progress_parts(state: dict[str, Any]) -> list[str]:
 # --- best, show, diff --------------------------------------------------------------------------
 
 
-def best_verb(screen: Screen, given: str | None, source: bool) -> None:
+def best_verb(screen: Screen, given: str | None, source: bool, without: int | None = None) -> None:
+    """`without`: of the source, that without this kept change."""
+    if without is not None and not source:
+        raise UserError("--without is for the source of the best", f"autoresearch best --source --without {without}")
     quiet = Screen(True) if source and not screen.as_json else screen
     lab = places.find(quiet, given)
     view = places.look(lab)
@@ -191,7 +200,7 @@ def best_verb(screen: Screen, given: str | None, source: bool) -> None:
         raise UserError(
             f"lab {lab.tag} has no best yet: {plural(view.total.experiments, 'experiment')}", "autoresearch run"
         )
-    text = lab.best_source().decode("utf-8", "replace")
+    text = (lab.best_source() if without is None else _source_without(lab, without)).decode("utf-8", "replace")
     if source and not screen.as_json:
         print(text, end="")
         return
@@ -207,18 +216,29 @@ def best_verb(screen: Screen, given: str | None, source: bool) -> None:
         screen.say(f"  #{r.number:<4} {bpb(r.val_bpb)}  {delta(r.delta):<8} {r.description}")
 
 
+def _source_without(lab: Lab, number: int) -> bytes:
+    from core import ablation
+
+    left = ablation.leave_out(lab, *ablation.choose(lab, number))
+    if left.source is None:
+        raise UserError(f"#{number} cannot be left out: {left.reason}", f"autoresearch diff {number}")
+    return left.source
+
+
 def show_verb(screen: Screen, given: str | None, number: int) -> None:
     lab = places.find(screen, given)
     found = row(lab.ledger.get(number))
     spent = lab.ledger.spent(number)
     screen.document({
-        "lab": places.about(lab), "experiment": found.to_json(full=True), "diff": lab.diff(number),
+        "lab": places.about(lab), "experiment": _with_ablations(lab, [found], full=True)[0], "diff": lab.diff(number),
         "spent": asdict(spent),
     })  # fmt: skip
     if screen.as_json:
         return
     for line in tables.card(found, places.scale(lab), screen):
         screen.say(line)
+    for w in ablations.withouts(lab).get(number, ()):
+        screen.say(f"  {ablations.line(w)}")
     if cost := tables.cost_line(spent):
         screen.say(f"  proposal  {cost}")
     screen.say(f"  autoresearch diff {number}   shows what it changed")

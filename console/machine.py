@@ -46,8 +46,15 @@ QUANTITIES: tuple[tuple[str, str, tuple[str | int, ...]], ...] = (
 )
 
 
-def machine(rows: Sequence[Row], samples: Mapping[int, Sequence[Sample]], events: Sequence[LedgerEvent]) -> Machine:
+def machine(
+    rows: Sequence[Row],
+    samples: Mapping[int, Sequence[Sample]],
+    events: Sequence[LedgerEvent],
+    ablations: Sequence[Sample] = (),
+) -> Machine:
+    """`samples` by experiment; `ablations`: runs of what is no experiment."""
     outcomes = [o for r in rows for o in _outcomes(r, samples.get(r.number, ()))]
+    outcomes += [dict(s.outcome) for s in ablations if s.outcome]
     healths = [dict(o.get("health") or {}) for o in outcomes if o.get("health")]
     readings = [r for name, unit, path in QUANTITIES if (r := _reading(name, unit, path, healths))]
     return Machine(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from console import sections
+from console import ablations, sections
 from console.figures import STATE_WORDS, signed
 from console.findings import Findings, Kept
 from console.tables import cost_line
@@ -85,8 +85,18 @@ def table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
 def _kept(found: Findings) -> str:
     if not found.kept:
         return "Nothing beyond the baseline."
-    head = ("#", "what", "when kept", "on fresh seeds", "does it hold?")
-    return table(head, [_kept_line(k) for k in found.kept])
+    asked = any(k.without for k in found.kept)
+    head = ("#", "what", "when kept", "on fresh seeds", "does it hold?", *(["the winner without it"] if asked else []))
+    lines = [[*_kept_line(k), *([_without(k)] if asked else [])] for k in found.kept]
+    return table(head, lines)
+
+
+def _without(k: Kept) -> str:
+    if (w := k.without) is None:
+        return ""
+    other = "" if w.stands else f" (left out of #{w.winner})"
+    size = f"{ablations.amount(w.effect)}: " if w.effect else ""
+    return f"{size}{_plain(ablations.says(w))}{other}"
 
 
 def _kept_line(k: Kept) -> list[str]:
@@ -119,6 +129,11 @@ def _following(found: Findings) -> str:
         f"#{k.row.number} did not replicate: `autoresearch finalize` leaves it out, `undo {k.row.number}` takes it back"
         for k in found.kept
         if k.state == "not replicated"
+    ]
+    items += [
+        f"The winner was as good without #{k.row.number}: `autoresearch best --source --without {k.row.number}` is "
+        "that recipe, for `autoresearch try` to judge"
+        for k in found.idle
     ]
     items += [f"Near miss #{r.number}, {signed(r.delta or 0.0)}: {_plain(r.description)}" for r in found.near]
     if found.untried:

@@ -31,6 +31,19 @@ class Duration(click.ParamType):
         return seconds
 
 
+class Change(click.ParamType):
+    """The number of an experiment whose change is left out, or "all"."""
+
+    name = "N|all"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | str:
+        if value == "all":
+            return "all"
+        if not str(value).isdecimal() or int(value) < 1:
+            self.fail(f"{value!r} is neither the number of an experiment nor 'all'", param, ctx)
+        return int(value)
+
+
 class Moment(click.ParamType):
     """HH:MM, today or tomorrow, whichever comes next; as a Unix time."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import datetime
 from pathlib import Path
 
-from console import places, tables
+from console import ablations, places, tables
 from console.findings import Findings, findings, read
 from console.markdown import answer, markdown
 from console.output import Screen
@@ -26,6 +26,7 @@ def report_verb(screen: Screen, given: str | None, out: Path | None) -> None:
     screen.document({
         "lab": places.about(lab), "html": str(html), "png": str(png), "markdown": str(text),
         "total": found.total.to_json(), "kept": [r.to_json() for r in found.rows if r.kept],
+        "ablations": [ablations.to_json(k.without) for k in found.kept if k.without],
     })  # fmt: skip
     if screen.as_json:
         return

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections import Counter
 from html import escape
 
+from console import ablations
 from console.chart import Whisker, reach, whisker
-from console.figures import cells, change, cost, fact, interval, link, number, score, spans, state, table, time
+from console.figures import cells, change, cost, fact, interval, link, mark, number, score, spans, state, table, time
 from console.findings import Findings, Kept
 from console.rows import Row
 from console.themes import Theme
 from console.words import count, shorten
+from core.ablation import Without
 from core.effects import Effect
 
 NAMES = 4  # parts of a theme that are named
@@ -139,10 +141,12 @@ def kept(found: Findings) -> str:
     shown = [Whisker(k.row.delta or 0.0, pale=True) for k in found.kept]
     shown += [_whisker(k.again) for k in found.kept if k.again]
     within = reach(shown)
-    lines = [f'<tr data-kept="{k.row.number}">{_kept(k, within)}</tr>' for k in found.kept]
+    asked = any(k.without for k in found.kept)
+    lines = [f'<tr data-kept="{k.row.number}">{_kept(k, within, asked)}</tr>' for k in found.kept]
     head = [
         ("n", "#"), ("what", "what"), ("n", "when kept"), ("n", "on fresh seeds"),
         ("plot", "95 % interval; left is better"), ("w", "does it hold?"),
+        *([("without", "the winner without it")] if asked else []),
     ]  # fmt: skip
     return _kept_lead(found) + table(head, lines)
 
@@ -161,10 +165,16 @@ def _kept_lead(found: Findings) -> str:
     more = ""
     if states["unconfirmed"] and seconds:
         more = f" Confirming all takes {cost('kept.seconds', seconds)}: <code>autoresearch confirm --kept</code>"
+    elif found.seconds_without:
+        more = (
+            f" Does the winner still need each? To leave them out, one at a time, takes "
+            f"{cost('kept.without.seconds', found.seconds_without)} at most: "
+            "<code>autoresearch confirm --without all</code>"
+        )
     return f"<p>Of {number('tally.kept', len(found.kept))} kept: {', '.join(parts)}.{more}</p>"
 
 
-def _kept(k: Kept, within: tuple[float, float]) -> str:
+def _kept(k: Kept, within: tuple[float, float], asked: bool) -> str:
     n = k.row.number
     again = change(f"kept.{n}.again", k.again.gain) if k.again else ""
     runs = ""
@@ -188,7 +198,20 @@ def _kept(k: Kept, within: tuple[float, float]) -> str:
         ("n", "on fresh seeds", again + runs),
         ("plot", "95 %", plot),
         ("w", "does it hold?", state(k.state, takes)),
+        *([("without", "the winner without it", _without(k.without) if k.without else "")] if asked else []),
     )
+
+
+def _without(w: Without) -> str:
+    """By what val_bpb grows when the change is left out, and what that says."""
+    key, said = f"kept.{w.number}.without", f'<span class="says">{escape(ablations.says(w))}</span>'
+    other = "" if w.stands else f' <span class="soft">(left out of {link(w.winner)})</span>'
+    if w.effect is None:
+        return f'<span class="soft">{said}</span>{other}'
+    half, of = ablations.half_width(w.effect), f"{w.effect.runs_before}+{w.effect.runs_after}"
+    size = change(key, -w.effect.gain) + ("" if half is None else f" ± {fact(f'{key}.half', half, f'{half:.4f}')}")
+    runs = f'<span class="soft">{fact(f"{key}.runs", of, of)} runs</span>'
+    return f"{size}<br>{runs}<br>{mark(w.state, said)}{other}"
 
 
 def tried(found: Findings) -> str:
@@ -412,6 +435,7 @@ def following(found: Findings) -> str:
         if k.seconds
     ]
     items += [_doubt(k) for k in found.kept if k.state == "not replicated"]
+    items += [_idle(k) for k in found.idle]
     items += [_near(found, r) for r in found.near]
     if found.untried:
         names = ", ".join(found.untried[:12]) + (" and others" if len(found.untried) > 12 else "")
@@ -426,6 +450,14 @@ def _doubt(k: Kept) -> str:
     return (
         f"{link(k.row.number)} did not replicate: <code>autoresearch finalize</code> leaves it out; "
         f"<code>autoresearch undo {n}</code> takes it back, with all that came after"
+    )
+
+
+def _idle(k: Kept) -> str:
+    n = number(f"kept.{k.row.number}.number", k.row.number)
+    return (
+        f"The winner was as good without {link(k.row.number)}: <code>autoresearch best --source --without {n}</code> "
+        "is that recipe, for <code>autoresearch try</code> to judge"
     )
 
 

@@ -61,6 +61,7 @@ td { border-bottom: 1px solid var(--line); padding: .38rem .6rem; vertical-align
 td.n, th.n { width: 1%; text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap }
 td.w, th.w { width: 1%; white-space: nowrap }
 td.plot { width: 24%; min-width: 8rem } td.plot svg { margin-top: .12rem }
+td.without { width: 15%; min-width: 10rem } td.without .state { white-space: normal }
 td svg .whisker { stroke: var(--ink); stroke-width: 2 } td svg .dot { fill: var(--ink) }
 td svg .pale { fill: var(--ground); stroke: var(--soft); stroke-width: 1.8 }
 tr:target { outline: 2px solid var(--best) }
@@ -87,6 +88,9 @@ ul.next { padding-left: 1.2rem; max-width: 50rem } ul.next li { margin: .3rem 0 
 footer { margin-top: 3rem; padding-top: .8rem; border-top: 1px solid var(--line); color: var(--soft);
   font-size: .87rem }
 @media (max-width: 56rem) { .broad { display: none } .narrow { display: block; max-width: 36rem } }
+@media (min-width: 44.01rem) { tr:has(.without) td.plot { width: 17% } tr:has(.without) td.what { min-width: 8rem } }
+@media (min-width: 44.01rem) and (max-width: 56rem) { tr:has(.without) :is(td.without, td.w) { min-width: 7rem }
+  tr:has(.without) td.plot { width: 15% } tr:has(.without) :is(th, .state) { white-space: normal } }
 @media (max-width: 44rem) {
   body { padding: 1.2rem .9rem 3rem }
   .answer { padding: .9rem 1rem } .answer .lead { font-size: 1.15rem }

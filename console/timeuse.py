@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
+from itertools import chain
 from typing import Any
 
 from console.rows import Row
@@ -38,7 +39,7 @@ class TimeUse:
     idle: dict[str, float] = field(default_factory=dict)  # thinking, dry build, waiting, other
     paused: float = 0.0
     watched: float = 0.0  # whole runs before which the idle time was taken down
-    repeats: dict[str, float] = field(default_factory=dict)  # further seeds, re-runs of the best, confirmations
+    repeats: dict[str, float] = field(default_factory=dict)  # further seeds, re-runs of the best, …
     stopped_early: int = 0  # hopeless runs that were ended
     saved: float = 0.0  # by that
     wall: float | None = None  # from the first start to the last end; None where the clock cannot be believed
@@ -64,13 +65,14 @@ class TimeUse:
         return None if self.wall is None else max(0.0, self.wall - self.accounted)
 
 
-def time_use(rows: Sequence[Row], samples: Mapping[int, Sequence[Sample]]) -> TimeUse:
-    """`samples` by experiment. Ledgers of earlier versions have the outcome of an experiment's run there alone."""
+def time_use(rows: Sequence[Row], samples: Mapping[int, Sequence[Sample]], ablations: Sequence[Sample] = ()) -> TimeUse:
+    """`samples` by experiment; `ablations`: runs of what is no experiment. Ledgers of earlier versions have the outcome
+    of an experiment's run there alone."""
     training = scoring = starting = saved = 0.0
     wasted: dict[str, float] = {}
     repeats: dict[str, float] = {}
     stopped = 0
-    recorded = list(runs(rows, samples))
+    recorded = [*runs(rows, samples), *(_run(s, ABLATION) for s in ablations if s.outcome)]
     for kind, again, outcome in recorded:
         timings = outcome.get("timings") or {}
         total = _seconds(timings.get("total"))
@@ -88,7 +90,7 @@ def time_use(rows: Sequence[Row], samples: Mapping[int, Sequence[Sample]]) -> Ti
     oddities = tuple(odd_clocks(rows))
     return TimeUse(
         training, scoring, starting, wasted, idle, paused, watched, repeats, stopped, saved,
-        _wall(rows, oddities, samples), oddities,
+        _wall(rows, oddities, [*chain(*samples.values()), *ablations]), oddities,
     )  # fmt: skip
 
 
@@ -104,11 +106,16 @@ def runs(rows: Sequence[Row], samples: Mapping[int, Sequence[Sample]]) -> Iterab
         for s in recorded:
             again = "" if first and s.purpose == "verdict" else AGAIN.get(s.purpose, s.purpose)
             first = False
-            yield ("tainted" if s.tainted else ""), again, dict(s.outcome or {})
+            yield _run(s, again)
+
+
+def _run(s: Sample, again: str) -> tuple[str, str, dict[str, Any]]:
+    return ("tainted" if s.tainted else ""), again, dict(s.outcome or {})
 
 
 JUDGING = ("scoring", "audit", "holdout scoring", "holdout audit")
 AGAIN = {"verdict": "further seeds", "control": "the best again", "confirm": "confirming"}
+ABLATION = "leaving changes out"
 
 
 def _waste(r: Row, tainted: bool) -> str:
@@ -145,10 +152,10 @@ def odd_clocks(rows: Sequence[Row]) -> Iterable[Oddity]:
         before = r
 
 
-def _wall(rows: Sequence[Row], oddities: Sequence[Oddity], samples: Mapping[int, Sequence[Sample]]) -> float | None:
+def _wall(rows: Sequence[Row], oddities: Sequence[Oddity], samples: Iterable[Sample]) -> float | None:
     began = [m for r in rows if (m := moment(r.started))]
     ended = [m for r in rows if (m := moment(r.finished))]
-    for s in (s for of_one in samples.values() for s in of_one):
+    for s in samples:
         if (at := moment(s.created)) is not None:
             ended.append(at)
             began.append(at - timedelta(seconds=_seconds(((s.outcome or {}).get("timings") or {}).get("total"))))

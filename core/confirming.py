@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from core.ledger import Sample
+from core.ledger import Ablation, Sample
 
 if TYPE_CHECKING:
     from core.loop import Loop
@@ -31,6 +31,10 @@ class Run:
     number: int  # of the experiment
     seed: int
     holdout: bool  # whether the holdout is scored too
+    without: int | None = None  # the experiment whose change is left out (core.ablation)
+
+    def __str__(self) -> str:
+        return f"#{self.number}" if self.without is None else f"#{self.number} without #{self.without}"
 
 
 @dataclass(frozen=True)
@@ -80,11 +84,23 @@ def plan(
         epoch = max((s.epoch for s in everything), default=0)
     if versions is None:
         versions = max(everything, key=lambda s: s.created).versions if everything else {}
+    recipes = [(Run(number, seed, number in holdout), samples.get(number, ())) for number in numbers]
+    return missing(recipes, seconds_each, seeds, versions, epoch)
+
+
+def missing(
+    recipes: Sequence[tuple[Run, Sequence[Sample]]],
+    seconds_each: float,
+    seeds: int,
+    versions: Mapping[str, Any],
+    epoch: int,
+) -> Plan:
+    """`recipes`: of each a run with the lab's seed, and the runs that there are."""
     runs = []
     for k in range(seeds):
-        for number in numbers:
-            wanted = Run(number, seed + FIRST_SEED + k, number in holdout)
-            if not any(_counts(s, wanted, epoch, versions) for s in samples.get(number, ())):
+        for run, present in recipes:
+            wanted = replace(run, seed=run.seed + FIRST_SEED + k)
+            if not any(_counts(s, wanted, epoch, versions) for s in present):
                 runs.append(wanted)
     return Plan(tuple(runs), seconds_each)
 
@@ -115,11 +131,14 @@ def confirm(
     """Run what is planned, until all is measured, the deadline (Unix time) is too near for another run, or a stop.
 
     A run that was disturbed is repeated, ATTEMPTS runs in all at most. One that fails has no sample, which the record
-    tells; it is passed by, and tried again when somebody asks again.
+    tells; it is passed by, and tried again when somebody asks again. A recipe with a change left out that fails is not
+    run on further seeds: that it does not run is what was asked.
     """
-    measured, many = 0, len(wanted.runs)
+    measured, many, failed = 0, len(wanted.runs), set[int]()
     with loop.holding():
         for at, run in enumerate(wanted.runs):
+            if run.without in failed:
+                continue
             if deadline is not None and time.time() + wanted.seconds_each > deadline:
                 return Done(measured, many - at, "the next run would not end in time")
             score = _measured(loop, run)
@@ -127,18 +146,37 @@ def confirm(
                 return Done(measured, many - at, "stopped")
             measured += bool(score)
             said = f"{score:.6f}" if score else "no score that counts"
-            say(f"{at + 1} of {many}: #{run.number} on seed {run.seed}: {said}")
+            say(f"{at + 1} of {many}: {run} on seed {run.seed}: {said}")
+            if run.without is not None and _left_out(loop, run).reason:
+                failed.add(run.without)
     return Done(measured, many - measured, "")
 
 
 def _measured(loop: Loop, run: Run) -> float | None:
     """The undisturbed score of a run, 0.0 where it came to none; None after a stop."""
     for _ in range(ATTEMPTS):
-        outcome = loop.measure(run.number, run.seed, "confirm", "is it as good on a fresh seed?", run.holdout)
+        if run.without is None:
+            outcome = loop.measure(run.number, run.seed, "confirm", "is it as good on a fresh seed?", run.holdout)
+        else:
+            outcome = loop.measure_without(run.number, run.without, run.seed)
         if outcome is None:
             return None
         if outcome.status != "scored":
             return 0.0
-        if not (last := loop.ledger.samples(run.number, "confirm")[-1]).tainted:
+        if not (last := _last(loop, run)).tainted:
             return last.val_bpb
     return 0.0
+
+
+def _last(loop: Loop, run: Run) -> Sample:
+    """The sample that a run with a score has left."""
+    if run.without is None:
+        return loop.ledger.samples(run.number, "confirm")[-1]
+    return _left_out(loop, run).runs[-1]
+
+
+def _left_out(loop: Loop, run: Run) -> Ablation:
+    made = loop.ledger.ablation(run.without or 0, run.number)
+    if made is None:
+        raise ValueError(f"{run} is run and is not on the record")
+    return made

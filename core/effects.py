@@ -13,7 +13,7 @@ from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from core.ledger import Sample
+from core.ledger import Ablation, Sample
 
 CONFIDENCE = 0.95
 FRESH = ("control", "confirm")  # purposes of runs that no selection has touched
@@ -108,6 +108,16 @@ def settled(status: str, again: Effect | None, worth: float) -> Replication:
     return replication(again, -worth if status == "simplify" else 0.0, worth)
 
 
+def shrunk(then: Effect | None, there: Effect | None, spread: Spread) -> bool:
+    """Whether a change gives less in one place than it gave in another, beyond noise: the interval of the difference of
+    both effects, four means of runs of which no two are the same, lies above zero."""
+    if then is None or there is None:
+        return False
+    each = (then.runs_before, then.runs_after, there.runs_before, there.runs_after)
+    half = spread.half_width(1 / math.fsum(1 / n for n in each))
+    return half is not None and then.gain - there.gain > half
+
+
 # --- which runs may be compared --------------------------------------------------------------------
 
 
@@ -140,10 +150,15 @@ def remeasured(samples: Mapping[int, Sequence[Sample]], before: int, after: int,
     return effect(scores(first), scores(second), spread)
 
 
-def spread_of(samples: Mapping[int, Sequence[Sample]], baseline: int | None, part: str = "val") -> Spread:
+def spread_of(
+    samples: Mapping[int, Sequence[Sample]],
+    baseline: int | None,
+    part: str = "val",
+    ablations: Iterable[Ablation] = (),
+) -> Spread:
     """Of a lab: from all fresh runs, and the baseline's own, which no selection has touched either. `part`: of what
     the scores are, "val" or "holdout"."""
-    found: list[list[float]] = []
+    found = [scores(group, part) for a in ablations for group in groups(a.runs, FRESH).values()]
     for number, of_one in samples.items():
         purposes = (*FRESH, "verdict") if number == baseline else FRESH
         found += [scores(group, part) for group in groups(of_one, purposes).values()]

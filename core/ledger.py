@@ -12,7 +12,6 @@ import json
 import math
 import sqlite3
 import threading
-import time
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,9 +20,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from core import schema
+from core.database import connect, explained
 from core.errors import LabError, UserError
 from core.schema import SCHEMA
 
@@ -45,14 +43,6 @@ _MOVES = {
     ("scored", "proposed"),  # would be kept but was not audited: it will be repeated
     ("proposed", "decided"),  # given up without a measurement
 }
-
-# SQLite's write-ahead log needs shared memory, which only these file systems give.
-_LOCAL = frozenset(
-    {
-        *("apfs", "bcachefs", "btrfs", "exfat", "ext2", "ext3", "ext4", "f2fs", "hfs", "jfs"),
-        *("ntfs", "overlay", "ramfs", "refs", "tmpfs", "ufs", "xfs", "zfs"),
-    }
-)
 
 
 @dataclass(frozen=True)
@@ -103,6 +93,19 @@ class Sample:
 
 
 @dataclass(frozen=True)
+class Ablation:
+    """A kept change that was left out of a best."""
+
+    id: int
+    number: int  # of the experiment whose change it is
+    winner: int  # of the best that it was left out of
+    source_sha256: str | None  # of the recipe that results; None: it cannot be left out
+    reason: str  # why it cannot, or why the recipe that results does not run; else ""
+    created: str
+    runs: tuple[Sample, ...] = ()  # of that recipe, on fresh seeds, oldest first; their `number` is this one's
+
+
+@dataclass(frozen=True)
 class Spent:
     """What answers of paid researchers took, summed."""
 
@@ -145,7 +148,7 @@ class Ledger:
 
     @classmethod
     def create(cls, path: Path) -> Ledger:
-        ledger = cls(path, _connect(path, "rwc"))
+        ledger = cls(path, connect(path, "rwc"))
         with ledger.transaction():
             schema.create(ledger._connection)
             ledger.set_meta("schema", SCHEMA)
@@ -156,7 +159,7 @@ class Ledger:
         """Raises `LabError` when it is missing, damaged or of a newer program."""
         if not path.is_file():
             raise LabError(f"the ledger {path} is missing", "restore it from a backup or make a new lab")
-        ledger = cls(path, _connect(path, "rw"))
+        ledger = cls(path, connect(path, "rw"))
         try:
             present = ledger.meta("schema")
         except LabError:
@@ -178,13 +181,13 @@ class Ledger:
 
     def _upgrade(self) -> None:
         """Step by step to SCHEMA, all or nothing; two processes that open it at once do it once."""
-        with _explained(self.path):
+        with explained(self.path):
             self._connection.execute("PRAGMA foreign_keys = OFF")  # a table that is replaced is gone for a moment
         with self.transaction():
             while (present := self.meta("schema")) in schema.UPGRADES:
                 schema.UPGRADES[present](self._connection)
                 self.set_meta("schema", present + 1)
-        with _explained(self.path):
+        with explained(self.path):
             self._connection.execute("PRAGMA foreign_keys = ON")
 
     def close(self) -> None:
@@ -196,7 +199,7 @@ class Ledger:
     @contextmanager
     def transaction(self) -> Iterator[None]:
         """All or nothing, on disk when it ends. May be nested: the outermost one commits."""
-        with self._lock, _explained(self.path):
+        with self._lock, explained(self.path):
             if self._depth == 0:
                 self._connection.execute("BEGIN IMMEDIATE")
             self._depth += 1
@@ -212,7 +215,7 @@ class Ledger:
                 self._depth -= 1
 
     def _rows(self, query: str, *values: Any) -> list[sqlite3.Row]:
-        with self._lock, _explained(self.path):
+        with self._lock, explained(self.path):
             return self._connection.execute(query, values).fetchall()
 
     # --- reading ---------------------------------------------------------------------------------
@@ -262,6 +265,22 @@ class Ledger:
     def all_samples(self) -> list[Sample]:
         """Those of all experiments, oldest first."""
         return [_sample(row) for row in self._rows("SELECT * FROM samples ORDER BY id")]
+
+    def ablations(self) -> list[Ablation]:
+        """Of each change and best the newest, oldest first."""
+        if not self._rows("SELECT 1 FROM sqlite_master WHERE name = 'ablations'"):
+            return []  # an older ledger on a read-only disk
+        runs: dict[int, list[Sample]] = {}
+        query = "SELECT r.*, a.number FROM ablation_runs r JOIN ablations a ON a.id = r.ablation ORDER BY r.id"
+        for row in self._rows(query):
+            fields = {**dict(row), "purpose": "confirm"}
+            runs.setdefault(fields.pop("ablation"), []).append(_sample(fields))
+        newest = "SELECT max(id) FROM ablations GROUP BY number, winner"
+        rows = self._rows(f"SELECT * FROM ablations WHERE id IN ({newest}) ORDER BY id")
+        return [Ablation(**dict(row), runs=tuple(runs.get(row["id"], ()))) for row in rows]
+
+    def ablation(self, number: int, winner: int) -> Ablation | None:
+        return next((a for a in self.ablations() if (a.number, a.winner) == (number, winner)), None)
 
     def epoch(self) -> int:
         """Which runs can be compared now: those of this epoch."""
@@ -455,6 +474,33 @@ class Ledger:
                 ),
             )
 
+    def ablate(self, number: int, winner: int, source: bytes | None, reason: str = "") -> None:
+        """What becomes of a best without the change of experiment `number`. The same recipe again keeps its runs, and
+        without a `reason` the one that it has until a run of it succeeds."""
+        with self.transaction():
+            sha256 = None if source is None else self.add_source(source)
+            present = self.ablation(number, winner)
+            if present is not None and present.source_sha256 == sha256:
+                if reason:
+                    self._connection.execute("UPDATE ablations SET reason = ? WHERE id = ?", (reason, present.id))
+                return
+            query = "INSERT INTO ablations (number, winner, source_sha256, reason, created) VALUES (?, ?, ?, ?, ?)"
+            self._connection.execute(query, (number, winner, sha256, reason, now()))
+
+    def add_ablation_run(
+        self, a: Ablation, seed: int, tainted: bool, versions: Mapping[str, Any], outcome: Mapping[str, Any]
+    ) -> None:
+        """One run's score, in the present epoch. `outcome`: Outcome.to_dict() of that run, which is scored."""
+        kept = json.dumps({k: v for k, v in outcome.items() if k not in UNSAMPLED})
+        told = (json.dumps(dict(versions), sort_keys=True), now(), kept, self.epoch())
+        with self.transaction():
+            self._connection.execute(
+                "INSERT INTO ablation_runs (ablation, seed, val_bpb, tainted, versions, created, outcome, epoch)"
+                " VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+                (a.id, seed, outcome["val_bpb"], int(tainted), *told),
+            )
+            self._connection.execute("UPDATE ablations SET reason = '' WHERE id = ?", (a.id,))
+
     def mark_undone(self, numbers: list[int]) -> None:
         with self.transaction():
             for number in numbers:
@@ -463,72 +509,6 @@ class Ledger:
     def _set(self, number: int, **fields: Any) -> None:
         columns = ", ".join(f"{'commit_sha' if name == 'commit' else name} = ?" for name in fields)
         self._connection.execute(f"UPDATE experiments SET {columns} WHERE number = ?", (*fields.values(), number))
-
-
-def _connect(path: Path, mode: str) -> sqlite3.Connection:
-    with _explained(path):
-        uri = f"{path.absolute().as_uri()}?mode={mode}"
-        connection = sqlite3.connect(uri, uri=True, timeout=30, isolation_level=None, check_same_thread=False)
-        connection.row_factory = sqlite3.Row
-        wanted = "WAL" if is_local(path) else "DELETE"
-        _set_journal(connection, wanted)
-        connection.execute("PRAGMA synchronous = FULL")
-        connection.execute("PRAGMA foreign_keys = ON")
-        return connection
-
-
-def _set_journal(connection: sqlite3.Connection, wanted: str) -> None:
-    """Two processes that open one ledger at the same moment may meet here; SQLite's own waiting does not cover it."""
-    for attempt in range(50):
-        if str(connection.execute("PRAGMA journal_mode").fetchone()[0]).upper() == wanted:
-            return
-        try:
-            connection.execute(f"PRAGMA journal_mode = {wanted}")
-        except sqlite3.OperationalError as error:
-            if "locked" not in str(error) or attempt == 49:
-                raise
-            time.sleep(0.1)
-
-
-def is_local(path: Path) -> bool:
-    """Does the file lie on a disk of this machine? Unknown file systems count as not."""
-    best, kind = "", ""
-    for disk in psutil.disk_partitions(all=True):
-        mount = disk.mountpoint.rstrip("/\\") + "/"
-        if (str(path.absolute()).replace("\\", "/")).startswith(mount.replace("\\", "/")) and len(mount) >= len(best):
-            best, kind = mount, disk.fstype.lower()
-    return kind in _LOCAL
-
-
-@contextmanager
-def _explained(path: Path) -> Iterator[None]:
-    """SQLite's errors that a user can act on, as errors of ours."""
-    try:
-        yield
-    except sqlite3.DatabaseError as error:
-        text = str(error)
-        if isinstance(error, sqlite3.IntegrityError):
-            raise
-        if "full" in text:
-            free = psutil.disk_usage(str(path.parent)).free / 2**20
-            raise UserError(
-                f"the disk of {path.parent} is full ({free:.1f} MiB free)", "free some space; nothing is lost"
-            ) from error
-        if "readonly" in text or "unable to open" in text:
-            raise UserError(
-                f"the ledger {path} cannot be written ({text})", "check the folder's permissions"
-            ) from error
-        if "locked" in text:
-            raise UserError(
-                f"the ledger {path} was locked by another process for 30 s", "see which one holds it"
-            ) from error
-        if "disk I/O error" in text:
-            raise UserError(
-                f"the disk of {path} fails or is full ({text})", "check the disk; nothing is lost"
-            ) from error
-        if "malformed" in text or "not a database" in text or "no such table" in text:
-            raise LabError(f"the ledger {path} is damaged ({text})", "restore it from a backup") from error
-        raise
 
 
 def _experiment(row: sqlite3.Row) -> Experiment:
@@ -541,7 +521,7 @@ def _experiment(row: sqlite3.Row) -> Experiment:
     return Experiment(**fields)
 
 
-def _sample(row: sqlite3.Row) -> Sample:
+def _sample(row: sqlite3.Row | dict[str, Any]) -> Sample:
     fields = dict(row)
     fields["tainted"] = bool(fields["tainted"])
     fields["versions"] = json.loads(fields["versions"])

@@ -31,7 +31,6 @@ from core.data import Dataset
 from core.deciding import AGAIN, STATISTICAL, Deciding
 from core.errors import Busy, LabError, UserError
 from core.executor import Executor
-from core.files import remove
 from core.idle import Idle
 from core.lab import Lab
 from core.ledger import Experiment
@@ -139,13 +138,21 @@ class Loop:
         later candidates, "confirm" in none. None after a stop; an outcome that is not "scored" leaves no sample.
 
         Waits for the device, unless this is called within `holding`."""
+        return self._held_for(lambda data: self._measuring.measure(number, seed, purpose, why, data, holdout))
+
+    def measure_without(self, winner: int, number: int, seed: int) -> Outcome | None:
+        """Run experiment `winner` without the kept change of experiment `number` once, a recipe that is on the record.
+        None after a stop; an outcome that is not "scored" leaves its reason there. Waits as `measure`."""
+        return self._held_for(lambda data: self._measuring.measure_without(winner, number, seed, data))
+
+    def _held_for(self, run: Callable[[Dataset], Outcome | None]) -> Outcome | None:
         with ExitStack() as held:
             if not self._held:
                 held.enter_context(self.holding())
             if self._stop.is_set():
                 return None
             self.lab.check_settings()
-            return self._measuring.measure(number, seed, purpose, why, self.lab.dataset(), holdout)
+            return run(self.lab.dataset())
 
     @contextmanager
     def holding(self) -> Iterator[None]:
@@ -337,12 +344,8 @@ class Loop:
         refused = self._session.executor.lint(source) or objections.tried(self.ledger, source)
         if refused:
             return refused
-        workdir = self.lab.products.scratch()
         with self._session.gap.between(self._thinking.over):
-            try:
-                return self._session.executor.dry_build(source, self.lab.settings, workdir, self._thinking.over)
-            finally:
-                remove(workdir)
+            return self._session.dry_build(source, self._thinking.over)
 
     def _baseline_again(self) -> int:
         """Without a baseline nothing can be judged. It may have failed for a passing reason: once per run, again."""

@@ -15,7 +15,8 @@ from core import noise, steady
 from core.data import Dataset
 from core.errors import UserError
 from core.files import remove
-from core.ledger import Experiment, Sample
+from core.gap import Stopped
+from core.ledger import Ablation, Experiment, Sample
 from core.live import Event
 from core.outcome import Outcome, Request, always
 from core.probing import Probe
@@ -26,6 +27,7 @@ from core.versions import changes
 COOLS_IN = 300.0  # seconds after which a machine has cooled down, and settles again before it measures
 CONTROL_EVERY = 20  # candidates after which the best is run again, whatever the verdicts need
 DISTURBED = 3  # runs of the best in a row, all disturbed alike, after which this is how the machine is now
+STRANGER = 0  # the number of a recipe that is no experiment: none of its runs says how fast it usually is
 FAILS = 3  # runs of the best in a row that may fail before it counts as broken
 
 
@@ -84,12 +86,53 @@ class Measuring:
         session.lab.products.clear_work({number})
         return outcome
 
+    def measure_without(self, winner: int, number: int, seed: int, dataset: Dataset) -> Outcome | None:
+        """Run what is left of a best without one kept change, once, and record the run, or why there is none. None
+        after a stop."""
+        session, what = self._session, f"#{winner} without #{number}"
+        a = session.ledger.ablation(number, winner)
+        if a is None or a.source_sha256 is None:
+            raise ValueError(f"there is no recipe that is {what}")
+        session.note(f"running {what}, with seed {seed}: is the change still needed?")
+        session.live.begin(winner, f"{what}, with seed {seed}")
+        e = replace(session.ledger.get(number), source_sha256=a.source_sha256)
+        try:
+            refused = "" if a.runs else self._refused(session.ledger.source(a.source_sha256))
+        except Stopped:
+            return None
+        outcome, idle = (Outcome("crash", refused), {}) if refused else self.run(e, dataset, seed)
+        if outcome.status == "stopped":
+            return None
+        if outcome.status == "scored" and outcome.val_bpb is not None:
+            said = self._take_without(a, seed, outcome, idle)
+        else:
+            said = refused or f"{outcome.status}: {outcome.reason}"
+            session.ledger.ablate(number, winner, session.ledger.source(a.source_sha256), said)
+        session.ledger.event("ablation", f"{what}, with seed {seed}: {said}", number)
+        session.lab.products.clear_work({number})
+        return outcome
+
+    def _refused(self, source: bytes) -> str:
+        """Why a recipe of which no run has a score yet does not run at all, found out in seconds; "" if it does. Raises
+        `Stopped`."""
+        lint = self._session.executor.lint(source)
+        return lint or next(iter(self._session.dry_build(source, self._session.stop).splitlines()), "")
+
+    def _take_without(self, a: Ablation, seed: int, outcome: Outcome, idle: Mapping[str, float]) -> str:
+        why, taken = self._taken(STRANGER, outcome, idle)
+        self._session.ledger.add_ablation_run(a, seed, bool(why), self._session.measured_with, taken)
+        return f"{outcome.val_bpb:.6f}{f', disturbed: {why}' if why else ''}"
+
+    def _taken(self, number: int, outcome: Outcome, idle: Mapping[str, float]) -> tuple[str, dict[str, Any]]:
+        """Why the run is to be taken again ("": it is not), and its outcome as it is recorded."""
+        why = self.disturbed(number, outcome)
+        health = {**outcome.health, **({"disturbed": why} if why else {})}
+        return why, {**slim(outcome), "health": health, "idle": dict(idle)}
+
     def _take(self, e: Experiment, seed: int, purpose: str, outcome: Outcome, idle: Mapping[str, float]) -> None:
         """The sample, and with it, in one transaction, what it says of the machine."""
         ledger, lab = self._session.ledger, self._session.lab
-        why = self.disturbed(e.number, outcome)
-        health = {**outcome.health, **({"disturbed": why} if why else {})}
-        taken = {**slim(outcome), "health": health, "idle": dict(idle)}
+        why, taken = self._taken(e.number, outcome, idle)
         with ledger.transaction():
             said = f"#{e.number} with seed {seed}: {outcome.val_bpb:.6f}{f', disturbed: {why}' if why else ''}"
             versions = self._session.measured_with

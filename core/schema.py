@@ -1,6 +1,6 @@
 """The ledger's tables, and how those of an earlier version of the program become the present ones.
 
-Version 1 knew no account of what researchers cost, version 2 one run per experiment.
+Version 1 knew no account of what researchers cost, version 2 one run per experiment, version 3 no ablations.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import sqlite3
 from collections.abc import Callable
 
-SCHEMA = 3
+SCHEMA = 4
 
 _META = """
 CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL);
@@ -83,10 +83,36 @@ CREATE TABLE spending (
 CREATE INDEX spending_of ON spending (number);
 """
 
+# Kept changes left out of a best. `reason`: why it cannot be (then there is no source), or why the recipe does not run.
+# Its runs stand beside `samples` because the recipe is no experiment: nothing that judges experiments sees them.
+_ABLATIONS = """
+CREATE TABLE ablations (
+    id INTEGER PRIMARY KEY,
+    number INTEGER NOT NULL REFERENCES experiments,
+    winner INTEGER NOT NULL REFERENCES experiments,
+    source_sha256 TEXT REFERENCES sources,
+    reason TEXT NOT NULL DEFAULT '',
+    created TEXT NOT NULL,
+    CHECK (source_sha256 IS NOT NULL OR reason != '')
+);
+CREATE TABLE ablation_runs (
+    id INTEGER PRIMARY KEY,
+    ablation INTEGER NOT NULL REFERENCES ablations,
+    seed INTEGER NOT NULL,
+    val_bpb REAL NOT NULL CHECK (val_bpb > 0 AND val_bpb < 1e9),
+    tainted INTEGER NOT NULL DEFAULT 0,
+    versions TEXT NOT NULL,
+    created TEXT NOT NULL,
+    outcome TEXT,
+    epoch INTEGER NOT NULL DEFAULT 0
+);
+CREATE INDEX ablation_runs_of ON ablation_runs (ablation);
+"""
+
 
 def create(connection: sqlite3.Connection) -> None:
     """All tables of the present version, empty; within the caller's transaction."""
-    _execute(connection, _META + _EXPERIMENTS + _SAMPLES + _SPENDING)
+    _execute(connection, _META + _EXPERIMENTS + _SAMPLES + _SPENDING + _ABLATIONS)
 
 
 def _to_2(connection: sqlite3.Connection) -> None:
@@ -109,7 +135,11 @@ def _to_3(connection: sqlite3.Connection) -> None:
         raise sqlite3.DatabaseError(f"malformed: {len(broken)} rows refer to others that are not there")
 
 
-UPGRADES: dict[int, Callable[[sqlite3.Connection], None]] = {1: _to_2, 2: _to_3}  # schema -> to the next
+def _to_4(connection: sqlite3.Connection) -> None:
+    _execute(connection, _ABLATIONS)
+
+
+UPGRADES: dict[int, Callable[[sqlite3.Connection], None]] = {1: _to_2, 2: _to_3, 3: _to_4}  # schema -> to the next
 
 
 def _execute(connection: sqlite3.Connection, statements: str) -> None:

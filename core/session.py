@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from core.executor import Executor
+from core.files import remove
 from core.gap import Gap
 from core.idle import Idle
 from core.lab import Lab
@@ -40,6 +41,14 @@ class Session:
         """Why nothing is measured at the moment."""
         self.live.update(state="waiting", number=None, phase=text, **fields)
         self.on_event(Event("waiting", {"text": text, **fields}))
+
+    def dry_build(self, source: bytes, stop: threading.Event) -> str:
+        """Why a recipe does not run at all, "" if it does. Raises `Stopped`."""
+        workdir = self.lab.products.scratch()
+        try:
+            return self.executor.dry_build(source, self.lab.settings, workdir, stop)
+        finally:
+            remove(workdir)
 
     def forward(self, event: RefereeEvent) -> None:
         """What the referee tells while it runs an experiment."""

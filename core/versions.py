@@ -20,7 +20,7 @@ NOT_MEASURING = frozenset(
         *("keeping", "lab", "ledger", "live", "locks", "loop", "paths", "recipe", "recovery", "selfcheck"),
         "selfcheck_windows",
         *("verdict", "versions", "deciding", "measuring", "schema", "session"),
-        *("confirming", "discovery", "effects", "evidence", "finalizing"),
+        *("ablation", "confirming", "database", "discovery", "effects", "evidence", "finalizing"),
         *("noise", "runs", "sequential", "size", "steady"),
         *("gap", "idle", "objections", "reapply", "thinking", "waiting"),
     }

@@ -22,6 +22,7 @@ from typing import Any
 import pytest
 from scripted import Limits, Loop, Scripted, make_lab
 
+from core import ablation
 from core import ledger as ledger_module
 from core.confirming import Done, confirm, plan
 from core.contract import Exhausted, Proposal, View
@@ -211,6 +212,17 @@ def confirmed(lab: Lab, loop: Loop, numbers: Sequence[int], holdout: Sequence[in
     samples = {e.number: lab.ledger.samples(e.number) for e in lab.ledger.experiments()}
     wanted = plan(samples, lab.settings.seed, 320.0, numbers, seeds, holdout)
     return confirm(loop, wanted)
+
+
+def left_out(lab: Lab, loop: Loop, numbers: Sequence[int], seeds: int = 4) -> Done:
+    """Measure the best without each of these."""
+    lefts = [ablation.leave_out(lab, n) for n in numbers]
+    for left in lefts:
+        lab.ledger.ablate(left.number, left.winner, left.source, left.reason)
+    known = ablation.Known.of(lab.ledger.experiments(), lab.ledger.all_samples())
+    versions = lab.ledger.all_samples()[-1].versions
+    epoch, seed = lab.ledger.epoch(), lab.settings.seed
+    return confirm(loop, ablation.plan(lefts, lab.ledger.ablations(), known, seed, 320.0, seeds, versions, epoch))
 
 
 def kept(lab: Lab) -> list[int]:

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from core import ledger as module
+from core import database
 from core.errors import LabError, UserError
 from core.ledger import STATES, Ledger, Spent
 
@@ -176,7 +176,7 @@ for i in range(15):
 
 def test_everything_is_on_disk_when_a_transaction_ends(ledger):
     mode = ledger._connection.execute("PRAGMA journal_mode").fetchone()[0]
-    assert mode == ("wal" if module.is_local(ledger.path) else "delete")
+    assert mode == ("wal" if database.is_local(ledger.path) else "delete")
     assert ledger._connection.execute("PRAGMA synchronous").fetchone()[0] == 2
 
 
@@ -184,7 +184,7 @@ def test_no_shared_memory_on_disks_that_may_be_a_network(tmp_path, monkeypatch):
     class Disk:
         mountpoint, fstype, opts = "/", "nfs4", "rw"
 
-    monkeypatch.setattr(module.psutil, "disk_partitions", lambda all: [Disk])
+    monkeypatch.setattr(database.psutil, "disk_partitions", lambda all: [Disk])
     made = Ledger.create(tmp_path / "ledger.sqlite")
     assert made._connection.execute("PRAGMA journal_mode").fetchone()[0] == "delete"
     propose(made)
@@ -204,7 +204,7 @@ def test_clear_errors(tmp_path, ledger):
     with pytest.raises(LabError, match="damaged"):
         Ledger.open(tmp_path / "text.sqlite")
     ledger.set_meta("schema", 99)
-    with pytest.raises(LabError, match="schema 99; this program knows 3"):
+    with pytest.raises(LabError, match="schema 99; this program knows 4"):
         Ledger.open(ledger.path)
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
-from nights import FIRST, NIGHT, Clock, Story, World, confirmed, edit, kept, night, small, tell
+from nights import FIRST, NIGHT, Clock, Story, World, confirmed, edit, kept, left_out, night, small, tell
 from scripted import Limits, Loop, make_lab
 from traced import Figures, Truth, expected, look_up
 
@@ -47,9 +47,10 @@ def settings(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def full(tmp_path_factory, settings, patch):
-    """A night of which everything was measured again."""
+    """A night of which everything was measured again, and the best without each kept change but one."""
     lab, loop, _ = night(tmp_path_factory.mktemp("labs") / "nov24", settings, patch)
     confirmed(lab, loop, kept(lab), pair(kept(lab)))
+    left_out(lab, loop, kept(lab)[2:])
     return lab
 
 
@@ -274,6 +275,7 @@ def test_an_older_ledger_is_reported_as_far_as_it_goes(tmp_path, settings, monke
         for column in ("purpose", "outcome", "holdout_bpb", "epoch"):
             db.execute(f"ALTER TABLE samples DROP COLUMN {column}")
         db.execute("ALTER TABLE experiments DROP COLUMN verdict")
+        db.executescript("DROP TABLE ablation_runs; DROP TABLE ablations")
         db.execute("UPDATE meta SET value = '2' WHERE key = 'schema'")
     again = Lab.open(lab.path)
     sane(again)

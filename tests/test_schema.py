@@ -18,7 +18,7 @@ from test_ledger import USAGE
 from core import ledger as module
 from core.ledger import Ledger, Spent
 
-# As the first two versions of the program wrote them.
+# As the first three versions of the program wrote them.
 FIRST = """
 CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL);
 CREATE TABLE sources (sha256 TEXT PRIMARY KEY, content BLOB NOT NULL);
@@ -78,6 +78,14 @@ CREATE TABLE spending (
 CREATE INDEX spending_of ON spending (number);
 """
 
+THIRD = """
+ALTER TABLE experiments ADD COLUMN verdict TEXT NOT NULL DEFAULT '{}';
+ALTER TABLE samples ADD COLUMN purpose TEXT NOT NULL DEFAULT 'verdict'
+    CHECK (purpose IN ('verdict', 'control', 'confirm'));
+ALTER TABLE samples ADD COLUMN outcome TEXT;
+ALTER TABLE samples ADD COLUMN holdout_bpb REAL CHECK (holdout_bpb IS NULL OR (holdout_bpb > 0 AND holdout_bpb < 1e9));
+ALTER TABLE samples ADD COLUMN epoch INTEGER NOT NULL DEFAULT 0;
+"""
 
 SOURCE = b"A = 1\n"
 WHEN = "2026-01-02T03:04:05+00:00"
@@ -93,7 +101,8 @@ EXPERIMENTS = [
 def old_ledger(path: Path, schema: int) -> Path:
     """A ledger of that schema with experiments in every state, samples, events and an account."""
     connection = sqlite3.connect(path)
-    connection.executescript(FIRST + (SECOND if schema == 2 else ""))
+    written = FIRST if schema < 3 else FIRST.replace("'keep', 'simplify', 'discard') OR", "'keep', 'simplify') OR")
+    connection.executescript(written + SECOND * (schema >= 2) + THIRD * (schema >= 3))
     meta = {"schema": schema, "first": {"recipe": sha256(SOURCE).hexdigest()}, "history": [1]}
     connection.executemany("INSERT INTO meta VALUES (?, ?)", [(k, json.dumps(v)) for k, v in meta.items()])
     key = sha256(SOURCE).hexdigest()
@@ -112,7 +121,7 @@ def old_ledger(path: Path, schema: int) -> Path:
                     (number, seed, bpb, '{"torch": "2"}', WHEN),
                 )
     connection.execute("INSERT INTO events (created, kind, number, text) VALUES (?, 'note', 1, 'hello')", (WHEN,))
-    if schema == 2:
+    if schema >= 2:
         connection.execute("INSERT INTO spending VALUES (1, ?, 2, 'm', 10, 5, 100, 20, 0.25)", (WHEN,))
     connection.commit()
     connection.close()
@@ -139,14 +148,14 @@ def as_it_was(path: Path, before: dict[str, list[tuple]]) -> None:
     assert {k: v for k, v in after["meta"] if k != "schema"} == {k: v for k, v in before["meta"] if k != "schema"}
 
 
-@pytest.mark.parametrize("schema", [1, 2])
+@pytest.mark.parametrize("schema", [1, 2, 3])
 def test_an_older_ledger_becomes_the_present_one_and_loses_nothing(tmp_path, schema):
     path = old_ledger(tmp_path / "ledger.sqlite", schema)
     before = tables(path)
     opened = [Ledger.open(path), Ledger.open(path)]
     as_it_was(path, before)
     for now in opened:
-        assert (now.meta("schema"), now.epoch()) == (3, 0)
+        assert (now.meta("schema"), now.epoch()) == (4, 0)
         assert now.spent() == (Spent() if schema == 1 else Spent(1, 10, 5, 100, 20, 0.25))
         assert [(e.number, e.state, e.status, e.val_bpb, e.reason, e.outcome) for e in now.experiments()] == EXPERIMENTS
         assert [(s.purpose, s.outcome, s.holdout_bpb, s.epoch) for s in now.samples(1)] == [
@@ -159,21 +168,27 @@ def test_an_older_ledger_becomes_the_present_one_and_loses_nothing(tmp_path, sch
         opened[0].add_sample(9, 42, 1.0, False, {})
     opened[0].advance(4, "decided", status="discard", val_bpb=None)  # stopped early: what the old tables refused
     assert opened[1].get(4).status == "discard"
+    opened[0].ablate(1, 4, b"A = 2\n")
+    opened[0].add_ablation_run(opened[0].ablation(1, 4), 1042, False, {"torch": "2"}, {"val_bpb": 1.75})
+    assert [(a.number, a.winner, [s.val_bpb for s in a.runs]) for a in opened[1].ablations()] == [(1, 4, [1.75])]
+    with pytest.raises(sqlite3.IntegrityError):  # a change that cannot be left out says why
+        opened[0].ablate(1, 4, None)
     for now in opened:
         now.close()
 
 
 def test_an_older_ledger_on_a_read_only_disk_can_be_looked_at(tmp_path, monkeypatch):
     path = old_ledger(tmp_path / "ledger.sqlite", 1)
-    connect = module._connect
+    connect = module.connect
 
     def read_only(path, mode):
         made = connect(path, mode)
         made.execute("PRAGMA query_only = ON")
         return made
 
-    monkeypatch.setattr(module, "_connect", read_only)
+    monkeypatch.setattr(module, "connect", read_only)
     now = Ledger.open(path)
+    assert (now.ablations(), now.ablation(1, 4)) == ([], None)
     assert (now.meta("schema"), now.spent(), now.get(1).detail, now.get(1).verdict) == (1, Spent(), {"k": 1}, {})
     assert [(s.val_bpb, s.purpose, s.epoch) for s in now.samples(1)] == [(2.0, "verdict", 0)] * 2
     now.close()
@@ -202,7 +217,7 @@ def test_an_upgrade_that_is_killed_is_done_whole_or_not_at_all(tmp_path):
 
 def _upgrade_until(path: Path, statements: int) -> None:
     """In a process of its own, which never returns."""
-    left, connect = [statements], module._connect
+    left, connect = [statements], module.connect
 
     def trace(statement: str) -> None:
         if statement.split()[0] in ("CREATE", "INSERT", "DROP", "ALTER", "COMMIT"):
@@ -218,7 +233,7 @@ def _upgrade_until(path: Path, statements: int) -> None:
 
     code = 1
     try:
-        module._connect = traced
+        module.connect = traced
         Ledger.open(path)
         code = 0
     finally:

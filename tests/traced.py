@@ -61,6 +61,10 @@ class Truth:
         self.worth, self.seed = worth, seed
         self.rows = {r["number"]: r for r in self.db.execute("SELECT * FROM experiments ORDER BY number")}
         self.samples = [dict(r) for r in self.db.execute("SELECT * FROM samples ORDER BY id")]
+        self.ablated = [
+            dict(r) for r in self.db.execute("SELECT r.*, a.number, a.winner, a.source_sha256 FROM ablation_runs r"
+                                             " JOIN ablations a ON a.id = r.ablation ORDER BY r.id")
+        ]  # fmt: skip
         kept = "SELECT number FROM experiments WHERE status IN ('keep', 'simplify') AND undone IS NULL ORDER BY number"
         self.kept = [r[0] for r in self.db.execute(kept)]
         self.outcomes = {n: json.loads(r["outcome"] or "{}") for n, r in self.rows.items()}
@@ -82,6 +86,9 @@ class Truth:
             free = s["purpose"] != "verdict" or s["number"] == self.kept[0]
             if free and not s["tainted"] and s[column] is not None:
                 found.setdefault((s["number"], s["versions"], s["epoch"]), []).append(s[column])
+        for s in self.ablated if column == "val_bpb" else ():
+            if not s["tainted"]:
+                found.setdefault((s["ablation"], s["versions"], s["epoch"], "ablation"), []).append(s[column])
         return [g for g in found.values() if len(g) > 1]
 
     def spread(self, column: str = "val_bpb") -> tuple[float, int]:
@@ -96,6 +103,18 @@ class Truth:
         half = stats.t.ppf(0.975, df) * sd * math.sqrt(1 / len(a) + 1 / len(b))
         middle = fmean(b) - fmean(a)
         return middle, middle - half, middle + half
+
+    def without(self, number: int) -> tuple[float, float, str]:
+        """(change of the winner when experiment `number` is left out, half its interval, runs without and with)."""
+        row = self.db.execute(
+            "SELECT * FROM ablations WHERE number = ? AND winner = ? ORDER BY id DESC LIMIT 1", (number, self.kept[-1])
+        ).fetchone()
+        a = [s["val_bpb"] for s in self.ablated if s["ablation"] == row["id"] and not s["tainted"]]
+        a += [x for n, r in self.rows.items() if r["source_sha256"] == row["source_sha256"] for x in self.confirmed(n)]
+        b = self.confirmed(self.kept[-1])
+        sd, df = self.spread()
+        half = stats.t.ppf(0.975, df) * sd * math.sqrt(1 / len(a) + 1 / len(b))
+        return fmean(a) - fmean(b), half, f"{len(a)}+{len(b)}"
 
     def left(self, numbers: Sequence[int], seeds: int = 4, holdout: bool = False) -> float:
         """Seconds until these are confirmed."""
@@ -122,6 +141,7 @@ class Truth:
             (o["status"], o) for o in self.outcomes.values() if o.get("status") in ("crash", "timeout", "invalid")
         ]
         old = {s["number"] for s in self.samples if not s["outcome"]}
+        found += [("tainted" if s["tainted"] else "", json.loads(s["outcome"])) for s in self.ablated]
         return found + failed + [("", self.outcomes[n]) for n in sorted(old)]
 
     def seconds(self) -> dict[str, float]:
@@ -185,7 +205,12 @@ def expected(truth: Truth) -> dict[str, Callable[..., Any]]:
             return len(truth.confirmed(first if end[0] == "runs_before" else last, column))
         return truth.change(first, last, column)[{"": 0, "high": 1, "low": 2}["".join(end)]]
 
-    def of_kept(number: str, what: str = "") -> Any:
+    def of_kept(number: str, what: str = "", end: str = "") -> Any:
+        if number == "without":
+            there = {r[0] for r in truth.db.execute("SELECT number FROM ablations WHERE winner = ?", (last,))}
+            return len(set(kept[1:]) - there) * 4 * truth.each + truth.left([last])
+        if what == "without":
+            return truth.without(int(number))[("", "half", "runs").index(end)]
         if not number.isdigit():
             states = [truth.state(n) for n in kept[1:]]
             open_ = [n for n in kept[1:] if truth.state(n) in ("open", "unconfirmed")]
@@ -210,6 +235,8 @@ def expected(truth: Truth) -> dict[str, Callable[..., Any]]:
         if name in special:
             return special[name]
         if path[0] == "repeats":
+            if path[1] == "leaving changes out":
+                return sum(json.loads(s["outcome"])["timings"]["total"] for s in truth.ablated if not s["tainted"])
             purpose = {"further seeds": "verdict", "the best again": "control", "confirming": "confirm"}[path[1]]
             again = [s for s in truth.samples if s["purpose"] == purpose and not s["tainted"] and s["outcome"]]
             return sum(json.loads(s["outcome"])["timings"]["total"] for s in again)
@@ -237,7 +264,7 @@ def expected(truth: Truth) -> dict[str, Callable[..., Any]]:
     def night() -> float:
         began = [datetime.fromisoformat(r["started"]) for r in rows.values() if r["started"]]
         ended = [datetime.fromisoformat(r["finished"]) for r in rows.values() if r["finished"]]
-        for s in truth.samples:
+        for s in [*truth.samples, *truth.ablated]:
             ended.append(datetime.fromisoformat(s["created"]))
             total = json.loads(s["outcome"])["timings"]["total"]
             began.append(ended[-1] - timedelta(seconds=total))
