@@ -23,7 +23,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from core.errors import UserError
 
 KIND = "autoresearch-bench"
-SCHEMA = 1  # counted up when a field changes its meaning or goes; a new field with a default needs no new number
+SCHEMA = 2  # counted up when a field changes its meaning or goes; a new field with a default needs no new number
 LARGEST = 32 * 2**20  # bytes of a result file
 NIGHT = 8 * 3600.0  # seconds
 EXPERIMENT = 300.0  # seconds of training in the experiment that a night is counted in
@@ -109,28 +109,30 @@ class Parity:
 
 @dataclass(frozen=True)
 class Peak:
-    """What this device reached there and then, in the dtype that is timed."""
+    """What this device reached there and then, in the dtype that is timed: the best of all that was measured."""
 
     flops: Number  # FLOP/s of a large matrix product
     flops_source: str
-    bandwidth: Number  # bytes/s of a copy far larger than the caches: read and written both count
+    bandwidth: Number  # bytes/s of a pass over far more than the caches hold: read and written both count
     bandwidth_source: str
+    flops_rounds: list[Number] = field(default_factory=list)  # the best of each round, as in `Speed.rounds`
+    bandwidth_rounds: list[Number] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class Speed:
-    """Training steps on the bench's text, one repeat after another in processes of their own."""
+    """Training steps on the bench's text. In a round every backend takes one turn of a second or two, so figures of
+    the same round share the machine's state; their ratio is what backends of one file are compared by."""
 
-    step_seconds: Repeats  # median step of each repeat
-    step_low: Repeats  # first and third quartile of the steps of each repeat
-    step_high: Repeats
-    steps: Count  # timed in one repeat
+    step_seconds: Repeats  # mean step of each round
+    rounds: list[Count]  # the number of each of these rounds; a backend that crashed is missing in the later ones
+    steps: Count  # timed in one round
     batch_tokens: Count
-    startup_seconds: Repeats  # from the start of the process until library and device are there
-    build_seconds: Repeats  # the recipe: import and weights
-    compile_seconds: Repeats  # first steps beyond what such steps take later: compiling and warming up
-    peak_memory: Repeats  # bytes, process or device, whichever the backend trains in
-    places: list[Count]  # of each repeat in the order of all that ran; they alternate between backends
+    scoring_rates: list[Number]  # tokens/s from tokens to losses, of each round; empty for a peer
+    startup_seconds: Repeats  # from the start of a process until library and device are there; they alternate too
+    build_seconds: Repeats  # the recipe: import and weights, of each process that took turns
+    compile_seconds: Repeats  # its first steps beyond what such steps take later: compiling and warming up
+    peak_memory: Repeats  # bytes after its first steps, process or device, whichever the backend trains in
 
     def tokens_per_second(self) -> list[float]:
         return [self.batch_tokens / s for s in self.step_seconds]
