@@ -29,7 +29,7 @@ from benchmarks.bystanders import Bystanders
 from benchmarks.machine import anonymous
 from benchmarks.results import Machine, Parity, Result, Work
 from benchmarks.scoring import Scoring, score
-from benchmarks.side import Order
+from benchmarks.side import GROUPS, Order
 from benchmarks.work import BenchProfile, initial, shapes, write_batches
 from core import hardware as machines
 from core.data import Dataset
@@ -37,14 +37,14 @@ from core.errors import UserError
 from core.hardware import Hardware
 
 SAME_LOSS = 0.02  # share by which losses after equal steps from equal weights may differ between backends
-TURN_SECONDS = 0.5  # of timed steps in a turn
+TURN_SECONDS = 0.7  # of timed steps in a turn
 LEAST_STEPS, MOST_STEPS = 2, 64  # of a turn
 START_SECONDS = 0.5  # of starts in a turn, at least one: a start of a few hundredths of a second needs several
 STARTS = 2  # such turns before the experiments, and as many after
 KNOWN = 0.03  # a ratio whose 95 % interval reaches no further than this needs no more rounds
 QUICK_ROUNDS = (3, 3, 20)  # before the experiments; after them at least, at most
 ROUNDS = (6, 6, 30)
-QUICK_SECONDS = 105.0  # of the bench: later than this a quick one begins no round that it need not
+QUICK_SECONDS = 109.0  # of the bench: later than this a quick one begins no round that it need not
 ROUNDS_SECONDS = 240.0  # of the rounds after the experiments
 
 Keep = Callable[[Result], None]
@@ -115,6 +115,11 @@ def together(contenders: Sequence[Contender], hardware: Hardware) -> bool:
     peers = ["cuda:0" if hardware.gpus else "cpu" for c in contenders if c.name == UPSTREAM]
     cards = [device for device in (*ours, *peers) if device != "cpu"]
     return len(cards) == len(set(cards))
+
+
+def whole_groups(steps: int) -> int:
+    """So many that they can be timed in equal groups."""
+    return steps if steps <= GROUPS else steps - steps % GROUPS
 
 
 # --- the run -----------------------------------------------------------------------------------
@@ -213,7 +218,7 @@ class Run:
         taken.opened.append(found)
         if not taken.steps:
             step = statistics.median(found["seconds"][profile.warm_steps :])
-            taken.steps = min(MOST_STEPS, max(LEAST_STEPS, round(TURN_SECONDS / step)))
+            taken.steps = whole_groups(min(MOST_STEPS, max(LEAST_STEPS, round(TURN_SECONDS / step))))
         return side
 
     def _prove_all(self) -> None:

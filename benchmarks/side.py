@@ -30,9 +30,6 @@ from typing import Any, Literal
 import numpy as np
 
 import backends
-from backends import reference
-from benchmarks.energy import Meter
-from benchmarks.kernel_cases import linux_cache
 from core.contract import Device, Spec, Training
 from core.recipe import replace
 
@@ -40,6 +37,7 @@ PASS_BYTES = {"cpu": 2**28, "gpu": 2**29}  # of the block that a bandwidth is me
 CACHES = 4  # times the last-level cache, at least
 PASSES = 5  # of which the fastest counts
 SETTLE = 0.1  # seconds: threads of the side before spin on for a while when its turn is over
+GROUPS = 8  # of the timed steps of a turn, at most; each ends with a fence
 SCORE_SECONDS = 0.15  # of scoring in a turn, one batch at least
 
 
@@ -86,6 +84,8 @@ def main() -> None:
 def parity(order: Order, device: Device) -> dict[str, Any]:
     """Arrays of the reference checkpoint, in files for the parent to compare: in float32, where backends agree best,
     and in the dtype that is timed."""
+    from backends import reference
+
     recipe, files = Path(order.recipe).read_bytes(), {}
     for dtype in dict.fromkeys(("float32", order.dtype or device.dtype.value)):
         found = reference.computed(recipe, device, dtype)
@@ -149,6 +149,8 @@ class Taker:
         self.order, self.device = order, device
         self.tokens = np.load(order.batches)
         self.batches, self.done = Batches(self.tokens, device), 0
+        from benchmarks.energy import Meter  # not at the top: a start is timed until the device is there
+
         self.meter = Meter(device.name)
         self.memory_pass: Callable[[], Any] | None = None
 
@@ -191,9 +193,7 @@ class Taker:
         time.sleep(SETTLE)
         self.steps(1)  # it finds the other side's data in the caches
         self.meter.start()
-        began = time.perf_counter()
-        self.steps(steps)
-        seconds = (time.perf_counter() - began) / steps
+        seconds = timed(self.steps, steps)
         energy = self.meter.stop()
         # A device keeps what it has measured, so another one is asked.
         peak = backends.load(self.order.backend).open_device().peak()
@@ -241,6 +241,17 @@ class Taker:
         return {"bandwidth": 2 * size / best, "bandwidth_source": source}
 
 
+def timed(take: Callable[[int], Any], count: int) -> float:
+    """Seconds of a step: the median over at most GROUPS groups of steps, so that a hiccup in one of them is none."""
+    size = -(-count // GROUPS)
+    found = []
+    for _ in range(-(-count // size)):
+        began = time.perf_counter()
+        take(size)
+        found.append((time.perf_counter() - began) / size)
+    return float(np.median(found))
+
+
 def _read(device: Device, loss: Any) -> list[float]:
     return [] if loss is None else [float(np.reshape(device.to_numpy(loss), ()))]
 
@@ -262,6 +273,8 @@ def peak_memory(device: Device) -> int:
 
 def pass_bytes(device: str) -> int:
     """Far more than the last-level cache."""
+    from benchmarks.kernel_cases import linux_cache
+
     return PASS_BYTES["gpu"] if device != "cpu" else max(PASS_BYTES["cpu"], CACHES * linux_cache())
 
 
