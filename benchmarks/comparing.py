@@ -6,7 +6,7 @@ test's interval (benchmarks/agreeing.py). In a round both share the machine's st
 For all else, and between files: the ratio of medians, with Welch's t interval (95 %) on the logarithms of the repeats,
 so on the ratio of their geometric means. Repeats within one bench share the machine's state of those minutes, so an
 interval of theirs is too narrow for two benches: below a metric's resolution a difference is called noise whatever the
-interval says. Of peaks the best repeat counts.
+interval says. Of matrix products the best repeat counts.
 """
 
 from __future__ import annotations

@@ -114,7 +114,7 @@ METRICS: Sequence[Metric] = (
     Metric("experiments a night", _night, lambda x: f"{x:.0f}", True),
     Metric("energy per 1,000 tokens", _energy, lambda x: f"{x * 1e3:.3g} J", False),
     Metric("matmul peak", _flops, lambda x: f"{x / 1e12:.3g} TFLOP/s", True, best=True),
-    Metric("memory bandwidth", _bandwidth, lambda x: f"{x / 1e9:.3g} GB/s", True, best=True),
+    Metric("memory bandwidth", _bandwidth, lambda x: f"{x / 1e9:.3g} GB/s", True, rounds=_rounds),
 )
 
 

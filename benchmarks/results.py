@@ -109,13 +109,13 @@ class Parity:
 
 @dataclass(frozen=True)
 class Peak:
-    """What this device reached there and then, in the dtype that is timed: the best of all that was measured."""
+    """What this device reached there and then, in the dtype that is timed."""
 
-    flops: Number  # FLOP/s of a large matrix product
+    flops: Number  # FLOP/s of a large matrix product: the best of all that were measured
     flops_source: str
     bandwidth: Number  # bytes/s of a pass over far more than the caches hold: read and written both count
     bandwidth_source: str
-    flops_rounds: list[Number] = field(default_factory=list)  # the best of each round, as in `Speed.rounds`
+    flops_rounds: list[Number] = field(default_factory=list)  # the fastest of each round, as in `Speed.rounds`
     bandwidth_rounds: list[Number] = field(default_factory=list)
 
 

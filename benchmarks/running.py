@@ -40,7 +40,7 @@ SAME_LOSS = 0.02  # share by which losses after equal steps from equal weights m
 TURN_SECONDS = 0.7  # of timed steps in a turn
 LEAST_STEPS, MOST_STEPS = 2, 64  # of a turn
 START_SECONDS = 0.5  # of starts in a turn, at least one: a start of a few hundredths of a second needs several
-STARTS = 2  # such turns before the experiments, and as many after
+STARTS = 3  # such turns before the experiments, each with a round, and as many after
 KNOWN = 0.03  # a ratio whose 95 % interval reaches no further than this needs no more rounds
 QUICK_ROUNDS = (3, 3, 20)  # before the experiments; after them at least, at most
 ROUNDS = (6, 6, 30)
@@ -155,14 +155,12 @@ class Run:
         try:
             self._open_all(first=True)
             self._prove_all()
-            self._starts()
             self._rounds(self.plan.before(), self.plan.before())
             self._end_all()
             self._experiments()
             least, most = self.plan.after()
             if most:
                 self._open_all(first=False)
-                self._starts()
                 self._rounds(least, most)
         finally:
             self._end_all()
@@ -271,11 +269,9 @@ class Run:
 
     def _starts(self) -> None:
         """How long each takes from its start to a device that can be used; in turns."""
-        self.progress.stage("starts")
-        for _ in range(min(STARTS, self.plan.before())):
-            for taken in self.running():
-                with self._noted(taken, "its start"):
-                    taken.starts.append(self._started(taken))
+        for taken in self.running():
+            with self._noted(taken, "its start"):
+                taken.starts.append(self._started(taken))
 
     def _started(self, taken: Taken) -> float:
         """The median of as many starts as fit into a turn."""
@@ -296,6 +292,8 @@ class Run:
             if not self.running() or (done >= least and (time.monotonic() > until or self.known())):
                 break
             self.progress.stage(f"round {self.rounds + 1}")
+            if done < STARTS:
+                self._starts()
             for taken in self.taken if self.rounds % 2 == 0 else self.taken[::-1]:
                 if taken.runs:
                     with self._noted(taken, f"round {self.rounds + 1}"):

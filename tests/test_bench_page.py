@@ -48,11 +48,11 @@ def backend(name: str, step: float, seed: int = 1) -> BackendResult:
     times = [step * rng.uniform(0.98, 1.02) for _ in range(5)]
     curve = [(0.1 * t, t, 2048 * t, 7.0 - 0.05 * t * rng.uniform(0.9, 1.1)) for t in range(1, 60)]
     scores = [Score(42 + i, 2.2 + 0.01 * i, "", 99, 204800, 10.0, 1.1, 15.0, 32768, curve) for i in range(3)]
-    waits = [[2.0 + 0.1 * i for i in range(5)], [0.2] * 5, [1.5] * 5]
+    waits = [[2.0 + 0.1 * i for i in range(5)], [0.2] * 2, [1.5] * 2]
     return BackendResult(
         name, "measured", device="cpu", dtype="float32", flops_per_token=9e6, peak=PEAK,
         parity=[Parity("logits", "float32", "reference", 1, "logits", 3e-7, 2e-5, True)],
-        speed=Speed(times, times, times, 28, 2048, *waits, [4e8] * 5, [0, 3, 4, 7, 8]), fixed=Fixed(32, 5.0, curve),
+        speed=Speed(times, [0, 1, 2, 3, 4], 28, 2048, [3e4] * 5, *waits, [4e8] * 2), fixed=Fixed(32, 5.0, curve),
         scores=scores, energy=Energy(0.0011, 60.0, "RAPL: package-0"),
     )  # fmt: skip
 
