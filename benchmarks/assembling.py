@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.machine import anonymous
-from benchmarks.results import BackendResult, Energy, Fixed, Parity, Peak, Score, Speed
+from benchmarks.results import BackendResult, Energy, Fixed, Parity, Peak, Score, Speed, sustained
 from benchmarks.work import BenchProfile
 
 UPSTREAM = "upstream"
@@ -103,15 +103,15 @@ def speed(taken: Taken, profile: BenchProfile) -> Speed:
 
 
 def peak(turns: Sequence[Mapping[str, Any]]) -> Peak | None:
-    """Of products the best round counts: what else happens only ever lowers it. Of passes over memory the median does:
-    where a virtual machine's host puts its processors can double what they reach together."""
+    """Of products the best round counts: what else happens only ever lowers it. Of passes over memory it is
+    what is reached in three rounds of four: where a virtual machine's host puts its processors may double it."""
     if any("flops" not in t for t in turns):  # a peer's
         return None
     fastest = max(turns, key=lambda t: float(t["flops"]))
     return Peak(
         flops=fastest["flops"],
         flops_source=fastest["flops_source"],
-        bandwidth=statistics.median(t["bandwidth"] for t in turns),
+        bandwidth=sustained([t["bandwidth"] for t in turns]),
         bandwidth_source=turns[0]["bandwidth_source"],
         flops_rounds=[t["flops"] for t in turns],
         bandwidth_rounds=[t["bandwidth"] for t in turns],

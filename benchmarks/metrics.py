@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from benchmarks.results import BackendResult
+from benchmarks.results import BackendResult, sustained
 from console.words import count, duration, size
 
 
@@ -22,16 +22,12 @@ class Metric:
     least: float = 0.0  # below it a figure is noise, and no ratio is taken
     fewest: int = 1  # repeats from which on a ratio is taken
     alone: bool = False  # a single figure tells: it comes from arithmetic and not from a clock
-    best: bool = False  # the highest repeat counts: whatever else happens only ever lowers it
+    middle: Callable[[Sequence[float]], float] = statistics.median  # of the repeats; what is shown and compared
     rounds: Callable[[BackendResult], Sequence[int]] = lambda b: ()  # of each repeat, where they are taken in turns
 
     def value(self, backend: BackendResult) -> float | None:
-        """The median of the repeats, or the best of them."""
         found = self.repeats(backend)
         return self.middle(found) if found else None
-
-    def middle(self, found: Sequence[float]) -> float:
-        return max(found) if self.best else statistics.median(found)
 
     def text(self, backend: BackendResult) -> str:
         value = self.value(backend)
@@ -113,8 +109,8 @@ METRICS: Sequence[Metric] = (
     Metric("overhead of an experiment", _overheads, _seconds, False, fewest=3),
     Metric("experiments a night", _night, lambda x: f"{x:.0f}", True),
     Metric("energy per 1,000 tokens", _energy, lambda x: f"{x * 1e3:.3g} J", False),
-    Metric("matmul peak", _flops, lambda x: f"{x / 1e12:.3g} TFLOP/s", True, best=True),
-    Metric("memory bandwidth", _bandwidth, lambda x: f"{x / 1e9:.3g} GB/s", True, rounds=_rounds),
+    Metric("matmul peak", _flops, lambda x: f"{x / 1e12:.3g} TFLOP/s", True, middle=max),
+    Metric("memory bandwidth", _bandwidth, lambda x: f"{x / 1e9:.3g} GB/s", True, middle=sustained),
 )
 
 

@@ -231,10 +231,12 @@ def test_few_rounds_are_judged_by_welch_and_few_experiments_not_at_all():
     assert overhead.ratio is None and "from 3 repeats on, here are 2" in overhead.why and overhead.value == 5.0
 
 
-def test_of_peaks_the_best_counts():
+def test_of_products_the_best_counts_and_of_bandwidth_what_is_sustained():
+    """A host that puts the processors apart doubles a bandwidth in half of the rounds."""
     a, b = backend("a", 0.1), backend("b", 0.1)
-    slow = replace(b, peak=Peak(2e11, "m", 1e10, "m", [1.2e11, 2e11, 1.1e11], [1e10, 9e9, 8e9]))
-    assert told("matmul peak", a, slow, together=True).ratio == pytest.approx(2.0)
+    apart = replace(b, peak=Peak(2e11, "m", 1e10, "m", [1.2e11, 2e11, 1.1e11], [1e10, 2e10, 1e10, 2.1e10]))
+    assert told("matmul peak", a, apart, together=True).ratio == pytest.approx(2.0)
+    assert told("memory bandwidth", a, apart, together=True).ratio == pytest.approx(1.0)
 
 
 def test_the_interval_of_a_median_covers_it_as_often_as_it_says():
