@@ -31,6 +31,7 @@ from benchmarks.results import Machine, Parity, Result, Work
 from benchmarks.scoring import Scoring, score
 from benchmarks.side import GROUPS, Order
 from benchmarks.work import BenchProfile, initial, shapes, write_batches
+from console.words import plural
 from core import hardware as machines
 from core.data import Dataset
 from core.errors import UserError
@@ -301,7 +302,7 @@ class Run:
             self.rounds += 1
             self.progress.step((done + 1) / most)
             self.keep(self.result())
-        self._ended(f"{self.rounds} rounds: {'; '.join(self._rates())}")
+        self._ended(f"{plural(self.rounds, 'round')}: {'; '.join(self._rates()) or 'nobody is left'}")
 
     def _turn(self, taken: Taken) -> dict[str, Any]:
         waiting = self.alive.get(taken.contender.name)
