@@ -180,6 +180,15 @@ def test_figures_are_medians_with_their_range() -> None:
     assert shown.spread([], str) == "-" and shown.spread([2.0, 2.0], str) == "2.0"
 
 
+def test_an_experiment_of_a_night_does_not_compile_what_the_first_process_has() -> None:
+    (cpu, _) = shown.series([a_result()])
+    assert cpu.backend.speed is not None
+    compiled = replace(cpu.backend.speed, compile_seconds=[34.0, 0.2])
+    one = replace(cpu, backend=replace(cpu.backend, speed=compiled))
+    (axes,) = plots.waits([one]).axes  # type: ignore[union-attr]
+    assert sum(bar.get_width() for bar in axes.patches) < 5.0
+
+
 def test_experiments_a_night_and_energy_stand_beside_speed() -> None:
     heads, lines = shown.grid(shown.series([a_result()]), shown.NIGHT)
     night = dict(zip(heads, lines[0], strict=True))
