@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from datetime import date
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import backends
 from benchmarks import results, running, work
+from benchmarks.bystanders import Bystanders
 from benchmarks.command import shown
 from benchmarks.machine import fingerprint
 from benchmarks.results import Result
@@ -23,16 +23,15 @@ from core import hardware as machines
 from core import locks
 from core.errors import UserError
 from core.hardware import Hardware
-from core.health import Watch
 from prepare import prepare
 
 if TYPE_CHECKING:
     from core.data import Dataset
 
 SEEDS = (42, 43, 44, 45, 46, 47, 48, 49)
-REPEATS, QUICK_REPEATS = 5, 3
 SCORED, QUICK_SCORED = 3, 1
 BUSY = 0.1  # share of the machine's processors that others keep busy, above which a result says so
+STOLEN = 0.02  # share of the processors' time that the host took, above which a result says so
 
 
 def bench_verb(
@@ -57,7 +56,8 @@ def bench_verb(
     count = seeds if seeds is not None else QUICK_SCORED if quick else SCORED
     if count > len(SEEDS):
         raise UserError(f"{count} seeds were asked for", f"--seeds takes {len(SEEDS)} at most")
-    plan = running.Plan(chosen, found, repeats or (QUICK_REPEATS if quick else REPEATS), SEEDS[:count], quick)
+    together = running.together(found, hardware)
+    plan = running.Plan(chosen, found, repeats, SEEDS[:count], quick, together)
     file = results.reserve(out or Path(f"bench-{chosen.name}-{date.today().isoformat()}.json"), out is not None)
     dataset = prepare(chosen.data, vocab_size=chosen.vocab_size, progress=lambda line: _aside(screen, line))
     _aside(screen, f"{hardware.summary()}; profile {chosen.name}: {chosen.about}")
@@ -86,16 +86,22 @@ def measured(screen: Screen, plan: running.Plan, dataset: Dataset, hardware: Har
         progress = stack.enter_context(telling(screen, stages(plan)))
         machine = fingerprint(hardware, names)
         described = work.describe(plan.profile, dataset)
-        watch = Watch(os.getpid())
-        run = running.Run(plan, dataset, described, machine, folder, lambda r: _keep(r, file), progress)
-        return replace(run.go(), notes=list(notes(hardware, watch.report())))
+        bystanders = Bystanders()
+        run = running.Run(
+            plan, dataset, described, machine, folder, lambda r: _keep(r, file), progress, bystanders
+        )  # fmt: skip
+        return replace(run.go(), notes=list(notes(hardware, bystanders.others(), bystanders.stolen(), run.unsure())))
 
 
-def notes(hardware: Hardware, health: Mapping[str, Any]) -> Iterator[str]:
-    """What to know when reading the result."""
-    others = float(health.get("others_cores", 0.0))
+def notes(hardware: Hardware, others: float, stolen: float, unsure: Sequence[tuple[str, float]] = ()) -> Iterator[str]:
+    """What to know when reading the result. `others`: cores, `stolen`: a share, `unsure`: of `running.Run`."""
     if others > BUSY * hardware.threads:
         yield f"others kept {others:.1f} of {hardware.threads} processors busy: measure again on a quiet machine"
+    if stolen > STOLEN:
+        yield f"the host of this virtual machine took {stolen:.0%} of its processors' time for others"
+    for name, share in unsure:
+        if running.KNOWN < share < float("inf"):
+            yield f"the rounds tell the speed of {name} to {share:.0%} only: the machine's own speed changed meanwhile"
     if hardware.power.plugged is False:
         yield "the machine ran on battery, which slows many down"
 
@@ -127,8 +133,9 @@ def keep_or_tell(screen: Screen, result: Result, file: Path) -> bool:
 
 
 def stages(plan: running.Plan) -> int:
+    """First steps, parity, rounds, experiments, rounds again."""
     ours = [c for c in plan.contenders if c.name != running.UPSTREAM]
-    return len(ours) * (1 + len(plan.seeds)) + len(plan.contenders) * plan.repeats
+    return len(plan.contenders) + len(ours) * (1 + len(plan.seeds)) + (2 if plan.after()[1] else 1)
 
 
 @contextmanager

@@ -52,10 +52,12 @@ class RecipeOf(click.ParamType):
 @click.group("bench", cls=Lazy, invoke_without_command=True)
 @click.option("--backend", "wanted", multiple=True, metavar="NAME", help="Only these; default: all that run here.")
 @click.option("--profile", metavar="NAME", help="tiny, small or gpu; default: what fits the machine.")
-@click.option("--quick", is_flag=True, help="Two minutes on two cores: profile tiny, three repeats, one seed.")
+@click.option("--quick", is_flag=True, help="Two minutes on two cores: profile tiny, fewer rounds, one seed.")
 @click.option("--upstream", type=click.Path(path_type=Path), metavar="DIR", help="A clone of upstream, as a peer.")
 @click.option("--recipe", "recipes", type=RecipeOf(), multiple=True, metavar="BACKEND=FILE", help="Another train.py.")
-@click.option("--repeats", type=click.IntRange(min=1), metavar="N", help="Of the timed steps; default 5, quick 3.")
+@click.option(
+    "--repeats", type=click.IntRange(min=1), metavar="N", help="Rounds of turns; default: till ratios are known."
+)
 @click.option("--seeds", type=click.IntRange(min=0), metavar="N", help="Scored experiments; default 3, quick 1.")
 @click.option("--out", type=click.Path(path_type=Path), metavar="FILE", help="The result; default: here, by its date.")
 @click.option("--page", type=click.Path(path_type=Path), metavar="DIR", help="Also an HTML page, plots and Markdown.")

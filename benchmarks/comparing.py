@@ -1,8 +1,12 @@
 """Results side by side: refuses different work, and says of every difference whether it is more than noise.
 
-Method: Welch's t interval (95 %) on the logarithms of the repeats, so on the ratio of their geometric means. Repeats
-within one bench share the machine's state of those minutes, so an interval of theirs is too narrow for two benches:
-below a metric's resolution a difference is called noise whatever the interval says.
+Method, for what two backends of one file measured in turns: the median of the ratios of single rounds, with the sign
+test's interval (benchmarks/agreeing.py). In a round both share the machine's state of these seconds, and it cancels.
+
+For all else, and between files: the ratio of medians, with Welch's t interval (95 %) on the logarithms of the repeats,
+so on the ratio of their geometric means. Repeats within one bench share the machine's state of those minutes, so an
+interval of theirs is too narrow for two benches: below a metric's resolution a difference is called noise whatever the
+interval says. Of matrix products the best repeat counts.
 """
 
 from __future__ import annotations
@@ -13,6 +17,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from benchmarks import agreeing
 from benchmarks.metrics import METRICS, Metric
 from benchmarks.results import BackendResult, Result, Work
 from core.errors import UserError
@@ -29,6 +34,7 @@ class Column:
     label: str  # "A cpu"
     machine: str
     backend: BackendResult
+    file: int = 0
 
 
 @dataclass(frozen=True)
@@ -38,7 +44,7 @@ class Difference:
     metric: str
     base: float | None
     value: float | None
-    ratio: float | None  # value / base
+    ratio: float | None  # value / base; of what was measured in turns the median of the rounds' ratios
     low: float | None  # of the ratio, 95 %; None where repeats are too few
     high: float | None
     verdict: Verdict
@@ -82,7 +88,7 @@ def columns(results: Sequence[Result]) -> list[Column]:
     """The measured backends of all files; of several files each has a letter."""
     many = len(results) > 1
     return [
-        Column(f"{letter(i)} {backend.name}" if many else backend.name, result.machine.label, backend)
+        Column(f"{letter(i)} {backend.name}" if many else backend.name, result.machine.label, backend, i)
         for i, result in enumerate(results)
         for backend in result.measured()
     ]
@@ -94,23 +100,39 @@ def letter(index: int) -> str:
 
 
 def compare(base: Column, other: Column) -> list[Difference]:
-    return [difference(metric, base.backend, other.backend) for metric in METRICS]
+    together = base.file == other.file
+    return [difference(metric, base.backend, other.backend, together) for metric in METRICS]
 
 
-def difference(metric: Metric, base: BackendResult, other: BackendResult) -> Difference:
+def difference(metric: Metric, base: BackendResult, other: BackendResult, together: bool = False) -> Difference:
+    """`together`: they were measured in one bench, in turns."""
     a, b = list(metric.repeats(base)), list(metric.repeats(other))
     if not a or not b:
         missing = "the first" if not a else "this one"
-        return Difference(metric.name, metric.value(base), metric.value(other), None, None, None, "not told",
-                          f"{missing} was not measured by it")  # fmt: skip
-    middle_a, middle_b = statistics.median(a), statistics.median(b)
+        return _not_told(metric, base, other, f"{missing} was not measured by it")
+    middle_a, middle_b, fewest = metric.middle(a), metric.middle(b), min(len(a), len(b))
     if min(middle_a, middle_b) < metric.least:
-        why = f"under {metric.show(metric.least)} is noise"
-        return Difference(metric.name, middle_a, middle_b, None, None, None, "not told", why)
+        return _not_told(metric, base, other, f"under {metric.show(metric.least)} is noise")
+    if fewest < metric.fewest:
+        return _not_told(metric, base, other, f"a ratio is taken from {metric.fewest} repeats on, here are {fewest}")
     ratio = middle_b / middle_a if middle_a > 0 else None
     low, high = interval(a, b)
-    verdict, why = _judge(metric, ratio, low, high, min(len(a), len(b)))
+    found = in_turns(metric, base, other) if together else []
+    if found:
+        ratio = statistics.median(found)
+        low, high = agreeing.interval(found) or (low, high)
+    verdict, why = _judge(metric, ratio, low, high, fewest)
     return Difference(metric.name, middle_a, middle_b, ratio, low, high, verdict, why)
+
+
+def _not_told(metric: Metric, base: BackendResult, other: BackendResult, why: str) -> Difference:
+    return Difference(metric.name, metric.value(base), metric.value(other), None, None, None, "not told", why)
+
+
+def in_turns(metric: Metric, base: BackendResult, other: BackendResult) -> list[float]:
+    """The ratio of each round that both took part in; none where this is not measured in rounds."""
+    figures = [dict(zip(metric.rounds(b), metric.repeats(b), strict=False)) for b in (base, other)]
+    return agreeing.ratios(*figures)
 
 
 def interval(a: Sequence[float], b: Sequence[float]) -> tuple[float | None, float | None]:

@@ -27,7 +27,7 @@ class Counter:
 
 
 class Meter:
-    """`start()`, the work, `stop()` -> JSON: joules (None where not told), watts, seconds, source."""
+    """`start()`, the work, `stop()` -> JSON: joules (None where not told), seconds, source. As often as one likes."""
 
     def __init__(self, device: str, powercap: Path = POWERCAP) -> None:
         self._counter, self._why = find(device, powercap)
@@ -51,7 +51,7 @@ class Meter:
             joules = watts * seconds if watts is not None else None
         if joules is not None and joules <= 0:  # a counter that stands still, or has run over
             joules, source = None, f"not told: {source} did not move"
-        return {"joules": joules, "watts": joules / seconds if joules else None, "source": source}
+        return {"joules": joules, "seconds": seconds, "source": source}
 
 
 def find(device: str, powercap: Path) -> tuple[Counter | None, str]:

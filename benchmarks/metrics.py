@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from benchmarks.results import BackendResult
+from benchmarks.results import BackendResult, sustained
 from console.words import count, duration, size
 
 
@@ -20,12 +20,14 @@ class Metric:
     higher: bool  # is better
     resolution: float = 0.05  # share below which a difference is called noise whatever the repeats say
     least: float = 0.0  # below it a figure is noise, and no ratio is taken
+    fewest: int = 1  # repeats from which on a ratio is taken
     alone: bool = False  # a single figure tells: it comes from arithmetic and not from a clock
+    middle: Callable[[Sequence[float]], float] = statistics.median  # of the repeats; what is shown and compared
+    rounds: Callable[[BackendResult], Sequence[int]] = lambda b: ()  # of each repeat, where they are taken in turns
 
     def value(self, backend: BackendResult) -> float | None:
-        """The median of the repeats."""
         found = self.repeats(backend)
-        return statistics.median(found) if found else None
+        return self.middle(found) if found else None
 
     def text(self, backend: BackendResult) -> str:
         value = self.value(backend)
@@ -42,6 +44,23 @@ def _mfu(b: BackendResult) -> Sequence[float]:
     if b.speed is None or b.peak is None or not b.peak.flops or not b.flops_per_token:
         return ()
     return [b.flops_per_token * rate / b.peak.flops for rate in b.speed.tokens_per_second()]
+
+
+def _rounds(b: BackendResult) -> Sequence[int]:
+    return b.speed.rounds if b.speed else ()
+
+
+def _starts(b: BackendResult) -> Sequence[int]:
+    """They alternate between backends, so those of one number belong together."""
+    return range(len(b.speed.startup_seconds)) if b.speed else ()
+
+
+def _flops(b: BackendResult) -> Sequence[float]:
+    return (b.peak.flops_rounds or [b.peak.flops]) if b.peak else ()
+
+
+def _bandwidth(b: BackendResult) -> Sequence[float]:
+    return (b.peak.bandwidth_rounds or [b.peak.bandwidth]) if b.peak else ()
 
 
 def _overheads(b: BackendResult) -> list[float]:
@@ -63,11 +82,11 @@ def _seconds(value: float) -> str:
 
 
 METRICS: Sequence[Metric] = (
-    Metric("tokens/s", _speed(lambda b: b.speed.tokens_per_second() if b.speed else ()), count, True),
-    Metric("step", _speed(lambda b: b.speed.step_seconds if b.speed else ()), _seconds, False),
-    Metric("share of peak (MFU)", _mfu, lambda x: f"{x:.1%}", True),
+    Metric("tokens/s", _speed(lambda b: b.speed.tokens_per_second() if b.speed else ()), count, True, rounds=_rounds),
+    Metric("step", _speed(lambda b: b.speed.step_seconds if b.speed else ()), _seconds, False, rounds=_rounds),
+    Metric("share of peak (MFU)", _mfu, lambda x: f"{x:.1%}", True, rounds=_rounds),
     Metric("peak memory", _speed(lambda b: b.speed.peak_memory if b.speed else ()), size, False),
-    Metric("start-up", _speed(lambda b: b.speed.startup_seconds if b.speed else ()), _seconds, False),
+    Metric("start-up", _speed(lambda b: b.speed.startup_seconds if b.speed else ()), _seconds, False, rounds=_starts),
     Metric(
         "compile, first time",
         _speed(lambda b: b.speed.compile_seconds[:1] if b.speed else ()),
@@ -76,15 +95,22 @@ METRICS: Sequence[Metric] = (
         least=0.5,
     ),
     Metric(
-        "loss after equal steps", lambda b: (b.fixed.loss,) if b.fixed else (), lambda x: f"{x:.4f}", False, 0.01, True
+        "loss after equal steps",
+        lambda b: (b.fixed.loss,) if b.fixed else (),
+        lambda x: f"{x:.4f}",
+        False,
+        0.01,
+        alone=True,
     ),
     Metric("val_bpb in the budget", lambda b: b.bpbs(), lambda x: f"{x:.4f}", False, 0.002),
-    Metric("scoring", lambda b: [s.scoring_seconds for s in b.scores if s.val_bpb is not None], _seconds, False),
-    Metric("overhead of an experiment", _overheads, _seconds, False),
+    Metric(
+        "tokens/s in scoring", _speed(lambda b: b.speed.scoring_rates if b.speed else ()), count, True, rounds=_rounds
+    ),
+    Metric("overhead of an experiment", _overheads, _seconds, False, fewest=3),
     Metric("experiments a night", _night, lambda x: f"{x:.0f}", True),
     Metric("energy per 1,000 tokens", _energy, lambda x: f"{x * 1e3:.3g} J", False),
-    Metric("matmul peak", lambda b: (b.peak.flops,) if b.peak else (), lambda x: f"{x / 1e12:.3g} TFLOP/s", True),
-    Metric("memory bandwidth", lambda b: (b.peak.bandwidth,) if b.peak else (), lambda x: f"{x / 1e9:.3g} GB/s", True),
+    Metric("matmul peak", _flops, lambda x: f"{x / 1e12:.3g} TFLOP/s", True, middle=max),
+    Metric("memory bandwidth", _bandwidth, lambda x: f"{x / 1e9:.3g} GB/s", True, middle=sustained),
 )
 
 

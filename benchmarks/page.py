@@ -51,7 +51,8 @@ tr.case span {{ color: var(--soft); font-weight: 400 }}
 ABOUT = (
     "Every backend computes the same reference model on the same text, batches and starting weights; before anything "
     "is timed, logits, loss, gradients and one optimizer step are held against each other, and what differs is not "
-    "compared. Figures are medians over repeats that alternate between backends, with the lowest and the highest."
+    "compared. Figures are medians over rounds in which all backends of a machine take turns, with the lowest and the "
+    "highest."
 )
 
 
@@ -147,8 +148,9 @@ def _against(results: Sequence[Result]) -> str:
     if not lines:
         return ""
     how = (
-        "Multiples of the first's median, with the 95 % interval over the repeats; within noise is what the repeats, "
-        "or two benches of one machine, differ by anyway."
+        "Multiples of the first, with their 95 % interval. Within one bench it is the median of the ratios of single "
+        "rounds, in which all share the machine's state; between machines the ratio of medians. Within noise is what "
+        "the repeats, or two benches of one machine, differ by anyway."
     )
     return f'<h3>Side by side</h3><p class="soft">{how}</p>{cards(heads, lines, [False] * len(heads))}'
 

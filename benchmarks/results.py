@@ -12,18 +12,19 @@ import hashlib
 import json
 import math
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import numpy as np
 from pydantic import Field, TypeAdapter, ValidationError
 
 from core.errors import UserError
 
 KIND = "autoresearch-bench"
-SCHEMA = 1  # counted up when a field changes its meaning or goes; a new field with a default needs no new number
+SCHEMA = 2  # counted up when a field changes its meaning or goes; a new field with a default needs no new number
 LARGEST = 32 * 2**20  # bytes of a result file
 NIGHT = 8 * 3600.0  # seconds
 EXPERIMENT = 300.0  # seconds of training in the experiment that a night is counted in
@@ -111,26 +112,28 @@ class Parity:
 class Peak:
     """What this device reached there and then, in the dtype that is timed."""
 
-    flops: Number  # FLOP/s of a large matrix product
+    flops: Number  # FLOP/s of a large matrix product: the best of all that were measured
     flops_source: str
-    bandwidth: Number  # bytes/s of a copy far larger than the caches: read and written both count
+    bandwidth: Number  # bytes/s of passes over far more than the caches hold, read and written: `sustained` over rounds
     bandwidth_source: str
+    flops_rounds: list[Number] = field(default_factory=list)  # the fastest of each round, as in `Speed.rounds`
+    bandwidth_rounds: list[Number] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class Speed:
-    """Training steps on the bench's text, one repeat after another in processes of their own."""
+    """Training steps on the bench's text. In a round every backend takes one turn of a second or two, so figures of
+    the same round share the machine's state; their ratio is what backends of one file are compared by."""
 
-    step_seconds: Repeats  # median step of each repeat
-    step_low: Repeats  # first and third quartile of the steps of each repeat
-    step_high: Repeats
-    steps: Count  # timed in one repeat
+    step_seconds: Repeats  # mean step of each round
+    rounds: list[Count]  # the number of each of these rounds; a backend that crashed is missing in the later ones
+    steps: Count  # timed in one round
     batch_tokens: Count
-    startup_seconds: Repeats  # from the start of the process until library and device are there
-    build_seconds: Repeats  # the recipe: import and weights
-    compile_seconds: Repeats  # first steps beyond what such steps take later: compiling and warming up
-    peak_memory: Repeats  # bytes, process or device, whichever the backend trains in
-    places: list[Count]  # of each repeat in the order of all that ran; they alternate between backends
+    scoring_rates: list[Number]  # tokens/s from tokens to losses, of each round; empty for a peer
+    startup_seconds: Repeats  # from the start of a process until library and device are there; they alternate too
+    build_seconds: Repeats  # the recipe: import and weights, of each process that took turns
+    compile_seconds: Repeats  # its first steps beyond what such steps take later: compiling and warming up
+    peak_memory: Repeats  # bytes after its first steps, process or device, whichever the backend trains in
 
     def tokens_per_second(self) -> list[float]:
         return [self.batch_tokens / s for s in self.step_seconds]
@@ -259,6 +262,12 @@ class Result:
 
     def measured(self) -> list[BackendResult]:
         return [b for b in self.backends if b.status == "measured"]
+
+
+def sustained(rates: Sequence[float]) -> float:
+    """What is reached in three of four: the first quartile. Memory bandwidth of a virtual machine is of two kinds, as
+    its host puts its processors on one die's link to memory or on two, and a median is of one kind or the other."""
+    return float(np.quantile(rates, 0.25))
 
 
 # --- files -------------------------------------------------------------------------------------

@@ -1,17 +1,19 @@
-"""`autoresearch bench`: parity, then speed, then scores, of every backend in turn.
+"""`autoresearch bench`: first steps and parity, then rounds in which every backend takes a turn, and scores.
 
-Repeats go through the backends in one order and then in the other (ABBA), each in a process of its own, so that a
-machine that grows warm or busy hits all alike. What is measured is kept at once: a backend that ends in the middle, or
-a Ctrl-C, costs nothing that was there before it.
+In a round all take one turn of a second or two, in one order and in the next round in the other (ABBA); between their
+turns they stay alive and wait. So a ratio of one round is of one state of the machine. One half of the rounds comes
+before the scored experiments, in the processes that took the first steps; the other half after them, in new ones, since
+where a process's memory happens to lie costs it a few per cent too. What is measured is kept at once: a backend that
+ends in the middle, or a Ctrl-C, costs nothing that was there before it.
 """
 
 from __future__ import annotations
 
-import hashlib
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,32 +23,32 @@ import numpy as np
 
 import backends
 from backends.reference import LIBRARIES
-from benchmarks import parity, sides, upstream
+from benchmarks import agreeing, parity, sides, upstream
+from benchmarks.assembling import UPSTREAM, Contender, Taken, assembled, last_loss
+from benchmarks.bystanders import Bystanders
 from benchmarks.machine import anonymous
-from benchmarks.results import BackendResult, Energy, Fixed, Machine, Parity, Peak, Result, Score, Speed, Work
+from benchmarks.results import Machine, Parity, Result, Work
 from benchmarks.scoring import Scoring, score
-from benchmarks.side import Order
+from benchmarks.side import GROUPS, Order
 from benchmarks.work import BenchProfile, initial, shapes, write_batches
+from console.words import plural
 from core import hardware as machines
 from core.data import Dataset
 from core.errors import UserError
 from core.hardware import Hardware
 
-UPSTREAM = "upstream"
 SAME_LOSS = 0.02  # share by which losses after equal steps from equal weights may differ between backends
-LAST_SHARE = 10  # the fixed loss is the mean of the last tenth of the steps
+TURN_SECONDS = 0.7  # of timed steps in a turn
+LEAST_STEPS, MOST_STEPS = 2, 64  # of a turn
+START_SECONDS = 0.5  # of starts in a turn, at least one: a start of a few hundredths of a second needs several
+STARTS = 3  # such turns before the experiments, each with a round, and as many after
+KNOWN = 0.03  # a ratio whose 95 % interval reaches no further than this needs no more rounds
+QUICK_ROUNDS = (3, 3, 20)  # before the experiments; after them at least, at most
+ROUNDS = (6, 6, 30)
+QUICK_SECONDS = 109.0  # of the bench: later than this a quick one begins no round that it need not
+ROUNDS_SECONDS = 240.0  # of the rounds after the experiments
 
 Keep = Callable[[Result], None]
-
-
-@dataclass(frozen=True)
-class Contender:
-    """Who takes part."""
-
-    name: str  # a backend's, or "upstream"
-    recipe: Path  # upstream: its folder
-    shipped: bool = True
-    obstacle: str = ""  # why it cannot run here
 
 
 @dataclass(frozen=True)
@@ -55,9 +57,20 @@ class Plan:
 
     profile: BenchProfile
     contenders: Sequence[Contender]
-    repeats: int
+    rounds: int | None  # None: until the ratios are known
     seeds: Sequence[int]
     quick: bool
+    together: bool  # all sides may be alive at once
+
+    def before(self) -> int:
+        """Rounds before the experiments."""
+        return (self.rounds + 1) // 2 if self.rounds else (QUICK_ROUNDS if self.quick else ROUNDS)[0]
+
+    def after(self) -> tuple[int, int]:
+        """The fewest rounds after them, and the most."""
+        if self.rounds:
+            return self.rounds // 2, self.rounds // 2
+        return (QUICK_ROUNDS if self.quick else ROUNDS)[1:]
 
 
 @dataclass
@@ -67,25 +80,6 @@ class Progress:
     stage: Callable[[str], None] = lambda text: None
     step: Callable[[float], None] = lambda share: None  # of the stage
     done: Callable[[str], None] = lambda text: None  # a stage ended; what came of it
-
-
-@dataclass
-class _Taken:
-    """What was measured of one contender so far."""
-
-    contender: Contender
-    facts: dict[str, Any] = field(default_factory=dict)  # device, dtype, dtype_reason
-    arrays: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)  # dtype -> of the reference checkpoint
-    parity: list[Parity] = field(default_factory=list)
-    departs: list[str] = field(default_factory=list)
-    failed: str = ""
-    answers: list[dict[str, Any]] = field(default_factory=list)  # of the repeats
-    places: list[int] = field(default_factory=list)
-    scores: list[Score] = field(default_factory=list)
-
-    @property
-    def runs(self) -> bool:
-        return not (self.contender.obstacle or self.failed or self.departs)
 
 
 # --- who takes part ----------------------------------------------------------------------------
@@ -116,6 +110,19 @@ def contenders(
     return found
 
 
+def together(contenders: Sequence[Contender], hardware: Hardware) -> bool:
+    """Whether all may be alive at once: not where two would share the memory of one accelerator."""
+    ours = [backends.device_name(c.name, hardware) for c in contenders if c.name != UPSTREAM]
+    peers = ["cuda:0" if hardware.gpus else "cpu" for c in contenders if c.name == UPSTREAM]
+    cards = [device for device in (*ours, *peers) if device != "cpu"]
+    return len(cards) == len(set(cards))
+
+
+def whole_groups(steps: int) -> int:
+    """So many that they can be timed in equal groups."""
+    return steps if steps <= GROUPS else steps - steps % GROUPS
+
+
 # --- the run -----------------------------------------------------------------------------------
 
 
@@ -123,32 +130,41 @@ class Run:
     """One bench on this machine. `go()` returns the result, and `keep` gets what there is after every stage."""
 
     def __init__(
-        self, plan: Plan, dataset: Dataset, work: Work, machine: Machine, folder: Path, keep: Keep, progress: Progress
+        self,
+        plan: Plan,
+        dataset: Dataset,
+        work: Work,
+        machine: Machine,
+        folder: Path,
+        keep: Keep,
+        progress: Progress,
+        bystanders: Bystanders,
     ) -> None:
+        self.bystanders = bystanders
         self.plan, self.dataset, self.work, self.machine = plan, dataset, work, machine
         self.folder, self.keep, self.progress = folder, keep, progress
-        self.taken = [_Taken(c) for c in plan.contenders]
+        self.taken = [Taken(c) for c in plan.contenders]
+        self.alive: dict[str, sides.Side] = {}  # name -> who waits for a turn
         self.began = time.monotonic()
-        self.ran = 0  # repeats of all contenders
+        self.rounds = 0
         self.weights, self.batches = folder / "weights.npz", folder / "batches.npy"
 
     def go(self) -> Result:
         arrays: dict[str, Any] = {**initial(shapes(self.plan.profile))}
         np.savez(self.weights, **arrays)
         write_batches(self.plan.profile, self.dataset, self.batches)
-        for taken in self.taken:
-            if taken.runs and taken.contender.name != UPSTREAM:
-                self._parity(taken)
-        self._against_each_other()
-        for repeat in range(self.plan.repeats):
-            for taken in self.taken if repeat % 2 == 0 else self.taken[::-1]:
-                if taken.runs:
-                    self._repeat(taken, repeat)
-        self._same_loss()
-        for number, seed in enumerate(self.plan.seeds):
-            for taken in self.taken if number % 2 == 0 else self.taken[::-1]:
-                if taken.runs and taken.contender.name != UPSTREAM:
-                    self._score(taken, seed)
+        try:
+            self._open_all(first=True)
+            self._prove_all()
+            self._rounds(self.plan.before(), self.plan.before())
+            self._end_all()
+            self._experiments()
+            least, most = self.plan.after()
+            if most:
+                self._open_all(first=False)
+                self._rounds(least, most)
+        finally:
+            self._end_all()
         return self.result()
 
     def result(self) -> Result:
@@ -162,22 +178,69 @@ class Run:
             backends=[assembled(taken, self.plan.profile) for taken in self.taken],
         )
 
-    # --- stages --------------------------------------------------------------------------------
+    def running(self) -> list[Taken]:
+        return [t for t in self.taken if t.runs]
 
-    def _parity(self, taken: _Taken) -> None:
-        self.progress.stage(f"{taken.contender.name}: the same work?")
-        answer = self._ask(taken, "parity")
-        if answer is None:
-            return
-        taken.arrays = {dtype: parity.load(Path(file)) for dtype, file in answer["files"].items()}
-        taken.parity, taken.departs = parity.verdict(taken.arrays)
-        worst = max((p.difference or 0.0 for p in taken.parity if p.dtype == "float32"), default=0.0)
-        said = "; ".join(taken.departs) or f"computes the reference (float32: {worst:.0e} at most)"
-        self._ended(f"{taken.contender.name}: {said}")
+    def ours(self) -> list[Taken]:
+        return [t for t in self.taken if t.runs and t.contender.name != UPSTREAM]
+
+    # --- first steps and parity ------------------------------------------------------------------
+
+    def _open_all(self, first: bool) -> None:
+        """First steps of all. Those that may be alive together wait for their turns then."""
+        for taken in self.running() if first or self.plan.together else ():
+            name = taken.contender.name
+            self.progress.stage(f"{name}: {'first steps, which compile' if first else 'a new process'}")
+            with self._noted(taken, "its first steps"):
+                side = self._opened(taken, first)
+                if self.plan.together:
+                    self.alive[name] = side
+                else:
+                    side.close()
+            if first and taken.runs:
+                seconds = taken.opened[0]["compile"]
+                self._ended(f"{name}: compiled in {seconds:.1f} s" if seconds > 1 else f"{name}: first steps done")
+
+    def _opened(self, taken: Taken, first: bool) -> sides.Side:
+        """A process that has taken its first steps: all fixed ones in the first process, a few in later ones."""
+        name, profile = taken.contender.name, self.plan.profile
+        few = min(profile.fixed_steps, 2 * profile.warm_steps)
+        order = self._order(taken, "turns", profile.fixed_steps if first else few)
+        start = upstream.start if name == UPSTREAM else sides.start
+        side = start(order, self._caches(taken), self._told)
+        try:
+            found = side.hear("opened")
+        except BaseException:
+            side.close()
+            raise
+        taken.facts = dict(side.facts)
+        taken.opened.append(found)
+        if not taken.steps:
+            step = statistics.median(found["seconds"][profile.warm_steps :])
+            taken.steps = whole_groups(min(MOST_STEPS, max(LEAST_STEPS, round(TURN_SECONDS / step))))
+        return side
+
+    def _prove_all(self) -> None:
+        """Before anything is compared. What the first steps have compiled is used again here."""
+        for taken in self.ours():
+            name = taken.contender.name
+            self.progress.stage(f"{name}: the same work?")
+            with self._noted(taken, "proving parity"):
+                answer = sides.ask(self._order(taken, "parity"), self._caches(taken), self._told)
+                taken.arrays = {dtype: parity.load(Path(file)) for dtype, file in answer["files"].items()}
+                taken.parity, taken.departs = parity.verdict(taken.arrays)
+                worst = max((p.difference or 0.0 for p in taken.parity if p.dtype == "float32"), default=0.0)
+                said = "; ".join(taken.departs) or f"computes the reference (float32: {worst:.0e} at most)"
+                self._ended(f"{name}: {said}")
+        self._against_each_other()
+        self._same_loss()
+        for taken in self.taken:
+            if not taken.runs:
+                self._end(taken.contender.name)
 
     def _against_each_other(self) -> None:
         """Each backend against the first that computes the reference, in float32."""
-        proven = [t for t in self.taken if t.arrays and t.runs]
+        proven = [t for t in self.ours() if t.arrays]
         for taken in proven[1:]:
             first = proven[0]
             taken.parity += parity.against(
@@ -186,28 +249,13 @@ class Run:
         for taken in self.taken:
             taken.arrays = {}
 
-    def _repeat(self, taken: _Taken, repeat: int) -> None:
-        self.progress.stage(f"{taken.contender.name}: speed, repeat {repeat + 1} of {self.plan.repeats}")
-        answer = self._ask(taken, "steps")
-        if answer is None:
-            return
-        taken.answers.append(answer)
-        taken.places.append(self.ran)
-        self.ran += 1
-        rate = self.plan.profile.batch_tokens / np.median(self._timed(answer))
-        self._ended(f"{taken.contender.name}: {rate:,.0f} tokens/s")
-
-    def _timed(self, answer: Mapping[str, Any]) -> list[float]:
-        seconds: list[float] = answer["seconds"][self.plan.profile.warm_steps :]
-        return seconds
-
     def _same_loss(self) -> None:
         """The loss after equal steps from equal weights shows what one step cannot, such as a wrong momentum."""
-        first = next((t for t in self.taken if t.answers and t.contender.name != UPSTREAM), None)
-        for taken in self.taken:
-            if first is None or taken is first or not taken.answers or not taken.runs:
+        first = next(iter(self.ours()), None)
+        for taken in self.running():
+            if first is None or taken is first:
                 continue
-            own, wanted = (_last_loss(t.answers[0]["losses"]) for t in (taken, first))
+            own, wanted = (last_loss(t.opened[0]["losses"]) for t in (taken, first))
             away = abs(own - wanted) / wanted
             steps, name = self.plan.profile.fixed_steps, first.contender.name
             row = Parity(
@@ -218,7 +266,79 @@ class Run:
             if not row.passed:
                 taken.departs = [f"after {steps} equal steps its loss is {own:.4f}, that of {name} {wanted:.4f}"]
 
-    def _score(self, taken: _Taken, seed: int) -> None:
+    # --- rounds ----------------------------------------------------------------------------------
+
+    def _starts(self) -> None:
+        """How long each takes from its start to a device that can be used; in turns."""
+        for taken in self.running():
+            with self._noted(taken, "its start"):
+                taken.starts.append(self._started(taken))
+
+    def _started(self, taken: Taken) -> float:
+        """The median of as many starts as fit into a turn."""
+        found: list[float] = []
+        while sum(found) < START_SECONDS:
+            order = self._order(taken, "start")
+            if taken.contender.name == UPSTREAM:
+                found.append(upstream.ask(order, self._caches(taken), self._told)["startup"])
+            else:
+                found.append(sides.ask(order, None, self._told)["startup"])
+        return statistics.median(found)
+
+    def _rounds(self, least: int, most: int) -> None:
+        """At least so many rounds, and then until the ratios are known or the time is up."""
+        now = time.monotonic()
+        until = self.began + QUICK_SECONDS if self.plan.quick else now + ROUNDS_SECONDS
+        for done in range(most):
+            if not self.running() or (done >= least and (time.monotonic() > until or self.known())):
+                break
+            self.progress.stage(f"round {self.rounds + 1}")
+            if done < STARTS:
+                self._starts()
+            for taken in self.taken if self.rounds % 2 == 0 else self.taken[::-1]:
+                if taken.runs:
+                    with self._noted(taken, f"round {self.rounds + 1}"):
+                        taken.turns[self.rounds] = self._turn(taken)
+            self.rounds += 1
+            self.progress.step((done + 1) / most)
+            self.keep(self.result())
+        self._ended(f"{plural(self.rounds, 'round')}: {'; '.join(self._rates()) or 'nobody is left'}")
+
+    def _turn(self, taken: Taken) -> dict[str, Any]:
+        waiting = self.alive.get(taken.contender.name)
+        if waiting is not None:
+            return waiting.turn(taken.steps)
+        side = self._opened(taken, first=False)
+        try:
+            return side.turn(taken.steps)
+        finally:
+            side.close()
+
+    def _rates(self) -> Iterator[str]:
+        for taken in self.running():
+            step = statistics.median(t["seconds"] for t in taken.turns.values())
+            yield f"{taken.contender.name} {self.plan.profile.batch_tokens / step:,.0f} tokens/s"
+
+    def known(self) -> bool:
+        """Whether every ratio of step times to the first side's is; of a single side its step time."""
+        return all(found <= KNOWN for _, found in self.unsure())
+
+    def unsure(self) -> list[tuple[str, float]]:
+        """(name, how far the interval of its ratio reaches, as a share) of every side but the first."""
+        times = {t.contender.name: {n: turn["seconds"] for n, turn in t.turns.items()} for t in self.running()}
+        first, *others = times.items() or [("", {})]
+        if not others:
+            return [(first[0], agreeing.unsure(list(first[1].values())))]
+        return [(name, agreeing.unsure(agreeing.ratios(first[1], found))) for name, found in others]
+
+    # --- experiments -----------------------------------------------------------------------------
+
+    def _experiments(self) -> None:
+        for number, seed in enumerate(self.plan.seeds):
+            for taken in self.ours() if number % 2 == 0 else self.ours()[::-1]:
+                self._score(taken, seed)
+
+    def _score(self, taken: Taken, seed: int) -> None:
         name = taken.contender.name
         self.progress.stage(f"{name}: an experiment of {self.plan.profile.budget:g} s, seed {seed}")
         asked = Scoring(
@@ -232,41 +352,44 @@ class Run:
             workdir=self.folder / f"score-{name}-{seed}",
             caches=sides.compiled(self._caches(taken), self.folder / f"compiled-{name}"),
         )
-        found = score(asked, self.progress.step)
+        found = score(asked, self.progress.step, self.bystanders)
         taken.scores.append(found)
         said = f"val_bpb {found.val_bpb:.4f}" if found.val_bpb is not None else f"no score: {found.reason}"
         self._ended(f"{name}: {said}")
 
-    def _ask(self, taken: _Taken, task: str) -> dict[str, Any] | None:
-        """A side's answer; None where it ended without one, which is noted."""
-        order = self._order(taken, task)
-        # Compiling is timed with the steps, from nothing on; for parity the usual places serve.
-        caches = self._caches(taken)
+    # --- sides -----------------------------------------------------------------------------------
 
-        def told(event: Mapping[str, Any]) -> None:
-            if event["kind"] == "step":
-                self.progress.step(event["step"] / event["of"])
-
+    @contextmanager
+    def _noted(self, taken: Taken, doing: str) -> Iterator[None]:
+        """A side that ends in here has failed; the others go on."""
         try:
-            if taken.contender.name == UPSTREAM:
-                answer = upstream.ask(order, caches, told)
-            else:
-                answer = sides.ask(order, caches if task == "steps" else None, told)
+            yield
         except sides.SideFailed as failure:
-            doing = "proving parity" if task == "parity" else f"repeat {len(taken.answers) + 1}"
             taken.failed = f"in {doing}: {failure}"
+            self._end(taken.contender.name)
             self._ended(f"{taken.contender.name}: {taken.failed}")
-            return None
-        taken.facts = {name: answer[name] for name in ("device", "dtype", "dtype_reason")}
-        return answer
 
-    def _caches(self, taken: _Taken) -> Path:
+    def _told(self, event: Mapping[str, Any]) -> None:
+        if event["kind"] == "step":
+            self.progress.step(event["step"] / event["of"])
+
+    def _end(self, name: str) -> None:
+        side = self.alive.pop(name, None)
+        if side is not None:
+            side.close()
+
+    def _end_all(self) -> None:
+        for name in list(self.alive):
+            self._end(name)
+
+    def _caches(self, taken: Taken) -> Path:
+        """Empty at first, so that compiling is timed from nothing on."""
         return self.folder / f"caches-{taken.contender.name}"
 
-    def _order(self, taken: _Taken, task: str) -> Order:
+    def _order(self, taken: Taken, task: str, first_steps: int = 0) -> Order:
         profile = self.plan.profile
         return Order(
-            task=task,  # type: ignore[arg-type]  # "parity" or "steps"
+            task=task,  # type: ignore[arg-type]  # one of an Order's
             name=taken.contender.name,
             backend=taken.contender.name,
             recipe=str(taken.contender.recipe),
@@ -278,95 +401,10 @@ class Run:
             weights=str(self.weights),
             batches=str(self.batches),
             warm_steps=profile.warm_steps,
+            first_steps=first_steps,
+            micro_rows=profile.micro_rows,
         )
 
     def _ended(self, text: str) -> None:
         self.progress.done(anonymous(text))
         self.keep(self.result())
-
-
-# --- from measurements to the result -----------------------------------------------------------
-
-
-def assembled(taken: _Taken, profile: BenchProfile) -> BackendResult:
-    contender, answers = taken.contender, taken.answers
-    base = BackendResult(
-        name=contender.name,
-        status="measured",
-        recipe=_recipe(contender),
-        parity=list(taken.parity),
-        **taken.facts,
-    )
-    if contender.obstacle:
-        return replace(base, status="unavailable", reason=contender.obstacle)
-    if taken.departs:
-        departs = [anonymous(d) for d in taken.departs]
-        return replace(base, status="different", reason="it does not compute the reference model", departs=departs)
-    if answers:
-        base = replace(
-            base,
-            flops_per_token=answers[0]["flops_per_token"],
-            peak=best_peak(answers),
-            speed=speed(answers, taken.places, profile),
-            fixed=fixed(answers[0], profile),
-            energy=energy(answers, profile),
-            scores=list(taken.scores),
-        )
-    if taken.failed:
-        return replace(base, status="crashed", reason=taken.failed)
-    return base if answers else replace(base, status="crashed", reason="it was not measured: the bench ended before")
-
-
-def _recipe(contender: Contender) -> str:
-    if contender.name == UPSTREAM:
-        return "its own"
-    return "shipped" if contender.shipped else hashlib.sha256(contender.recipe.read_bytes()).hexdigest()[:12]
-
-
-def speed(answers: Sequence[Mapping[str, Any]], places: Sequence[int], profile: BenchProfile) -> Speed:
-    timed = [np.array(a["seconds"][profile.warm_steps :]) for a in answers]
-    low, middle, high = (np.array([np.quantile(t, q) for t in timed]) for q in (0.25, 0.5, 0.75))
-    return Speed(
-        step_seconds=middle.tolist(),
-        step_low=low.tolist(),
-        step_high=high.tolist(),
-        steps=len(timed[0]),
-        batch_tokens=profile.batch_tokens,
-        startup_seconds=[a["startup"] for a in answers],
-        build_seconds=[a["build"] for a in answers],
-        compile_seconds=[a["compile"] for a in answers],
-        peak_memory=[float(a["peak_memory"]) for a in answers],
-        places=list(places),
-    )
-
-
-def best_peak(answers: Sequence[Mapping[str, Any]]) -> Peak | None:
-    """What the device reached in the best repeat: a peak that noise has lowered is none."""
-    found = [Peak(**a["peak"]) for a in answers if a.get("peak")]
-    if not found:
-        return None
-    flops, width = max(found, key=lambda p: p.flops), max(found, key=lambda p: p.bandwidth)
-    return replace(flops, bandwidth=width.bandwidth, bandwidth_source=width.bandwidth_source)
-
-
-def _last_loss(losses: Sequence[float]) -> float:
-    return statistics.fmean(losses[-max(1, len(losses) // LAST_SHARE) :])
-
-
-def fixed(answer: Mapping[str, Any], profile: BenchProfile) -> Fixed:
-    """Of the first repeat; the others compute the same."""
-    seconds, losses = np.cumsum(answer["seconds"]), answer["losses"]
-    curve = [
-        (float(s), i + 1, (i + 1) * profile.batch_tokens, float(x)) for i, (s, x) in enumerate(zip(seconds, losses))
-    ]
-    return Fixed(len(losses), _last_loss(losses), curve)
-
-
-def energy(answers: Sequence[Mapping[str, Any]], profile: BenchProfile) -> Energy:
-    found = [a["energy"] for a in answers]
-    told = [e for e in found if e["joules"] is not None]
-    if not told:
-        return Energy(None, None, anonymous(found[0]["source"]))
-    tokens = (len(answers[0]["seconds"]) - profile.warm_steps) * profile.batch_tokens
-    joules = statistics.median(e["joules"] for e in told)
-    return Energy(joules / tokens, statistics.median(e["watts"] for e in told), told[0]["source"])

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.bystanders import Bystanders
 from benchmarks.machine import anonymous
 from benchmarks.results import Score
 from benchmarks.work import BenchProfile
@@ -35,14 +36,16 @@ class Scoring:
     caches: Path | None = None  # what was compiled before, as in a night's later experiments
 
 
-def score(asked: Scoring, step: Callable[[float], None]) -> Score:
+def score(asked: Scoring, step: Callable[[float], None], bystanders: Bystanders) -> Score:
     """`step` gets the share that is done. An experiment without a score is a `Score` with the reason."""
 
     def told(event: Event) -> None:
         if event.kind == "progress":
             step(BEFORE + (1 - 2 * BEFORE) * float(event.data["fraction"]))
 
-    outcome = execute(request(asked), told)
+    with bystanders.experiment():
+        outcome = execute(request(asked), told)
+    bystanders.saw(outcome.training_seconds, float(outcome.health.get("others_cores", 0.0)))
     shutil.rmtree(asked.workdir, ignore_errors=True)
     return taken(outcome, asked.seed)
 

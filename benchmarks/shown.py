@@ -110,7 +110,7 @@ def _of_speed(name: str, spell: Callable[[float], str]) -> Callable[[Series], st
 
 
 def _compiling(s: Series) -> str:
-    """The first repeat compiles, later ones find what it has left."""
+    """The first process compiles, later ones find what it has left."""
     if s.backend.speed is None:
         return NONE
     first, *later = s.backend.speed.compile_seconds
@@ -135,6 +135,7 @@ SPEED = [
     Column("tokens/s", lambda s: spread(speeds(s), count)),
     Column("step", _of_speed("step_seconds", milliseconds)),
     Column("of the matmul peak", _mfu),
+    Column("tokens/s in scoring", lambda s: spread(s.backend.speed.scoring_rates if s.backend.speed else [], count)),
     Column("peak memory", _of_speed("peak_memory", size)),
 ]
 LEARNT = [

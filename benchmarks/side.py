@@ -1,7 +1,15 @@
-"""One backend in a process of its own: `python -m benchmarks.side ORDER`. Prints JSON lines; the last is the answer.
+"""One backend in a process of its own: `python -m benchmarks.side ORDER`. Prints JSON lines.
 
-`parity` computes the reference checkpoint; `steps` trains the bench's fixed steps and times them. What is run are the
-shipped recipes, or a file that the user named, so there is no sandbox around it; scores come from the referee.
+    start    opens the device, and that is all: how long that takes is what is asked
+    parity   computes the reference checkpoint
+    turns    trains the bench's first steps, then waits: for each line on standard input it takes a turn, in which
+             steps, scoring, products and passes over memory are timed within a second or two of each other
+
+Sides of one bench take turns and stay alive between them. So what they are compared by was measured in the same state
+of the machine, whose speed changes by a quarter from one half minute to the next on some virtual machines.
+
+What is run are the shipped recipes, or a file that the user named, so there is no sandbox around it; scores come from
+the referee.
 """
 
 from __future__ import annotations
@@ -10,6 +18,7 @@ import gc
 import hashlib
 import importlib.util
 import json
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -21,20 +30,22 @@ from typing import Any, Literal
 import numpy as np
 
 import backends
-from backends import reference
 from core.contract import Device, Spec, Training
 from core.recipe import replace
 
-COPY_BYTES = {"cpu": 2**27, "gpu": 2**29}  # of each of the two blocks that a bandwidth is measured with
-BEST_OF = 10
-PEAKS = 4  # measurements of the peak, each the best of a few products
+PASS_BYTES = {"cpu": 2**28, "gpu": 2**29}  # of the block that a bandwidth is measured with, at least
+CACHES = 4  # times the last-level cache, at least
+PASSES = 5  # of which the fastest counts
+SETTLE = 0.1  # seconds: threads of the side before spin on for a while when its turn is over
+GROUPS = 8  # of the timed steps of a turn, at most; each ends with a fence
+SCORE_SECONDS = 0.15  # of scoring in a turn, one batch at least
 
 
 @dataclass(frozen=True)
 class Order:
     """What a side is asked. Paths never reach a result."""
 
-    task: Literal["parity", "steps"]
+    task: Literal["start", "parity", "turns"]
     name: str  # of the side
     backend: str
     recipe: str  # file
@@ -46,8 +57,9 @@ class Order:
     context: int = 0
     weights: str = ""  # .npz
     batches: str = ""  # .npy
-    warm_steps: int = 0
-    peaks: bool = True
+    warm_steps: int = 0  # of the first steps; not timed, they compile
+    first_steps: int = 0  # 0: as many as there are batches
+    micro_rows: int = 0
 
 
 def tell(kind: str, **facts: Any) -> None:
@@ -59,8 +71,11 @@ def main() -> None:
     device = backends.load(order.backend).open_device()
     startup = time.time() - order.began
     tell("ready", device=device.name, dtype=device.dtype.value, dtype_reason=device.dtype.reason)
-    answer = parity(order, device) if order.task == "parity" else steps(order, device)
-    tell("answer", startup=startup, **answer)
+    if order.task == "turns":
+        take_turns(order, device, startup)
+        return
+    tell("answer", startup=startup, **(parity(order, device) if order.task == "parity" else {}))
+    os._exit(0)  # what libraries clear up at their end is no part of a start, and nobody waits for it
 
 
 # --- parity ------------------------------------------------------------------------------------
@@ -69,6 +84,8 @@ def main() -> None:
 def parity(order: Order, device: Device) -> dict[str, Any]:
     """Arrays of the reference checkpoint, in files for the parent to compare: in float32, where backends agree best,
     and in the dtype that is timed."""
+    from backends import reference
+
     recipe, files = Path(order.recipe).read_bytes(), {}
     for dtype in dict.fromkeys(("float32", order.dtype or device.dtype.value)):
         found = reference.computed(recipe, device, dtype)
@@ -79,7 +96,7 @@ def parity(order: Order, device: Device) -> dict[str, Any]:
     return {"files": files}
 
 
-# --- steps -------------------------------------------------------------------------------------
+# --- turns ---------------------------------------------------------------------------------------
 
 
 def load(order: Order) -> ModuleType:
@@ -97,79 +114,142 @@ def load(order: Order) -> ModuleType:
 
 
 class Batches:
-    """`contract.Batches` of the bench's rows, in order, however many a recipe takes at a time."""
+    """`contract.Batches` of the bench's rows, in order and again from the first, however many are taken at a time."""
 
     def __init__(self, tokens: np.ndarray, device: Device) -> None:
         self._rows, self._at, self._device = tokens.reshape(-1, tokens.shape[-1]), 0, device
 
     def next(self, rows: int, length: int) -> Any:
-        assert length + 1 == self._rows.shape[1] and self._at + rows <= len(self._rows)
-        self._at += rows
-        return self._device.from_numpy(np.array(self._rows[self._at - rows : self._at]))
+        assert length + 1 == self._rows.shape[1] and len(self._rows) % rows == 0
+        taken = np.array(self._rows[self._at : self._at + rows])
+        self._at = (self._at + rows) % len(self._rows)
+        return self._device.from_numpy(taken)
 
 
-def steps(order: Order, device: Device) -> dict[str, Any]:
-    """All fixed steps from the bench's weights. The first `warm_steps` compile and are not timed."""
-    began = time.perf_counter()
-    dtype = order.dtype or device.dtype.value
-    spec = Spec(order.vocab_size, order.context, order.vocab_size - 1, device.name, dtype, 42, 0)
-    training: Training = load(order).build(spec)
-    with np.load(order.weights) as weights:
-        training.load_weights({name: weights[name] for name in weights.files})
-    device.fence()
-    build = time.perf_counter() - began
-    tokens = np.load(order.batches, mmap_mode="r")
-    marks, losses, energy = run(training, device, tokens, order.warm_steps)
-    seconds = np.diff(marks)
-    timed = seconds[order.warm_steps :]
-    # Noise only ever lowers a peak; a device keeps what it has measured, so others are asked.
-    asked = [device, *(backends.load(order.backend).open_device() for _ in range(PEAKS - 1))] if order.peaks else []
-    peak = max((d.peak() for d in asked), key=lambda p: p.flops_per_second, default=None)
-    return {
-        "build": build,
-        "compile": max(0.0, float(seconds[: order.warm_steps].sum() - order.warm_steps * np.median(timed))),
-        "seconds": seconds.tolist(),
-        "losses": losses,
-        "flops_per_token": float(training.describe().get("flops_per_token", 0.0)),
-        "peak_memory": peak_memory(device),
-        "energy": energy,
-        **({"peak": {
-            "flops": float(peak.flops_per_second), "flops_source": peak.source, **bandwidth(order.backend, device)
-        }} if peak else {}),
-    }  # fmt: skip
+def take_turns(order: Order, device: Device, startup: float) -> None:
+    """The first steps, then a turn for each line on standard input, until that is closed."""
+    one = Taker(order, device)
+    tell("opened", startup=startup, **one.first_steps())
+    for line in sys.stdin:
+        tell("turn", **one.turn(json.loads(line)["steps"]))
 
 
-def run(
-    training: Training, device: Device, tokens: np.ndarray, warm: int
-) -> tuple[list[float], list[float], dict[str, Any]]:
-    """Times at which each step had ended, losses, and the energy of those after `warm`. As in a trainer the loss of a
-    step is read when the next one is under way."""
-    from benchmarks.energy import Meter
+class Taker:
+    """One backend's recipe with the bench's weights, on the bench's text."""
 
-    batches, count = Batches(tokens, device), len(tokens)
-    meter = Meter(device.name)
-    losses: list[float] = []
-    marks = [time.perf_counter()]
-    waiting: Any = None
-    for step in range(count):
-        if step == warm:
-            losses += _read(device, waiting)
-            waiting = None
-            device.fence()
-            gc.collect()
-            gc.freeze()  # as the trainer does
-            meter.start()
-            marks[-1] = time.perf_counter()
-        loss = training.step(batches, step / count)
-        losses += _read(device, waiting)
-        waiting = loss
-        if step in (warm - 1, count - 1):
-            losses += _read(device, waiting)
-            waiting = None
-            device.fence()
-        marks.append(time.perf_counter())
-        tell("step", step=step + 1, of=count)
-    return marks, losses, meter.stop()
+    def __init__(self, order: Order, device: Device) -> None:
+        began = time.perf_counter()
+        dtype = order.dtype or device.dtype.value
+        spec = Spec(order.vocab_size, order.context, order.vocab_size - 1, device.name, dtype, 42, 0)
+        self.training: Training = load(order).build(spec)
+        with np.load(order.weights) as weights:
+            self.training.load_weights({name: weights[name] for name in weights.files})
+        device.fence()
+        self.build = time.perf_counter() - began
+        self.order, self.device = order, device
+        self.tokens = np.load(order.batches)
+        self.batches, self.done = Batches(self.tokens, device), 0
+        from benchmarks.energy import Meter  # not at the top: a start is timed until the device is there
+
+        self.meter = Meter(device.name)
+        self.memory_pass: Callable[[], Any] | None = None
+
+    def first_steps(self) -> dict[str, Any]:
+        """From the bench's weights on. The first `warm_steps` compile."""
+        warm, count = self.order.warm_steps, self.order.first_steps or len(self.tokens)
+        losses: list[float] = []
+        marks = [time.perf_counter()]
+        for step in range(count):
+            losses += self.steps(1)
+            marks.append(time.perf_counter())
+            tell("step", step=step + 1, of=count)
+        seconds = np.diff(marks)
+        gc.collect()
+        gc.freeze()  # as the trainer does
+        return {
+            "build": self.build,
+            "compile": max(0.0, float(seconds[:warm].sum() - warm * np.median(seconds[warm:]))),
+            "seconds": seconds.tolist(),
+            "losses": losses,
+            "flops_per_token": float(self.training.describe().get("flops_per_token", 0.0)),
+            "peak_memory": peak_memory(self.device),
+        }
+
+    def steps(self, count: int) -> list[float]:
+        """Losses of so many steps, which have ended. As in a trainer one is read when the next step is under way."""
+        losses: list[float] = []
+        waiting: Any = None
+        for _ in range(count):
+            loss = self.training.step(self.batches, (self.done % len(self.tokens)) / len(self.tokens))
+            losses += _read(self.device, waiting)
+            waiting = loss
+            self.done += 1
+        losses += _read(self.device, waiting)
+        self.device.fence()
+        return losses
+
+    def turn(self, steps: int) -> dict[str, Any]:
+        """Seconds of a step, tokens/s in scoring, FLOP/s of products and bytes/s of passes over memory, now."""
+        time.sleep(SETTLE)
+        self.steps(1)  # it finds the other side's data in the caches
+        self.meter.start()
+        seconds = timed(self.steps, steps)
+        energy = self.meter.stop()
+        # A device keeps what it has measured, so another one is asked.
+        peak = backends.load(self.order.backend).open_device().peak()
+        return {
+            "seconds": seconds,
+            "energy": energy,
+            "scored": self.scored(),
+            "flops": float(peak.flops_per_second),
+            "flops_source": peak.source,
+            **self.bandwidth(),
+        }
+
+    def scored(self) -> float:
+        """Tokens/s from tokens to losses, as a scorer does it, with as many rows at once as in training."""
+        rows = self.tokens.reshape(-1, self.tokens.shape[-1])[: self.order.micro_rows]
+
+        def score() -> None:
+            self.device.nats(self.training.logits(self.device.from_numpy(np.array(rows[:, :-1]))), rows[:, 1:])
+
+        score()
+        count, began = 0, time.perf_counter()
+        while count == 0 or time.perf_counter() - began < SCORE_SECONDS:
+            score()
+            count += 1
+        return count * rows[:, 1:].size / (time.perf_counter() - began)
+
+    def bandwidth(self) -> dict[str, Any]:
+        """Bytes/s of a pass that adds one to a block in place, read and written bytes both counted: the fastest.
+
+        In place, because a result of that size would be fresh memory each time, and what is then timed is how the
+        kernel (and on a virtual machine its host) finds pages: three to forty times what the pass takes.
+        """
+        size = pass_bytes(self.device.name)
+        if self.memory_pass is None:
+            of = _mlx_pass if self.order.backend == "mlx" else _torch_pass
+            self.memory_pass = of(size, self.device.name)
+        best = float("inf")
+        for turn in range(PASSES + 1):
+            start = time.perf_counter()
+            self.memory_pass()
+            self.device.fence()
+            if turn:  # the first brings the block into whatever cache there is
+                best = min(best, time.perf_counter() - start)
+        source = f"measured: fastest pass in place over {size >> 20} MiB by this backend's library"
+        return {"bandwidth": 2 * size / best, "bandwidth_source": source}
+
+
+def timed(take: Callable[[int], Any], count: int) -> float:
+    """Seconds of a step: the median over at most GROUPS groups of steps, so that a hiccup in one of them is none."""
+    size = -(-count // GROUPS)
+    found = []
+    for _ in range(-(-count // size)):
+        began = time.perf_counter()
+        take(size)
+        found.append((time.perf_counter() - began) / size)
+    return float(np.median(found))
 
 
 def _read(device: Device, loss: Any) -> list[float]:
@@ -191,35 +271,31 @@ def peak_memory(device: Device) -> int:
     return int(used if sys.platform == "darwin" else used * 1024)
 
 
-def bandwidth(backend: str, device: Device) -> dict[str, Any]:
-    """Bytes/s of a copy, read and written bytes both counted: best of a few."""
-    size = COPY_BYTES["cpu" if device.name == "cpu" else "gpu"]
-    copy = _mlx_copy(size) if backend == "mlx" else _torch_copy(size, device.name)
-    copy()
-    device.fence()
-    best = float("inf")
-    for _ in range(BEST_OF):
-        start = time.perf_counter()
-        copy()
-        device.fence()
-        best = min(best, time.perf_counter() - start)
-    source = f"measured: best of {BEST_OF} copies of {size >> 20} MiB by this backend's library"
-    return {"bandwidth": 2 * size / best, "bandwidth_source": source}
+def pass_bytes(device: str) -> int:
+    """Far more than the last-level cache."""
+    from benchmarks.kernel_cases import linux_cache
+
+    return PASS_BYTES["gpu"] if device != "cpu" else max(PASS_BYTES["cpu"], CACHES * linux_cache())
 
 
-def _torch_copy(size: int, device: str) -> Callable[[], Any]:
+def _torch_pass(size: int, device: str) -> Callable[[], Any]:
     import torch
 
-    a, b = (torch.ones(size // 4, device=device) for _ in range(2))
-    return lambda: b.copy_(a)
+    block = torch.zeros(size // 4, device=device)
+    return lambda: block.add_(1)
 
 
-def _mlx_copy(size: int) -> Callable[[], Any]:
+def _mlx_pass(size: int, device: str) -> Callable[[], Any]:
     import mlx.core as mx
 
-    a = mx.ones(size // 4)
-    mx.eval(a)
-    return lambda: mx.eval(a + 1)  # MLX has no copy that moves bytes
+    held = [mx.zeros(size // 4)]
+    mx.eval(held)
+
+    def add() -> None:
+        held.append(held.pop() + 1)  # nobody else holds the block, so MLX writes the sum into it
+        mx.eval(held)
+
+    return add
 
 
 if __name__ == "__main__":

@@ -1,4 +1,8 @@
-"""Asks one side in a process of its own, listens to it, and says in one line why it ended where it did."""
+"""One side in a process of its own: what it is asked, what it says, and in one line why it ended where it did.
+
+A side prints JSON lines, each with an `event`. One that is asked a single thing ends after its `answer`; one that takes
+turns (`task="turns"`) stays alive between them and waits for a line on its standard input.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +14,8 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -40,10 +45,21 @@ def ask(order: Order, caches: Path | None, told: Told, limit: float = LIMIT) -> 
 
     `caches`: where what is compiled is kept; None: the libraries' usual places, which may hold it already.
     """
-    command = [sys.executable, "-m", "benchmarks.side", json.dumps(asdict(order))]
-    environment = {**os.environ, **preloaded(order.backend), "PYTHONPATH": str(project_root())}
-    folders = cache_folders(caches) if caches else {}
-    return listen(command, environment | folders, project_root(), told, limit)
+    return listen(_command(order), _environment(order, caches), project_root(), told, limit)
+
+
+def start(order: Order, caches: Path, told: Told) -> Side:
+    """A side that takes turns. Raises `SideFailed` where it cannot be started."""
+    return Side(_command(order), _environment(order, caches), project_root(), told)
+
+
+def _command(order: Order) -> list[str]:
+    return [sys.executable, "-m", "benchmarks.side", json.dumps(asdict(order))]
+
+
+def _environment(order: Order, caches: Path | None) -> dict[str, str]:
+    ours = {**os.environ, **preloaded(order.backend), "PYTHONPATH": str(project_root())}
+    return ours | (cache_folders(caches) if caches else {})
 
 
 def cache_folders(caches: Path) -> dict[str, str]:
@@ -65,56 +81,90 @@ def compiled(caches: Path, target: Path) -> Path | None:
 def listen(
     command: Sequence[str], environment: Mapping[str, str], cwd: Path, told: Told, limit: float
 ) -> dict[str, Any]:
-    """Runs a process that prints JSON lines; its last, `answer`, with what `ready` said before. It never outlives
-    this call."""
-    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as errors:
-        process = subprocess.Popen(
-            command, env=dict(environment), cwd=cwd, stdout=subprocess.PIPE, stderr=errors, text=True,
-            start_new_session=True,
+    """What a process answers that is asked one thing, with what `ready` said before. It never outlives this call."""
+    side = Side(command, environment, cwd, told)
+    try:
+        answer = side.hear("answer", limit)
+        return {**side.facts, **answer}
+    finally:
+        side.close()
+
+
+class Side:
+    """A process that prints JSON lines. It and all that it has started end with `close()`, which must be called."""
+
+    def __init__(self, command: Sequence[str], environment: Mapping[str, str], cwd: Path, told: Told) -> None:
+        self.facts: dict[str, Any] = {}  # what `ready` said: device, dtype, dtype_reason
+        self._told = told
+        self._last = "while it started"
+        self._errors = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115 - see close()
+        self._process = subprocess.Popen(
+            command, env=dict(environment), cwd=cwd, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            stderr=self._errors, text=True, start_new_session=True,
         )  # fmt: skip
+        threading.Thread(target=self._clear_up, daemon=True).start()
+
+    def hear(self, kind: str, limit: float = LIMIT) -> dict[str, Any]:
+        """What it says next under this name. Raises `SideFailed` where it ends before, or says nothing of it for
+        `limit` seconds."""
         expired = threading.Event()
 
         def expire() -> None:
             expired.set()
-            _end(process)
-
-        def clear_up() -> None:
-            """What it left running would hold the pipe open, and so us."""
-            process.wait()
-            _end(process)
+            _end(self._process)
 
         timer = threading.Timer(limit, expire)
         timer.start()
-        threading.Thread(target=clear_up, daemon=True).start()
         try:
-            found, last = _events(process, told)
-            process.wait()
+            for said, event in self._events():
+                if said == kind:
+                    return event
+            self._process.wait()
         finally:
             timer.cancel()
-            _end(process)
-        if "answer" in found:
-            return {**found.get("ready", {}), **found["answer"]}
-        errors.seek(0)
-        raise SideFailed(_reason(process.returncode, expired.is_set(), limit, last, errors.read()))
+        self._errors.seek(0)
+        reason = _reason(self._process.returncode, expired.is_set(), limit, self._last, self._errors.read())
+        raise SideFailed(reason)
 
-
-def _events(process: subprocess.Popen[str], told: Told) -> tuple[dict[str, dict[str, Any]], str]:
-    """The last event of each kind, and where it was when it ended."""
-    found: dict[str, dict[str, Any]] = {}
-    last = "while it started"
-    assert process.stdout is not None  # a pipe was asked for
-    for line in process.stdout:
+    def turn(self, steps: int, limit: float = LIMIT) -> dict[str, Any]:
+        """Let it take one turn of so many timed steps."""
+        assert self._process.stdin is not None  # a pipe was asked for
         try:
-            event = json.loads(line)
-        except ValueError:  # a library that prints
-            continue
-        if not isinstance(event, dict) or "event" not in event:
-            continue
-        kind = event.pop("event")
-        found[kind] = event
-        last = f"after step {event['step']} of {event['of']}" if kind == "step" else f"after `{kind}`"
-        told({"kind": kind, **event})
-    return found, last
+            self._process.stdin.write(json.dumps({"steps": steps}) + "\n")
+            self._process.stdin.flush()
+        except OSError:  # it has ended: `hear` says how
+            pass
+        return self.hear("turn", limit)
+
+    def close(self) -> None:
+        _end(self._process)
+        for pipe in (self._process.stdin, self._process.stdout):
+            with suppress(OSError):
+                if pipe is not None:
+                    pipe.close()
+        self._errors.close()
+
+    def _clear_up(self) -> None:
+        """What it left running when it ended would hold the pipe open, and so us."""
+        self._process.wait()
+        _end(self._process)
+
+    def _events(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        """(kind, event), until it ends."""
+        assert self._process.stdout is not None  # a pipe was asked for
+        for line in self._process.stdout:
+            try:
+                event = json.loads(line)
+            except ValueError:  # a library that prints
+                continue
+            if not isinstance(event, dict) or "event" not in event:
+                continue
+            kind = event.pop("event")
+            self._last = f"after step {event['step']} of {event['of']}" if kind == "step" else f"after `{kind}`"
+            if kind == "ready":
+                self.facts = event
+            self._told({"kind": kind, **event})
+            yield kind, event
 
 
 def _end(process: subprocess.Popen[str]) -> None:

@@ -56,7 +56,17 @@ def interpreter(folder: Path) -> Path:
 
 
 def ask(order: Order, caches: Path, told: sides.Told) -> dict[str, Any]:
-    """The answer of upstream's side to `steps`."""
+    """The answer of upstream's side to a `start`."""
+    return sides.listen(*_call(order, caches), told, sides.LIMIT)
+
+
+def start(order: Order, caches: Path, told: sides.Told) -> sides.Side:
+    """Upstream's side, which takes turns."""
+    return sides.Side(*_call(order, caches), told)
+
+
+def _call(order: Order, caches: Path) -> tuple[list[str], dict[str, str], Path]:
+    """Command, environment and working directory."""
     folder = Path(order.recipe)
     place = Path(order.folder) / "upstream"
     place.mkdir(exist_ok=True)
@@ -65,4 +75,4 @@ def ask(order: Order, caches: Path, told: sides.Told) -> dict[str, Any]:
     given = {**asdict(order), "definitions": str(place / "definitions.py"), "ours": str(project_root())}
     command = [str(interpreter(folder)), "-I", str(place / "side.py"), json.dumps(given)]
     environment = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
-    return sides.listen(command, environment | sides.cache_folders(caches), place, told, sides.LIMIT)
+    return command, environment | sides.cache_folders(caches), place

@@ -12,12 +12,16 @@ import gc
 import importlib.util
 import io
 import json
+import os
+import statistics
 import sys
 import time
 import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+SETTLE, GROUPS = 0.1, 8  # as in the bench's own sides (benchmarks/side.py)
 
 
 def forget(ours: Path) -> None:
@@ -53,24 +57,16 @@ def main() -> None:
     device = "cuda:0" if torch.cuda.is_available() else "cpu"
     startup = time.time() - order["began"]
     tell("ready", device=device, dtype="bfloat16", dtype_reason=f"upstream's autocast; {attention_name(device)}")
+    if order["task"] == "start":
+        tell("answer", startup=startup)
+        os._exit(0)
     began = time.perf_counter()
     one = training(order, device, np.load(order["weights"]))
     build = time.perf_counter() - began
-    batches = torch.from_numpy(np.load(order["batches"]).astype(np.int64))
-    seconds, losses = run(one, batches, order, device)
-    warm = order["warm_steps"]
-    timed = sorted(seconds[warm:])
-    tell(
-        "answer",
-        startup=startup,
-        build=build,
-        compile=max(0.0, sum(seconds[:warm]) - warm * timed[len(timed) // 2]),
-        seconds=seconds,
-        losses=losses,
-        flops_per_token=0.0,
-        peak_memory=peak_memory(device),
-        energy={"joules": None, "watts": None, "source": "not told: not measured for a peer"},
-    )
+    steps = Steps(one, torch.from_numpy(np.load(order["batches"]).astype(np.int64)), device)
+    tell("opened", startup=startup, build=build, flops_per_token=0.0, **first_steps(steps, order))
+    for line in sys.stdin:
+        tell("turn", **turn(steps, json.loads(line)["steps"]))
 
 
 # --- model and optimizer -----------------------------------------------------------------------
@@ -181,36 +177,61 @@ def flex(q: Any, k: Any, v: Any, causal: bool, window_size: tuple[int, int]) -> 
 # --- steps -------------------------------------------------------------------------------------
 
 
-def run(
-    one: Callable[[Any, float], Any], batches: Any, order: dict[str, Any], device: str
-) -> tuple[list[float], list[float]]:
-    """Seconds and loss of each step; a loss is read when the next step is under way."""
-    import torch
+class Steps:
+    """The bench's batches in order, and again from the first."""
 
-    def wait() -> None:
-        if device != "cpu":
+    def __init__(self, one: Callable[[Any, float], Any], batches: Any, device: str) -> None:
+        self.one, self.batches, self.device, self.done = one, batches, device, 0
+
+    def take(self, count: int) -> list[float]:
+        """Losses of so many steps, which have ended; one is read when the next step is under way."""
+        import torch
+
+        losses: list[Any] = []
+        for _ in range(count):
+            at = self.done % len(self.batches)
+            losses.append(self.one(self.batches[at].to(self.device), at / len(self.batches)))
+            if len(losses) > 1:
+                losses[-2] = float(losses[-2])
+            self.done += 1
+        if self.device != "cpu":
             torch.cuda.synchronize()
+        return [float(loss) for loss in losses]
 
-    warm, count = order["warm_steps"], len(batches)
-    losses: list[Any] = []
+
+def first_steps(steps: Steps, order: dict[str, Any]) -> dict[str, Any]:
+    warm, count = order["warm_steps"], order["first_steps"] or len(steps.batches)
+    losses: list[float] = []
     seconds: list[float] = []
-    mark = time.perf_counter()
     for step in range(count):
-        if step == warm:
-            wait()
-            gc.collect()
-            gc.freeze()
-            mark = time.perf_counter()
-        losses.append(one(batches[step].to(device), step / count))
-        if step not in (0, warm):
-            losses[-2] = float(losses[-2])
-        if step in (warm - 1, count - 1):
-            wait()
-        now = time.perf_counter()
-        seconds.append(now - mark)
-        mark = now
+        mark = time.perf_counter()
+        losses += steps.take(1)
+        seconds.append(time.perf_counter() - mark)
         tell("step", step=step + 1, of=count)
-    return seconds, [float(loss) for loss in losses]
+    gc.collect()
+    gc.freeze()
+    timed = sorted(seconds[warm:])
+    return {
+        "compile": max(0.0, sum(seconds[:warm]) - warm * timed[len(timed) // 2]),
+        "seconds": seconds,
+        "losses": losses,
+        "peak_memory": peak_memory(steps.device),
+    }
+
+
+def turn(steps: Steps, count: int) -> dict[str, Any]:
+    """As the bench's own sides take one, but for what needs their recipes and devices."""
+    time.sleep(SETTLE)
+    steps.take(1)
+    size = -(-count // GROUPS)
+    found = []
+    for _ in range(-(-count // size)):
+        began = time.perf_counter()
+        steps.take(size)
+        found.append((time.perf_counter() - began) / size)
+    seconds = statistics.median(found)
+    energy = {"joules": None, "seconds": seconds * count, "source": "not told: not measured for a peer"}
+    return {"seconds": seconds, "energy": energy}
 
 
 def peak_memory(device: str) -> int:

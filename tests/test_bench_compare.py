@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from benchmarks import comparing, results
+from benchmarks import agreeing, comparing, results
 from benchmarks.metrics import METRICS
 from benchmarks.results import BackendResult, Fixed, Machine, Peak, Result, Score, Speed, Work
 from benchmarks.work import PROFILES, shapes
@@ -37,7 +37,7 @@ def backend(name: str, step: float, noise: float = 0.01, bpb: tuple[float, ...] 
               for i, b in enumerate(bpb)]  # fmt: skip
     return BackendResult(
         name, "measured", device="cpu", dtype="float32", flops_per_token=9e6, peak=Peak(1e11, "measured", 1e10, "m"),
-        speed=Speed(times, times, times, 28, 2048, [2.0] * 5, [0.1] * 5, [1.0] * 5, [4e8] * 5, [0, 3, 4, 7, 8]),
+        speed=Speed(times, [0, 1, 2, 3, 4], 28, 2048, [3e4] * 5, [2.0] * 5, [0.1] * 5, [1.0] * 5, [4e8] * 5),
         fixed=Fixed(32, 5.0, [(0.1, 1, 2048, 7.0)]), scores=scores,
     )  # fmt: skip
 
@@ -69,8 +69,8 @@ def test_a_result_comes_back_as_it_was_written(tmp_path):
         (lambda text: "", "is damaged"),
         (lambda text: "[1, 2]", "is no result of"),
         (lambda text: '{"schema": 1, "val_bpb": 0.9}', "is no result of"),
-        (lambda text: text.replace('"schema": 1', '"schema": 99'), "is of schema 99, this version reads 1"),
-        (lambda text: text.replace('"schema": 1', '"schema": 0'), "run the bench again"),
+        (lambda text: text.replace('"schema": 2', '"schema": 99'), "is of schema 99, this version reads 2"),
+        (lambda text: text.replace('"schema": 2', '"schema": 1'), "this version reads 2; run the bench again"),
         (lambda text: text.replace('"context": 256', '"context": 512'), "was changed"),
         (lambda text: text.replace('"status": "measured"', '"status": "splendid"'), "backends.0.status"),
         (lambda text: text.replace('"seed": 42', '"seed": "x"'), "backends.0.scores.0.seed"),
@@ -183,6 +183,73 @@ def test_val_bpb_is_judged_over_seeds():
     assert verdict("val_bpb in the budget", a, backend("b", 0.1, bpb=(2.10, 2.35, 2.24))) == "within noise"
     assert verdict("val_bpb in the budget", a, backend("b", 0.1, bpb=(2.10,))) == "not told"
     assert verdict("val_bpb in the budget", a, backend("b", 0.1, bpb=())) == "not told"
+
+
+def in_rounds(name: str, step: float, states: dict[int, float]) -> BackendResult:
+    """A backend whose steps take so long in a machine of these states, by round."""
+    made = backend(name, step)
+    assert made.speed is not None
+    times = [step * state for state in states.values()]
+    return replace(made, speed=replace(made.speed, step_seconds=times, rounds=list(states), scoring_rates=[]))
+
+
+def told(name: str, a: BackendResult, b: BackendResult, together: bool) -> comparing.Difference:
+    (metric,) = [m for m in METRICS if m.name == name]
+    return comparing.difference(metric, a, b, together)
+
+
+@given(st.floats(0.1, 10.0), st.lists(st.floats(0.5, 2.0), min_size=6, max_size=20))
+def test_what_the_machine_did_meanwhile_cancels_within_a_file(ratio, speeds):
+    states = dict(enumerate(speeds))
+    found = told("step", in_rounds("a", 0.1, states), in_rounds("b", 0.1 * ratio, states), together=True)
+    assert found.ratio == pytest.approx(ratio) and found.low == pytest.approx(ratio) == found.high
+
+
+def test_rounds_are_paired_by_their_number_and_between_files_not_at_all():
+    """b crashed in the middle of a slow half; what it did in its rounds is what counts."""
+    a = in_rounds("a", 0.1, {i: 1.0 if i < 6 else 2.0 for i in range(12)})
+    b = in_rounds("b", 0.2, {i: 1.0 if i < 6 else 2.0 for i in range(2, 8)})
+    assert told("step", a, b, together=True).ratio == pytest.approx(2.0)
+    assert told("step", a, b, together=False).ratio == pytest.approx(0.2 / 0.15)
+    columns = comparing.columns([result(a, b), result(b)])
+    steps = [next(d for d in comparing.compare(columns[0], c) if d.metric == "step") for c in columns[1:]]
+    assert [d.ratio for d in steps] == [pytest.approx(2.0), pytest.approx(0.2 / 0.15)]
+
+
+def test_a_round_in_which_the_machine_changed_moves_no_ratio():
+    states = dict.fromkeys(range(9), 1.0)
+    upset = in_rounds("b", 0.2, {**states, 3: 1.6, 7: 0.6})
+    found = told("tokens/s", in_rounds("a", 0.1, states), upset, together=True)
+    assert found.ratio == pytest.approx(0.5) and found.verdict == "worse"
+
+
+def test_few_rounds_are_judged_by_welch_and_few_experiments_not_at_all():
+    a, b = (in_rounds(n, s, {0: 1.0, 1: 1.02, 2: 0.98}) for n, s in (("a", 0.1), ("b", 0.2)))
+    found = told("step", a, b, together=True)
+    assert found.ratio == pytest.approx(2.0) and found.low is not None and found.low < 1.95 and found.verdict == "worse"
+    overhead = told("overhead of an experiment", a, b, together=True)
+    assert overhead.ratio is None and "from 3 repeats on, here are 2" in overhead.why and overhead.value == 5.0
+
+
+def test_of_products_the_best_counts_and_of_bandwidth_what_is_sustained():
+    """A host that puts the processors apart doubles a bandwidth in half of the rounds."""
+    a, b = backend("a", 0.1), backend("b", 0.1)
+    apart = replace(b, peak=Peak(2e11, "m", 1e10, "m", [1.2e11, 2e11, 1.1e11], [1e10, 2e10, 1e10, 2.1e10]))
+    assert told("matmul peak", a, apart, together=True).ratio == pytest.approx(2.0)
+    assert told("memory bandwidth", a, apart, together=True).ratio == pytest.approx(1.0)
+
+
+def test_the_interval_of_a_median_covers_it_as_often_as_it_says():
+    """Of ratios with outliers on one side: rounds in which the machine grew slower."""
+    rng = random.Random(5)
+    held = 0
+    for _ in range(2000):
+        drawn = [math.exp(rng.gauss(0, 0.03)) * (1.3 if rng.random() < 0.1 else 1.0) for _ in range(12)]
+        low, high = agreeing.interval(drawn)
+        held += low <= 1.004 <= high  # the median of that mixture
+    assert 0.94 < held / 2000 < 0.985
+    assert agreeing.interval([1.0] * 5) is None and agreeing.unsure([1.0] * 5) == math.inf
+    assert agreeing.unsure([1.0] * 6) == 0.0
 
 
 @settings(deadline=None)

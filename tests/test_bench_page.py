@@ -48,11 +48,11 @@ def backend(name: str, step: float, seed: int = 1) -> BackendResult:
     times = [step * rng.uniform(0.98, 1.02) for _ in range(5)]
     curve = [(0.1 * t, t, 2048 * t, 7.0 - 0.05 * t * rng.uniform(0.9, 1.1)) for t in range(1, 60)]
     scores = [Score(42 + i, 2.2 + 0.01 * i, "", 99, 204800, 10.0, 1.1, 15.0, 32768, curve) for i in range(3)]
-    waits = [[2.0 + 0.1 * i for i in range(5)], [0.2] * 5, [1.5] * 5]
+    waits = [[2.0 + 0.1 * i for i in range(5)], [0.2] * 2, [1.5] * 2]
     return BackendResult(
         name, "measured", device="cpu", dtype="float32", flops_per_token=9e6, peak=PEAK,
         parity=[Parity("logits", "float32", "reference", 1, "logits", 3e-7, 2e-5, True)],
-        speed=Speed(times, times, times, 28, 2048, *waits, [4e8] * 5, [0, 3, 4, 7, 8]), fixed=Fixed(32, 5.0, curve),
+        speed=Speed(times, [0, 1, 2, 3, 4], 28, 2048, [3e4] * 5, *waits, [4e8] * 2), fixed=Fixed(32, 5.0, curve),
         scores=scores, energy=Energy(0.0011, 60.0, "RAPL: package-0"),
     )  # fmt: skip
 
@@ -178,6 +178,15 @@ def test_figures_are_medians_with_their_range() -> None:
     text = shown.SPEED[0].text(cpu)
     assert text.startswith(f"{sorted(times)[2] / 1e3:.3g}k (") and f"{max(times) / 1e3:.3g}k)" in text
     assert shown.spread([], str) == "-" and shown.spread([2.0, 2.0], str) == "2.0"
+
+
+def test_an_experiment_of_a_night_does_not_compile_what_the_first_process_has() -> None:
+    (cpu, _) = shown.series([a_result()])
+    assert cpu.backend.speed is not None
+    compiled = replace(cpu.backend.speed, compile_seconds=[34.0, 0.2])
+    one = replace(cpu, backend=replace(cpu.backend, speed=compiled))
+    (axes,) = plots.waits([one]).axes  # type: ignore[union-attr]
+    assert sum(bar.get_width() for bar in axes.patches) < 5.0
 
 
 def test_experiments_a_night_and_energy_stand_beside_speed() -> None:
