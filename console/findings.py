@@ -11,7 +11,7 @@ from console.machine import Machine, machine
 from console.places import look
 from console.rows import KEPT, Row, Scale, Tally, tally
 from console.themes import Theme, themes, untried
-from console.timeuse import TimeUse, time_use
+from console.timeuse import TimeUse, time_use, uses
 from core import confirming, effects
 from core.effects import Effect, Estimate, Replication, Spread
 from core.ledger import LedgerEvent, Sample, Spent
@@ -141,7 +141,7 @@ def read(lab: Lab) -> Record:
 def findings(record: Record) -> Findings:
     """Nothing is trained, and nothing is read but the record."""
     rows, samples = record.rows, record.samples
-    total = tally(rows, record.best)
+    total = tally(rows, record.best, uses(rows, samples))
     spread = effects.spread_of(samples, total.baseline.number if total.baseline else None)
     each = confirming.seconds_each([r.outcome for r in rows], record.scale.budget)
     return Findings(

@@ -209,7 +209,7 @@ def best_verb(screen: Screen, given: str | None, source: bool) -> None:
 
 def show_verb(screen: Screen, given: str | None, number: int) -> None:
     lab = places.find(screen, given)
-    found = row(lab.ledger.get(number))
+    found = row(lab.ledger.get(number), lab.ledger.samples(number))
     spent = lab.ledger.spent(number)
     screen.document({
         "lab": places.about(lab), "experiment": found.to_json(full=True), "diff": lab.diff(number),
