@@ -12,7 +12,7 @@ from console.machine import Machine, machine
 from console.places import look
 from console.rows import KEPT, Row, Scale, Tally, tally
 from console.themes import Theme, themes, untried
-from console.timeuse import TimeUse, time_use
+from console.timeuse import TimeUse, time_use, uses
 from core import ablation, confirming, effects
 from core.ablation import Known, Without
 from core.effects import Effect, Estimate, Replication, Spread
@@ -162,11 +162,11 @@ def read(lab: Lab) -> Record:
 def findings(record: Record) -> Findings:
     """Nothing is trained, and nothing is read but the record."""
     rows, samples = record.rows, record.samples
-    total = tally(rows, record.best)
+    extra = [s for a in record.ablations for s in a.runs]
+    total = tally(rows, record.best, uses(rows, samples, extra))
     baseline = total.baseline.number if total.baseline else None
     spread = effects.spread_of(samples, baseline, ablations=record.ablations)
     each = confirming.seconds_each([r.outcome for r in rows], record.scale.budget)
-    extra = [s for a in record.ablations for s in a.runs]
     return Findings(
         record=record,
         total=total,

@@ -227,7 +227,7 @@ def _source_without(lab: Lab, number: int) -> bytes:
 
 def show_verb(screen: Screen, given: str | None, number: int) -> None:
     lab = places.find(screen, given)
-    found = row(lab.ledger.get(number))
+    found = row(lab.ledger.get(number), lab.ledger.samples(number))
     spent = lab.ledger.spent(number)
     screen.document({
         "lab": places.about(lab), "experiment": _with_ablations(lab, [found], full=True)[0], "diff": lab.diff(number),

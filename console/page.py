@@ -73,7 +73,7 @@ def _line(r: Row, diff: str) -> str:
         ("n inline bare", "val_bpb", score(f"{of}.val_bpb", r.val_bpb) if r.val_bpb is not None else ""),
         ("n inline bare", "change", change(f"{of}.delta", -r.delta) if r.delta is not None else ""),
         ("what", "what", what),
-        ("n inline bare", "took", time(f"{of}.seconds", r.seconds) if r.seconds else ""),
+        ("n inline bare", "took", time(f"{of}.seconds", r.device_seconds) if r.device_seconds else ""),
         ("n inline bare", "ended", fact(f"{of}.finished", r.finished, ended) if r.finished else ""),
     )
     return f'<tr id="e{r.number}">{line}</tr>'
@@ -85,6 +85,7 @@ def facts(r: Row) -> list[tuple[str, str]]:
     rates = o.get("tokens") and o.get("training_seconds")
     found = [
         ("researcher", r.researcher),
+        ("runs", f"{r.runs}, {duration(r.device_seconds)} in all; the last one:" if r.runs > 1 else ""),
         ("steps", count(o["steps"]) if o.get("steps") else ""),
         ("tokens", count(o["tokens"]) if o.get("tokens") else ""),
         ("tokens/s", count(o["tokens"] / o["training_seconds"]) if rates else ""),

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from console.output import Screen
-from console.rows import Row, Scale, Tally, rows, tally
+from console.rows import Row, Scale, Tally, by_number, rows, tally
+from console.timeuse import uses
 from core.errors import LabError, UserError
 
 if TYPE_CHECKING:
@@ -119,9 +120,10 @@ class Picture:
 
 
 def look(lab: Lab) -> Picture:
-    found = rows(lab.ledger.experiments())
-    best = lab.best()
-    total = tally(found, best.number if best else None)
+    experiments, best, samples = lab.ledger.experiments(), lab.best(), by_number(lab.ledger.all_samples())
+    found = rows(experiments, samples)
+    ablations = [s for a in lab.ledger.ablations() for s in a.runs]
+    total = tally(found, best.number if best else None, uses(found, samples, ablations))
     return Picture(found, total, scale(lab), total.best)
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+from core.ledger import earlier
 
 KEPT = ("keep", "simplify")
 FAILED = ("crash", "timeout", "invalid")
@@ -56,11 +58,17 @@ class Row:
     detail: dict[str, Any] = field(default_factory=dict)
     outcome: dict[str, Any] = field(default_factory=dict)
     verdict: dict[str, Any] = field(default_factory=dict)  # what the decision was made from
+    numbered: Sequence[Mapping[str, Any]] = ()  # seed, bpb, seconds, … of its own runs that have a number, oldest first
+
+    @property
+    def earlier(self) -> Sequence[Mapping[str, Any]]:
+        """Its runs before the last one, which `outcome` is of. The last has no number where it failed."""
+        return earlier(self.numbered, self.outcome)
 
     @property
     def runs(self) -> int:
-        """How often it was run before it was decided; 1 where nobody counted."""
-        return max(1, len(self.verdict.get("all_runs") or ()))
+        """How often it has been run, one that failed in the end included; 1 where nobody counted."""
+        return len(self.earlier) + 1
 
     @property
     def interval(self) -> tuple[float, float] | None:
@@ -82,11 +90,10 @@ class Row:
 
     @property
     def device_seconds(self) -> float | None:
-        """What all of its runs took; the last one too where it had no number, and so is none of `all_runs`."""
-        if self.runs == 1:
-            return self.seconds
-        counted = [float(run["seconds"]) for run in self.verdict["all_runs"] if run.get("seconds")]
-        return sum(counted) + ((self.seconds or 0.0) if self.val_bpb is None else 0.0)
+        """What all of its runs took."""
+        known = [float(run["seconds"]) for run in self.earlier if run.get("seconds")]
+        known += [] if self.seconds is None else [self.seconds]
+        return sum(known) if known else None
 
     @property
     def seconds(self) -> float | None:
@@ -96,9 +103,13 @@ class Row:
 
     @property
     def idle(self) -> dict[str, float]:
-        """Seconds that the device did nothing before this experiment, and those that it waited for what; {} when
-        nobody took them down."""
-        return dict(self.outcome.get("idle") or {})
+        """Seconds that the device did nothing before its runs, and those that it waited for what; {} when nobody took
+        them down."""
+        found: dict[str, float] = {}
+        for idle in [*(run.get("idle") or {} for run in self.earlier), self.outcome.get("idle") or {}]:
+            for what, seconds in idle.items():
+                found[what] = found.get(what, 0.0) + seconds
+        return found
 
     @property
     def kept(self) -> bool:
@@ -129,8 +140,10 @@ class Row:
         return {**short, **more} if full else short
 
 
-def row(experiment: Any) -> Row:
-    """A `core.ledger.Experiment` -> `Row`."""
+def row(experiment: Any, samples: Iterable[Any] = ()) -> Row:
+    """A `core.ledger.Experiment` -> `Row`. `samples`: of it; what was decided has its runs on record all the same."""
+    verdict = dict(experiment.verdict or {})
+    made = [s.told() for s in samples if s.purpose == "verdict"]
     return Row(
         number=experiment.number,
         status=experiment.status or experiment.state,
@@ -148,12 +161,22 @@ def row(experiment: Any) -> Row:
         finished=experiment.finished or "",
         detail=dict(experiment.detail or {}),
         outcome=dict(experiment.outcome or {}),
-        verdict=dict(experiment.verdict or {}),
+        verdict=verdict,
+        numbered=tuple(verdict.get("all_runs") or made),
     )
 
 
-def rows(experiments: Iterable[Any]) -> list[Row]:
-    return [row(experiment) for experiment in experiments]
+def rows(experiments: Iterable[Any], samples: Mapping[int, Sequence[Any]] | None = None) -> list[Row]:
+    """`samples`: by experiment."""
+    return [row(experiment, (samples or {}).get(experiment.number, ())) for experiment in experiments]
+
+
+def by_number(samples: Iterable[Any]) -> dict[int, list[Any]]:
+    """`core.ledger.Sample`s by their experiment, oldest first."""
+    found: dict[int, list[Any]] = {}
+    for sample in samples:
+        found.setdefault(sample.number, []).append(sample)
+    return found
 
 
 @dataclass(frozen=True)
@@ -174,18 +197,7 @@ class Uses:
                 "idle_share": round(self.idle_share, 5), "waits": self.waits}  # fmt: skip
 
 
-def uses(all_rows: Iterable[Row]) -> Uses:
-    """Of the experiments whose idle time was taken down."""
-    known = [r for r in all_rows if r.idle]
-    paused = sum(r.idle.get("paused", 0.0) for r in known)
-    idle = max(0.0, sum(r.idle.get("seconds", 0.0) for r in known) - paused)
-    waits = {what: round(sum(r.idle.get(what, 0.0) for r in known), 3) for what in ("thinking", "dry build", "waiting")}
-    told = {what: seconds for what, seconds in waits.items() if seconds}
-    return Uses(
-        sum(r.device_seconds or 0.0 for r in known),
-        idle,
-        {**told, "other": round(max(0.0, idle - sum(waits.values())), 3)},
-    )
+NO_USE = Uses(0.0, 0.0, {})
 
 
 @dataclass(frozen=True)
@@ -198,7 +210,7 @@ class Tally:
     failed: int
     baseline: Row | None
     best: Row | None
-    uses: Uses = field(default_factory=lambda: Uses(0.0, 0.0, {}))
+    uses: Uses
 
     @property
     def gain(self) -> float | None:
@@ -215,8 +227,9 @@ class Tally:
         }  # fmt: skip
 
 
-def tally(all_rows: Sequence[Row], best: int | None) -> Tally:
-    """`best` is the number of the lab's best experiment: after an `undo` it is not the lowest of all kept."""
+def tally(all_rows: Sequence[Row], best: int | None, uses: Uses = NO_USE) -> Tally:
+    """`best` is the number of the lab's best experiment: after an `undo` it is not the lowest of all kept. `uses`: of
+    the device (console/timeuse.py)."""
     decided = [r for r in all_rows if r.decided]
     kept = [r for r in decided if r.kept]
     return Tally(
@@ -226,5 +239,5 @@ def tally(all_rows: Sequence[Row], best: int | None) -> Tally:
         failed=sum(r.failed for r in decided),
         baseline=kept[0] if kept else None,
         best=next((r for r in all_rows if r.number == best), None),
-        uses=uses(all_rows),
+        uses=uses,
     )

@@ -232,8 +232,8 @@ class _Narrator:
 
 
 def _each(lab: Lab) -> float:
-    """Seconds that an experiment takes, roughly."""
-    known = [r.seconds for r in places.look(lab).rows if r.seconds]
+    """Seconds that an experiment takes, all of its runs, roughly."""
+    known = [r.device_seconds for r in places.look(lab).rows if r.device_seconds]
     return max(known, default=lab.settings.budget + OVERHEAD)
 
 

@@ -12,7 +12,7 @@ from datetime import timedelta
 from itertools import chain
 from typing import Any
 
-from console.rows import Row
+from console.rows import Row, Uses
 from console.words import moment
 from core.ledger import Sample
 
@@ -72,7 +72,7 @@ def time_use(rows: Sequence[Row], samples: Mapping[int, Sequence[Sample]], ablat
     wasted: dict[str, float] = {}
     repeats: dict[str, float] = {}
     stopped = 0
-    recorded = [*runs(rows, samples), *(_run(s, ABLATION) for s in ablations if s.outcome)]
+    recorded = list(runs(rows, samples, ablations))
     for kind, again, outcome in recorded:
         timings = outcome.get("timings") or {}
         total = _seconds(timings.get("total"))
@@ -94,10 +94,14 @@ def time_use(rows: Sequence[Row], samples: Mapping[int, Sequence[Sample]], ablat
     )  # fmt: skip
 
 
-def runs(rows: Sequence[Row], samples: Mapping[int, Sequence[Sample]]) -> Iterable[tuple[str, str, dict[str, Any]]]:
+def runs(
+    rows: Sequence[Row], samples: Mapping[int, Sequence[Sample]], ablations: Sequence[Sample] = ()
+) -> Iterable[tuple[str, str, dict[str, Any]]]:
     """(why it was wasted or "", which kind of repeat it is or "", its outcome) of every run that is recorded."""
     for r in rows:
         recorded = [s for s in samples.get(r.number, ()) if s.outcome]
+        for run in r.earlier if r.failed else ():  # a failure leaves no samples, but what they had cost
+            yield _waste(r, False), "", {"timings": {"total": run.get("seconds")}, "idle": run.get("idle")}
         if not recorded and r.outcome:
             yield _waste(r, r.tainted), "", r.outcome
         elif r.outcome.get("status") not in (None, "scored"):  # the run that failed has no sample
@@ -107,10 +111,18 @@ def runs(rows: Sequence[Row], samples: Mapping[int, Sequence[Sample]]) -> Iterab
             again = "" if first and s.purpose == "verdict" else AGAIN.get(s.purpose, s.purpose)
             first = False
             yield _run(s, again)
+    yield from (_run(s, ABLATION) for s in ablations if s.outcome)
 
 
 def _run(s: Sample, again: str) -> tuple[str, str, dict[str, Any]]:
     return ("tainted" if s.tainted else ""), again, dict(s.outcome or {})
+
+
+def uses(rows: Sequence[Row], samples: Mapping[int, Sequence[Sample]], ablations: Sequence[Sample] = ()) -> Uses:
+    """What the device did, of all runs before which the idle time was taken down, whatever they were made for."""
+    idle, _, busy = _idle([outcome for _, _, outcome in runs(rows, samples, ablations)])
+    told = {what: round(seconds, 3) for what, seconds in idle.items()}
+    return Uses(busy, sum(idle.values()), {**told, "other": told.get("other", 0.0)})
 
 
 JUDGING = ("scoring", "audit", "holdout scoring", "holdout audit")

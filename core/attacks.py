@@ -275,6 +275,21 @@ def kernel_calls(t: Targets) -> str | None:
     return tried(attempts)
 
 
+def cached_pages(t: Targets) -> str | None:
+    """Which pages of a file are cached, told or changed: what one child has read or evicted, a later one could read."""
+    page = mmap.PAGESIZE
+    with open(os.__file__, "rb") as file:
+        mapped = mmap.mmap(file.fileno(), page, mmap.MAP_PRIVATE, mmap.PROT_READ | mmap.PROT_WRITE)
+        where = ctypes.addressof(ctypes.c_char.from_buffer(mapped))
+        attempts: dict[str, Callable[[], object]] = {
+            "mincore": lambda: call("mincore", where, page, bytes(1)),
+            "cachestat": lambda: call("cachestat", file.fileno(), struct.pack("=QQ", 0, page), bytes(40), 0),
+            "page out": lambda: call("madvise", where, page, seccomp.MADV_PAGEOUT),
+            "read if cached": lambda: os.preadv(file.fileno(), [bytearray(1)], 0, os.RWF_NOWAIT),
+        }
+        return tried(attempts)
+
+
 def foreign_calls(t: Targets) -> str | None:
     """System calls by the numbers of 32-bit x86, which the filter does not know."""
     if platform.machine() != "x86_64":
@@ -350,7 +365,7 @@ ATTACKS: dict[str, Attack] = {
         *(tcp, udp, ipv6, unix_path, unix_abstract, unix_datagram, netlink, listen),
         *(read_planted, parent_in_proc, all_of_proc, own_environment, open_descriptors, everything_readable),
         *(embedded_corpus,),
-        *(write_outside, mode_and_time, run_written, other_processes, kernel_calls, foreign_calls),
+        *(write_outside, mode_and_time, run_written, other_processes, kernel_calls, cached_pages, foreign_calls),
         *(privileges,),
     )
 }

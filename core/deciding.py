@@ -111,7 +111,7 @@ class Deciding:
             val_bpb=bpb,
             finished=finished,
             tainted=int(bool(step.record.get("disturbed", e.tainted))),
-            verdict=json.dumps({**step.record, "all_runs": [_told(s) for s in samples]}),
+            verdict=json.dumps({**step.record, "all_runs": [s.told() for s in samples]}),
         )
         self.finish(ledger.get(e.number))
 
@@ -271,9 +271,3 @@ class Deciding:
 def _unused(made: Sequence[verdict.Run], first: int) -> int:
     used = {run.seed for run in made}
     return next(seed for seed in range(first, first + len(used) + 1) if seed not in used)
-
-
-def _told(s: Sample) -> dict[str, Any]:
-    """A run in the record of a decision: what is left of it where the samples of a failure are dropped."""
-    seconds = ((s.outcome or {}).get("timings") or {}).get("total")
-    return {"seed": s.seed, "bpb": s.val_bpb, "seconds": seconds, "tainted": s.tainted, "epoch": s.epoch}

@@ -32,7 +32,7 @@ from core.errors import DataError, LabError
 from core.files import remove, remove_unfinished, replace_file, replace_open, sync_folder
 from core.gitstore import GitStore
 from core.keeping import Products
-from core.ledger import Experiment, Ledger, Sample
+from core.ledger import Experiment, Ledger, Sample, earlier
 from core.recipe import fingerprint
 from core.recovery import refs_to_set, wanted_refs
 from core.settings import Settings, locked_hash
@@ -310,7 +310,9 @@ class Lab:
         return [event.text for event in self.ledger.events() if event.kind == "refused" and event.created >= last]
 
     def _past(self, e: Experiment) -> Past:
-        outcome = {"seconds": (e.outcome or {}).get("timings", {}).get("total"), **(e.outcome or {})}
+        outcome = dict(e.outcome or {})
+        before = [run.get("seconds") or 0.0 for run in earlier(e.verdict.get("all_runs") or (), outcome)]
+        outcome["seconds"] = sum(before, (outcome.get("timings") or {}).get("total") or 0.0)  # of the device, all runs
         told = ("steps", "tokens", "peak_memory", "params", "training_seconds", "final_loss", "seconds")
         early = {"stopped_early": outcome["stopped_early"]} if outcome.get("stopped_early") else {}
         return Past(

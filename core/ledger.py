@@ -91,6 +91,24 @@ class Sample:
     id: int = 0  # in the order in which they were recorded
     epoch: int = 0  # only runs of one epoch are comparable: a new one begins when the machine or the versions changed
 
+    def told(self) -> dict[str, Any]:
+        """The run in the record of a decision: what is left of it where the samples of a failure are dropped."""
+        outcome = self.outcome or {}
+        return {
+            "seed": self.seed,
+            "bpb": self.val_bpb,
+            "seconds": (outcome.get("timings") or {}).get("total"),
+            "idle": outcome.get("idle") or {},
+            "tainted": self.tainted,
+            "epoch": self.epoch,
+        }
+
+
+def earlier(runs: Sequence[Mapping[str, Any]], outcome: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
+    """Of an experiment's `runs` that have a number (`Sample.told`), oldest first, those before its last run, whose
+    `outcome` this is: where the last one failed, all."""
+    return runs[:-1] if runs and runs[-1]["bpb"] == outcome.get("val_bpb") else runs
+
 
 @dataclass(frozen=True)
 class Ablation:

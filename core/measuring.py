@@ -208,7 +208,7 @@ class Measuring:
         why = "; ".join(changed) or "it was run before the machine changed"
         session.note(f"measuring the best (#{best.number}) again: {why}")
         session.live.begin(best.number, f"the best again, because of a change: {why}")
-        outcome, _ = self.run(best, dataset, lab.settings.seed)
+        outcome, idle = self.run(best, dataset, lab.settings.seed)
         if outcome.status == "stopped":
             return False
         if outcome.status != "scored" or outcome.val_bpb is None:
@@ -222,7 +222,8 @@ class Measuring:
                 ledger.begin_epoch(f"what measures has changed: {why}", best.number)
             tainted, versions = bool(self.disturbed(best.number, outcome)), session.measured_with
             seed, found = lab.settings.seed, outcome.val_bpb
-            ledger.add_sample(best.number, seed, found, tainted, versions, "control", slim(outcome))
+            taken = {**slim(outcome), "idle": idle}
+            ledger.add_sample(best.number, seed, found, tainted, versions, "control", taken)
             ledger.event("remeasured", text, best.number)
         lab.products.keep(best.number, outcome.weights, outcome.caches)
         lab.products.clear_work({best.number})

@@ -10,8 +10,8 @@ The trainer writes its weights when a share of the budget is used, on its clock,
     4. the clock goes on, then the tree
 
 A prober computes off the clock, and what could come back from it to the trainer is how long it took. So a pause has
-one of a few lengths: SHORTEST, doubled as often as needed. Whatever else goes wrong with a look is noted, and the
-training goes on.
+one of a few lengths: SHORTEST, doubled as often as needed. (What it could leave in the page cache: core/seccomp.py.)
+Whatever else goes wrong with a look is noted, and the training goes on.
 """
 
 from __future__ import annotations
@@ -48,19 +48,18 @@ SHORTEST = 0.5  # seconds; a pause lasts this, or twice, four times, ... as long
 PROBER_SECONDS = 30.0  # in which a prober has to import, build, load and score
 DEATH_SHOWS = 1.0  # seconds in which the end of a trainer is told, for want of memory say
 EARLY = 0.05  # seconds by which two views of one clock may differ
+SPARE_BYTES = 2**24  # by which a file of weights may be larger than those of the untrained build: its header, counters
 
 
 class Prober:
-    """The looks at one training. `compiled`: tells where compile caches lie now; `most`: bytes of a file of weights."""
+    """The looks at one training. `compiled`: tells where compile caches lie now."""
 
-    def __init__(
-        self, request: Request, place: Place, outcome: Outcome, compiled: Callable[[], Path | None], most: int
-    ) -> None:
+    def __init__(self, request: Request, place: Place, outcome: Outcome, compiled: Callable[[], Path | None]) -> None:
         self._request = request
         self._place = place
         self._outcome = outcome
         self._compiled = compiled
-        self._most = most
+        self.weights_bytes = 0  # of the untrained build; what is much larger is not read, as the pause would grow by it
         self._probe = request.probe or probing.Probe(shares=())
         self._next = 0
         self._card = card(place.settings.device)
@@ -157,7 +156,7 @@ class Prober:
             if reason := lacks_memory(psutil.virtual_memory().available, trainer.child.peak_memory()):
                 self._leave_out(index, reason)
                 return None
-            fd = weight_files.open_untrusted(file, self._most)
+            fd = weight_files.open_untrusted(file, self.weights_bytes + SPARE_BYTES)
             weight_files.check(weight_files.read(fd))
             return self._ask(worker, fd)
         except WeightsError as error:

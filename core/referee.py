@@ -31,7 +31,7 @@ from core.outcome import Event, Outcome, Request, Status, ignore, printable, sou
 from core.pausing import Prober
 from core.sandbox import abilities
 from core.settings import Settings
-from core.trainer import WEIGHTS_BYTES, Trainer, plain
+from core.trainer import Trainer, plain
 from core.versions import versions
 
 __all__ = ["Event", "Outcome", "Request", "Status", "dry_build", "execute", "ignore", "measure", "sample"]
@@ -116,7 +116,7 @@ class _Experiment:
     def _prober(self) -> Prober | None:
         if self.request.probe is None:
             return None
-        prober = Prober(self.request, self.place, self.outcome, lambda: self.compiled, WEIGHTS_BYTES)
+        prober = Prober(self.request, self.place, self.outcome, lambda: self.compiled)
         self.workers |= prober.workers
         return prober
 

@@ -125,6 +125,11 @@ CALLS: dict[str, tuple[int | None, int | None]] = {
     "removexattrat": (466, 466),
     "file_setattr": (469, 469),
     "truncate": (76, 45),
+    "mincore": (27, 232),
+    "cachestat": (451, 451),
+    "fadvise64": (221, 223),
+    "madvise": (28, 233),
+    "preadv2": (327, 286),
     "open": (2, None),
     "openat": (257, 56),
     "openat2": (437, 437),
@@ -169,15 +174,20 @@ REFUSED = words(
     "chown fchown lchown fchownat setxattr lsetxattr fsetxattr removexattr lremovexattr fremovexattr setxattrat "
     "removexattrat file_setattr truncate"
 )
-ABSENT = words("clone3 openat2 fchmodat2")  # ENOSYS: the C library then takes the older call
+# ENOSYS. The C library then takes the older call; the last two tell which pages of a file are cached: by that one child
+# could read what another, before it, has read or evicted, a bit for each page
+ABSENT = words("clone3 openat2 fchmodat2 mincore cachestat")
 MEMORY_FILES = ["memfd_create"]  # their pages show in no process's resident size: absent where memory is watched by it
-# Success without effect: compilers and copy functions call these on their own files and need not fail.
-PRETENDED = words("chmod fchmod fchmodat utime utimes futimesat utimensat")
+# Success without effect: compilers and copy functions call these on their own files and need not fail. (fadvise would
+# evict pages of any file that can be read.)
+PRETENDED = words("chmod fchmod fchmodat utime utimes futimesat utimensat fadvise64")
 
 NAMESPACES = 0x7E020000  # CLONE_NEWNS, CGROUP, UTS, IPC, USER, PID, NET
 O_ACCMODE, O_TRUNC = 0o3, 0o1000
 PAIRS = (1, 5)  # SOCK_STREAM, SOCK_SEQPACKET: a datagram pair could still send to any address
 PR_SET_PDEATHSIG = 1
+MADV_COLD, MADV_PAGEOUT = 20, 21
+RWF_NOWAIT, RWF_DONTCACHE = 0x8, 0x80
 F_SETOWN, F_SETSIG, F_SETOWN_EX, F_SETLEASE, F_NOTIFY = 8, 10, 15, 1024, 1026
 TIOCSTI, TIOCLINUX, FS_IOC_SETFLAGS, FS_IOC_FSSETXATTR, FS_IOC_SETVERSION = (
     0x5412,
@@ -214,6 +224,9 @@ def rules(own_pid: int | None) -> list[Rule]:
         # a file that may only be read could be emptied by O_TRUNC before Landlock's ABI 3
         Rule("open", 1, (O_TRUNC,), denied, mask=O_ACCMODE | O_TRUNC),
         Rule("openat", 2, (O_TRUNC,), denied, mask=O_ACCMODE | O_TRUNC),
+        # what is cached, told and changed: as with mincore
+        Rule("madvise", 2, (MADV_COLD, MADV_PAGEOUT), refuse(errno.EINVAL)),
+        Rule("preadv2", 5, (RWF_NOWAIT | RWF_DONTCACHE,), refuse(errno.EOPNOTSUPP), any_bit=True),
         Rule("prctl", 0, (PR_SET_PDEATHSIG,), denied),
         Rule("prlimit64", 0, (0,), ALLOW, denied),
         Rule("sched_setaffinity", 0, (0,), ALLOW, denied),

@@ -73,6 +73,8 @@ class Trainer:
             self.outcome.params = built.integer("params")
             self._declared = built.integer("weights_bytes")
             self._untrained = built.text("weights", 64)
+            if self.prober is not None:
+                self.prober.weights_bytes = self._declared
             self.outcome.describe = {
                 **plain(built),
                 "compiled": warm.flag("compiled"),

@@ -5,6 +5,7 @@ What a researcher may do is wide. A wall that turned these away would be as wron
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,9 +15,11 @@ import pytest
 
 from core import guard
 from core.outcome import Outcome
+from core.probing import Probe
 from core.settings import Settings
 
 FOLDER = Path(__file__).resolve().parent / "tamper"
+ALL_LOOKED = os.environ.get("TAMPER_LOOKS") == "all"  # as in tests/test_tamper.py
 RECIPES = sorted(p.stem for p in (FOLDER / "honest").glob("*.py"))
 
 pytestmark = pytest.mark.slow
@@ -37,7 +40,10 @@ def whole(name: str) -> str:
 def test_it_is_scored_and_audited(name: str, settings: Settings, run_recipe: Callable[..., Outcome]) -> None:
     source = whole(name)
     assert guard.check(source.encode()) == []
-    outcome = run_recipe(source, settings=replace(settings, budget=1.2, audit_points=1024), audit="auto")
+    looks = {"probe": Probe((0.3, 0.6), 2048)} if ALL_LOOKED else {}
+    limits = replace(settings, budget=2.0 if looks else 1.2, audit_points=1024)
+    outcome = run_recipe(source, settings=limits, audit="auto", **looks)
+    assert bool(outcome.probes) == bool(looks) and not outcome.unprobed, outcome.unprobed
     assert outcome.status == "scored", outcome.reason
     assert outcome.audited and outcome.val_bpb is not None
     assert outcome.audit["points"] >= 1024

@@ -118,6 +118,7 @@ def test_attacks_work_outside(tmp_path: Path) -> None:
     harmless = [
         *("tcp", "udp", "unix_path", "unix_abstract", "netlink", "listen", "read_planted", "parent_in_proc"),
         *("all_of_proc", "own_environment", "mode_and_time", "write_outside", "run_written", "embedded_corpus"),
+        "cached_pages",
     ]
     secret = secrets.token_hex(16)
     (tmp_path / "outside").mkdir()
@@ -339,7 +340,12 @@ def test_filter(machine: str) -> None:
             assert filtered(machine, call) == seccomp.ERRNO | 13, call
     assert filtered(machine, "clone3") == seccomp.ERRNO | 38
     assert filtered(machine, "memfd_create") == seccomp.ERRNO | 38
-    assert filtered(machine, "fchmod") == seccomp.ERRNO
+    assert filtered(machine, "fchmod") == filtered(machine, "fadvise64", 3, 0, 0, 4) == seccomp.ERRNO
+    assert filtered(machine, "mincore") == filtered(machine, "cachestat") == seccomp.ERRNO | 38
+    assert filtered(machine, "madvise", 0, 4096, seccomp.MADV_PAGEOUT) == seccomp.ERRNO | 22
+    assert filtered(machine, "madvise", 0, 4096, 4) == seccomp.ALLOW  # MADV_DONTNEED, as allocators call it
+    assert filtered(machine, "preadv2", 3, 0, 1, 0, 0, seccomp.RWF_NOWAIT) == seccomp.ERRNO | 95
+    assert filtered(machine, "preadv2", 3, 0, 1, 0, 0, 0) == seccomp.ALLOW
     assert filtered(machine, "clone", 0x003D0F00) == seccomp.ALLOW  # a thread
     assert filtered(machine, "clone", 0x10000000 | 17) == seccomp.ERRNO | 1  # CLONE_NEWUSER
     assert filtered(machine, "socketpair", 1, 1 | 0o2000000) == seccomp.ALLOW  # SOCK_STREAM | SOCK_CLOEXEC

@@ -3,6 +3,7 @@ kills between the runs. Scores come from a script with noise; everything else is
 
 from __future__ import annotations
 
+import json
 import random
 import sys
 import time
@@ -13,6 +14,10 @@ import pytest
 from scripted import Limits, Loop, Scripted, check, git, make_lab, recipe
 from test_kill import in_a_process, kill
 
+from console.findings import findings, read
+from console.looking import log_verb, show_verb
+from console.output import Screen
+from console.places import look
 from console.rows import rows
 from console.tables import other_rule_line, verdict_lines
 from core import measuring
@@ -177,6 +182,58 @@ def test_a_crash_on_a_later_seed_ends_it(night):
     check(night)
     assert (e.status, e.val_bpb) == ("crash", None)
     assert [r["seed"] for r in e.verdict["all_runs"]] == [42], "what it cost stays on the record"
+
+
+class Seldom(Machine):
+    """Experiment 2 crashes on its second seed."""
+
+    def execute(self, request, on_event, stop):
+        outcome = super().execute(request, on_event, stop)
+        if request.experiment.endswith("-2") and request.seed == 43:
+            outcome.status, outcome.reason, outcome.val_bpb = "crash", "the loss is nan", None
+        return outcome
+
+
+def test_every_run_counts_in_what_is_told_of_time(night, capsys):
+    """Baseline, a candidate that crashes on its second seed, one that is kept, and runs of the best: what `log`, `show`
+    and the report say of the device's time is the sum over all of them."""
+    executor = Seldom(timings={"total": 5.0})
+    loop_of(night, executor, Ideas(1.9, 1.97, 2.1)).run(Limits(experiments=4))
+    assert [e.status for e in night.ledger.experiments()] == ["keep", "crash", "keep", "discard"]
+    ran = 5.0 * len(executor.runs)
+    of_two = 5.0 * sum(name.endswith("-2") for name in executor.runs)
+    assert len(executor.runs) > 9 and of_two == 10.0
+    log_verb(Screen(True), str(night.path), False, None, False)
+    told = json.loads(capsys.readouterr().out)
+    device = told["total"]["device"]
+    assert device["busy_seconds"] == pytest.approx(ran)
+    assert sum(device["waits"].values()) == pytest.approx(device["idle_seconds"], abs=0.01)
+    assert (told["experiments"][1]["runs"], told["experiments"][1]["device_seconds"]) == (2, of_two)
+    idle = [s.outcome["idle"]["seconds"] for s in night.ledger.samples(3, "verdict")]
+    assert told["experiments"][2]["idle"]["seconds"] == pytest.approx(sum(idle))
+    show_verb(Screen(False), str(night.path), 2)
+    shown = capsys.readouterr().out
+    assert "(seed 42)" in shown and "2, 10 s in all" in shown, "the run that went well before the crash is told"
+    found = findings(read(night))
+    assert found.time.busy == found.time.watched == pytest.approx(ran)
+    assert found.time.wasted["crash"] == of_two
+    facts = {p.number: p.facts["seconds"] for p in night.view({}).past}
+    assert (facts[2], facts[3]) == (of_two, 5.0 * len(night.ledger.samples(3, "verdict"))), (
+        "what turns are shared out by"
+    )
+
+
+def test_what_waits_for_another_run_shows_those_that_it_has(night):
+    executor = Machine(timings={"total": 5.0})
+
+    def stop_after_two(event):
+        if event.kind == "note" and len(executor.runs) == 2:
+            loop.stop()
+
+    loop = loop_of(night, executor, Ideas(2.0), stop_after_two)
+    loop.run(Limits())
+    (waits,) = look(night).rows
+    assert (waits.status, waits.runs, waits.device_seconds) == ("proposed", 2, 10.0)
 
 
 def test_screens_tell_runs_interval_and_what_the_other_rule_would_have_done(night):

@@ -4,13 +4,19 @@ Each is judged as a candidate that would win (`would_keep` always says yes) twic
 of them before anything runs, and with the lint off, where processes, sandbox, clock, scorer and auditor have to
 hold alone. A recipe that the lint cannot see is run once: both ways are the same then. "discard" means that it was
 scored and audited and gained nothing over the honest recipe that it was made from.
+
+tests/tamper/looks holds what only early stopping makes possible. These are judged with looks at the training, the lint
+off, and so are those of LOOKED. With TAMPER_LOOKS=all in the environment every recipe is, and so are the honest ones of
+tests/test_honest.py.
 """
 
 from __future__ import annotations
 
 import ast
 import base64
+import os
 import re
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,6 +27,7 @@ import pytest
 from core import guard
 from core.data import Dataset
 from core.outcome import Outcome, Request
+from core.probing import Probe
 from core.referee import execute
 from core.settings import Settings
 
@@ -33,6 +40,14 @@ NOISE = 0.01
 LEARNS_FOR = 40  # STEPS of tests/tamper/common.py
 SECRET = "PLANTED-SECRET"
 WORKED = "CHEAT WORKED"
+
+LOOK_RECIPES = sorted(p.stem for p in (FOLDER / "looks").glob("*.py"))
+# What touches processes, signals and weights, which a look does too.
+LOOKED = frozenset(
+    {"exit_stopped", "handover_link", "helper_process", "signals_sent", "thread_training", "weights_training"}
+)
+ALL_LOOKED = os.environ.get("TAMPER_LOOKS") == "all"
+LOOKS = Probe(shares=(0.3, 0.6), tokens=2048)
 
 # What the wall does not hold yet, and why; also in tests/tamper/README.md.
 OPEN: dict[str, str] = {}
@@ -49,6 +64,7 @@ class Cheat:
     caught_by: tuple[str, ...]
     lint: str
     base: str  # the honest recipe that it is compared with; empty: the shared one
+    unprobed: str  # why each look at it is left out; empty: none is
 
 
 def whole(text: str) -> str:
@@ -76,10 +92,11 @@ def read(name: str, dataset: Dataset | None = None) -> Cheat:
         caught_by=tuple(declared["CAUGHT_BY"]),
         lint=declared["LINT"],
         base=declared.get("BASE", ""),
+        unprobed=declared.get("UNPROBED", ""),
     )
 
 
-KNOWN = ("KIND", "EXPECT", "CAUGHT_BY", "LINT", "BASE")
+KNOWN = ("KIND", "EXPECT", "CAUGHT_BY", "LINT", "BASE", "UNPROBED")
 
 
 def commonest_successors(dataset: Dataset) -> str:
@@ -104,17 +121,19 @@ def judge(dataset: Dataset, settings: Settings, tmp_path_factory: pytest.TempPat
     """Run a source as a candidate that would be kept. Limits are short: these recipes need little."""
     limits = replace(settings, budget=1.2, warmup_cap=15.0, memory_limit=2 * 2**30, eval_tokens=8192, audit_points=1024)
 
-    def run(source: bytes, lint: bool, **given: object) -> Outcome:
+    def run(source: bytes, lint: bool, looks: bool = False, **given: object) -> Outcome:
         workdir = tmp_path_factory.mktemp("work")
+        budget = 2.0 if looks else limits.budget
         request = Request(
             source=source,
-            settings=replace(limits, **given.pop("settings", {})),  # type: ignore[arg-type]
+            settings=replace(limits, **{"budget": budget, **given.pop("settings", {})}),  # type: ignore[dict-item]
             dataset=dataset,
             seed=settings.seed,
             experiment="1",
             workdir=workdir,
             lint=lint,
             would_keep=lambda bpb: True,
+            probe=LOOKS if looks else None,
             **given,  # type: ignore[arg-type]
         )
         outcome = execute(request)
@@ -133,6 +152,7 @@ def honest(judge: Judge) -> Outcome:
     """The recipe that all of them start from."""
     outcome = judge(whole("from common import *\n").encode(), lint=True)
     assert outcome.status == "scored" and outcome.audited, outcome.reason
+    assert outcome.steps >= LEARNS_FOR, f"{outcome.steps} steps: this machine was too busy to compare anything with it"
     return outcome
 
 
@@ -199,9 +219,9 @@ def test_the_wall_holds_without_the_lint(
         request.applymarker(pytest.mark.xfail(reason=OPEN[name], strict=False))
     cheat = read(name, dataset)
     limits = {"warmup_cap": 5.0} if name.startswith("hang_") else {}
-    outcome = judge(cheat.source, lint=not cheat.lint, settings=limits)
+    outcome = judge(cheat.source, lint=not cheat.lint, looks=ALL_LOOKED or name in LOOKED, settings=limits)
     if name in ("state_between_runs", "cache_poisoned"):  # whoever comes after finds nothing
-        outcome = judge(cheat.source, lint=False, caches=outcome.caches)
+        outcome = judge(cheat.source, lint=False, looks=ALL_LOOKED, caches=outcome.caches)
     if cheat.base:
         honest = judge(whole((FOLDER / f"{cheat.base}.py").read_text("utf-8")).encode(), lint=True)
     must_hold(outcome, honest, cheat.expect, cheat.caught_by)
@@ -209,7 +229,19 @@ def test_the_wall_holds_without_the_lint(
     assert not list(Path("/dev/shm").glob("autoresearch-tamper*")) if Path("/dev/shm").is_dir() else True
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows cannot stop a process for a look")
+@pytest.mark.parametrize("name", LOOK_RECIPES)
+def test_a_look_gives_nothing(name: str, judge: Judge, honest: Outcome) -> None:
+    cheat = read(f"looks/{name}")
+    assert any(cheat.lint in str(f) for f in guard.check(cheat.source)), "the lint refuses it, too"
+    outcome = judge(cheat.source, lint=False, looks=True)
+    must_hold(outcome, honest, cheat.expect, cheat.caught_by)
+    assert outcome.probes or outcome.unprobed, "nobody has looked"
+    left_out = [reason for reason in outcome.unprobed if not cheat.unprobed or cheat.unprobed not in reason]
+    assert not left_out and bool(outcome.unprobed) == bool(cheat.unprobed), outcome.unprobed
+
+
 def test_every_kind_has_a_recipe_and_the_table_is_complete() -> None:
     table = (FOLDER / "README.md").read_text("utf-8")
-    missing = [name for name in RECIPES if f"`{name}`" not in table]
+    missing = [name for name in [*RECIPES, *LOOK_RECIPES] if f"`{name}`" not in table]
     assert not missing and len(RECIPES) >= 30

@@ -19,8 +19,9 @@ from test_loop import in_background, wait_until
 
 from console.looking import log_verb
 from console.output import Screen
-from console.rows import Row, uses
+from console.rows import Row
 from console.running import run_verb
+from console.timeuse import uses
 from core import lab, live
 from core.contract import Exhausted, Proposal, Unavailable
 from core.errors import UserError
@@ -266,9 +267,8 @@ def test_idle_time_is_shown(night, capsys):
 
 
 def test_pauses_are_no_idle_time():
-    found = uses(
-        [Row(1, "keep", 1.0, None, "", outcome={"timings": {"total": 8.0}, "idle": {"seconds": 12.0, "paused": 10.0}})]
-    )
+    told = {"timings": {"total": 8.0}, "idle": {"seconds": 12.0, "paused": 10.0}}
+    found = uses([Row(1, "keep", 1.0, None, "", outcome=told)], {})
     assert (found.busy, found.idle, found.idle_share) == (8.0, 2.0, 0.2)
     assert found.waits == {"other": 2.0}
 

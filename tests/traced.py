@@ -144,6 +144,12 @@ class Truth:
         found += [("tainted" if s["tainted"] else "", json.loads(s["outcome"])) for s in self.ablated]
         return found + failed + [("", self.outcomes[n]) for n in sorted(old)]
 
+    def took(self, number: int) -> float:
+        """All runs of an experiment until it was decided."""
+        last = self.outcomes[number]
+        before = [run for run in json.loads(self.rows[number]["verdict"])["all_runs"] if run["bpb"] != last["val_bpb"]]
+        return last["timings"]["total"] + sum(run["seconds"] for run in before)
+
     def seconds(self) -> dict[str, float]:
         found: dict[str, float] = {"training": 0.0, "scoring": 0.0, "starting": 0.0}
         for why, o in self.runs():
@@ -246,7 +252,7 @@ def expected(truth: Truth) -> dict[str, Callable[..., Any]]:
         r = rows[int(number)]
         if what == "delta":
             return r["val_bpb"] - r["best_before"]
-        return truth.outcomes[int(number)]["timings"]["total"] if what == "seconds" else r[what]
+        return truth.took(int(number)) if what == "seconds" else r[what]
 
     watched = [o for _, o in truth.runs() if o.get("health")]
 

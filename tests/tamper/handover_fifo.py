@@ -7,7 +7,7 @@ from common import Honest
 
 KIND = "replacing the file that is handed over"
 EXPECT = {"invalid", "crash"}
-CAUGHT_BY = ["regular file", "weights"]
+CAUGHT_BY = ["regular file", "weights", "ended by itself"]
 LINT = "imports `os`"
 
 
