@@ -50,8 +50,8 @@ tr.case span {{ color: var(--soft); font-weight: 400 }}
 """
 ABOUT = (
     "Every backend computes the same reference model on the same text, batches and starting weights; before anything "
-    "is timed, logits, loss, gradients and one optimizer step are held against each other, and what differs is not "
-    "compared. Figures are medians over rounds in which all backends of a machine take turns, with the lowest and the "
+    "is compared, logits, loss, gradients and one optimizer step are held against each other, and what differs is left "
+    "out. Figures are medians over rounds in which all backends of a machine take turns, with the lowest and the "
     "highest."
 )
 

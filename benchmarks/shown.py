@@ -135,7 +135,6 @@ SPEED = [
     Column("tokens/s", lambda s: spread(speeds(s), count)),
     Column("step", _of_speed("step_seconds", milliseconds)),
     Column("of the matmul peak", _mfu),
-    Column("tokens/s in scoring", lambda s: spread(s.backend.speed.scoring_rates if s.backend.speed else [], count)),
     Column("peak memory", _of_speed("peak_memory", size)),
 ]
 LEARNT = [
@@ -148,6 +147,7 @@ WAITS = [
     Column("build", _of_speed("build_seconds", seconds)),
     Column("compile", _compiling),
     Column("scoring", _scoring),
+    Column("tokens/s in scoring", lambda s: spread(s.backend.speed.scoring_rates if s.backend.speed else [], count)),
 ]
 
 
