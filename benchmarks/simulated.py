@@ -222,7 +222,10 @@ class Clairvoyant:
             gain, candidate = machine.draw(incumbent)
             kept = not machine.stops(gain) and self._judge(machine, incumbent, candidate)
             result.count(gain, kept)
-            incumbent = candidate if kept else incumbent
+            if kept:
+                seen = [incumbent.level - run.bpb for run in candidate.runs]
+                result.claimed_gain += math.fsum(seen) / len(seen) / SD
+                incumbent = candidate
         return _ended(machine, result, baseline, incumbent)
 
     def _judge(self, machine: Machine, incumbent: Recipe, candidate: Recipe) -> bool:

@@ -14,12 +14,14 @@ from core.noise import RESOLUTION, Noise, Run
 @dataclass(frozen=True)
 class Evidence:
     """A candidate against the incumbent. `gain` (bpb, positive is better), `sd` of one run and `df` of that estimate,
-    `information` (1/sds²: one over the variance of the gain at an sd of one)."""
+    `information` (1/sds²: one over the variance of the gain at an sd of one). `share`: of a chance deviation of the
+    gain, what is the candidate's on average; the rest is the incumbent's."""
 
     gain: float
     sd: float
     df: float
     information: float
+    share: float
 
     @property
     def error(self) -> float:
@@ -70,7 +72,7 @@ def compare(incumbent: Sequence[Run], candidate: Sequence[Run], noise: Noise) ->
     centre = min(run.bpb for run in incumbent)  # what is summed up is small, and in any order the same
     x, y = ([run.bpb - centre for run in arm] for arm in (incumbent, candidate))
     if not rho:
-        return Evidence(math.fsum(x) / m - math.fsum(y) / n, sd, noise.df, 1 / (1 / n + 1 / m))
+        return Evidence(math.fsum(x) / m - math.fsum(y) / n, sd, noise.df, 1 / (1 / n + 1 / m), m / (m + n))
     mine, theirs = ({run.seed: run.bpb - centre for run in arm} for arm in (incumbent, candidate))
     pairs = mine.keys() & theirs.keys()
     both = [math.fsum(arm[seed] for seed in pairs) for arm in (mine, theirs)]
@@ -79,6 +81,6 @@ def compare(incumbent: Sequence[Run], candidate: Sequence[Run], noise: Noise) ->
     a, b, off = m - len(pairs) + weight, n - len(pairs) + weight, -rho * weight
     u = math.fsum(x) - both[0] + (both[0] - rho * both[1]) / (1 - rho**2)
     v = math.fsum(y) - both[1] + (both[1] - rho * both[0]) / (1 - rho**2)
-    determinant = a * b - off**2
+    determinant, total = a * b - off**2, a + b + 2 * off
     gain = ((b + off) * u - (a + off) * v) / determinant
-    return Evidence(gain, sd, noise.df, determinant / (a + b + 2 * off))
+    return Evidence(gain, sd, noise.df, determinant / total, (a + off) / total)

@@ -212,8 +212,7 @@ class _Case:
         if max(r.order for r in self.incumbent) < min(r.order for r in self.candidate):  # the machine may have moved
             reason = f"{what}; the best has not been run since, and is run again before this is kept"
             return Step("control", reason, _unused_seed(self.incumbent, self.candidate), record)
-        share = now.information / len(self.candidate)  # of the luck; the incumbent's bad luck is the rest
-        record["kept"] = {"luck": better.luck(seen) * share, "orders": sorted(run.order for run in self.candidate)}
+        record["kept"] = {"luck": better.luck(seen) * now.share, "orders": sorted(run.order for run in self.candidate)}
         return Step("keep", f"{what}, more than noise", record=record)
 
     def _simplify(self, seen: Sequence[Evidence], record: dict[str, Any]) -> Step:

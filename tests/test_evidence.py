@@ -144,6 +144,7 @@ def test_pairs_are_weighed_by_generalised_least_squares(mine, theirs, correlatio
     seen = compare(known, new, noise)
     assert seen.gain == pytest.approx(means[0] - means[1], abs=1e-9)
     assert 1 / seen.information == pytest.approx(variance[0, 0] + variance[1, 1] - 2 * variance[0, 1])
+    assert seen.share == pytest.approx((variance[1, 1] - variance[0, 1]) * seen.information)  # regression on the gain
 
 
 def test_pairs_take_out_what_a_seed_does_to_both():
