@@ -142,7 +142,7 @@ class Drift:
     reason: str
 
 
-def drift(incumbent: Sequence[Run], noise: Noise, level: float = 0.002) -> Drift | None:
+def drift(incumbent: Sequence[Run], noise: Noise, level: float = 0.01) -> Drift | None:
     """Has the machine moved? The change-point test of the last 1 to 3 runs of one recipe against those before them, two
     sided, by Student's t with the pooled sd, Bonferroni over the change points. None: not more than noise allows.
 
