@@ -265,8 +265,8 @@ print([name for name in names if importlib.util.find_spec(name)])
 
 
 @pytest.mark.slow
-def test_torch_compiles(tmp_path: Path) -> None:
-    """Behind the most and the least layers, side by side: each is one thread's work for a quarter of a minute."""
+@pytest.mark.parametrize("name", ["everything", "Landlock 1, no namespaces"])
+def test_torch_compiles(name: str, scratch: Path) -> None:
     pytest.importorskip("torch")
     code = """
 import torch
@@ -275,19 +275,10 @@ def f(x): return torch.nn.functional.gelu(x).sum()
 x = torch.linspace(-1, 1, 64)
 print(abs(f(x).item() - torch.nn.functional.gelu(x).sum().item()) < 1e-4)
 """
-    children = {}
-    for name in ("everything", "Landlock 1, no namespaces"):
-        (tmp_path / name).mkdir()
-        scratch = tmp_path / name / "scratch"
-        children[scratch] = start(scratch, "-c", code, layers=LAYERS[name])
-    for child in children.values():
-        child.wait(240)
-    for scratch, child in children.items():
-        child.kill()
-        child.channel.close()
-        assert child.poll() == 0, child.log_tail()
-        assert child.log_tail(1) == "True"
-        assert list(scratch.glob("caches/inductor/**/*.so"))
+    child = run(scratch, code, timeout=240, layers=LAYERS[name])
+    assert child.poll() == 0, child.log_tail()
+    assert child.log_tail(1) == "True"
+    assert list(scratch.glob("caches/inductor/**/*.so"))
 
 
 # --- the parts, without a kernel -------------------------------------------------------------------
