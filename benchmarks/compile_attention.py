@@ -62,6 +62,10 @@ def backward(target: int, head: int, dtype: str = "bf16", ones: tuple[str, ...] 
     return backward_part(target, head, dtype=dtype, ones=ones).compile()
 
 
+def both(target: int, head: int, dtype: str = "bf16") -> tuple[Compiled, Compiled]:
+    return forward(target, head, dtype), backward(target, head, dtype)
+
+
 def passes(target: int, head: int, dtype: str = "bf16") -> Iterator[Compiled]:
     for part in pass_parts(target, head, dtype):
         yield part.compile()

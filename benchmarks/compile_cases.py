@@ -138,3 +138,14 @@ def cases(target: int) -> list[Case]:
 def missing(case: Case, found: Compiled) -> bool:
     """Whether an instruction that must be there is not."""
     return bool(case.expected) and not any(map(found.count, case.expected.split(" or ")))
+
+
+def wrong(target: int) -> list[str]:
+    """All cases for this target compiled; what does not fit the card or misses its tensor cores, a line each."""
+    lines = []
+    for case in cases(target):
+        found = case.compile()
+        lines += [f"{case.label}: {problem}" for problem in found.problems()]
+        if missing(case, found):
+            lines.append(f"{case.label}: no {case.expected} for sm_{target}")
+    return lines

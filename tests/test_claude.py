@@ -552,7 +552,8 @@ def test_a_night_of_good_bad_and_malformed_ideas(
         Answer([edit(("WIDTH", "WIDTH ")), propose()]),
         Answer([tool("start_over", {}), edit(("LR = 0.02", "LR = 0.03")), propose("LR 0.02 -> 0.03")]),
     ]
-    lab = Lab.create(tmp_path / "night", recipe=tiny_recipe.encode(), program="# p\n", settings=settings, message="m")
+    short = replace(settings, budget=1.0)
+    lab = Lab.create(tmp_path / "night", recipe=tiny_recipe.encode(), program="# p\n", settings=short, message="m")
     with served(replies) as api:
         loop = Loop(lab, Checked(Claude(), lab), LocalExecutor(), lambda event: None)
         summary = loop.run(Limits(experiments=6))

@@ -130,7 +130,11 @@ def test_compile_caches_are_kept_and_found_again(
 ) -> None:
     source = changed(
         tiny_recipe,
-        ("        self.steps = 0\n", "        self.steps = 0\n        self.model = torch.compile(self.model)\n"),
+        (
+            "        self.steps = 0\n",
+            "        self.steps = 0\n        self.bent = torch.compile(lambda x: torch.tanh(x))\n",
+        ),
+        ("torch.tanh(p", "self.bent(p"),
     )
     patient = dataclasses.replace(settings, warmup_cap=200.0, budget=1.0)
     first = run_recipe(source, settings=patient, audit="never", workdir=tmp_path / "first")

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import pytest
-
 MIB = 2**20
 LOGITS = "    def logits(self, tokens):\n"
 
@@ -21,17 +19,17 @@ HUNGRY = {  # at 16 rows: more than the limit, which ends the process; more than
 }
 
 
-@pytest.mark.parametrize("how", HUNGRY)
-def test_scoring_that_runs_out_of_memory_goes_on_with_half_of_the_rows(run_recipe, settings, tiny_recipe, how):
+def test_scoring_that_runs_out_of_memory_goes_on_with_half_of_the_rows(run_recipe, settings, tiny_recipe, tmp_path):
     small = replace(settings, memory_limit=2100 * MIB, audit_points=64)
-    outcome = run_recipe(needing(tiny_recipe, HUNGRY[how]), settings=small)
-    assert outcome.status == "scored", outcome.reason
-    assert outcome.audited and outcome.scored_tokens >= 4000
-    assert outcome.describe["scored_rows"] == (8 if how == "limit" else 4)
-    assert "memory" in outcome.describe["scored_rows_reason"]
-    plain = run_recipe(tiny_recipe, settings=small)
+    plain = run_recipe(tiny_recipe, settings=small, workdir=tmp_path / "plain")
     assert plain.describe["scored_rows"] == 16 and "scored_rows_reason" not in plain.describe
-    assert plain.scored_tokens == outcome.scored_tokens and plain.total_bytes == outcome.total_bytes
+    for how, rows in (("limit", 8), ("allocator", 4)):
+        outcome = run_recipe(needing(tiny_recipe, HUNGRY[how]), settings=small, workdir=tmp_path / how)
+        assert outcome.status == "scored", outcome.reason
+        assert outcome.audited and outcome.scored_tokens >= 4000
+        assert outcome.describe["scored_rows"] == rows
+        assert "memory" in outcome.describe["scored_rows_reason"]
+        assert plain.scored_tokens == outcome.scored_tokens and plain.total_bytes == outcome.total_bytes
 
 
 def test_what_does_not_fit_row_by_row_is_a_crash_that_says_so(run_recipe, settings, tiny_recipe):
