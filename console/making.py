@@ -209,6 +209,7 @@ def _lock(chosen: Plan, dataset: Dataset, dtype: str) -> Settings:
         eval_tokens=chosen.profile.eval_tokens,
         dtype=dtype,
         device=backends.device_name(chosen.choice.value, chosen.hardware),
+        warmup_cap=chosen.profile.warmup_cap,
         verdict=chosen.verdict,
         probe=chosen.verdict == "statistical",
     )

@@ -22,6 +22,7 @@ class Profile:
     eval_tokens: int  # at least so many validation tokens are scored (or all there are)
     constants: Mapping[str, Any] = field(default_factory=dict)
     reason: str = ""  # why this profile fits this machine
+    warmup_cap: float = 90.0  # seconds for import, build, compilation and warm-up, outside the clock
 
 
 @dataclass(frozen=True)

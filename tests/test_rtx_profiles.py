@@ -22,6 +22,7 @@ from core.errors import UserError  # noqa: E402
 from core.facts import Gpu, Power  # noqa: E402
 from core.hardware import GIB, choose, probe  # noqa: E402
 from core.recipe import constants  # noqa: E402
+from core.settings import Settings  # noqa: E402
 from kernels import portable  # noqa: E402
 
 WINDOWS = ("Windows", "10", "AMD64")
@@ -158,6 +159,7 @@ def test_every_profile_fits_the_recipe():
     found = backend.profiles(here)
     assert [p.name for p in found] == [*(t.name for t in profiles.TIERS), "demo"]
     for profile in (*found, profiles.scale(found[0], 5.0), profiles.scale(found[-2], 0.001)):
+        assert profile.warmup_cap > Settings.warmup_cap  # the first run compiles for longer than on a CPU
         fitted = backends.fit(backend.recipe(), profile)
         guard.require(fitted)
         after = constants(fitted.decode())
