@@ -236,6 +236,9 @@ def _backend_check(hardware: Hardware, wanted: str | None) -> Check:
 def _home_checks(hardware: Hardware) -> Iterator[Check]:
     place = home()
     yield _writable(place)
+    if " " in str(place):
+        fact = f"{place} has a space in its name: torch.compile cannot build C++ below it"
+        yield Check("name of the home", None, fact, "set AUTORESEARCH_HOME to a folder without one")
     free = hardware.disk_free
     setting = "$env:AUTORESEARCH_HOME = 'PATH'" if hardware.os == "windows" else "export AUTORESEARCH_HOME=PATH"
     action = f"free space there, or move it: {setting} (now {place})"

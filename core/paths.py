@@ -1,4 +1,5 @@
-"""Where data, records and caches live: under AUTORESEARCH_HOME, else the platform's own place for data."""
+"""Where data, records and caches live: under AUTORESEARCH_HOME, else the platform's own place for data (on a
+Mac ~/.autoresearch)."""
 
 from __future__ import annotations
 
@@ -17,7 +18,9 @@ def home() -> Path:
         return Path(chosen).expanduser().absolute()
     import platformdirs  # here, because children in the sandbox do without it
 
-    return Path(platformdirs.user_data_dir("autoresearch"))
+    usual = Path(platformdirs.user_data_dir("autoresearch"))
+    # A Mac's is below "Application Support", and torch.compile hands paths to the C++ compiler without quotes.
+    return Path.home() / ".autoresearch" if " " in str(usual) and not usual.exists() else usual
 
 
 def data_root() -> Path:

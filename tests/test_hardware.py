@@ -10,11 +10,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import platformdirs
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from core import doctor, hardware
+from core import doctor, hardware, paths
 from core.errors import UserError
 from core.facts import Gpu, GpuProblem, LocalFacts, Power
 from core.hardware import choose, probe
@@ -390,6 +391,19 @@ def test_a_home_that_cannot_be_written_fails(tmp_path, monkeypatch):
     check = doctor._writable(tmp_path / "file")
     assert check.ok is False
     assert "AUTORESEARCH_HOME" in check.action
+
+
+def test_a_home_with_a_space_in_its_name_is_told_and_not_chosen(tmp_path, monkeypatch):
+    monkeypatch.setenv("AUTORESEARCH_HOME", str(tmp_path / "my lab"))
+    (note,) = [c for c in doctor._home_checks(probe(Machine())) if c.name == "name of the home"]
+    assert note.ok is None and "my lab" in note.detail
+    monkeypatch.delenv("AUTORESEARCH_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    usual = tmp_path / "Library" / "Application Support" / "autoresearch"  # a Mac's
+    monkeypatch.setattr(platformdirs, "user_data_dir", lambda *_: str(usual))
+    assert paths.home() == tmp_path / ".autoresearch"
+    usual.mkdir(parents=True)  # records from before stay where they are
+    assert paths.home() == usual
 
 
 SECRETS = [
