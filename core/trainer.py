@@ -151,7 +151,10 @@ class Trainer:
         doing, prober = f"training ({self.limit.budget:g} s budget)", self.prober
         kinds = ("trained",) if prober is None else ("trained", "look")
         while True:
-            left = self.limit.longest() - self._clock.elapsed()
+            elapsed, longest = self._clock.elapsed(), self.limit.longest()
+            left = longest - elapsed
+            if left <= 0:  # a try to stop it that failed is on its clock
+                raise Ended("timeout", f"{doing} took {elapsed:.2f} s already, and {longest:.2f} s at most are allowed")
             message = self.worker.expect_any(kinds, left, doing)
             if message.kind == "trained" or prober is None:
                 return message

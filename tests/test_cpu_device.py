@@ -96,9 +96,9 @@ def test_arrays_go_there_and_back(device):
 
 def test_memory_counts_what_is_taken(device):
     before = device.memory()
-    block = torch.ones(64 * 2**20, dtype=torch.uint8)
+    block = torch.ones(2**29, dtype=torch.uint8)  # the process may give back some of what it had meanwhile
     after = device.memory()
-    assert after.used - before.used > 32 * 2**20
+    assert after.used - before.used > 2**28
     assert after.peak >= after.used
     assert after.limit >= after.used
     del block

@@ -26,7 +26,7 @@ def test_the_product_is_that_of_the_rounded_operands(seed, tokens, k, n):
     ties = (found - wanted).abs() > 1e-4 * wanted.abs().max()  # at the middle of two values the two may part
     assert ties.float().mean() < 0.02
     exact = x.double() @ w.double().T
-    assert (found - exact).square().mean().sqrt() < 0.05 * exact.square().mean().sqrt()
+    assert (found - exact).square().mean().sqrt() < 0.08 * exact.square().mean().sqrt()
 
 
 def test_later_tokens_do_not_move_earlier_outputs_and_a_scale_per_tensor_would():
