@@ -9,7 +9,7 @@ import time
 from common import Honest
 
 EXPECT = {"discard", "timeout"}
-CAUGHT_BY = []
+CAUGHT_BY = ["at most are allowed"]
 UNPROBED = "the training could not be stopped"
 LINT = "imports `ctypes`"
 
