@@ -142,12 +142,12 @@ class Drift:
     reason: str
 
 
-def drift(incumbent: Sequence[Run], noise: Noise, level: float = 0.01) -> Drift | None:
+def drift(incumbent: Sequence[Run], noise: Noise, level: float = 0.002) -> Drift | None:
     """Has the machine moved? The change-point test of the last 1 to 3 runs of one recipe against those before them, two
     sided, by Student's t with the pooled sd, Bonferroni over the change points. None: not more than noise allows.
 
-    After a yes only the last runs are the control of later candidates. A step of three sds is seen by its second re-run
-    in three of four cases, one of four sds in nine of ten; less than one sd cannot be seen.
+    After a yes only the last runs are the control of later candidates. A step of three sds is seen by its third re-run
+    in two of three cases, one of four sds by its second in four of five; less than one sd cannot be seen.
     """
     runs = sorted(incumbent, key=lambda r: r.order)
     points = range(1, min(CHANGE_POINTS, len(runs) - 1) + 1)
