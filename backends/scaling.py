@@ -1,4 +1,4 @@
-"""Refitting a profile to the measured speed of a machine, shared by the backends."""
+"""Refitting a profile to the measured speed of a machine, and other things that backends share."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from core.settings import Profile
+
+COMPILING_CAP = 180.0  # seconds of a warm-up that compiles the whole graph in one thread, with nothing in a cache
 
 
 @dataclass(frozen=True)

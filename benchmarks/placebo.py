@@ -56,9 +56,9 @@ def night(lab: Lab, many: int) -> Iterator[Placebo]:
     """`many` placebos of the lab's first recipe, judged one after the other."""
     done = len(lab.ledger.experiments())
     source = (lab.source(1) if done else lab.best_source()).decode()
+    loop = Loop(lab, None, LocalExecutor(), lambda event: None)  # by hand: of a researcher it takes no program twice
     for number in range(max(1, done), max(1, done) + many):
         change, candidate = placebo(source, number)
-        loop = Loop(lab, None, LocalExecutor(), lambda event: None)  # by hand: the loop refuses a program seen before
         yield outcome(loop.judge(candidate.encode(), change))
 
 

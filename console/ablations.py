@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from console import places
 from console.figures import signed
 from console.output import Screen
-from console.words import plural, roughly
+from console.words import plural, roughly, unfinished
 from core import ablation, confirming, effects
 from core.ablation import Known, LeftOut, Without
 from core.confirming import Done, Plan
@@ -80,11 +80,8 @@ def _told(screen: Screen, lab: Lab, lefts: list[LeftOut], done: Done, asked: Ask
     for w in found:
         if w.possible:
             screen.say(f"#{w.number} {line(w)}")
-    left = f"{plural(done.left, 'run')} to go"
-    if asked.signal or done.reason:
-        screen.say(f"ended early ({asked.name or done.reason}), {left}: the same command goes on")
-    elif done.left:
-        screen.say(f"{plural(done.left, 'run')} came to no score that counts: the same command tries again")
+    if rest := unfinished(done.left, asked.name or done.reason, "the same command tries again"):
+        screen.say(rest)
     for w in found:
         if idle(w):
             screen.say(f"to try the best without #{w.number}, in the lab: {advice(w.number)}")

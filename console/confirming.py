@@ -14,7 +14,7 @@ from console.findings import Findings, Kept, findings, read
 from console.markdown import changed
 from console.output import Screen
 from console.signals import Asked, ends
-from console.words import duration, plural, roughly, shorten
+from console.words import duration, plural, roughly, shorten, unfinished
 from core import confirming, effects
 from core.confirming import Done, Plan
 from core.errors import UserError
@@ -146,11 +146,8 @@ def _told(screen: Screen, lab: Lab, numbers: Sequence[int], done: Done, asked: A
         if e is not None:
             runs = f"{e.runs_before} and {e.runs_after} runs"
             screen.say(f"#{b} against #{a}, on fresh seeds: {changed(e)}, {runs}: {_words(found, b, e)}")
-    left = f"{plural(done.left, 'run')} to go"
-    if asked.signal or done.reason:
-        screen.say(f"ended early ({asked.name or done.reason}), {left}: the same command goes on")
-    elif done.left:
-        screen.say(f"{plural(done.left, 'run')} came to no score that counts: autoresearch log")
+    if rest := unfinished(done.left, asked.name or done.reason, "autoresearch log"):
+        screen.say(rest)
     screen.say("the whole picture: autoresearch report")
     return asked.status
 

@@ -118,3 +118,10 @@ def sparkline(values: list[float], width: int = 40, ascii_only: bool = False) ->
     means = [sum(values[a:b]) / (b - a) for a, b in pairwise(edges) if b > a]
     low, span = min(means), max(means) - min(means)
     return "".join(bars[int((value - low) / span * (len(bars) - 1) + 0.5) if span else 0] for value in means)
+
+
+def unfinished(left: int, cut_short: str, otherwise: str) -> str:
+    """What is said of the runs that a confirmation leaves; "" where there is none and nothing has cut it short."""
+    if cut_short:
+        return f"ended early ({cut_short}), {plural(left, 'run')} to go: the same command goes on"
+    return f"{plural(left, 'run')} came to no score that counts: {otherwise}" if left else ""

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
+WARMUP_CAP = 90.0  # seconds for import, build, compilation and warm-up, outside the clock
+
 
 @dataclass(frozen=True)
 class Profile:
@@ -22,7 +24,7 @@ class Profile:
     eval_tokens: int  # at least so many validation tokens are scored (or all there are)
     constants: Mapping[str, Any] = field(default_factory=dict)
     reason: str = ""  # why this profile fits this machine
-    warmup_cap: float = 90.0  # seconds for import, build, compilation and warm-up, outside the clock
+    warmup_cap: float = WARMUP_CAP
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ class Settings:
     dtype: str
     device: str
     seed: int = 42
-    warmup_cap: float = 90.0  # seconds for import, build, compilation and warm-up, outside the clock
+    warmup_cap: float = WARMUP_CAP
     min_delta: float = 0.001  # bpb by which a candidate must be better to be kept
     memory_limit: int = 0  # bytes for one child process; 0: what the machine has
     logits_bytes: int = 256 * 2**20  # memory that one scoring batch of logits may take

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from backends.scaling import Range, refit
+from backends.scaling import COMPILING_CAP, Range, refit
 from core.errors import UserError
 from core.facts import Gpu
 from core.hardware import GIB, Hardware
@@ -19,7 +19,6 @@ from core.settings import Profile
 
 CONTEXT = 2048
 EVAL_TOKENS = 40 * 2**19  # 20.97M
-WARMUP_CAP = 180.0  # seconds: the first run compiles the whole graph in one thread, with nothing in a cache
 FEWEST_STEPS = 500  # within a budget; below that the optimizer has hardly begun
 MOST_STEPS = 4000  # above that larger steps or a larger model learn more
 SMALLEST_BATCH, LARGEST_BATCH = 2**15, 2**20  # tokens a step, as the recipe's range
@@ -115,7 +114,7 @@ def _profile(chosen: Class, reason: str) -> Profile:
         eval_tokens=EVAL_TOKENS,
         constants=dict(chosen.constants),
         reason=reason,
-        warmup_cap=WARMUP_CAP,
+        warmup_cap=COMPILING_CAP,
     )
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from backends.rtx.cards import SMALL_3050, Card, is_laptop, known
 from backends.rtx.memory import RECOMPUTES, Plan, Shape, peak
-from backends.scaling import Range, refit
+from backends.scaling import COMPILING_CAP, Range, refit
 from core.errors import UserError
 from core.facts import Gpu
 from core.hardware import GIB, Hardware
@@ -25,7 +25,6 @@ MOST_STEPS = 6000  # above that larger steps or a larger model learn more
 SMALLEST_BATCH, LARGEST_BATCH = 2**12, 2**18  # tokens a step, as the recipe's range
 SHAPES = [{"DEPTH": d, "ASPECT_RATIO": a} for d in range(2, 13) for a in (32, 48, 64)]
 EVAL_TOKENS = 2**21
-WARMUP_CAP = 180.0  # seconds: the first run compiles the whole graph in one thread, with nothing in a cache
 TOLERANCE = 0.9  # an "8 GB" card reports 7.9997 GiB, or 7.6 behind a hypervisor
 # What others may take while a run is on: Windows' desktop on the same card, and CUDA's own context and libraries.
 CONTEXT = 0.5 * GIB
@@ -117,7 +116,7 @@ def _profile(tier: Tier, hardware: Hardware, reason: str) -> Profile:
         eval_tokens=EVAL_TOKENS,
         constants=dict(tier.constants),
         reason=reason,
-        warmup_cap=WARMUP_CAP,
+        warmup_cap=COMPILING_CAP,
     )
     fitting = plans(made, hardware) if hardware.gpus else []
     return replace(made, constants={**made.constants, **fitting[0].constants()}) if fitting else made
