@@ -35,10 +35,10 @@ from core.recipe import replace
 
 PASS_BYTES = {"cpu": 2**28, "gpu": 2**29}  # of the block that a bandwidth is measured with, at least
 CACHES = 4  # times the last-level cache, at least
-PASSES = 5  # of which the fastest counts
+PASSES, PASS_SECONDS = 5, 0.15  # at least; of which the fastest counts
 SETTLE = 0.1  # seconds: threads of the side before spin on for a while when its turn is over
 GROUPS = 8  # of the timed steps of a turn, at most; each ends with a fence
-SCORE_SECONDS = 0.15  # of scoring in a turn, one batch at least
+SCORES, SCORE_SECONDS = 3, 0.4  # batches that are scored in a turn, and seconds of it, at least
 
 
 @dataclass(frozen=True)
@@ -207,18 +207,20 @@ class Taker:
         }
 
     def scored(self) -> float:
-        """Tokens/s from tokens to losses, as a scorer does it, with as many rows at once as in training."""
+        """Tokens/s from tokens to losses, as a scorer does it, with as many rows at once as in training. The median of
+        a few batches: on two processors a single one takes a third longer now and then."""
         rows = self.tokens.reshape(-1, self.tokens.shape[-1])[: self.order.micro_rows]
 
         def score() -> None:
             self.device.nats(self.training.logits(self.device.from_numpy(np.array(rows[:, :-1]))), rows[:, 1:])
 
         score()
-        count, began = 0, time.perf_counter()
-        while count == 0 or time.perf_counter() - began < SCORE_SECONDS:
+        found: list[float] = []
+        while len(found) < SCORES or sum(found) < SCORE_SECONDS:
+            began = time.perf_counter()
             score()
-            count += 1
-        return count * rows[:, 1:].size / (time.perf_counter() - began)
+            found.append(time.perf_counter() - began)
+        return float(rows[:, 1:].size / np.median(found))
 
     def bandwidth(self) -> dict[str, Any]:
         """Bytes/s of a pass that adds one to a block in place, read and written bytes both counted: the fastest.
@@ -230,15 +232,16 @@ class Taker:
         if self.memory_pass is None:
             of = _mlx_pass if self.order.backend == "mlx" else _torch_pass
             self.memory_pass = of(size, self.device.name)
-        best = float("inf")
-        for turn in range(PASSES + 1):
+        self.memory_pass()  # it brings the block into whatever cache there is
+        self.device.fence()
+        found: list[float] = []
+        while len(found) < PASSES or sum(found) < PASS_SECONDS:
             start = time.perf_counter()
             self.memory_pass()
             self.device.fence()
-            if turn:  # the first brings the block into whatever cache there is
-                best = min(best, time.perf_counter() - start)
+            found.append(time.perf_counter() - start)
         source = f"measured: fastest pass in place over {size >> 20} MiB by this backend's library"
-        return {"bandwidth": 2 * size / best, "bandwidth_source": source}
+        return {"bandwidth": 2 * size / min(found), "bandwidth_source": source}
 
 
 def timed(take: Callable[[int], Any], count: int) -> float:
