@@ -26,6 +26,8 @@ from core.locks import hold
 from core.paths import data_root, home, locks_root
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from core.documents import Corpus
 
 TOKEN_BYTES_PER_TEXT_BYTE = 0.6  # two bytes for each token of 3.5 bytes or more, rounded up
@@ -256,14 +258,14 @@ def _hub_corpus(source: Source, shards: int, say: Say, meter: Meter) -> Corpus:
 # --- command line --------------------------------------------------------------------------------
 
 
-class _Show:
-    """Progress for people: lines, and a bar where standard error is a terminal."""
+class Show:
+    """Progress for people: lines, and a bar where `console` (standard error) is a terminal."""
 
-    def __init__(self) -> None:
+    def __init__(self, console: Console | None = None) -> None:
         from rich.console import Console
         from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-        self._console = Console(stderr=True, highlight=False, soft_wrap=True)
+        self._console = console or Console(stderr=True, highlight=False)
         columns = (
             TextColumn("{task.description}"),
             BarColumn(),
@@ -274,7 +276,7 @@ class _Show:
         self._task = self._bar.add_task("", total=None, size="", visible=False)
         self._what = ""
 
-    def __enter__(self) -> _Show:
+    def __enter__(self) -> Show:
         self._bar.start()
         return self
 
@@ -282,7 +284,7 @@ class _Show:
         self._bar.stop()
 
     def say(self, line: str) -> None:
-        self._console.print(line, markup=False)
+        self._console.print(line, markup=False, soft_wrap=True)
 
     def meter(self, what: str, done: int, total: int) -> None:
         if what != self._what:
@@ -317,7 +319,7 @@ def main(name: str | None, text: Path | None, vocab: int | None, files: int | No
     if files and not (name in known() and known()[name].repository):
         raise click.UsageError("--files is for tinystories and climbmix")
     try:
-        with _Show() as show:
+        with Show() as show:
             dataset = prepare(name, text=text, vocab_size=vocab, shards=files, progress=show.say, meter=show.meter)
     except UserError as error:
         if not as_json:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from core.settings import Profile, Settings
 
 OWN_PROGRAM = "program.md"
+DRIVING = "## For an agent that drives this lab"  # where the second part of it begins
+WORTH = 0.001  # bpb: the least gain that is kept; upstream's rule keeps whatever is lower
 FEW_STEPS = 200
 
 
@@ -39,11 +42,16 @@ class Wishes:
     source: Path | None = None  # an upstream clone
     tag: str | None = None
     verdict: str | None = None  # "statistical" or "simple"
+    min_delta: float | None = None  # bpb
 
     def given(self) -> list[str]:
         """The options that were used, as they are written."""
         names = {"source": "from"}
-        return [f"--{names.get(f.name, f.name)}" for f in fields(self) if getattr(self, f.name) is not None]
+        return [
+            f"--{names.get(f.name, f.name.replace('_', '-'))}"
+            for f in fields(self)
+            if getattr(self, f.name) is not None
+        ]
 
 
 @dataclass(frozen=True)
@@ -57,6 +65,7 @@ class Plan:
     profile: Profile
     budget: float
     verdict: Literal["statistical", "simple"] = "statistical"
+    min_delta: float = WORTH
 
 
 def init_verb(screen: Screen, given: str | None, **options: Any) -> None:
@@ -97,7 +106,7 @@ def make(screen: Screen, given: str | None, wishes: Wishes) -> tuple[Lab, Import
     lab = Lab.create(
         chosen.folder,
         recipe=recipe,
-        program=(taken and taken.program) or _template(),
+        program=_program(taken.program) if taken and taken.program else _template(),
         settings=settings,
         message=_message(chosen, taken),
         history=taken.history if taken else None,
@@ -117,7 +126,8 @@ def plan(given: str | None, wishes: Wishes) -> Plan:
     choice = machines.choose(hardware, wishes.backend)
     profile = backends.load(choice.value).profile(hardware, wishes.profile)
     rule: Literal["statistical", "simple"] = "simple" if wishes.verdict == "simple" else "statistical"
-    return Plan(folder, tag, hardware, choice, profile, wishes.budget or profile.budget, rule)
+    least = (0.0 if rule == "simple" else WORTH) if wishes.min_delta is None else wishes.min_delta
+    return Plan(folder, tag, hardware, choice, profile, wishes.budget or profile.budget, rule, least)
 
 
 def _fitted(screen: Screen, chosen: Plan, dataset: Dataset, recipe: bytes, keep_shape: bool) -> tuple[bytes, Settings]:
@@ -211,6 +221,7 @@ def _lock(chosen: Plan, dataset: Dataset, dtype: str) -> Settings:
         device=backends.device_name(chosen.choice.value, chosen.hardware),
         warmup_cap=chosen.profile.warmup_cap,
         verdict=chosen.verdict,
+        min_delta=chosen.min_delta,
         probe=chosen.verdict == "statistical",
     )
 
@@ -224,6 +235,14 @@ def _template() -> str:
     from core.paths import project_root
 
     return (project_root() / OWN_PROGRAM).read_text(encoding="utf-8")
+
+
+def _program(upstreams: str) -> str:
+    """Upstream's strategy, and after it how a lab is driven here, where its commands would do harm."""
+    ours = _template()
+    driving = ours[ours.index(DRIVING) :]
+    note = "The text above came with the imported clone. Where it and this part differ, this part holds."
+    return f"{upstreams.rstrip()}\n\n# How this lab is driven\n\n{note}\n\n{driving}"
 
 
 def _replace(recipe: bytes, constants: Mapping[str, Any]) -> bytes:
@@ -257,7 +276,11 @@ def told(taken: Import) -> list[str]:
         lines.append(f"  not carried, code: {', '.join(taken.not_carried)}")
     if taken.history:
         lines.append(f"  history for researchers, never a score: {plural(len(taken.history), 'result')} of results.tsv")
-    lines.append("  program.md is kept" if taken.program else "  it has no program.md: ours is used")
+    lines.append(
+        "  program.md is kept; how a lab is driven here follows in it"
+        if taken.program
+        else "  it has no program.md: ours is used"
+    )
     return lines
 
 
@@ -278,21 +301,30 @@ def ready_data(screen: Screen, wishes: Wishes, profile: Profile) -> Dataset:
     vocab = wishes.vocab or profile.vocab_size
     if wishes.text:
         screen.say(f"data: {wishes.text}, vocabulary {vocab}")
-        return prepare.prepare(None, text=wishes.text.expanduser(), vocab_size=vocab, progress=_say(screen))
-    found = prepare.locate(name, vocab)
-    if found is not None:
+        with _progress(screen) as how:
+            return prepare.prepare(None, text=wishes.text.expanduser(), vocab_size=vocab, **how)
+    if (found := prepare.locate(name, vocab)) is not None:
         screen.say(f"data: {found.name}, prepared before")
-        return prepare.prepare(name, vocab_size=vocab, progress=_say(screen))
-    _announce(screen, prepare.known().get(name), vocab)
+    else:
+        _announce(screen, prepare.known().get(name), vocab)
     try:
-        return prepare.prepare(name, vocab_size=vocab, progress=_say(screen))
+        with _progress(screen) as how:
+            return prepare.prepare(name, vocab_size=vocab, **how)
     except DataError as error:
         others = ", ".join(f"--data {other}" for other in prepare.known() if other != name)
         raise DataError(error.fact, f"{error.action}, or choose {others} or --text PATH".lstrip(", ")) from error
 
 
-def _say(screen: Screen) -> Any:
-    return lambda line: screen.say(f"  {line}")
+@contextmanager
+def _progress(screen: Screen) -> Iterator[dict[str, Any]]:
+    """How `prepare` tells what it does: in lines, and with a bar where somebody watches."""
+    import prepare
+
+    if not screen.interactive:
+        yield {"progress": lambda line: screen.say(f"  {line}")}
+        return
+    with prepare.Show(screen.console) as show:
+        yield {"progress": lambda line: show.say(f"  {line}"), "meter": show.meter}
 
 
 def _announce(screen: Screen, source: prepare.Source | None, vocab: int) -> None:

@@ -73,6 +73,12 @@ def making_options(function: Callable[..., Any]) -> Callable[..., Any]:
         click.option(
             "--verdict", type=click.Choice(["statistical", "simple"]), help="The rule that keeps; default: statistical."
         ),
+        click.option(
+            "--min-delta",
+            type=click.FloatRange(min=0),
+            metavar="BPB",
+            help="The least gain that is kept; default: 0.001, with --verdict simple 0.",
+        ),
         click.option("--from", "source", type=click.Path(path_type=Path), metavar="DIR", help="An upstream clone."),
         click.option("--tag", metavar="TAG", help="Name of the lab; default from the date, like nov24."),
     ]

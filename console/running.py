@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import shlex
+import subprocess
+import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -42,6 +45,7 @@ class Limits:
 
     experiments: int | None
     deadline: float | None
+    again: str  # the command that goes on after an interruption
 
 
 def run_verb(
@@ -79,8 +83,19 @@ def run_verb(
     if notify is not None:
         checked(notify)
     lab = _lab(screen, given, wishes)
-    limits = Limits(experiments, deadline)
-    return _run(screen, lab, (who, stand_in), limits, demo, notify)
+    asked = {**(asking or {}), "meanwhile": meanwhile}
+    again = "autoresearch run --demo" if demo else _again(lab, researcher, deadline, asked)
+    return _run(screen, lab, (who, stand_in), Limits(experiments, deadline, again), demo, notify)
+
+
+def _again(lab: Lab, researcher: str, deadline: float | None, asking: Mapping[str, Any]) -> str:
+    """The command that goes on where this run is interrupted. A lab knows what it was made from."""
+    options = {"researcher": researcher if researcher != "search" else None, **asking}
+    if deadline is not None:
+        options["until"] = f"{datetime.fromtimestamp(deadline).astimezone():%H:%M}"
+    given = [(f"--{name.replace('_', '-')}", str(value)) for name, value in options.items() if value is not None]
+    words = ["autoresearch", "run", places.spelled(lab.path), *(word for pair in given for word in pair)]
+    return subprocess.list2cmdline(words) if sys.platform == "win32" else shlex.join(words)
 
 
 def _stand_in(name: str | None, who: Any) -> Any:
@@ -151,6 +166,7 @@ def _check_locked(lab: Lab, wishes: Wishes) -> None:
         "--budget": wishes.budget == s.budget,
         "--vocab": wishes.vocab == s.vocab_size,
         "--verdict": wishes.verdict == s.verdict,
+        "--min-delta": wishes.min_delta == s.min_delta,
         "--data": wishes.data in (s.data, s.data.rpartition("-v")[0]),
     }
     other = [option for option in wishes.given() if not same.get(option, False)]
@@ -187,7 +203,7 @@ def _run(screen: Screen, lab: Lab, who: tuple[Any, Any], limits: Limits, demo: b
     if lost:
         screen.line({"event": "note", "text": lost})
         screen.say(lost)
-    return _ending(screen, lab, before, asked, summary, demo)
+    return _ending(screen, lab, before, asked, summary, demo, limits.again)
 
 
 def _must_be_free(lab: Lab) -> None:
@@ -258,16 +274,19 @@ def _runs_each(rule: str, seen: list[int]) -> float:
 
 
 def _banner(screen: Screen, lab: Lab, researcher: str, limits: Limits, sleep: str) -> None:
-    from console.confirming import reserve_line
+    from console.confirming import reserve, reserve_line
     from core.sandbox import abilities
+    from core.verdict import Rule
 
     view = places.look(lab)
     s = lab.settings
     train = lab.dataset().part("train")
     measured = [r for r in view.rows if r.seconds and r.outcome.get("training_seconds")]
     each = expected(s.budget, [(r.seconds or 0.0) - r.outcome["training_seconds"] for r in measured], OVERHEAD)
+    first = (Rule().baseline_runs - 1) * each if s.verdict == "statistical" and not measured else 0.0
     each *= _runs_each(s.verdict, [r.runs for r in measured if r.number > 1])
-    left = max(0.0, limits.deadline - time.time()) if limits.deadline else None
+    kept_back = reserve(lab, limits.deadline) + first
+    left = max(0.0, limits.deadline - time.time() - kept_back) if limits.deadline else None
     rates = [r.outcome["tokens"] / r.outcome["training_seconds"] for r in measured if r.outcome.get("tokens")]
     passes = passes_line(train.tokens, max(rates, default=None), s.budget)
     plan = finish_line(each, limits.experiments, left)
@@ -277,6 +296,7 @@ def _banner(screen: Screen, lab: Lab, researcher: str, limits: Limits, sleep: st
     screen.line({
         "event": "run", "lab": places.about(lab), "researcher": researcher, "experiments": limits.experiments,
         "deadline": limits.deadline, "seconds_each": each, "known": len(view.rows), "sleep": sleep,
+        "again": limits.again,
     })  # fmt: skip
     screen.say(f"  device      {s.device or s.backend}, {s.dtype} (backend {s.backend}, profile {s.profile})")
     screen.say(
@@ -312,7 +332,7 @@ def _prices(screen: Screen, lab: Lab, who: list[Any]) -> None:
         screen.say(f"  so far      {spent}")
 
 
-def _ending(screen: Screen, lab: Lab, before: set[int], asked: Asked, summary: Any, demo: bool) -> int:
+def _ending(screen: Screen, lab: Lab, before: set[int], asked: Asked, summary: Any, demo: bool, again: str) -> int:
     view = places.look(lab)
     new = [r for r in view.rows if r.decided and r.number not in before]
     reason = getattr(summary, "reason", "") or ""
@@ -331,7 +351,7 @@ def _ending(screen: Screen, lab: Lab, before: set[int], asked: Asked, summary: A
     spent = tables.cost_line(lab.ledger.spent())
     if spent:
         screen.say(spent)
-    _next(screen, lab, view, asked, demo)
+    _next(screen, lab, view, again if asked.signal else "", demo)
     return asked.status
 
 
@@ -351,11 +371,12 @@ def _kept(screen: Screen, view: places.Picture, new: list[Row]) -> None:
         screen.say(f"val_bpb {bpb(first.val_bpb)} -> {bpb(view.best.val_bpb)} on {view.scale.conditions}")
 
 
-def _next(screen: Screen, lab: Lab, view: places.Picture, asked: Asked, demo: bool) -> None:
+def _next(screen: Screen, lab: Lab, view: places.Picture, again: str, demo: bool) -> None:
+    """`again`: the command that goes on, after an interruption."""
     where = places.spelled(lab.path)
     commands: list[tuple[str, str]] = []
-    if asked.signal:
-        commands.append((f"autoresearch run{' --demo' if demo else ''}", "go on"))
+    if again:
+        commands.append((again, "go on"))
     if view.best:
         commands.append((f"autoresearch log {where}", "everything that was tried"))
         if view.total.kept:
@@ -365,7 +386,7 @@ def _next(screen: Screen, lab: Lab, view: places.Picture, asked: Asked, demo: bo
     if demo:
         tag = places.free_tag(places.default_tag())
         commands.append((f"autoresearch run {tag} --hours 8", "a real night, fitted to this machine"))
-    elif not asked.signal:
+    elif not again:
         commands.append(("autoresearch run", "go on"))
     wide = max(len(command) for command, _ in commands)
     screen.say("next:")

@@ -378,7 +378,7 @@ def _rules(found: Findings) -> str:
         body = (
             f"{used} Of the experiments with a score, <em>simple</em> (keep what comes out lower) would have kept "
             f"{counts[0]}, <em>statistical</em> (keep what is better beyond noise) kept {counts[1]}, both {counts[2]}. "
-            "Each is asked against the best that the lab had then."
+            "The simple rule is given the first run of each, and compares it with what it would have kept itself."
         )
     return f"<h3>The rule</h3><p>{body}</p>"
 

@@ -232,12 +232,13 @@ class Deciding:
             mean = math.fsum(r.bpb for r in mine) / len(mine)
             spread = f"whose standard deviation is {runs.noise().sd:.6f}"
             reason = f"the baseline: {mean:.6f} over {len(mine)} seeds, {spread}"
-            return Step("keep", reason, record={"rule": STATISTICAL, "simple": "keep", "runs": len(mine)})
+            first_run = min(mine, key=lambda r: r.order).bpb
+            record = {"rule": STATISTICAL, "simple": "keep", "first": first_run, "runs": len(mine)}
+            return Step("keep", reason, record=record)
         incumbent = runs.scores(best.number)
         if not incumbent:
             return Step("control", "the best has no run that these could be compared with", first)
-        before = night([x for x in self._session.ledger.experiments() if x.number < e.number])
-        step = verdict.decide(incumbent, mine, runs.noise(), before, self.rule(), self._smaller_by(e, best))
+        step = verdict.decide(incumbent, mine, runs.noise(), self._before(e), self.rule(), self._smaller_by(e, best))
         if step.status in KEPT and max(r.order for r in incumbent) < min(r.order for r in mine):
             reason = f"{step.reason}; before it is kept the best is run beside it, as the machine may have moved"
             return Step("control", reason, 1 + max(r.seed for r in incumbent), step.record)
@@ -253,11 +254,14 @@ class Deciding:
             return Step("more", f"disturbed, and so run again: {why}", last.seed)
         if best is None:
             return None
-        recorded = self._session.lab.best_samples()[:1]
-        simple = verdict.decide_simple(recorded, [made[0].val_bpb], self.rule().min_effect).status
-        record = {"rule": STATISTICAL, "simple": simple, "disturbed": why, "runs": len(made)}
+        recorded = self._session.lab.best_samples()
+        simple = self._before(e).simple(recorded, made[0].val_bpb)
+        record = {"rule": STATISTICAL, **simple, "disturbed": why, "runs": len(made)}
         reason = f"passed by: run {times} times, each time disturbed, at last because {why}"
         return Step("discard", reason, record=record)
+
+    def _before(self, e: Experiment) -> verdict.Night:
+        return night([x for x in self._session.ledger.experiments() if x.number < e.number])
 
     def _smaller_by(self, e: Experiment, best: Experiment) -> int:
         """Syntax-tree tokens that the candidate has less than the best."""

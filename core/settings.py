@@ -44,7 +44,7 @@ class Settings:
     device: str
     seed: int = 42
     warmup_cap: float = WARMUP_CAP
-    min_delta: float = 0.001  # bpb by which a candidate must be better to be kept
+    min_delta: float = 0.001  # bpb by which a candidate must be better to be kept; 0: whatever is lower
     memory_limit: int = 0  # bytes for one child process; 0: what the machine has
     logits_bytes: int = 256 * 2**20  # memory that one scoring batch of logits may take
     audit_points: int = 1024

@@ -57,12 +57,14 @@ class Rule:
 class Night:
     """The candidates that were tested before this one, oldest first, since the lab began: for being better, and for
     being no worse (the simplifications). `luck` (bpb): by how much the runs with the orders `lucky` are too good on
-    average: those that the present incumbent was kept for."""
+    average: those that the present incumbent was kept for. `upstream` (bpb): what upstream's rule would have as its
+    best by now, had it seen one run of each of these candidates; None before it has kept anything that is known."""
 
     tested: Sequence[Tested] = ()
     simplified: Sequence[Tested] = ()
     luck: float = 0.0
     lucky: frozenset[int] = frozenset()
+    upstream: float | None = None
 
     @classmethod
     def from_records(cls, records: Sequence[Mapping[str, Any]]) -> Night:
@@ -78,7 +80,14 @@ class Night:
             (*self.simplified, Tested(**simplified)) if simplified else self.simplified,
             float(kept["luck"]) if kept else self.luck,
             frozenset(kept["orders"]) if kept else self.lucky,
+            record.get("first", self.upstream) if record.get("simple") == "keep" else self.upstream,
         )
+
+    def simple(self, incumbent: Sequence[float], first: float) -> dict[str, Any]:
+        """For the record: upstream's verdict on the `first` run (bpb) of a candidate, kept if it is lower than that
+        rule's own best; than the `incumbent`'s first where that is not known."""
+        best = list(incumbent[:1]) if self.upstream is None else [self.upstream]
+        return {"simple": decide_simple(best, [first], 0.0).status, "first": first}
 
     def fair(self, incumbent: Sequence[Run]) -> list[Run]:
         """The incumbent's runs without the luck that it was kept for: what candidates and drift are judged against."""
@@ -262,7 +271,7 @@ class _Case:
 
     def _record(self, question: _Question, look: Look, seen: Sequence[Evidence], answer: str) -> dict[str, Any]:
         now, root = seen[-1], math.sqrt(seen[-1].information)
-        recorded, single = ([min(arm, key=_order).bpb] for arm in (self.incumbent, self.candidate))
+        recorded, single = (min(arm, key=_order).bpb for arm in (self.incumbent, self.candidate))
         return {
             "rule": "statistical",
             "gain": now.gain,
@@ -277,7 +286,7 @@ class _Case:
             "looked_for": question.design.effect * now.sd,
             "noise": asdict(self.noise),
             "correlation_used": self.noise.trusted_correlation(),
-            "simple": decide_simple(recorded, single, self.rule.min_effect).status,
+            **self.night.simple([recorded], single),
             "tested": question.tested(seen, answer, self.rule.lambda_),
         }
 
@@ -297,7 +306,7 @@ def _unused_seed(mine: Sequence[Run], others: Sequence[Run]) -> int:
 
 
 def decide_simple(best: Sequence[float], candidate: Sequence[float], min_delta: float) -> Verdict:
-    """Upstream's rule: is the candidate better than the incumbent by more than `min_delta`?
+    """Is the candidate better than the incumbent by more than `min_delta`? With 0 it is upstream's rule.
 
     `best` holds the incumbent's samples and is empty for the first experiment that finished: the baseline.
     Raises `ValueError` on a sample that is not a positive, finite number and on a candidate without samples.

@@ -187,7 +187,17 @@ def test_a_keep_makes_the_next_test_easier_and_its_luck_is_taken_from_the_next_c
 
 def test_the_record_says_what_the_simple_rule_would_have_said():
     assert said([1.999]).record["simple"] == "keep"  # the best's first run was 2.004
-    assert said([2.0035]).record["simple"] == "discard"
+    assert said([2.0035]).record["simple"] == "keep", "upstream asks for no least gain"
+    assert said([2.0045]).record["simple"] == "discard"
+
+
+def test_upstream_s_rule_goes_by_what_it_would_have_kept_itself():
+    lucky = said([1.995]).record
+    assert lucky["simple"] == "keep" and lucky["first"] == 1.995
+    later = Night.from_records([{"simple": "keep", "first": 2.004}, lucky, said([2.1]).record])
+    assert later.upstream == 1.995
+    assert said([1.9955], night=later).record["simple"] == "discard", "though it is below the first run of our best"
+    assert said([1.99], night=later).record["simple"] == "keep"
 
 
 @given(st.lists(st.floats(1.95, 2.05), min_size=1, max_size=5), st.randoms())
