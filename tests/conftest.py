@@ -18,6 +18,46 @@ from core.referee import execute
 from core.settings import Settings
 from prepare import prepare
 
+# Files that train against the clock, kill at random instants, or look at what else the machine does: other tests beside
+# them would be what they measure.
+ALONE = frozenset(
+    f"test_{name}"
+    for name in [
+        "bench",
+        "bench_kernels",
+        "bench_labs",
+        "claude_code",
+        "claude_stop",
+        "cli",
+        "clock",
+        "command",
+        "cpu_device",
+        "dryrun",
+        "freezing",
+        "gpu_benchmark",
+        "gpu_rtx_benchmark",
+        "gpuwatch",
+        "health",
+        "holdout",
+        "honest",
+        "kill",
+        "looks",
+        "mcp",
+        "memory_count",
+        "mlx_referee",
+        "placebo",
+        "processes",
+        "referee",
+        "sandbox",
+        "sandbox_user",
+        "scoring_memory",
+        "tamper",
+        "tamper_mlx",
+        "thinking",
+        "windows_run",
+    ]
+)
+
 # An embedding of this token and of the one before it, and an output layer that starts at zero. Its own Adam, because
 # torch.optim takes a second to load. Tests change it by `str.replace`.
 TINY_RECIPE = '''\
@@ -87,6 +127,12 @@ class Training:
 def build(spec):
     return Training(spec)
 '''
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.stem in ALONE:
+            item.add_marker("alone")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -237,6 +237,7 @@ def test_readings_are_taken_until_they_stay_the_same():
     assert "did not settle" in settled(lambda: float(next(rising)), said.append, threading.Event())
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 def test_this_machine_settles_when_it_is_told_that_it_has_no_fan(tmp_path, settings, dataset, tiny_recipe, monkeypatch):
     """The real children; only the facts are those of a MacBook Air. How many readings are enough is shown above."""

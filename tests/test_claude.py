@@ -532,6 +532,7 @@ def found_in(folders: list[Path], secret: bytes) -> list[Path]:
     return [f for f in files if secret in f.read_bytes()]
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 def test_a_night_of_good_bad_and_malformed_ideas(
     served: Callable[..., Any], tiny_recipe: str, settings: Settings, tmp_path: Path, home: Path

@@ -518,6 +518,7 @@ def test_nothing_is_lost_in_any_order(settings):
 # --- with the real referee ---------------------------------------------------------------------------
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 def test_the_real_referee_judges(tmp_path, settings, tiny_recipe):
     place = make_lab(tmp_path / "night", settings, first=tiny_recipe.replace("LR = 0.02", "LR = 0.002").encode())
