@@ -9,7 +9,9 @@ from typing import Any, NoReturn
 
 import click
 
+from console import failing
 from console.options import ASKING, Change, Duration, Moment, asking_options, making_options
+from console.output import complain
 
 SECTIONS = {
     "The three that matter": ["run", "log", "report"],
@@ -73,54 +75,16 @@ class Verbs(click.Group):
             check_modules()
             status = super().main(given, prog_name or "autoresearch", standalone_mode=False)
         except click.UsageError as error:
-            sys.exit(_usage(error, as_json))
+            sys.exit(failing.usage(error, as_json))
         except click.Abort:
-            _complain("Interrupted", "interrupted", "", as_json)
+            complain("Interrupted", "interrupted", "", as_json)
             sys.exit(130)
         except click.ClickException as error:
-            _complain(type(error).__name__, error.format_message(), "", as_json)
+            complain(type(error).__name__, error.format_message(), "", as_json)
             sys.exit(error.exit_code)
         except Exception as error:  # noqa: BLE001 - sorted here: the user's to mend, or a bug that is shown whole
-            sys.exit(_failed(error, as_json))
+            sys.exit(failing.failed(error, as_json))
         sys.exit(status if isinstance(status, int) else 0)
-
-
-def _complain(kind: str, fact: str, action: str, as_json: bool) -> None:
-    from console.output import complain
-
-    complain(kind, fact, action, as_json)
-
-
-def _usage(error: click.UsageError, as_json: bool) -> int:
-    if as_json or isinstance(error, click.exceptions.NoArgsIsHelpError):
-        if as_json:
-            _complain("UsageError", error.format_message(), "see --help", True)
-        else:
-            error.show()
-    else:
-        where = error.ctx.command_path if error.ctx else "autoresearch"
-        message = error.format_message().rstrip(".")
-        _complain("UsageError", message, "" if "--help" in message else f"see `{where} --help`", False)
-    return error.exit_code
-
-
-def _failed(error: Exception, as_json: bool) -> int:
-    """Errors that a user can act on become one line; a bug shows its traceback and says where to report it."""
-    from core.errors import UserError
-
-    if isinstance(error, UserError):
-        _complain(type(error).__name__, error.fact, error.action, as_json)
-    elif isinstance(error, OSError) and error.strerror:
-        where = f"{error.filename}: " if error.filename else ""
-        _complain("OSError", f"{where}{error.strerror}", "check the path, its permissions and free space", as_json)
-    else:
-        import traceback
-
-        if not as_json:
-            traceback.print_exception(error)
-        fact = f"a bug in autoresearch: {type(error).__name__}: {error}"
-        _complain("Bug", fact, "please report it with the file that `autoresearch doctor --bundle` writes", as_json)
-    return 1
 
 
 def check_modules() -> None:

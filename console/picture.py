@@ -145,7 +145,7 @@ def _points(axes: Axes, rows: Sequence[Row], low: float, high: float) -> None:
     def score(name: str) -> list[float]:
         return [r.val_bpb or 0.0 for r in groups[name]]
 
-    scatter("kept", "kept", score("kept"), s=62, color=KEEP, edgecolor="white", linewidth=1.2, zorder=5)
+    scatter("kept", "baseline and kept", score("kept"), s=62, color=KEEP, edgecolor="white", linewidth=1.2, zorder=5)
     scatter(
         "not kept", "discarded", score("not kept"), s=26, facecolor="none", edgecolor=DISCARD, linewidth=1.3, zorder=4
     )

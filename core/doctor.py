@@ -200,12 +200,17 @@ def _gpu_check(hardware: Hardware) -> Check:
 
 
 def _git_check(hardware: Hardware) -> Check:
-    install = {"darwin": "xcode-select --install", "windows": "winget install Git.Git"}
-    action = install.get(hardware.os, "sudo apt-get install git (or your system's way)")
+    action = install_git(hardware.os)
     if not hardware.git:
         return Check("git", False, "not found", action)
     numbers = tuple(int(n) for n in hardware.git.split(".")[:2])
     return Check("git", numbers >= (2, 25), hardware.git, f"version 2.25 or newer is needed: {action}")
+
+
+def install_git(system: str) -> str:
+    """The command that installs git on "linux", "darwin" or "windows"."""
+    known = {"darwin": "xcode-select --install", "windows": "winget install Git.Git"}
+    return known.get(system.lower(), "sudo apt-get install git (or your system's way)")
 
 
 def _compiler_check(hardware: Hardware) -> Check:

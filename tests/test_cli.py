@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -70,6 +71,9 @@ class Shell:
     def json(self, *argv: str, status: int = 0) -> Any:
         return json.loads(self(*argv, "--json", status=status).stdout)
 
+    def json_error(self, *argv: str) -> Any:
+        return json.loads(self(*argv, "--json", status=1).stderr)["error"]
+
     def lines(self, *argv: str, status: int = 0) -> list[dict[str, Any]]:
         return [json.loads(line) for line in self(*argv, "--json", status=status).stdout.splitlines()]
 
@@ -88,6 +92,12 @@ def test_help_groups_the_verbs_and_puts_three_first(shell: Shell) -> None:
     places = [text.index(f"\n  {verb} ") for verb in VERBS]
     assert places == sorted(places)
     assert text.index("The three that matter") < text.index("Before:")
+
+
+def test_without_git_the_next_step_is_told(shell: Shell) -> None:
+    shell.env["PATH"] = str(shell.cwd)
+    assert "git was not found" in shell("log", status=1).stderr
+    assert "apt-get install git" in shell.json_error("log")["action"]
 
 
 def test_help_loads_nothing_heavy(shell: Shell) -> None:
@@ -291,7 +301,9 @@ class TestASmallLab:
 
     def test_ctrl_c_ends_at_once_and_resumably(self, small: Shell) -> None:
         before = small.json("log")["total"]["experiments"]
-        with small.running("run", "--json") as running:
+        with small.running("run", "--json", "--hours", "5") as running:
+            again = running.until("run")["again"]
+            assert re.fullmatch(r"autoresearch run labs/small --until \d\d:\d\d", again), again
             seen = [running.until("progress")]
             error = small("run", status=1).stderr
             assert str(running.pid) in error and "in use" in error
@@ -376,12 +388,15 @@ def test_init_fits_commits_and_imports(shell: Shell, home: Path, tmp_path: Path)
     (clone / "program.md").write_text("# their own strategy\n")
     shell.env["AUTORESEARCH_HOME"] = str(home)
     argv = ["init", "labs/one", "--backend", "cpu", "--budget", "2", "--vocab", "512", "--from", str(clone)]
-    made = shell.json(*argv)
+    made = shell.json(*argv, "--min-delta", "0.002")
     lab = shell.cwd / "labs" / "one"
     assert made["settings"]["budget"] == 2.0 and made["settings"]["vocab_size"] == 512
     assert made["imported"]["carried"]["MATRIX_LR"] == 2**-5 and made["imported"]["unknown"] == {"ZED": 1}
     assert "MATRIX_LR = 0.03125" in (lab / "train.py").read_text()
-    assert (lab / "program.md").read_text() == "# their own strategy\n"
+    program = (lab / "program.md").read_text()
+    assert program.startswith("# their own strategy\n") and "this part holds" in program
+    assert "autoresearch try -m" in program and "Strategy (edit this)" not in program
+    assert made["settings"]["min_delta"] == 0.002
     git = subprocess.run(["git", "-C", str(lab), "status", "--porcelain"], capture_output=True, text=True, check=True)
     assert git.stdout == ""
     assert Lab.open(lab).ledger.meta("history")[0]["claimed_bpb"] == 0.99
