@@ -9,10 +9,13 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from core.apart import apart
+
+STAYS = 1.0 if sys.platform == "win32" else 0.3  # seconds after which a helper that still runs was not refused
 # Windows drops the request when the thread that made it ends, so a small process holds it until its stdin closes.
 _WINDOWS = (
     "import ctypes, sys; "
-    "ctypes.windll.kernel32.SetThreadExecutionState(0x80000000 | 0x00000001); "
+    "ctypes.windll.kernel32.SetThreadExecutionState(0x80000000 | 0x00000001) or sys.exit(1); "
     "sys.stdin.buffer.read()"
 )
 
@@ -46,13 +49,13 @@ def awake() -> Iterator[str]:
         return
     quiet = subprocess.DEVNULL
     try:
-        helper = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=quiet, stderr=quiet, start_new_session=True)
+        helper = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=quiet, stderr=quiet, **apart())
     except OSError as error:
         yield f"sleep is not held off: {argv[0]}: {error.strerror}"
         return
     try:
         try:
-            refused = helper.wait(0.3)  # it stays as long as all is well
+            refused = helper.wait(STAYS)  # it stays as long as all is well
             says = f"sleep is not held off: {argv[0]} ended with status {refused}"
         except subprocess.TimeoutExpired:
             pass

@@ -14,6 +14,7 @@ from console.looking import progress_parts, running_state
 from console.output import Screen
 from console.rows import Row, row
 from console.words import bpb, duration
+from core.apart import apart
 from core.errors import Busy, UserError
 
 if TYPE_CHECKING:
@@ -123,13 +124,8 @@ def _spawn(lab: Lab, number: int) -> None:
     log.parent.mkdir(parents=True, exist_ok=True)
     cli = Path(__file__).resolve().parent.parent / "cli.py"
     argv = [sys.executable, str(cli), "_judge", str(lab.path), str(number)]
-    apart: dict[str, Any] = (
-        {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP | subprocess.DETACHED_PROCESS}  # type: ignore[attr-defined]
-        if sys.platform == "win32"
-        else {"start_new_session": True}
-    )
     with log.open("wb") as output:
-        child = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=output, stderr=output, **apart)
+        child = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=output, stderr=output, **apart())
     give_up = time.monotonic() + STARTS_WITHIN
     while time.monotonic() < give_up:
         if _is_judged(lab) or lab.ledger.get(number).status is not None:

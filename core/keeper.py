@@ -26,6 +26,7 @@ if ROOT not in sys.path:
     sys.path.append(ROOT)  # behind the standard library; `-I` left our own folder out
 
 from core import landlock, processes  # noqa: E402
+from core.apart import apart  # noqa: E402
 
 LOOK = 0.2  # seconds between two looks
 NOT_FOUND = 127  # exit status where there is no such program, as of a shell
@@ -102,24 +103,27 @@ def _keep(orders: dict[str, Any], closed: threading.Event) -> dict[str, Any]:
     out, err = Path(orders["out"]), Path(orders["err"])
     with out.open("wb") as stdout, err.open("wb") as stderr, Path(orders["stdin"]).open("rb") as stdin:
         try:
-            child = subprocess.Popen(orders["argv"], cwd=orders["cwd"], stdin=stdin, stdout=stdout, stderr=stderr,
-                                     start_new_session=not sys.platform.startswith("win"))  # fmt: skip
+            child = subprocess.Popen(
+                orders["argv"], cwd=orders["cwd"], stdin=stdin, stdout=stdout, stderr=stderr, **apart()
+            )
         except OSError as error:
             return {"status": NOT_FOUND, "ended": "exit", "error": f"{orders['argv'][0]}: {error.strerror}"}
     tree = _Tree()
     give_up = time.monotonic() + orders["seconds"]
     ended = ""
-    while not ended:
-        tree.look()
-        if (status := child.poll()) is not None:
-            ended = "exit"
-        elif closed.wait(LOOK):
-            ended = "stop"
-        elif time.monotonic() > give_up:
-            ended = "time"
-        elif max(_size(out), _size(err)) > orders["most"]:
-            ended = "output"
-    left = tree.end()
+    try:
+        while not ended:
+            tree.look()
+            if (status := child.poll()) is not None:
+                ended = "exit"
+            elif closed.wait(LOOK):
+                ended = "stop"
+            elif time.monotonic() > give_up:
+                ended = "time"
+            elif max(_size(out), _size(err)) > orders["most"]:
+                ended = "output"
+    finally:  # also where this process is told to end
+        left = tree.end()
     return {"status": status, "ended": ended, "left": left}
 
 

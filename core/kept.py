@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from core.apart import apart
+
 KEEPER = Path(__file__).with_name("keeper.py")
 LOOK = 0.1  # seconds between two looks at whether the run is over
 OUTPUT = 64 << 20  # bytes of standard output or error, beyond which it is ended
@@ -69,7 +71,7 @@ def run_kept(orders: Orders, stopped: Callable[[], bool]) -> Ended:
     keeper = subprocess.Popen(
         [sys.executable, "-I", str(KEEPER), json.dumps(written)],
         env=dict(orders.env), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        start_new_session=not sys.platform.startswith("win"),
+        **apart(),
     )  # fmt: skip
     assert keeper.stdin is not None
     try:

@@ -16,7 +16,7 @@ from core.settings import Settings
 NOT_MEASURING = frozenset(
     {
         *("attacks", "doctor", "documents", "errors", "facts", "files", "gitstore", "gpuwatch", "guard", "hardware"),
-        *("hub", "nvml", "places", "torchbuild", "windows"),
+        *("hub", "nvml", "places", "torchbuild", "windows", "apart", "commands"),
         *("keeping", "lab", "ledger", "live", "locks", "loop", "paths", "recipe", "recovery", "selfcheck"),
         "selfcheck_windows",
         *("verdict", "versions", "deciding", "measuring", "schema", "session"),
