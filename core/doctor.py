@@ -24,6 +24,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from core.commands import pip_install, python
 from core.errors import UserError
 from core.hardware import GIB, Hardware, choose, remedy
 from core.paths import data_root, home, project_root
@@ -96,7 +97,7 @@ def _python_checks() -> Iterator[Check]:
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     names = " ".join(_PIP_NAMES.get(n, n) for n in missing)
     detail = f"{len(NEEDED) - len(missing)} of {len(NEEDED)} found" + (f", missing: {names}" if missing else "")
-    yield Check("packages", not missing, detail, f"{_pip()} install -e {project_root()}")
+    yield Check("packages", not missing, detail, pip_install("-e", str(project_root())))
 
 
 def _own_modules() -> Check:
@@ -110,25 +111,19 @@ def _own_modules() -> Check:
             foreign.append(f"{name} ({places[0]})")
     if foreign:
         detail = f"another package hides ours: {', '.join(foreign)}"
-        return Check(
-            "own modules", False, detail, f"install into an environment of its own: {sys.executable} -m venv .venv"
-        )
+        return Check("own modules", False, detail, f"install into an environment of its own: {python()} -m venv .venv")
     return Check("own modules", True, f"core, backends, kernels and the others come from {root}")
-
-
-def _pip() -> str:
-    return f"{sys.executable} -m pip"
 
 
 def _library_checks(hardware: Hardware) -> Iterator[Check]:
     if hardware.os == "darwin" and hardware.chip and not hardware.emulated:
-        yield _import_check("mlx", "import mlx.core as m; print(m.__version__)", f"{_pip()} install mlx")
+        yield _import_check("mlx", "import mlx.core as m; print(m.__version__)", pip_install("mlx"))
         if importlib.util.find_spec("torch") is None:
-            action = f"{_pip()} install torch"
+            action = pip_install("torch")
             yield Check("torch", None, "not installed; only the cpu backend needs it here", action)
             return
     code = "import torch; print(torch.__version__, torch.version.cuda or 'none', torch.cuda.is_available())"
-    yield _import_check("torch", code, f"{_pip()} install torch", tell=lambda text: _told_torch(text, hardware))
+    yield _import_check("torch", code, pip_install("torch"), tell=lambda text: _told_torch(text, hardware))
 
 
 def _import_check(name: str, code: str, action: str, tell: Any = None) -> Check:
@@ -156,7 +151,7 @@ def _told_torch(text: str, hardware: Hardware) -> Check:
     numbers = tuple(int(n) for n in re.findall(r"\d+", release)[:2])
     if numbers < MIN_TORCH:
         least = ".".join(map(str, MIN_TORCH))
-        return Check("torch", False, f"{release}, older than {least}", f'{_pip()} install "torch>={least}"')
+        return Check("torch", False, f"{release}, older than {least}", pip_install(f"torch>={least}"))
     if hardware.gpus and works != "True":
         why = "is a build without CUDA" if cuda == "none" else f"(CUDA {cuda}) cannot use the driver here"
         action = remedy(hardware) or "run nvidia-smi; if it fails too, install NVIDIA's driver"

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+from core.commands import quoted
 from core.effects import Effect, Replication
 from core.errors import LabError, UserError
 from core.lab import PROGRAM, RECIPE, Lab
@@ -133,7 +134,7 @@ def _check_name(lab: Lab, name: str, ref: str) -> None:
     if lab.git.head() == ref:
         raise UserError(
             f"the branch {name} is checked out in {lab.path}",
-            f"git -C {lab.path} checkout {lab.branch}, or choose another: --branch NAME",
+            f"git -C {quoted(lab.path)} checkout {lab.branch}, or choose another: --branch NAME",
         )
     present = lab.git.refs(ref).get(ref)
     ours = {e.text for e in lab.ledger.events() if e.kind == EVENT}

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import math
 import re
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from core.apple import Apple, identify
+from core.commands import pip_install
 from core.contract import Choice
 from core.errors import UserError
 from core.facts import Facts, Gpu, GpuProblem, LocalFacts, Power
@@ -346,7 +346,7 @@ def remedy(hardware: Hardware) -> str:
     if "CUDA_VISIBLE_DEVICES" in problem:
         return "unset CUDA_VISIBLE_DEVICES, or name a GPU that `nvidia-smi -L` lists"
     if "nvidia-ml-py" in problem:
-        return f"{sys.executable} -m pip install nvidia-ml-py"
+        return pip_install("nvidia-ml-py")
     if "mismatch" in problem.lower():
         return "restart the machine"
     if problem:
@@ -375,7 +375,7 @@ def _suits_mlx(hardware: Hardware) -> tuple[bool, str]:
     if 0 < hardware.memory < _MIN_UNIFIED:
         return False, f"{hardware.chip} with {_gib(hardware.memory)} of unified memory, below {_gib(_MIN_UNIFIED)}"
     if not hardware.mlx:
-        return False, f"MLX is not installed on this {hardware.chip}: {sys.executable} -m pip install mlx"
+        return False, f"MLX is not installed on this {hardware.chip}: {pip_install('mlx')}"
     return True, ", ".join(part for part in (hardware.chip, _gib(hardware.memory), hardware.apple.summary()) if part)
 
 

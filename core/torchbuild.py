@@ -6,10 +6,13 @@ import re
 import sys
 from dataclasses import dataclass
 
+from core.commands import pip_install
+
 # CUDA's major version -> the oldest driver branch that runs it (NVIDIA, "CUDA Compatibility", table of minor versions).
 OLDEST_DRIVER = {11: 450, 12: 525, 13: 580}
 WHEELS = ((580, "cu130"), (570, "cu128"), (525, "cu126"))  # oldest driver -> PyTorch's index for it, newest first
 INDEX = "https://download.pytorch.org/whl"
+WINDOWS_TORCH = "torch>=2.14,<2.15"  # what the triton-windows of pyproject.toml's [rtx] is built for
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,8 @@ def install(branch: int) -> str:
     wheel = _wheel(branch) if branch else WHEELS[0][1]
     if not wheel:
         return f"update the driver to {WHEELS[-1][0]} or newer: driver {branch} runs no build of torch that works here"
-    return f"{sys.executable} -m pip install --force-reinstall torch --index-url {INDEX}/{wheel}"
+    torch = WINDOWS_TORCH if sys.platform == "win32" else "torch"
+    return pip_install("--force-reinstall", torch, "--index-url", f"{INDEX}/{wheel}")
 
 
 def _wheel(branch: int) -> str:

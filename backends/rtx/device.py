@@ -12,12 +12,12 @@ from backends.cuda.device import CudaDevice
 from backends.rtx.cards import SOURCE, known
 from core.contract import Choice, Memory, Peak
 from core.errors import UserError
+from core.torchbuild import install
 
 OLDEST = (7, 5)
 AMPERE = (8, 0)
 DESKTOP = 3 * 2**28  # bytes that are left to the desktop on Windows: beyond the card's end its driver swaps, not fails
 LEFT = 2**28  # elsewhere
-CUDA_TORCH = "pip install --force-reinstall torch --index-url https://download.pytorch.org/whl/cu130"
 
 
 class RtxDevice(CudaDevice):
@@ -59,7 +59,7 @@ def no_cuda(platform: str = sys.platform) -> UserError:
     if torch.version.cuda is None:
         where = " (PyPI's torch for Windows is one)" if platform == "win32" else ""
         return UserError(
-            f"torch {torch.__version__} is a build without CUDA{where}", f"{CUDA_TORCH}, or use --backend cpu"
+            f"torch {torch.__version__} is a build without CUDA{where}", f"{install(0)}, or use --backend cpu"
         )
     return UserError(
         f"torch {torch.__version__} (CUDA {torch.version.cuda}) cannot use this machine's driver",
