@@ -1,7 +1,8 @@
 """The coding agents that are known by name, and how to read what they say.
 
 Flags are those of the agents' own help, read in November 2026: Claude Code 2.1.197 (also run), Codex 0.169.0, Gemini
-CLI 0.61.0; those of aider are from https://aider.chat/docs/scripting.html.
+CLI 0.61.0, which takes its task from standard input (https://geminicli.com/docs/cli/headless); those of aider are from
+https://aider.chat/docs/scripting.html.
 """
 
 from __future__ import annotations
@@ -152,7 +153,8 @@ AGENTS: Mapping[str, Agent] = {
         ),
         Agent(
             "gemini",
-            "gemini --output-format json --approval-mode auto_edit --skip-trust --prompt {prompt}",
+            # The task comes on standard input: npm's gemini.cmd would end a --prompt at its first line.
+            "gemini --output-format json --approval-mode auto_edit --skip-trust",
             install="npm install -g @google/gemini-cli",
             login="log in once with `gemini`, or set GEMINI_API_KEY",
             passed=("GEMINI_API_KEY", "GOOGLE_API_KEY", "GOOGLE_CLOUD_PROJECT", "GOOGLE_CLOUD_LOCATION",

@@ -133,6 +133,11 @@ class Command:
                 action += ", or use an API key: --researcher claude"
             raise UserError(f"researcher {self.name}: there is no program {self.argv[0]!r}", action)
         self.argv[0] = os.path.abspath(found)  # noqa: PTH100 - a virtual environment's Python is a link, not followed
+        if sys.platform == "win32" and found.lower().endswith((".cmd", ".bat")) and "{prompt}" in "".join(self.argv):
+            raise UserError(
+                f"{found} is read by cmd.exe, which ends a command at the first line of the task",
+                "leave {prompt} out: the task comes on standard input; or use {prompt_file}",
+            )
 
 
 class ClaudeCode(Command):
@@ -164,8 +169,12 @@ class Gemini(Command):
 
 
 def _split(template: str) -> list[str]:
+    words = shlex.shlex(template, posix=True)
+    words.whitespace_split, words.commenters = True, ""
+    if sys.platform == "win32":
+        words.escape = ""  # a backslash is a part of a path there
     try:
-        argv = shlex.split(template, posix=sys.platform != "win32")
+        argv = list(words)
     except ValueError as error:
         raise UserError(f"--command {template!r} cannot be read: {error}", "close its quotes") from None
     if not argv:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from scripted import Scripted, git, make_lab, recipe
 import researchers
 from core.contract import Unavailable, View
 from core.errors import UserError
+from core.kept import Orders, environment, run_kept
 from core.lab import Lab
 from core.loop import Limits, Loop
 from core.settings import Settings
@@ -213,6 +215,32 @@ def test_it_ends_when_whoever_started_it_is_killed(lab: Lab, tmp_path: Path) -> 
     _wait_for(lambda: _gone(pids))
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="Ctrl-C is a signal")
+def test_a_keeper_that_is_interrupted_ends_the_agent_first(tmp_path: Path) -> None:
+    """As Windows' console does it with every process of its group."""
+    (tmp_path / "in").touch()
+    waits = "import os, time; from pathlib import Path; Path('new').write_text(str(os.getpid()))\n"
+    waits += "os.rename('new', 'pid'); time.sleep(600)"
+    places = [tmp_path / name for name in ("in", "out", "err")]
+    orders = Orders([sys.executable, "-c", waits], environment([]), tmp_path, *places, seconds=300.0, isolate=False)
+    told: list[int] = []
+
+    def look() -> bool:
+        if (tmp_path / "pid").exists() and not told:
+            (keeper,) = [p for p in psutil.Process().children() if "keeper.py" in " ".join(p.cmdline())]
+            told.append(keeper.pid)
+            os.kill(keeper.pid, signal.SIGINT)
+        return False
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell in the background has it ignored
+    try:
+        ended = run_kept(orders, look)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert "its keeper failed" in ended.error
+    assert _gone([int((tmp_path / "pid").read_text())])
+
+
 def _wait_for(what: Callable[[], bool]) -> None:
     give_up = time.monotonic() + 60
     while not what():
@@ -319,6 +347,24 @@ def test_a_model_goes_behind_a_subcommand(monkeypatch: pytest.MonkeyPatch, tmp_p
     assert researchers.make("codex", model="m").argv[:4] == [str(tmp_path / "codex"), "exec", "--model", "m"]  # type: ignore[attr-defined]
     assert researchers.make("claude-code", model="m").argv[:3] == [str(tmp_path / "claude"), "--model", "m"]  # type: ignore[attr-defined]
     assert not researchers.make("claude-code").is_billed()  # type: ignore[attr-defined]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a shell script stands in for the agent")
+@pytest.mark.parametrize("name", ["gemini", "codex", "claude-code"])
+def test_an_agent_that_npm_installs_gets_its_task_on_standard_input(
+    lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """npm's script for cmd.exe would end an argument of many lines at the first."""
+    script = tmp_path / AGENTS[name].command.split()[0]
+    script.write_text(
+        "#!/bin/sh\ngrep -q 'Then do this once' || exit 3\n"
+        "case $* in *val_bpb*) exit 4;; esac\n"
+        "echo 'OF_ITS_OWN = 1' >> train.py; echo 'one idea' > idea.txt\n"
+    )
+    script.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    proposal = researchers.make(name).propose(see(lab))
+    assert proposal.source.endswith(b"OF_ITS_OWN = 1\n") and proposal.description == "one idea"
 
 
 def test_what_other_agents_print_is_read() -> None:
