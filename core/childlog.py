@@ -26,7 +26,9 @@ class CappedLog:
         path.parent.mkdir(parents=True, exist_ok=True)
         # A link planted under this name must not lead our writing elsewhere.
         path.unlink(missing_ok=True)
-        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0), 0o600)
+        how = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0)
+        how |= getattr(os, "O_BINARY", 0)  # else Windows writes two bytes for a line's end, and places are counted
+        self._file = os.open(path, how, 0o600)
 
     def add(self, data: bytes) -> None:
         with self._lock:

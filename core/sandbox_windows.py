@@ -173,12 +173,19 @@ def environment(home: Path, caches: Path) -> dict[str, str]:
     """What a child on Windows needs besides, or otherwise, than elsewhere. Nothing of the user's own folders."""
     root = os.environ.get("SYSTEMROOT", r"C:\Windows")
     return {
-        "PATH": ";".join([str(sys.base_prefix), rf"{root}\System32", root]),
+        "PATH": ";".join([*map(str, _python_folders()), rf"{root}\System32", root]),
         "USERPROFILE": str(home),
         "APPDATA": str(caches / "roaming"),
         "LOCALAPPDATA": str(caches / "local"),
         "PYTHONUTF8": "1",
     }
+
+
+def _python_folders() -> list[Path]:
+    """Where this Python's libraries lie: conda keeps those that ctypes and numpy need in folders of their own."""
+    base = Path(sys.base_prefix)
+    more = (base / "DLLs", base / "Library" / "bin", base / "Library" / "mingw-w64" / "bin")
+    return [base, *(folder for folder in more if folder.is_dir())]
 
 
 def hard_limit(policy: sandbox.Policy) -> int:
@@ -250,19 +257,25 @@ class WindowsChild(sandbox.Child):
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(sandbox.WATCH_EVERY)
         code = self._process.wait()
-        self._tell_launcher()
+        with contextlib.suppress(OSError):  # what is left ends with the job's last handle, in `_finish`
+            self._tell_launcher()
         reader.join(sandbox.END_WITHIN)  # the pipe ends with the last process that holds it
-        self._finish()
-        self._code = -9 if code == KILLED else code
-        self._ended.set()
+        try:
+            self._finish()
+        finally:
+            self._code = -9 if code == KILLED else code
+            self._ended.set()
 
     def _finish(self) -> None:
         with self._lock:
             job, self._job = self._job, None
-        if job is not None:
-            self._peak = max(self._peak, self._system.peak(job))
-            self._system.close(job)
-        self._log.close()
+        try:
+            if job is not None:
+                with contextlib.suppress(OSError):  # then the largest that was seen counts
+                    self._peak = max(self._peak, self._system.peak(job))
+                self._system.close(job)
+        finally:
+            self._log.close()
 
     def _read(self) -> None:
         output = self._process.stdout

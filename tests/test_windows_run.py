@@ -188,6 +188,27 @@ def test_a_child_that_is_not_in_its_job_never_runs(jobs: StandIn, tmp_path: Path
     assert not (tmp_path / "ran").exists()
 
 
+def test_a_call_of_windows_that_is_refused_leaves_no_child_that_never_ends(
+    jobs: StandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither the peak nor the end of a job that is empty by now."""
+
+    def refused(job: int) -> int:
+        raise OSError("QueryInformationJobObject: Windows refused with error 87")
+
+    monkeypatch.setattr(jobs, "peak", refused)
+    monkeypatch.setattr(jobs, "end", refused)
+    policy = sandbox.standard_policy(tmp_path / "scratch", "cpu")
+    child = sandbox.launch(
+        [sys.executable, "-c", "print('done')"], policy, cwd=tmp_path / "scratch", log=tmp_path / "log"
+    )
+    assert child.wait(60.0) == 0 and child.log_tail().strip() == "done"
+    began = time.monotonic()
+    child.kill()
+    assert time.monotonic() - began < 5.0 and jobs.jobs == {}
+    child.channel.close()
+
+
 def test_a_gpu_childs_memory_is_watched_and_not_limited_by_the_job(tmp_path: Path) -> None:
     """Windows' driver commits as much memory of the system as it uses of the card."""
     policy = sandbox.standard_policy(tmp_path, "cpu", memory_bytes=2**30)
