@@ -277,7 +277,8 @@ def _verify(dataset: Dataset, quick: bool) -> None:
             raise _damage(dataset.path, f"{dataset.path / info.file} is missing") from None
         if stat.st_size != info.size:
             raise _wrong_size(dataset.path, info, stat.st_size)
-        # Changing a file moves its ctime, which cannot be set back by hand.
+        # Changing a file moves its ctime, which cannot be set back by hand. Windows has the time of creation there, so
+        # that an edit can be hidden: `Lab.dataset` takes "full" there.
         stamps[info.file] = [info.sha256, stat.st_size, stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns]
     known = _read_checked(dataset.path)
     for info in infos:

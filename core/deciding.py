@@ -34,6 +34,7 @@ class Deciding:
     def __init__(self, session: Session) -> None:
         self._session = session
         self.decided: list[Experiment] = []  # in this run
+        self._late = ""  # why results.tsv is older than the ledger
 
     def rule(self) -> Rule:
         return Rule(min_effect=self._session.lab.settings.min_delta)
@@ -129,6 +130,7 @@ class Deciding:
             products.keep(e.number, outcome.weights, outcome.caches)
         products.clear_work({e.number})
         session.lab.publish()
+        self.write_results()
         if not self.restore_recipe() and e.is_kept:
             session.note(
                 f"train.py was edited meanwhile and stays; #{e.number} is the best now: autoresearch best --source"
@@ -136,6 +138,13 @@ class Deciding:
         self.decided.append(e)
         told = {"number": e.number, "status": e.status, "val_bpb": e.val_bpb, "reason": e.reason}
         session.on_event(Event("decided", told))
+
+    def write_results(self) -> None:
+        """results.tsv; that it has to wait is told once."""
+        late = self._session.lab.write_results_tsv()
+        if late and not self._late:
+            self._session.note(late)
+        self._late = late
 
     def restore_recipe(self) -> bool:
         """The best's train.py goes back, unless something lies there that was not judged yet. Did it?"""

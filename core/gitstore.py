@@ -21,10 +21,11 @@ import psutil
 from git.cmd import Git
 
 from core.errors import LabError
-from core.files import replace_open
+from core.files import replace_file, replace_open
 
 ZERO = "0" * 40  # as an old value: the ref must not exist yet; as a new value: delete it
 FULL = 2**16  # bytes; with less room a failure of git is taken for a full disk
+AS_THEY_ARE = b"* -text"  # line of .git/info/attributes, which outvotes every other file of attributes
 IDENTITY = ("autoresearch", "autoresearch@localhost")
 
 # Command-line settings outvote every file. Each either switches off something that would run a program or
@@ -78,7 +79,19 @@ class GitStore:
         store = cls(worktree)
         store._run("init", "--quiet", "--template=", "--object-format=sha1", f"--initial-branch={branch}")
         store._run("config", "--local", "core.bare", "false")
+        store.keep_bytes()
         return store
+
+    def keep_bytes(self) -> None:
+        """Also the user's own `git checkout` writes the bytes that were committed. Git for Windows would end lines with
+        CRLF, and train.py would differ from the best for good."""
+        setting = ("config", "--local", "core.autocrlf")
+        if self._call(*setting)[1].strip() != b"false":
+            self._run("config", "--local", "--replace-all", "core.autocrlf", "false")
+        file = self.path / "info" / "attributes"
+        lines = file.read_bytes().splitlines() if file.is_file() else []
+        if AS_THEY_ARE not in lines:
+            replace_file(file, b"\n".join([*lines, AS_THEY_ARE, b""]))  # the last line that matches counts
 
     # --- objects ---------------------------------------------------------------------------------
 

@@ -18,6 +18,7 @@ import json
 import os
 import re
 import stat
+import sys
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from core import locks, paths
+from core.commands import quoted
 from core.contract import Past, View
 from core.data import Dataset
 from core.errors import DataError, LabError
@@ -57,6 +59,7 @@ class Lab:
         self.git = GitStore(path)
         self.products = Products(record)
         self._first_commit: str | None = None
+        self._hashed = False  # was the data hashed by this process?
 
     # --- making and finding ------------------------------------------------------------------------
 
@@ -115,6 +118,7 @@ class Lab:
             self.propose_baseline()
         self.make_repository()
         self.publish()
+        self.write_results_tsv()
         replace_file(self.path / PROGRAM, program)
         replace_file(self.path / RECIPE, recipe)
         pointer = {"schema": SCHEMA, "record": self.record.name, "tag": self.tag}
@@ -264,8 +268,10 @@ class Lab:
         return (self.path / RECIPE).exists() and self.working_source() != self.best_source()
 
     def dataset(self) -> Dataset:
-        """The prepared data, its hashes checked. Raises `DataError`."""
-        dataset = Dataset.open(paths.data_root() / self.settings.data, verify="quick")
+        """The prepared data, its hashes checked: on Windows all of them, once in a process. Raises `DataError`."""
+        whole = sys.platform == "win32" and not self._hashed  # no time of a file is out of a user's reach there
+        dataset = Dataset.open(paths.data_root() / self.settings.data, verify="full" if whole else "quick")
+        self._hashed = True
         if dataset.sha256 != self.settings.data_sha256:
             raise DataError(
                 f"data set {self.settings.data} is not the one that lab {self.tag} was made with (manifest "
@@ -360,7 +366,7 @@ class Lab:
         return self.git.clear_stale_locks([self.branch_ref, self.candidate_ref("").rstrip("/")])
 
     def publish(self) -> list[str]:
-        """Make refs, index and results.tsv show what the ledger says; tells what had to be mended in git."""
+        """Make refs and index show what the ledger says; tells what had to be mended."""
         experiments, prefix = self.ledger.experiments(), self.candidate_ref("")
         first = self._rebuild(experiments)
         differ = refs_to_set(experiments, self.git.refs(self.branch_ref, prefix), self.branch_ref, prefix, first)
@@ -371,7 +377,6 @@ class Lab:
         tip = wanted_refs(experiments, self.branch_ref, prefix, first)[self.branch_ref]
         if self.git.head() == self.branch_ref:
             self.git.reset_index(tip)
-        self.write_results_tsv()
         return [f"set {name} to {sha[:10]}" for name, sha in differ.items()]
 
     def _rebuild(self, experiments: Sequence[Experiment]) -> str:
@@ -400,8 +405,12 @@ class Lab:
                 self.ledger.event("saved", f"a train.py that was never judged: git cat-file blob {name}")
         replace_file(file, best)
 
-    def write_results_tsv(self) -> None:
-        """Upstream's five columns. What failed has an empty val_bpb, not a number that would win."""
+    def write_results_tsv(self) -> str:
+        """Upstream's five columns. What failed has an empty val_bpb, not a number that would win.
+
+        Returns why it was not written, "" when it was: it is a view, and no reason to end a night, and Windows replaces
+        no file that a spreadsheet holds open.
+        """
         lines = ["commit\tval_bpb\tmemory_gb\tstatus\tdescription"]
         for e in self.ledger.experiments():
             if e.status is None:
@@ -411,7 +420,13 @@ class Lab:
             status = "discard" if e.undone else e.status  # what was taken back is no keep for whoever reads this
             row = ((e.commit or "")[:7], score, memory, status, " ".join(e.description.split()))
             lines.append("\t".join(row))
-        replace_file(self.path / RESULTS, ("\n".join(lines) + "\n").encode())
+        try:
+            replace_file(self.path / RESULTS, ("\n".join(lines) + "\n").encode())
+        except PermissionError:
+            if sys.platform != "win32":  # a folder that is read-only, which stops everything else too
+                raise
+            return f"{RESULTS} is open elsewhere; it is written with the next experiment"
+        return ""
 
     # --- asking and locking ------------------------------------------------------------------------
 
@@ -449,6 +464,7 @@ class Lab:
                 raise LabError(f"experiment {number} is not a keep that stands", f"keeps that can be undone: {numbers}")
             if number == kept[0].number:
                 raise LabError(f"experiment {number} is the baseline, from which all others start", "make a new lab")
+            self.git.keep_bytes()  # else what `how_to_restore` says would change nothing
             if self.is_dirty():
                 raise LabError("train.py has changes that were not judged", f"{self.how_to_restore()} first")
             undone = [e.number for e in kept if e.number >= number]
@@ -456,13 +472,16 @@ class Lab:
                 self.ledger.mark_undone(undone)
                 self.ledger.event("undo", f"taken back: {', '.join(f'#{n}' for n in undone)}", number)
             self.publish()
+            if late := self.write_results_tsv():
+                self.ledger.event("note", late)
             self.restore_recipe()
             best = self.best()
             self.products.forget_others(best.number if best else None)
             return undone
 
     def how_to_restore(self) -> str:
-        return f"`autoresearch try {self.path} -m '...'` judges them, `git -C {self.path} checkout {RECIPE}` drops them"
+        judge = f"autoresearch try {quoted(self.path)} -m '...'"
+        return f"`{judge}` judges them, `{_checkout(self.path / RECIPE)}` drops them"
 
     def clean(self, dry_run: bool) -> list[tuple[str, int]]:
         """What only takes room: (path, bytes). Frees it unless `dry_run`."""
@@ -545,12 +564,16 @@ def _last_used() -> Path | None:
     return last if (last / POINTER).is_file() else None
 
 
+def _checkout(path: Path) -> str:
+    return f"git -C {quoted(path.parent)} checkout {path.name}"
+
+
 def _read_plain(path: Path) -> bytes:
     """A regular file that is no link and not absurdly large."""
     try:
         fd = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
     except FileNotFoundError:
-        raise LabError(f"{path} is missing", f"put it back: git -C {path.parent} checkout {path.name}") from None
+        raise LabError(f"{path} is missing", f"put it back: {_checkout(path)}") from None
     except OSError as error:
         raise LabError(f"{path} cannot be read ({error.strerror})", "it has to be a plain file") from error
     facts = os.fstat(fd)

@@ -167,8 +167,10 @@ class Loop:
             self.lab.make_repository()
             says.append("the lab's repository was damaged and is made again from the ledger")
         says += [f"removed stale {name}" for name in self.lab.clear_leftovers()]
+        self.lab.git.keep_bytes()  # labs made before had nothing that does
         says += [self._take_up(action, number) for action, number in unfinished(self.ledger.experiments())]
         says += self.lab.publish()
+        self._deciding.write_results()
         best = self.lab.best()
         if best is not None and self.lab.best_weights() is None:
             outcome = Outcome.from_dict(best.outcome or {})
@@ -450,7 +452,8 @@ def _explained(lab: Lab) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        place = Path(str(error.filename)) if error.filename else lab.record
+        name = error.filename2 or error.filename  # of a file that is replaced, the one beside it is gone by now
+        place = Path(str(name)) if name else lab.record
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise UserError(
                 f"the disk of {place} is full", "free some space, then `autoresearch run`: nothing is lost"

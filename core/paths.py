@@ -4,6 +4,7 @@ Mac ~/.autoresearch)."""
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 
@@ -19,8 +20,12 @@ def home() -> Path:
     import platformdirs  # here, because children in the sandbox do without it
 
     usual = Path(platformdirs.user_data_dir("autoresearch"))
+    if " " not in str(usual) or usual.exists():
+        return usual
     # A Mac's is below "Application Support", and torch.compile hands paths to the C++ compiler without quotes.
-    return Path.home() / ".autoresearch" if " " in str(usual) and not usual.exists() else usual
+    # Elsewhere the space is in the user's own name, which this place does not avoid: only what is there already counts.
+    short = Path.home() / ".autoresearch"
+    return short if sys.platform == "darwin" or (short / "records").is_dir() else usual
 
 
 def data_root() -> Path:
