@@ -12,6 +12,8 @@ from typing import Any
 
 import psutil
 
+from core.windows import awake_seconds
+
 PRESSURE = Path("/proc/pressure/memory")  # Linux with PSI
 
 
@@ -26,12 +28,14 @@ class Clocks:
 
 
 def read_clocks() -> Clocks:
-    """Where the system has no pair of clocks that tells sleep (Windows), the first two are the same one."""
-    awake = running = time.monotonic()
+    """Where the system has no pair of clocks that tells sleep, the first two are the same one."""
+    awake = running = time.monotonic()  # on Windows it goes on in sleep
     if sys.platform == "linux":
         running = time.clock_gettime(time.CLOCK_BOOTTIME)
     elif sys.platform == "darwin":
         awake, running = time.clock_gettime(time.CLOCK_UPTIME_RAW), time.clock_gettime(time.CLOCK_MONOTONIC)
+    elif sys.platform == "win32":
+        awake = awake_seconds()
     return Clocks(awake, running, time.time())
 
 

@@ -17,13 +17,14 @@ from collections.abc import Mapping, Sequence
 from ctypes import wintypes
 from pathlib import Path
 from socket import socket
-from typing import IO, Any, Protocol
+from typing import IO, Protocol
 
 import psutil
 
 from core import handles, sandbox, trees, wire
 from core.childlog import CappedLog
 from core.handles import Giver
+from core.windows import library
 
 CREATE_SUSPENDED, CREATE_NEW_PROCESS_GROUP, CREATE_NO_WINDOW = 0x4, 0x200, 0x8000000
 IDLE_PRIORITY = 0x40
@@ -142,10 +143,6 @@ class Windows:
 
     def close(self, job: int) -> None:
         checked(library("kernel32").CloseHandle(wintypes.HANDLE(job)), "CloseHandle")
-
-
-def library(name: str) -> Any:
-    return getattr(ctypes, "WinDLL")(name, use_last_error=True)  # noqa: B009 - exists on Windows only
 
 
 def checked(result: int | None, call: str) -> int:

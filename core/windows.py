@@ -1,10 +1,13 @@
-"""What Windows may do to a night: restart for an update, or let a cloud's client work on the lab's files."""
+"""What is asked of Windows alone: its libraries, its devices, how long it was awake, and what it may do to a night:
+restart for an update, or let a cloud's client work on the lab's files."""
 
 from __future__ import annotations
 
+import ctypes
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from core.places import synced_by
 
@@ -40,6 +43,30 @@ def long_paths() -> bool:
             return bool(winreg.QueryValueEx(key, "LongPathsEnabled")[0])
     except OSError:
         return False
+
+
+def pci_devices() -> list[str]:
+    """ "VEN_10DE&DEV_2484&...", one for each kind of PCI device that Windows has met; [] on other systems."""
+    if sys.platform != "win32":
+        return []
+    import winreg
+
+    try:
+        with winreg.OpenKey(winreg.HKEY_LOCAL_MACHINE, r"SYSTEM\CurrentControlSet\Enum\PCI") as key:
+            return [winreg.EnumKey(key, index) for index in range(winreg.QueryInfoKey(key)[0])]
+    except OSError:  # a virtual machine may have no such bus
+        return []
+
+
+def awake_seconds() -> float:
+    """How long Windows has been awake since its start: what it slept does not count."""
+    ticks = ctypes.c_ulonglong()  # of 100 ns
+    library("kernel32").QueryUnbiasedInterruptTime(ctypes.byref(ticks))
+    return ticks.value / 1e7
+
+
+def library(name: str) -> Any:
+    return getattr(ctypes, "WinDLL")(name, use_last_error=True)  # noqa: B009 - exists on Windows only
 
 
 def warnings(folder: Path, environ: Mapping[str, str]) -> list[str]:

@@ -21,7 +21,7 @@ from windows_stand_in import StandIn, members, refuse_open_files
 
 from console.output import Screen
 from console.running import run_verb
-from core import handles, processes, sandbox, sandbox_windows, selfcheck_windows, wire
+from core import handles, interruptions, processes, sandbox, sandbox_windows, selfcheck_windows, wire
 from core.data import Dataset
 from core.errors import UserError
 from core.lab import Lab
@@ -39,6 +39,7 @@ def jobs(monkeypatch: pytest.MonkeyPatch) -> Iterator[StandIn]:
     sandbox.abilities.cache_clear()
     monkeypatch.setattr(sys, "platform", "win32")
     monkeypatch.setattr(sandbox_windows, "Windows", lambda: system)
+    monkeypatch.setattr(interruptions, "awake_seconds", time.monotonic)
     monkeypatch.setattr(wire, "Selector", selectors.SelectSelector)
     yield system
     monkeypatch.undo()
