@@ -1,9 +1,10 @@
 """What else a graphics card is doing: a game started in the middle of an experiment makes its score worthless.
 
 The card is looked at through NVML while the trainer runs. Where the driver tells processes apart (Linux), other ones'
-share of the card is read from it; under Windows' driver model (WDDM) and WSL2 it does not, so there only memory that
-grew without us, the card's heat, its power limit and its clock speak. Everything comes through `Source`, so that tests
-can present a card. Imports no torch.
+share of the card is read from it. Under Windows' driver model (WDDM) it does not: there Windows' own counters tell who
+keeps the card busy (core/wddm.py). Under WSL2 and in some containers nobody does. Whose the memory is stays unknown in
+all three, so there all that is taken may not grow by more than our own training could. Heat, a power brake and the
+power limit speak everywhere. Everything comes through `Source`, so that tests can present a card. Imports no torch.
 """
 
 from __future__ import annotations
@@ -18,9 +19,12 @@ from typing import Any, Protocol
 EVERY = 2.0  # seconds between two looks during a training
 BUSY = 0.20  # share of the card that others may use on average before a score is worthless
 TAKEN = 512 * 2**20  # bytes that others may take or give back during a training
+OUR_GROWTH = 1 / 8  # of what is taken after the warm-up: our allocator's gaps may grow by that
 SLOWED = 0.25  # share of the looks at which the card was held back by heat or a power brake
 HOT = 90  # degrees Celsius
 WAIT_EVERY = 15.0  # seconds between two looks at a card that is waited for
+LINGERS = 1.5  # seconds after which a driver's figure, of the last second at most, no longer contains what has ended
+SLICE = 0.2  # seconds: on Windows a longer wait of the main thread would hold Ctrl-C up
 QUIET_LOOKS = 2  # in a row, before it counts as free
 WAIT_MOST = 6 * 3600.0  # seconds
 
@@ -35,9 +39,11 @@ class Look:
     ours: int | None = None  # bytes taken by our processes
     free: int | None = None
     clock: int | None = None  # MHz of the processors
+    clock_most: int | None = None  # MHz that they could have
     temperature: int | None = None  # degrees Celsius
     power_limit: float | None = None  # watts
     slowed: bool = False  # held back by heat or a power brake
+    untold: str = ""  # why others' share is not known, where there is a way to know it
     error: str = ""  # why nothing is known
 
 
@@ -60,8 +66,9 @@ class Watch:
 
     def _keep_looking(self) -> None:
         while not self._end.wait(self._every):
+            began_paused = self._paused
             seen = self._source.look(self._device, self._ours())
-            if not self._paused:
+            if not began_paused and not self._paused:
                 self._looks.append(seen)
 
     def pause(self) -> None:
@@ -92,13 +99,28 @@ def summary(looks: Sequence[Look]) -> dict[str, Any]:
         "looks": len(known),
         "others_busy": round(fmean(others), 3) if others else None,
         "others_bytes": [theirs[0], min(theirs), max(theirs)] if theirs else None,
+        "all_bytes": None if theirs else _all_bytes(known),
         "free": min((look.free for look in known if look.free is not None), default=None),
         "clock_mhz": [min(clocks), max(clocks)] if clocks else None,
         "temperature_c": max(hot, default=None),
         "power_limit_w": [min(limits), max(limits)] if limits else None,
         "slowed": round(sum(look.slowed for look in known) / len(known), 3),
     }
-    return found | {"tainted": _why(found)}
+    untold = next((look.untold for look in known if look.untold), "")
+    return found | ({"untold": untold} if untold else {}) | {"tainted": _why(found)}
+
+
+def _all_bytes(looks: Sequence[Look]) -> list[int] | None:
+    """What everybody had taken at the first look, the most since, and how far that may grow by our training alone.
+
+    The watch begins after the warm-up, when our allocator has what its largest step takes and keeps it. Later it grows
+    by gaps between blocks only. On a card that is nearly full others cannot take much: half of what was free counts.
+    """
+    used = [look.used for look in looks if look.used is not None]
+    if not used:
+        return None
+    free = next((look.free for look in looks if look.free is not None), used[0])
+    return [used[0], max(used), max(TAKEN, min(int(OUR_GROWTH * used[0]), free // 2))]
 
 
 def _why(found: dict[str, Any]) -> str:
@@ -109,6 +131,11 @@ def _why(found: dict[str, Any]) -> str:
         start, least, most = found["others_bytes"]
         if max(most - start, start - least) > TAKEN:
             return f"other programs' memory on the card went from {start >> 20} to {least >> 20}..{most >> 20} MiB"
+    if found["all_bytes"]:
+        start, most, growth = found["all_bytes"]
+        if most - start > growth:
+            grown = f"{start >> 20} to {most >> 20} MiB"
+            return f"memory taken on the card went from {grown}, more than this training's own could grow"
     if found["power_limit_w"]:
         least, most = found["power_limit_w"]
         if least < 0.95 * most:
@@ -126,27 +153,49 @@ def wait_until_free(
     stop: threading.Event,
     most: float = WAIT_MOST,
     every: float = WAIT_EVERY,
+    lingers: float = LINGERS,
 ) -> bool:
     """Wait until nothing but the desktop uses the card. False when it was still in use after `most` seconds.
 
-    Nothing of ours runs meanwhile, so that here all that is busy is others', on every system.
+    Nothing of ours runs meanwhile, so that here all that is busy is others', on every system. But our last child may
+    have ended just now, and its work is in the driver's figure for a second more: a busy card is looked at twice.
     """
     began, told, quiet = time.monotonic(), "", 0
+    share = used_by_others(source.look(device, ()))
+    if share > BUSY:
+        _wait(stop, lingers)
+        share = used_by_others(source.look(device, ()))
     while not stop.is_set():
-        look = source.look(device, ())
-        share = look.others_busy if look.others_busy is not None else look.busy
-        busy = bool(share and share > BUSY)
-        if look.error or not busy:
+        if share <= BUSY:
             quiet += 1
-            if quiet >= (QUIET_LOOKS if told else 1) or look.error:
+            if quiet >= (QUIET_LOOKS if told else 1):
                 return True
         else:
             quiet = 0
-            text = f"the card is {share:.0%} busy with other programs: waits until it is free"
             if not told:
-                say(text)
-            told = text
+                told = f"the card is {share:.0%} busy with other programs: waits until it is free"
+                say(told)
             if time.monotonic() - began >= most:
                 return False
-        stop.wait(every)
+        _wait(stop, every)
+        share = used_by_others(source.look(device, ()))
     return True
+
+
+def used_by_others(look: Look) -> float:
+    """The share of what the card can do that others use, while nothing of ours runs; 0 where nothing is known.
+
+    Kernels of a desktop or a film run most of the time on a card that has slowed its clock down for them: 40 % of the
+    time at a sixth of its clock is 7 % of the card. A game is at full clock.
+    """
+    share = look.others_busy if look.others_busy is not None else look.busy
+    if look.error or share is None:
+        return 0.0
+    slow = look.clock / look.clock_most if look.clock and look.clock_most else 1.0
+    return share * min(1.0, slow)
+
+
+def _wait(stop: threading.Event, seconds: float) -> None:
+    until = time.monotonic() + seconds
+    while (left := until - time.monotonic()) > 0 and not stop.wait(min(SLICE, left)):
+        pass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -11,6 +12,7 @@ import psutil
 
 from core.gpuwatch import Look
 from core.locks import cuda_uuid
+from core.wddm import Users
 
 # NVML's reasons for a lower clock that make steps slower than they were: heat, a power brake. Being idle is none.
 # Nor is 0x20, by which the driver of a laptop holds its card at the temperature that it has all night.
@@ -20,7 +22,9 @@ _HELD_BACK = 0x08 | 0x40 | 0x80
 class Nvml:
     """`core.gpuwatch.Source` of this machine."""
 
-    def __init__(self) -> None:
+    def __init__(self, users: Users | None = None) -> None:
+        """`users`: who else uses the card where the driver does not tell; by default Windows, where this is Windows."""
+        self._users = Users() if users is None and sys.platform == "win32" else users
         self._uuids: dict[str, str] = {}
         self._seen = 0  # microseconds: samples of processes up to here were read
 
@@ -59,16 +63,22 @@ class Nvml:
 
         rates, memory = ask("nvmlDeviceGetUtilizationRates"), ask("nvmlDeviceGetMemoryInfo")
         limit, reasons = ask("nvmlDeviceGetEnforcedPowerLimit"), ask("nvmlDeviceGetCurrentClocksThrottleReasons")
+        others, untold = self._others(ask, ours), ""
+        if others is None and ours and self._users is not None:
+            others = self._users.others_busy({os.getpid(), *ours})
+            untold = self._users.problem
         return Look(
             busy=rates.gpu / 100 if rates else None,
-            others_busy=self._others(ask, ours),
+            others_busy=others,
             used=int(memory.used) if memory else None,
             ours=_bytes_of(ask("nvmlDeviceGetComputeRunningProcesses"), ours),
             free=int(memory.free) if memory else None,
             clock=ask("nvmlDeviceGetClockInfo", nvml.NVML_CLOCK_SM),
+            clock_most=ask("nvmlDeviceGetMaxClockInfo", nvml.NVML_CLOCK_SM),
             temperature=ask("nvmlDeviceGetTemperature", nvml.NVML_TEMPERATURE_GPU),
             power_limit=limit / 1000 if limit else None,
             slowed=bool(reasons and reasons & _HELD_BACK),
+            untold=untold,
         )
 
     def _others(self, ask: Callable[..., Any], ours: Sequence[int]) -> float | None:
