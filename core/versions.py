@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from core.facts import nvidia_driver
 from core.paths import project_root
 from core.settings import Settings
 
@@ -16,7 +17,7 @@ from core.settings import Settings
 NOT_MEASURING = frozenset(
     {
         *("attacks", "doctor", "documents", "errors", "facts", "files", "gitstore", "gpuwatch", "guard", "hardware"),
-        *("hub", "nvml", "places", "torchbuild", "windows", "apart", "commands"),
+        *("hub", "nvml", "places", "torchbuild", "wddm", "windows", "apart", "commands"),
         *("keeping", "lab", "ledger", "live", "locks", "loop", "paths", "recipe", "recovery", "selfcheck"),
         "selfcheck_windows",
         *("verdict", "versions", "deciding", "measuring", "schema", "session"),
@@ -25,7 +26,7 @@ NOT_MEASURING = frozenset(
         *("gap", "idle", "objections", "reapply", "thinking", "waiting"),
     }
 )
-LIBRARIES = ("torch", "mlx", "triton", "numpy")
+LIBRARIES = ("torch", "mlx", "triton", "triton-windows", "numpy")
 
 
 def versions(settings: Settings, root: Path | None = None) -> dict[str, Any]:
@@ -35,7 +36,7 @@ def versions(settings: Settings, root: Path | None = None) -> dict[str, Any]:
         **{name: version for name in LIBRARIES if (version := _installed(name)) is not None},
         "python": platform.python_version(),
         "os": f"{platform.system()} {platform.release()} {platform.machine()}",
-        "driver": _driver(),
+        "driver": _driver(settings.device),
         "device": settings.device,
         "dtype": settings.dtype,
     }
@@ -65,9 +66,14 @@ def _installed(name: str) -> str | None:
         return None
 
 
-def _driver(read: Callable[[Path], str] = lambda path: path.read_text()) -> str | None:
-    """The NVIDIA driver's version on Linux; None without one."""
+def _driver(
+    device: str,
+    read: Callable[[Path], str] = lambda path: path.read_text(),
+    ask: Callable[[], str | None] = nvidia_driver,
+) -> str | None:
+    """The NVIDIA driver's version; None without one. Where its module is not Linux' own (Windows, WSL2) it is asked,
+    which takes longer, and so for its own devices only."""
     try:
         return read(Path("/sys/module/nvidia/version")).strip()
     except OSError:
-        return None
+        return ask() if device.startswith("cuda") else None

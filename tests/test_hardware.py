@@ -40,6 +40,7 @@ class Machine:
     disk: int = 500 * GIB
     battery: Power = field(default=Power())
     gpus: Sequence[Gpu] | str = "NVML Shared Library Not Found"
+    pci: Sequence[str] = ()
     build: TorchBuild = field(default=TorchBuild("2.14.1+cu128", "12.8"))
 
     def system(self):
@@ -54,6 +55,9 @@ class Machine:
     def listdir(self, path):
         inside = {name[len(path) + 1 :].split("/")[0] for name in self.files if name.startswith(path + "/")}
         return sorted(inside)
+
+    def pci_devices(self):
+        return self.pci
 
     def run(self, *argv):
         return self.commands.get(" ".join(argv))
@@ -90,6 +94,8 @@ def gpu(name, gib, capability, index=0, **more):
 
 
 H100 = gpu("NVIDIA H100 80GB HBM3", 79.6, (9, 0))
+WINDOWS = ("Windows", "11", "AMD64")
+WSL = ("Linux", "5.15.153.1-microsoft-standard-WSL2", "x86_64")
 CARD_ON_BUS = {
     "/sys/bus/pci/devices/0000:01:00.0/vendor": "0x10de\n",
     "/sys/bus/pci/devices/0000:01:00.0/class": "0x030000\n",
@@ -122,6 +128,10 @@ flags\t\t: fpu sse2 avx2 avx512f avx512_bf16 amx_bf16
         (Machine(), "cpu", "no GPU was found"),
         (Machine(files=CARD_ON_BUS, gpus="Driver Not Loaded"), "cpu", "does not answer (Driver Not Loaded)"),
         (Machine(gpus=[H100], env={"CUDA_VISIBLE_DEVICES": ""}), "cpu", "CUDA_VISIBLE_DEVICES=''"),
+        (Machine(os=WINDOWS, pci=["VEN_8086&DEV_A0B0", "VEN_10DE&DEV_2484"]), "cpu", "but its driver does not answer"),
+        (Machine(os=WINDOWS, pci=["VEN_8086&DEV_A0B0", "VEN_1002&DEV_73BF"]), "cpu", "no GPU was found"),
+        (Machine(os=WSL, files={"/dev/dxg": ""}), "cpu", "install or update NVIDIA's driver in Windows"),
+        (Machine(os=WSL), "cpu", "no GPU was found"),
     ],
 )
 def test_automatic_choice_keeps_its_reason(machine, backend, fact):
@@ -341,6 +351,59 @@ def test_doctor_names_the_next_command():
     assert found["memory"].ok is False
     assert "40 %" in found["power"].detail
     assert "/mnt/c" in found["wsl"].action
+
+
+@pytest.mark.parametrize(
+    ("machine", "action"),
+    [
+        (Machine(os=WINDOWS, pci=["VEN_10DE&DEV_2484"]), "run nvidia-smi; if it fails too, install NVIDIA's driver"),
+        (Machine(os=WSL, files={"/dev/dxg": ""}, gpus="GPU access blocked by the operating system"), "in Windows"),
+        (Machine(os=WSL, files={"/dev/dxg": ""}, gpus="the package nvidia-ml-py is not installed"), "pip install"),
+    ],
+)
+def test_doctor_notes_a_driver_that_does_not_answer_on_windows_and_wsl2(machine, action):
+    check = doctor._gpu_check(probe(machine))
+    assert check.ok is None and "does not answer" in check.detail and action in check.action
+
+
+RTX_3060 = gpu("NVIDIA GeForce RTX 3060", 11.7, (8, 6))
+
+
+@pytest.mark.parametrize(
+    ("card", "wanted", "programs", "headers", "ok", "said"),
+    [
+        (H100, None, ["gcc"], True, True, "/bin/gcc"),
+        (H100, None, ["clang"], True, True, "/bin/clang"),
+        (H100, None, [], True, False, "no C compiler (neither gcc nor clang): the cuda recipe does not run"),
+        (H100, None, ["gcc"], False, False, "no Python headers"),
+        (RTX_3060, None, [], True, None, "the rtx recipe goes by plain PyTorch"),
+        (RTX_3060, "cpu", [], False, "no check", ""),
+    ],
+)
+def test_doctor_says_what_tritons_launcher_lacks(monkeypatch, tmp_path, card, wanted, programs, headers, ok, said):
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: f"/bin/{name}" if name in programs else None)
+    monkeypatch.setattr(doctor, "_python_headers", lambda: tmp_path / "Python.h")
+    if headers:
+        (tmp_path / "Python.h").touch()
+    found = list(doctor._launcher_check(probe(Machine(gpus=[card])), wanted))
+    assert [check.ok for check in found] == ([] if ok == "no check" else [ok])
+    for check in found:
+        assert said in check.detail
+        assert ("gcc" in check.action, "-dev" in check.action) == (not programs, not headers) or check.ok
+
+
+def test_doctor_takes_the_compiler_that_triton_takes(monkeypatch):
+    monkeypatch.setenv("CC", "no-such-cc")
+    (check,) = doctor._launcher_check(probe(Machine(gpus=[H100])), None)
+    assert check.ok is False and "CC=no-such-cc is not found" in check.detail and "unset CC" in check.action
+    assert list(doctor._launcher_check(probe(Machine(os=WINDOWS, gpus=[RTX_3060])), None)) == []
+
+
+def test_the_headers_are_looked_for_where_triton_does(monkeypatch):
+    monkeypatch.setattr(doctor.sysconfig, "get_default_scheme", lambda: "posix_local")  # as Debian's Python says
+    folder = Path(doctor.sysconfig.get_path("include", "posix_prefix"))
+    assert doctor._python_headers() == folder / "Python.h"
 
 
 def test_doctor_finds_a_foreign_module_that_hides_ours(tmp_path):

@@ -10,8 +10,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from core import child, files, sandbox_windows, windows
+from core import child, facts, files, sandbox_windows, versions, windows
+from core.doctor import DISTRIBUTIONS
+from core.interruptions import Interruptions
 from core.places import synced_by
+from core.steady import Steady, departure
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -67,6 +70,82 @@ def test_short_paths_are_told_by_doctor(win32, value, long):
 
 def test_elsewhere_no_registry_is_asked():
     assert windows.restart_pending() is False and windows.long_paths() is True
+
+
+class Bus:
+    """A winreg with these PCI devices; None: it has no such key."""
+
+    HKEY_LOCAL_MACHINE = 0
+
+    def __init__(self, names):
+        self.names = names
+
+    def OpenKey(self, root, name):
+        if self.names is None or not name.endswith(r"CurrentControlSet\Enum\PCI"):
+            raise FileNotFoundError(2, "no such key")
+        return contextlib.nullcontext(name)
+
+    def QueryInfoKey(self, key):
+        return len(self.names), 0, 0
+
+    def EnumKey(self, key, index):
+        return self.names[index]
+
+
+@pytest.mark.parametrize("names", [["VEN_8086&DEV_A0B0&SUBSYS_1", "VEN_10DE&DEV_2484&SUBSYS_2"], [], None])
+def test_pci_devices_are_those_of_the_registry(win32, names):
+    win32.setitem(sys.modules, "winreg", Bus(names))
+    assert facts.LocalFacts().pci_devices() == (names or [])
+
+
+def test_sleep_is_what_the_unbiased_clock_left_out(win32):
+    """A training of 60 s in which the machine slept for 40."""
+    times = iter([100.0, 160.0])
+    ticks = iter([90 * 10**7, 110 * 10**7])
+
+    def query(place):
+        place._obj.value = next(ticks)
+        return 1
+
+    kernel, asked = SimpleNamespace(QueryUnbiasedInterruptTime=query), []
+    win32.setattr(windows, "library", lambda name: asked.append(name) or kernel)
+    win32.setattr("core.interruptions.time", SimpleNamespace(monotonic=lambda: next(times), time=lambda: 1e9))
+    watch = Interruptions()
+    win32.setattr("core.interruptions.time", SimpleNamespace(monotonic=lambda: next(times), time=lambda: 1e9 + 60.0))
+    found = watch.report()
+    assert (found["slept_seconds"], found["clock_set_seconds"], asked) == (40.0, 0.0, ["kernel32"] * 2)
+    assert "slept for 40 s" in departure({"health": found}, Steady())
+
+
+def test_the_driver_is_asked_where_linux_has_no_module_of_it():
+    def absent(path):
+        raise FileNotFoundError(2, "no such file", str(path))
+
+    assert versions._driver("cuda:0", absent, lambda: "581.29") == "581.29"
+    assert versions._driver("cpu", absent, lambda: pytest.fail("no card is used")) is None
+    assert versions._driver("cuda:0", lambda path: "570.1\n", lambda: pytest.fail("Linux told it")) == "570.1"
+
+
+@pytest.mark.parametrize(("answer", "told"), [("581.29", "581.29"), (b"581.29", "581.29"), (None, None)])
+def test_nvml_tells_the_drivers_version(monkeypatch, answer, told):
+    class Refused(Exception):
+        pass
+
+    def version():
+        if answer is None:
+            raise Refused
+        return answer
+
+    nvml = SimpleNamespace(NVMLError=Refused, nvmlSystemGetDriverVersion=version)
+    nvml.nvmlInit = nvml.nvmlShutdown = lambda: None
+    monkeypatch.setitem(sys.modules, "pynvml", nvml)
+    assert facts.nvidia_driver() == told
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    assert facts.nvidia_driver() is None
+
+
+def test_tritons_build_for_windows_is_a_library_too():
+    assert "triton-windows" in versions.LIBRARIES and "triton-windows" in DISTRIBUTIONS
 
 
 @pytest.mark.parametrize(
