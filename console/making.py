@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from console import places
 from console.output import Screen
-from console.words import count, duration, plural, size
+from console.words import computed_by, count, duration, plural, size
 from core.contract import Choice
 from core.errors import DataError, UserError
 
@@ -161,6 +161,8 @@ def _fitted(screen: Screen, chosen: Plan, dataset: Dataset, recipe: bytes, keep_
             f"  about {count(steps)} steps in {duration(chosen.budget)}, {count(facts['params'])} parameters{few}"
         )
     screen.say(f"  compute in {settings.dtype}: {facts['dtype_reason']}")
+    if by := computed_by(facts["describe"]):
+        screen.say("  " + "; ".join(f"{what}: {name}" for what, name in by.items()))
     return recipe, settings
 
 

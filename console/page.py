@@ -11,7 +11,7 @@ from console.figures import cells, change, fact, number, score, table, time
 from console.findings import Findings
 from console.rows import Row, Scale
 from console.style import STYLE
-from console.words import clock, count, duration, moment, plural, size
+from console.words import clock, computed_by, count, duration, moment, plural, size
 
 
 def page(found: Findings, made: str) -> str:
@@ -92,6 +92,7 @@ def facts(r: Row) -> list[tuple[str, str]]:
         ("passes over the text", f"{o['passes']:.2f}" if o.get("passes") else ""),
         ("parameters", count(o["params"]) if o.get("params") else ""),
         ("MFU", f"{100 * o['mfu']:.1f} %" if o.get("mfu") else ""),
+        *computed_by(o.get("describe") or {}).items(),
         ("peak memory", size(o["peak_memory"]) if o.get("peak_memory") else ""),
         ("training", duration(o["training_seconds"]) if o.get("training_seconds") else ""),
         (

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from datetime import datetime, timedelta, timezone
 from itertools import pairwise
+from typing import Any
 
 _UNITS = {"": 1.0, "s": 1.0, "sec": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
 
@@ -102,6 +104,16 @@ def shorten(text: str, width: int) -> str:
     """At most `width` characters of the first line."""
     line = next(iter(text.strip().splitlines()), "")
     return line if len(line) <= width else line[: max(width - 3, 0)].rstrip() + "..."
+
+
+def computed_by(described: Mapping[str, Any]) -> dict[str, str]:
+    """Of what a recipe says of itself, the kernels that compute it: {"kernels": "torch: triton is not installed"},
+    {"attention over 256": "triton: ..."}; empty for a backend that has no choice."""
+    return {
+        name: said
+        for name, said in described.items()
+        if (name == "kernels" or name.startswith("attention over")) and isinstance(said, str) and said
+    }
 
 
 _BARS = "▁▂▃▄▅▆▇█"

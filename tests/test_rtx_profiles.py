@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -251,3 +252,19 @@ def test_profiles_load_no_torch():
 
     assert in_process(code).strip() == "set()"
     assert Path(backends.load("rtx").recipe_path).is_file()
+
+
+@pytest.mark.parametrize("described", [{"kernels": "torch: triton is not installed", "depth": 8}, {"depth": 8}])
+def test_fitting_tells_which_kernels_the_night_will_have(monkeypatch, tmp_path, described):
+    from console import making
+
+    monkeypatch.setattr("core.hardware.probe", lambda: probe(Machine(gpus=[rtx("3060", 11.76, (8, 6))])))
+    monkeypatch.chdir(tmp_path)
+    chosen = making.plan(None, making.Wishes(backend="rtx", tag="x"))
+    facts = {"dtype": "bfloat16", "dtype_reason": "sm_86", "seconds_per_step": 0.1, "params": 10**7}
+    monkeypatch.setattr(making, "_measure", lambda screen, recipe, settings: {**facts, "describe": described})
+    data = SimpleNamespace(path=Path("text"), sha256="0" * 64, vocab_size=8192, bos_id=0)
+    said = []
+    recipe = backends.fit(backends.load("rtx").recipe(), chosen.profile)
+    making._fitted(SimpleNamespace(say=said.append), chosen, data, recipe, keep_shape=True)
+    assert ("  kernels: torch: triton is not installed" in said) == ("kernels" in described)
