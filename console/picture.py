@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from console.rows import Row, Scale
-from console.words import bpb, plural, shorten
+from console.rows import Row, Scale, recorded_gain
+from console.words import below, bpb, plural, shorten
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -183,5 +183,9 @@ def title(tag: str, rows: Sequence[Row]) -> str:
     kept = [r for r in rows if r.kept]
     done = sum(r.decided for r in rows)
     text = f"{tag}: {plural(done, 'experiment')}, {max(len(kept) - 1, 0)} kept"
-    values = [r.val_bpb for r in kept if r.val_bpb is not None]
-    return f"{text}, {bpb(values[0])} to {bpb(min(values))}" if len(values) > 1 else text
+    gain = recorded_gain(kept)
+    if len(kept) < 2 or gain is None:
+        return text
+    if kept[0].epoch != kept[-1].epoch:  # the machine has moved: the two scores do not compare
+        return f"{text}, {below(gain)}"
+    return f"{text}, {bpb(kept[0].val_bpb)} to {bpb(kept[-1].val_bpb)}"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 from core.ledger import earlier
@@ -87,6 +89,11 @@ class Row:
         if self.val_bpb is None or self.best_before is None:
             return None
         return self.val_bpb - self.best_before
+
+    @property
+    def epoch(self) -> int:
+        """In which it was decided: scores of two epochs do not compare."""
+        return int(self.numbered[-1].get("epoch") or 0) if self.numbered else 0
 
     @property
     def device_seconds(self) -> float | None:
@@ -210,14 +217,8 @@ class Tally:
     failed: int
     baseline: Row | None
     best: Row | None
+    gain: float | None  # bpb below the baseline, as `recorded_gain` has it
     uses: Uses
-
-    @property
-    def gain(self) -> float | None:
-        """bpb below the baseline."""
-        if self.baseline is None or self.best is None or self.baseline.val_bpb is None or self.best.val_bpb is None:
-            return None
-        return self.baseline.val_bpb - self.best.val_bpb
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -232,12 +233,28 @@ def tally(all_rows: Sequence[Row], best: int | None, uses: Uses = NO_USE) -> Tal
     the device (console/timeuse.py)."""
     decided = [r for r in all_rows if r.decided]
     kept = [r for r in decided if r.kept]
+    found = next((r for r in all_rows if r.number == best), None)
     return Tally(
         experiments=len(decided),
         kept=max(len(kept) - 1, 0),
         discarded=sum(r.status == "discard" for r in decided),
         failed=sum(r.failed for r in decided),
         baseline=kept[0] if kept else None,
-        best=next((r for r in all_rows if r.number == best), None),
+        best=found,
+        gain=recorded_gain([r for r in kept if found and r.number <= found.number]) if found else None,
         uses=uses,
     )
+
+
+def recorded_gain(kept: Sequence[Row]) -> float | None:
+    """By how much (bpb) the last of these lies below the first, as recorded. `kept`: what stands, oldest first. Scores
+    from before and after a drift do not compare: there a step is what the later one was better than the best of its
+    moment, which was measured again for that."""
+    steps = [_step(before, after) for before, after in pairwise(kept)]
+    return math.fsum(s for s in steps if s is not None) if kept and None not in steps else None
+
+
+def _step(before: Row, after: Row) -> float | None:
+    if before.epoch != after.epoch and after.delta is not None:
+        return -after.delta
+    return None if before.val_bpb is None or after.val_bpb is None else before.val_bpb - after.val_bpb

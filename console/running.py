@@ -21,7 +21,7 @@ from console.notifying import Notifier, checked, notifying
 from console.output import Screen
 from console.rows import Row, row
 from console.signals import Asked, ends
-from console.words import bpb, clock, count, delta, duration, plural
+from console.words import below, bpb, clock, count, delta, duration, plural
 from core.errors import Busy, UserError
 
 if TYPE_CHECKING:
@@ -367,8 +367,11 @@ def _kept(screen: Screen, view: places.Picture, new: list[Row]) -> None:
     if any(r.tainted for r in new):
         screen.say(tables.TAINTED)
     if view.best and view.total.baseline and view.total.gain:
-        first = view.total.baseline
-        screen.say(f"val_bpb {bpb(first.val_bpb)} -> {bpb(view.best.val_bpb)} on {view.scale.conditions}")
+        first, best = view.total.baseline, view.best
+        came = f"{bpb(first.val_bpb)} -> {bpb(best.val_bpb)}"
+        if first.epoch != best.epoch:  # the machine has moved: the two scores do not compare
+            came = f"{bpb(best.val_bpb)}, {below(view.total.gain)}"
+        screen.say(f"val_bpb {came} on {view.scale.conditions}")
 
 
 def _next(screen: Screen, lab: Lab, view: places.Picture, again: str, demo: bool) -> None:

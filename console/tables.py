@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from console.output import Screen, plain
 from console.rows import Row, Scale, Tally
-from console.words import bpb, clock, count, delta, duration, moment, plural, shorten, sparkline
+from console.words import below, bpb, clock, count, delta, duration, moment, plural, shorten, sparkline
 
 if TYPE_CHECKING:
     from rich.box import Box
@@ -113,7 +113,7 @@ def tally_line(total: Tally) -> str:
     if total.best is None:
         return text
     text += f"; best {bpb(total.best.val_bpb)} (#{total.best.number})"
-    return f"{text}, {total.gain:.4f} below the baseline" if total.gain else text
+    return f"{text}, {below(total.gain)}" if total.gain else text
 
 
 def cost_line(spent: Spent) -> str:

@@ -76,6 +76,11 @@ def delta(value: float | None) -> str:
     return "" if value is None else f"{value:+.4f}"
 
 
+def below(gain: float) -> str:
+    """'0.0490 below the baseline'; of a loss 'above'."""
+    return f"{abs(gain):.4f} {'below' if gain > 0 else 'above'} the baseline"
+
+
 def plural(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
