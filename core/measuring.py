@@ -220,10 +220,9 @@ class Measuring:
         with ledger.transaction():
             if changed:
                 ledger.begin_epoch(f"what measures has changed: {why}", best.number)
-            tainted, versions = bool(self.disturbed(best.number, outcome)), session.measured_with
-            seed, found = lab.settings.seed, outcome.val_bpb
-            taken = {**slim(outcome), "idle": idle}
-            ledger.add_sample(best.number, seed, found, tainted, versions, "control", taken)
+            disturbed, taken = self._taken(best.number, outcome, idle)
+            seed, found, versions = lab.settings.seed, outcome.val_bpb, session.measured_with
+            ledger.add_sample(best.number, seed, found, bool(disturbed), versions, "control", taken)
             ledger.event("remeasured", text, best.number)
         lab.products.keep(best.number, outcome.weights, outcome.caches)
         lab.products.clear_work({best.number})
