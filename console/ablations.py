@@ -150,11 +150,11 @@ def says(w: Without) -> str:
 def _verdict(w: Without, there: effects.Effect) -> str:
     shorter = w.status == "simplify"
     if w.state == "replicated":
-        return "still costs nothing" if shorter else "still pays"
+        return "still costs little" if shorter else "still pays"
     if w.state == "open":
         return "not settled"
     if shorter:
-        return "costs something by now"
+        return "costs too much by now"
     plain = "no longer pays" if w.before == "replicated" else "does not pay"
     if not w.replaced:
         return plain

@@ -8,10 +8,10 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal
 
 from console import ablations, places
+from console.again import Again, compared_with, line
 from console.display import Ticker
 from console.figures import STATE_WORDS
 from console.findings import Findings, Kept, findings, read
-from console.markdown import changed
 from console.output import Screen
 from console.signals import Asked, ends
 from console.words import duration, plural, roughly, shorten, unfinished
@@ -76,7 +76,7 @@ def _numbers(lab: Lab, number: int | None, kept: bool) -> list[int]:
     if e.status not in ("keep", "simplify", "discard"):
         how = f"ended as {e.status}" if e.status else "is not decided yet"
         raise UserError(f"experiment {number} {how}: it has no score to confirm", "autoresearch log")
-    before = max((n for n in standing if n < number), default=None) if e.is_kept else e.parent
+    before = compared_with(e, standing)
     return [number] if before is None else [before, number]
 
 
@@ -142,20 +142,21 @@ def _told(screen: Screen, lab: Lab, numbers: Sequence[int], done: Done, asked: A
         ],
     })  # fmt: skip
     for a, b in pairs:
-        e = again[b]
-        if e is not None:
-            runs = f"{e.runs_before} and {e.runs_after} runs"
-            screen.say(f"#{b} against #{a}, on fresh seeds: {changed(e)}, {runs}: {_words(found, b, e)}")
+        if (e := again[b]) is not None:
+            status = _claim(found, a, b)
+            state = effects.settled(status, e, found.record.worth, found.spread)
+            screen.say(f"#{b} {line(Again(status, a, e, state))}")
     if rest := unfinished(done.left, asked.name or done.reason, "autoresearch log"):
         screen.say(rest)
     screen.say("the whole picture: autoresearch report")
     return asked.status
 
 
-def _words(found: Findings, number: int, again: effects.Effect) -> str:
-    status = next(r.status for r in found.rows if r.number == number)
-    state = effects.settled(status, again, found.record.worth)
-    return STATE_WORDS[state] if status != "discard" else {"replicated": "better after all"}.get(state, "no clear gain")
+def _claim(found: Findings, before: int, number: int) -> str:
+    """The status by which it has to hold: with a gain among the changes that lie between, it is a gain."""
+    of = next(r for r in found.rows if r.number == number)
+    gained = any(r.status == "keep" for r in found.rows if r.kept and before < r.number < number)
+    return "keep" if of.kept and gained else of.status
 
 
 # --- at the end of a run -----------------------------------------------------------------------

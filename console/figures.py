@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from html import escape
 
 from console.words import bpb, delta, duration, roughly
-from core.effects import Effect, Estimate
+from core.effects import Effect, Estimate, Replication
 
 STATES = {"replicated": "✓", "not replicated": "✗", "open": "~", "unconfirmed": "○"}
 STATE_WORDS = {
@@ -15,6 +15,13 @@ STATE_WORDS = {
     "open": "not settled",
     "unconfirmed": "not confirmed",
 }
+
+
+def words_of(status: str, state: Replication) -> str:
+    """What fresh seeds say of an experiment with this status."""
+    if status != "discard":
+        return STATE_WORDS[state]
+    return {"replicated": "better after all", "unconfirmed": STATE_WORDS[state]}.get(state, "no clear gain")
 
 
 def fact(key: str, value: float | int | str | None, text: str) -> str:

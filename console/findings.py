@@ -37,6 +37,16 @@ class Kept:
 
 
 @dataclass(frozen=True)
+class Near:
+    """A discard that came close to the best of its moment, or that somebody has measured again."""
+
+    row: Row
+    close: bool
+    again: Effect | None  # on fresh seeds, against what it started from; None: not measured again
+    state: Replication  # as a gain
+
+
+@dataclass(frozen=True)
 class Gain:
     """From the baseline to the winner."""
 
@@ -45,15 +55,17 @@ class Gain:
     recorded: float  # bpb, as the decisions saw it: with the winner's curse
     validation: Effect | None
     holdout: Effect | None
+    simpler: bool  # nothing but simplifications was kept: no gain was claimed
+    state: Replication
     seconds: float  # that confirming both would still take; 0: done
 
 
 @dataclass(frozen=True)
 class Rules:
-    """What each rule would have kept, of the experiments that both judged, against the best that the lab then had."""
+    """What each rule kept or would have kept, of the experiments that both judged."""
 
     used: str  # "simple" or "statistical": the lab's own
-    simple: int
+    simple: int  # by the first run of each, against what this rule would have kept before it
     statistical: int | None  # None where it was not asked
     both: int
 
@@ -102,7 +114,7 @@ class Findings:
     time: TimeUse
     rules: Rules
     machine: Machine
-    near: Sequence[Row]  # discards that came closest
+    near: Sequence[Near]  # discards: those that came closest, and all that were measured again
     untried: Sequence[str]  # constants with a range that nothing has changed
     seconds_each: float  # that one more run takes
 
@@ -178,7 +190,7 @@ def findings(record: Record) -> Findings:
         time=time_use(rows, samples, extra),
         rules=rules(rows, record.rule),
         machine=machine(rows, samples, record.events, extra),
-        near=near_misses(rows, record.worth, spread),
+        near=near_misses(rows, samples, record.worth, spread),
         untried=untried(rows, record.source, record.best) if record.best is not None else [],
         seconds_each=each,
     )
@@ -194,15 +206,18 @@ def _gain(record: Record, total: Tally, spread: Spread, each: float) -> Gain | N
         return None
     baseline, winner = (standing[number] for number in pair)
     before, after = effects.together(record.samples[pair[0]], record.samples[pair[1]])
+    again = effects.effect(effects.scores(before), effects.scores(after), spread)
     on_holdout = effects.spread_of(record.samples, baseline.number, "holdout")
-    left = confirming.plan(record.samples, record.seed, each, pair, holdout=pair)
+    simpler = all(r.status == "simplify" for r in list(standing.values())[1:])
     return Gain(
-        baseline,
-        winner,
-        (baseline.val_bpb or 0.0) - (winner.val_bpb or 0.0),
-        effects.effect(effects.scores(before), effects.scores(after), spread),
-        effects.effect(effects.scores(before, "holdout"), effects.scores(after, "holdout"), on_holdout),
-        left.seconds,
+        baseline=baseline,
+        winner=winner,
+        recorded=total.gain or 0.0,
+        validation=again,
+        holdout=effects.effect(effects.scores(before, "holdout"), effects.scores(after, "holdout"), on_holdout),
+        simpler=simpler,
+        state=effects.settled("simplify" if simpler else "keep", again, record.worth, spread),
+        seconds=confirming.plan(record.samples, record.seed, each, pair, holdout=pair).seconds,
     )
 
 
@@ -211,7 +226,7 @@ def _kept(record: Record, spread: Spread, each: float) -> list[Kept]:
     found = []
     for before, r in pairwise(chain):
         again = effects.remeasured(record.samples, before.number, r.number, spread)
-        state = effects.settled(r.status, again, record.worth)
+        state = effects.settled(r.status, again, record.worth, spread)
         left = confirming.plan(record.samples, record.seed, each, [before.number, r.number])
         newest = ablation.newest(r.number, record.ablations, record.known)
         without = ablation.judge(newest, record.known, spread, record.worth) if newest else None
@@ -250,7 +265,7 @@ def rules(rows: Sequence[Row], used: str) -> Rules:
     """By the record that each verdict left; the baseline is nobody's keep."""
     judged = [r for r in rows if r.decided and not r.failed and r.best_before is not None]
     asked = [r for r in judged if r.simple]
-    if not asked:
+    if not asked and used == "simple":
         simple = sum(r.status in KEPT for r in judged)
         return Rules(used, simple, None, simple)
     by_simple = [r for r in asked if r.simple == "keep"]
@@ -258,8 +273,18 @@ def rules(rows: Sequence[Row], used: str) -> Rules:
     return Rules(used, len(by_simple), len(by_other), sum(r in by_other for r in by_simple))
 
 
-def near_misses(rows: Sequence[Row], worth: float, spread: Spread) -> list[Row]:
-    """Discards that were better than the best by too little, or worse by less than noise explains, the best first."""
+def near_misses(
+    rows: Sequence[Row], samples: Mapping[int, Sequence[Sample]], worth: float, spread: Spread
+) -> list[Near]:
+    """Discards that were better than the best by too little, or worse by less than noise explains, the best first, and
+    those that were measured again; before all others what proved to be better."""
     margin = max(worth, (spread.sd or 0.0) * 2**0.5)  # the standard deviation of a difference of two runs
-    close = [r for r in rows if r.status == "discard" and not r.tainted and r.delta is not None and r.delta < margin]
-    return sorted(close, key=lambda r: r.delta or 0.0)[:NEAR]
+    discards = sorted((r for r in rows if r.status == "discard"), key=lambda r: r.delta or 0.0)
+    close = [r.number for r in discards if not r.tainted and r.delta is not None and r.delta < margin][:NEAR]
+    found = []
+    for r in discards:
+        again = effects.remeasured(samples, r.parent, r.number, spread) if r.parent is not None else None
+        if again or r.number in close:
+            state = effects.settled(r.status, again, worth, spread)
+            found.append(Near(r, r.number in close, again, state))
+    return sorted(found, key=lambda near: near.state != "replicated")

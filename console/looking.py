@@ -226,17 +226,21 @@ def _source_without(lab: Lab, number: int) -> bytes:
 
 
 def show_verb(screen: Screen, given: str | None, number: int) -> None:
+    from console import again
+
     lab = places.find(screen, given)
     found = row(lab.ledger.get(number), lab.ledger.samples(number))
-    spent = lab.ledger.spent(number)
+    spent, measured = lab.ledger.spent(number), again.again(lab, number)
     screen.document({
         "lab": places.about(lab), "experiment": _with_ablations(lab, [found], full=True)[0], "diff": lab.diff(number),
-        "spent": asdict(spent),
+        "again": again.to_json(measured) if measured else None, "spent": asdict(spent),
     })  # fmt: skip
     if screen.as_json:
         return
     for line in tables.card(found, places.scale(lab), screen):
         screen.say(line)
+    if measured:
+        screen.say(f"  {again.line(measured)}")
     for w in ablations.withouts(lab).get(number, ()):
         screen.say(f"  {ablations.line(w)}")
     if cost := tables.cost_line(spent):

@@ -26,9 +26,10 @@ class Reading:
 @dataclass(frozen=True)
 class Machine:
     runs: int  # with any health at all
-    tainted: int  # experiments
-    again: int  # how often a run was dropped and repeated
-    reasons: Sequence[str]  # why experiments were tainted, each once
+    tainted: int  # runs that were disturbed, all those on the record
+    experiments: int  # to which these belong; runs with a change left out belong to none
+    again: int  # how often a run was dropped and repeated: none of these is on the record
+    reasons: Sequence[str]  # why runs were disturbed or dropped, each once
     readings: Sequence[Reading]
     speed: tuple[float, float] | None  # tokens/s of the best's first and last run, where it ran again
 
@@ -57,11 +58,15 @@ def machine(
     outcomes += [dict(s.outcome) for s in ablations if s.outcome]
     healths = [dict(o.get("health") or {}) for o in outcomes if o.get("health")]
     readings = [r for name, unit, path in QUANTITIES if (r := _reading(name, unit, path, healths))]
+    disturbed = [s for r in rows for s in samples.get(r.number, ()) if s.tainted]
+    bare = [r for r in rows if r.tainted and not samples.get(r.number)]  # failed, or of an early ledger
+    left_out = [s for s in ablations if s.tainted]
     return Machine(
         runs=len(healths),
-        tainted=sum(r.tainted for r in rows),
+        tainted=len(disturbed) + len(bare) + len(left_out),
+        experiments=len({s.number for s in disturbed}) + len(bare),
         again=sum(e.kind == "requeued" for e in events),
-        reasons=_reasons(rows, events),
+        reasons=_reasons([*(s.outcome or {} for s in [*disturbed, *left_out]), *(r.outcome for r in bare)], events),
         readings=readings,
         speed=_speed(rows, samples),
     )
@@ -86,9 +91,10 @@ def _at(health: Any, path: tuple[str | int, ...]) -> float | None:
     return float(health) if isinstance(health, int | float) and not isinstance(health, bool) else None
 
 
-def _reasons(rows: Sequence[Row], events: Sequence[LedgerEvent]) -> list[str]:
-    found = [str((r.outcome.get("health") or {}).get("tainted") or "") for r in rows if r.tainted]
-    found += [e.text for e in events if e.kind == "tainted"]
+def _reasons(disturbed: Sequence[Mapping[str, Any]], events: Sequence[LedgerEvent]) -> list[str]:
+    """`disturbed`: outcomes, each with its reason as the loop wrote it down."""
+    found = [str((outcome.get("health") or {}).get("disturbed") or "") for outcome in disturbed]
+    found += [e.text for e in events if e.kind == "requeued"]
     return list(dict.fromkeys(text for text in found if text))
 
 

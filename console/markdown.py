@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from console import ablations, sections
-from console.figures import STATE_WORDS, signed
-from console.findings import Findings, Kept
+from console.figures import STATE_WORDS, signed, words_of
+from console.findings import Findings, Kept, Near
 from console.tables import cost_line
 from console.words import bpb, duration, plural, roughly, shorten
 from core.effects import Effect
@@ -50,12 +50,8 @@ def answer(found: Findings) -> list[str]:
             f"Not confirmed: on fresh seeds that takes about {roughly(gain.seconds)}: `autoresearch confirm`",
         ]
     again = gain.validation
-    holds = again.low is not None and again.low > 0
-    word = "holds" if holds else "is not settled"
-    if again.high is not None and again.high < found.record.worth:
-        word = "did not hold"
     runs = f"{again.runs_before} and {again.runs_after} runs"
-    lines = [recorded, f"On fresh seeds the gain {word}: {changed(again)}, {runs}."]
+    lines = [recorded, f"{sections.came_to(gain)}: {changed(again)} on fresh seeds, {runs}."]
     if gain.holdout is not None:
         return [*lines, f"On the holdout, which no decision has seen: {changed(gain.holdout)}."]
     return [*lines, "The holdout is not scored yet: `autoresearch confirm`"]
@@ -135,10 +131,20 @@ def _following(found: Findings) -> str:
         "that recipe, for `autoresearch try` to judge"
         for k in found.idle
     ]
-    items += [f"Near miss #{r.number}, {signed(r.delta or 0.0)}: {_plain(r.description)}" for r in found.near]
+    items += [_near(near) for near in found.near]
     if found.untried:
         items.append(f"Constants with a range that nothing has changed yet: {', '.join(found.untried[:12])}")
     return "\n".join(f"- {item}" for item in items) or "Nothing stands out: go on with `autoresearch run`."
+
+
+def _near(near: Near) -> str:
+    r, again = near.row, near.again
+    then = "" if r.delta is None else f", {signed(r.delta)} ({sections.how_near(near)})"
+    said = ""
+    if again:
+        runs = f"{again.runs_before} and {again.runs_after} runs"
+        said = f"; on fresh seeds {changed(again)}, {runs}: {words_of(r.status, near.state)}"
+    return f"{'Near miss' if near.close else 'Discard'} #{r.number}, {_plain(r.description)}{then}{said}"
 
 
 def _time(found: Findings) -> str:
@@ -168,10 +174,12 @@ def _trust(found: Findings) -> str:
         lines.append(f"The simple rule kept {rules.simple}; nobody asked the statistical rule.")
     else:
         lines.append(
-            f"simple would have kept {rules.simple}, statistical kept {rules.statistical}, both {rules.both}; the lab "
-            f"decides by {rules.used}."
+            f"The lab decides by the statistical rule, which kept {rules.statistical}; simple would have kept "
+            f"{rules.simple}; both {rules.both}. {sections.SIMPLE_SEES}"
         )
-    lines.append(f"{plural(m.tainted, 'experiment')} disturbed, {plural(m.again, 'run')} dropped and repeated.")
+    of = f", of {plural(m.experiments, 'experiment')}" if m.experiments else ""
+    lines.append(f"{plural(m.runs, 'run')} watched; disturbed: {m.tainted}{of}. Dropped, and repeated: {m.again}.")
+    lines += [_plain(reason) for reason in m.reasons[: sections.REASONS]]
     lines += [shorten(e.text, 200) for e in found.drift]
     return "\n".join(f"- {line}" for line in lines)
 

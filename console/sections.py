@@ -7,15 +7,31 @@ from html import escape
 
 from console import ablations
 from console.chart import Whisker, reach, whisker
-from console.figures import cells, change, cost, fact, interval, link, mark, number, score, spans, state, table, time
-from console.findings import Findings, Kept
-from console.rows import Row
+from console.figures import (
+    cells,
+    change,
+    cost,
+    fact,
+    interval,
+    link,
+    mark,
+    number,
+    score,
+    spans,
+    state,
+    table,
+    time,
+    words_of,
+)
+from console.findings import Findings, Gain, Kept, Near
 from console.themes import Theme
 from console.words import count, shorten
 from core.ablation import Without
 from core.effects import Effect
 
 NAMES = 4  # parts of a theme that are named
+REASONS = 3  # why runs were disturbed that are told
+SIMPLE_SEES = "Simple is given the first run of each, and compares it with the last that it would have kept itself."
 
 
 # --- the answer ------------------------------------------------------------------------------------
@@ -42,18 +58,18 @@ def _answer(found: Findings) -> tuple[str, str, str]:
         lead = f"{came} when it was kept. That is not confirmed yet."
         more = "<p>A figure that was chosen because it was low flatters. On fresh seeds it is known after "
         return "", lead, more + f"{cost('gain.seconds', gain.seconds)}: <code>autoresearch confirm</code></p>"
-    holds = again.low is not None and again.low > 0
-    lost = again.high is not None and again.high < found.record.worth
     size = f"<b>{change('gain.val', again.gain)}</b> val_bpb"
     range_ = f" (95 %: {interval('gain.val', again)})" if spans(again) else ""
-    if holds:
-        lead, kind = f"The gain holds: {size}{range_} from the baseline to {link(gain.winner.number)}", "good"
-    elif lost:
-        lead, kind = f"The gain did not hold: {size}{range_} on fresh seeds", "bad"
-    else:
-        lead, kind = f"Not settled: {size}{range_} on fresh seeds", ""
+    where = f"from the baseline to {link(gain.winner.number)}" if gain.state == "replicated" else "on fresh seeds"
     of = number("gain.val.runs_before", again.runs_before), number("gain.val.runs_after", again.runs_after)
-    return kind, f"{lead}, {' and '.join(of)} runs.", _forest(found)
+    kind = {"replicated": "good", "not replicated": "bad"}.get(gain.state, "")
+    return kind, f"{came_to(gain)}: {size}{range_} {where}, {' and '.join(of)} runs.", _forest(found)
+
+
+def came_to(gain: Gain) -> str:
+    """What fresh seeds say of the whole night: of the gain, or where none was claimed of the simplification."""
+    what = "The simplification" if gain.simpler else "The gain"
+    return {"replicated": f"{what} holds", "not replicated": f"{what} did not hold"}.get(gain.state, "Not settled")
 
 
 def _no_gain(found: Findings) -> tuple[str, str, str]:
@@ -369,16 +385,16 @@ def _noise(found: Findings) -> str:
 
 def _rules(found: Findings) -> str:
     rules = found.rules
-    used = "The lab decides by the simple rule: keep what comes out lower." if rules.used == "simple" else ""
     if rules.statistical is None:
+        used = "The lab decides by the simple rule: keep what comes out lower." if rules.used == "simple" else ""
         body = f"{used} It kept {number('rules.simple', rules.simple)}; nobody asked the statistical rule."
     else:
         asked = (("simple", rules.simple), ("statistical", rules.statistical), ("both", rules.both))
         counts = [number(f"rules.{name}", many) for name, many in asked]
         body = (
-            f"{used} Of the experiments with a score, <em>simple</em> (keep what comes out lower) would have kept "
-            f"{counts[0]}, <em>statistical</em> (keep what is better beyond noise) kept {counts[1]}, both {counts[2]}. "
-            "The simple rule is given the first run of each, and compares it with what it would have kept itself."
+            "The lab decides by the statistical rule: keep what is better beyond noise. Of the experiments that were "
+            f"judged it kept {counts[1]}; <em>simple</em> (upstream's: keep what comes out lower) would have kept "
+            f"{counts[0]}; both {counts[2]}. {SIMPLE_SEES}"
         )
     return f"<h3>The rule</h3><p>{body}</p>"
 
@@ -387,10 +403,10 @@ def _machine(found: Findings) -> str:
     m = found.machine
     if not m.runs and not m.again:
         return '<h3>The machine</h3><p class="soft">Nothing was taken down.</p>'
-    disturbed, again = number("machine.tainted", m.tainted), number("machine.again", m.again)
-    lead = f"{number('machine.runs', m.runs)} runs were watched. {disturbed} experiments were disturbed"
-    parts = [f"<p>{lead}, {again} runs were dropped and repeated.</p>"]
-    parts += [f'<p class="says soft">{escape(shorten(reason, 200))}</p>' for reason in m.reasons[:3]]
+    lead = f"{number('machine.runs', m.runs)} runs were watched; disturbed: {number('machine.tainted', m.tainted)}"
+    lead += f", of {number('machine.experiments', m.experiments)} experiments" if m.experiments else ""
+    parts = [f"<p>{lead}. Dropped, and repeated: {number('machine.again', m.again)}.</p>"]
+    parts += [f'<p class="says soft">{escape(shorten(reason, 200))}</p>' for reason in m.reasons[:REASONS]]
     if m.speed:
         first, last = m.speed
         parts.append(
@@ -436,7 +452,7 @@ def following(found: Findings) -> str:
     ]
     items += [_doubt(k) for k in found.kept if k.state == "not replicated"]
     items += [_idle(k) for k in found.idle]
-    items += [_near(found, r) for r in found.near]
+    items += [_near(near) for near in found.near]
     if found.untried:
         names = ", ".join(found.untried[:12]) + (" and others" if len(found.untried) > 12 else "")
         items.append(f'Constants with a range that nothing has changed yet: <span class="says">{escape(names)}</span>')
@@ -461,9 +477,22 @@ def _idle(k: Kept) -> str:
     )
 
 
-def _near(found: Findings, r: Row) -> str:
-    how = "better by too little" if (r.delta or 0.0) < 0 else "worse by less than noise explains"
-    return (
-        f"Near miss {link(r.number)}, {change(f'near.{r.number}', -(r.delta or 0.0))} ({how}): "
-        f'<span class="says">{escape(shorten(r.description, 140))}</span>'
-    )
+def _near(near: Near) -> str:
+    r, key = near.row, f"near.{near.row.number}"
+    then = "" if r.delta is None else f", {change(key, -r.delta)} ({how_near(near)})"
+    again = ""
+    if near.again:
+        range_ = f" (95 %: {interval(f'{key}.again', near.again)})" if spans(near.again) else ""
+        of = f"{near.again.runs_before}+{near.again.runs_after}"
+        again = (
+            f"; on fresh seeds {change(f'{key}.again', near.again.gain)}{range_}, {fact(f'{key}.runs', of, of)} runs: "
+            f"{mark(near.state, words_of(r.status, near.state))}"
+        )
+    said = f'<span class="says">{escape(shorten(r.description, 140))}</span>'
+    return f"{'Near miss' if near.close else 'Discard'} {link(r.number)}, {said}{then}{again}"
+
+
+def how_near(near: Near) -> str:
+    if not near.close:
+        return "when it was discarded"
+    return "better by too little" if (near.row.delta or 0.0) < 0 else "worse by less than noise explains"

@@ -199,8 +199,8 @@ def judge(a: Ablation, known: Known, spread: Spread, worth: float) -> Without:
         reason=a.reason,
         twin=known.twin(a.source_sha256),
         effect=there,
-        state=effects.settled(status, there, worth),
-        before=effects.settled(status, then, worth),
+        state=effects.settled(status, there, worth, spread),
+        before=effects.settled(status, then, worth, spread),
         replaced=effects.shrunk(then, there, spread),
     )
 

@@ -88,11 +88,12 @@ def effect(before: Sequence[float], after: Sequence[float], spread: Spread) -> E
     return Effect(gain, None if half is None else gain - half, None if half is None else gain + half, n, m)
 
 
-def replication(found: Effect | None, least: float = 0.0, worth: float = 0.0) -> Replication:
-    """Whether a keep holds on fresh seeds.
+def replication(found: Effect | None, least: float = 0.0, asked: float = 0.0) -> Replication:
+    """Whether a keep holds on fresh seeds. Yes and no both take the whole interval, so each is said of at most 2.5 % of
+    the changes of which it is not true; all else is open.
 
-    `least`: the gain above which it holds (0; below it for a simplification, which may lose a little). `worth`: the
-    smallest gain that is worth keeping: where even the interval's upper end lies below it, nothing of use was found.
+    `least`: the gain above which it holds; where the interval lies above it, it does. `asked`: the gain that it had to
+    have to be of use; where the interval lies below that, it has not.
     """
     if found is None:
         return "unconfirmed"
@@ -100,12 +101,18 @@ def replication(found: Effect | None, least: float = 0.0, worth: float = 0.0) ->
         return "open"
     if found.low > least:
         return "replicated"
-    return "not replicated" if found.gain <= least or found.high < max(least, worth) else "open"
+    return "not replicated" if found.high < max(least, asked) else "open"
 
 
-def settled(status: str, again: Effect | None, worth: float) -> Replication:
-    """`status` of the keep: a simplification may lose what would not be worth keeping."""
-    return replication(again, -worth if status == "simplify" else 0.0, worth)
+def settled(status: str, again: Effect | None, worth: float, spread: Spread) -> Replication:
+    """`status` of the keep: another than a simplification has to gain, and to be of use what is `worth` keeping; a
+    simplification may lose what the verdict lets it lose, by the noise that is known now."""
+    if status != "simplify":
+        return replication(again, 0.0, worth)
+    from core.verdict import Rule  # here, because it takes scipy along, which most verbs do without
+
+    most = max(worth, Rule.margin * (spread.sd or 0.0))
+    return replication(again, -most, -most)
 
 
 def shrunk(then: Effect | None, there: Effect | None, spread: Spread) -> bool:

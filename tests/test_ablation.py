@@ -416,8 +416,8 @@ def test_where_nobody_asked_no_column_is_shown_and_nothing_is_read(twice):
     ("given", "says"),
     [
         ({"state": "replicated"}, "still pays"),
-        ({"state": "replicated", "status": "simplify"}, "still costs nothing"),
-        ({"state": "not replicated", "status": "simplify"}, "costs something by now"),
+        ({"state": "replicated", "status": "simplify"}, "still costs little"),
+        ({"state": "not replicated", "status": "simplify"}, "costs too much by now"),
         ({"state": "open"}, "not settled"),
         ({"state": "not replicated"}, "no longer pays"),
         ({"state": "not replicated", "before": "open"}, "does not pay"),

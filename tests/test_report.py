@@ -8,6 +8,7 @@ import re
 import shutil
 import sqlite3
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,10 +18,14 @@ from scripted import Limits, Loop, make_lab
 from traced import Figures, Truth, expected, look_up
 
 from cli import cli
+from console import again, places, tables
 from console.findings import findings, read
 from console.markdown import markdown
+from console.output import Screen
 from console.page import page
+from console.picture import title
 from console.report import write
+from console.running import _kept as ending
 from console.style import STYLE
 from core.confirming import pair
 from core.errors import LabError
@@ -320,17 +325,112 @@ def test_a_clock_that_was_set_back_gives_no_nonsense(tmp_path, settings, monkeyp
 
 
 def test_a_disturbed_experiment_is_wasted_time_and_its_reason_is_told(tmp_path, settings, monkeypatch):
-
     world = World(Clock(monkeypatch))
-    world.healths[0] = {"others_cores": 1.9, "our_cores": 2.0, "tainted": "a game ran on the card"}
+    world.healths[0] = {"others_cores": 1.9, "our_cores": 2.0}
     lab = make_lab(tmp_path / "game", settings, FIRST.encode())
     Loop(lab, Story(), world, lambda event: None).run(Limits(experiments=1))
     found = findings(read(lab))
-    if found.machine.tainted:
-        html, _ = sane(lab)
-        assert found.time.wasted["tainted"] == pytest.approx(319.7) and "a game ran on the card" in html
-    else:  # measured again, as the rules of the lab may ask
-        assert found.machine.again
+    assert (found.machine.tainted, found.machine.experiments, found.machine.again) == (1, 1, 0)
+    assert found.time.wasted["tainted"] == pytest.approx(319.7)
+    for said in sane(lab):
+        assert "other processes kept 1.9 cores busy beside our 2.0" in said
+
+
+def test_runs_that_were_dropped_are_told_with_the_reason(tmp_path, settings, monkeypatch):
+    """Beside a game nothing is on the record, whatever the rule."""
+    world = World(Clock(monkeypatch))
+    world.healths[0] = {"card": {"tainted": "other programs kept the card 80% busy"}, "our_cores": 2.0}
+    lab = make_lab(tmp_path / "game", settings, FIRST.encode())
+    Loop(lab, Story(), world, lambda event: None).run(Limits(experiments=1))
+    found = findings(read(lab)).machine
+    assert (found.runs, found.tainted, found.again) == (1, 0, 1)
+    html, text = sane(lab)
+    assert "1 runs were watched; disturbed: 0 . Dropped, and repeated: 1 ." in html
+    assert "1 run watched; disturbed: 0. Dropped, and repeated: 1." in text
+    for said in (html, text):
+        assert "other programs kept the card 80% busy" in said
+
+
+# --- what was gained, and what was missed ----------------------------------------------------------
+
+
+def test_a_gain_across_a_drift_is_that_of_each_step(tmp_path, settings, monkeypatch, capsys):
+    """The machine gets worse by 0.010, and then a change that gives 0.0031 is kept."""
+    lab, loop, world = night(tmp_path / "drift", settings, monkeypatch, [tell(DEPTH=5)], sd=0.0)
+    world.shift = 0.010
+    lab.ledger.begin_epoch("the best has moved by +0.0100 bpb", 2)
+    loop.measure(2, 50, "control", "how good is it now?")
+    e = loop.judge(edit(lab.best_source().decode(), MATRIX_LR=0.055).encode(), "a better rate")
+    real = world.true(lab.source(1)) - world.true(lab.source(e.number))
+    assert e.status == "keep" and 0.006 < real < 0.008 and e.val_bpb > lab.ledger.get(1).val_bpb
+    found = findings(read(lab))
+    assert found.gain.recorded == pytest.approx(real) == found.total.gain
+    assert found.total.to_json()["gain"] == pytest.approx(real)
+    for said in sane(lab):
+        assert re.search(rf"#3 came out −{real:.4f} against the baseline", said)
+    assert tables.tally_line(found.total).endswith(f"(#3), {real:.4f} below the baseline")
+    assert title("drift", found.rows).endswith(f"2 kept, {real:.4f} below the baseline")
+    ending(Screen(), places.look(lab), list(found.rows))
+    assert f"val_bpb {e.val_bpb:.4f}, {real:.4f} below the baseline on words" in capsys.readouterr().out
+
+
+def test_without_a_drift_the_gain_is_the_difference_of_the_two_scores(full):
+    found = findings(read(full))
+    first, last = found.gain.baseline.val_bpb, found.gain.winner.val_bpb
+    assert found.gain.recorded == pytest.approx(first - last, abs=1e-12)
+    assert title("full", found.rows).endswith(f"kept, {first:.4f} to {last:.4f}")
+
+
+def test_a_night_that_kept_only_simplifications_is_judged_as_one(tmp_path, settings, monkeypatch):
+    world = World(Clock(monkeypatch), sd=0.0003)
+    lab = make_lab(tmp_path / "short", replace(settings, verdict="statistical"), FIRST.encode())
+    loop = Loop(lab, Story(), world, lambda event: None)
+    loop.run(Limits(experiments=1))
+    short = FIRST.partition("\n\ndef norm")[0]
+    for k in range(9):  # until the verdict, too, has ruled a loss out
+        if loop.judge(f"{short}\n# {k}\n".encode(), f"no norm, {k}").status == "simplify":
+            break
+    assert [e.status for e in lab.ledger.experiments() if e.is_kept] == ["keep", "simplify"]
+    confirmed(lab, loop, kept(lab), pair(kept(lab)))
+    found = findings(read(lab))
+    assert found.gain.simpler and (found.gain.state, found.kept[0].state) == ("replicated", "replicated")
+    html, text = sane(lab)
+    assert "The simplification holds:" in html and "The simplification holds:" in text
+    assert 'class="answer good"' in shown(lab)
+
+
+def test_a_discard_that_was_measured_again_is_told_everywhere(tmp_path, settings, monkeypatch):
+    """One that was unlucky, one that came close, and one that nobody has measured again."""
+    lab, loop, world = night(tmp_path / "missed", settings, monkeypatch, [], sd=0.0003)
+    world.shift = 0.01
+    loop.judge(edit(FIRST, MATRIX_LR=0.055).encode(), "a better rate on a bad moment")
+    world.shift = 0.0
+    loop.judge(edit(FIRST, HEAD_DIM=32).encode(), "hardly worse")
+    loop.judge(edit(FIRST, DEPTH=3).encode(), "clearly worse")
+    assert kept(lab) == [1]
+    monkeypatch.setattr("core.executor.LocalExecutor", lambda: world)
+    for number in ("2", "3"):
+        said = CliRunner().invoke(cli, ["confirm", number, "--lab", str(lab.path)], catch_exceptions=False).output
+    assert f"#3 {again.line(again.again(lab, 3))}" in said
+    html, text = sane(lab)
+    for said in (html, text):
+        assert said.index("Discard #2") < said.index("Near miss #3")
+        assert "better after all" in said and "no clear gain" in said
+        assert "#4" not in said.partition("What to try next")[2].partition("Where the time")[0]
+    assert "Discard #2, a better rate on a bad moment, +0.00" in text
+    figures, table = Figures(shown(lab)), expected(truth_of(lab))
+    near = [(key, value) for key, value, _ in figures.found if key.startswith("near.")]
+    assert len(near) == 10 and figures.stray == []
+    for key, value in near:
+        wanted = look_up(table, key)
+        assert value == (pytest.approx(wanted, abs=1e-9) if isinstance(value, float) else wanted), key
+    shown_2 = CliRunner().invoke(cli, ["show", "2", "--lab", str(lab.path)], catch_exceptions=False).output
+    assert re.search(r"  against #1, on fresh seeds: .0\.0029 .*4 and 4 runs: better after all", shown_2)
+    as_json = CliRunner().invoke(cli, ["show", "2", "--lab", str(lab.path), "--json"], catch_exceptions=False).output
+    said = json.loads(as_json)["again"]
+    assert (said["against"], said["state"]) == (1, "replicated") and said["high"] < 0
+    nothing = CliRunner().invoke(cli, ["show", "4", "--lab", str(lab.path)], catch_exceptions=False).output
+    assert "on fresh seeds" not in nothing and again.again(lab, 1) is None
 
 
 # --- what the statistical rule leaves on the record ------------------------------------------------
@@ -352,8 +452,13 @@ def test_what_each_rule_would_have_kept(tmp_path, settings, monkeypatch):
     assert found.simple == 3 and found.statistical == sum(e.status == "keep" for e in asked)
     assert found.both == sum(e.status == "keep" and e.verdict["simple"] == "keep" for e in asked)
     html, text = sane(lab)
-    assert f"would have kept 3 , statistical (keep what is better beyond noise) kept {found.statistical}" in html
-    assert f"simple would have kept 3, statistical kept {found.statistical}, both {found.both}" in text
+    assert f"it kept {found.statistical} ; simple (upstream's: keep what comes out lower) would have kept 3 ;" in html
+    assert f"which kept {found.statistical}; simple would have kept 3; both {found.both}." in text
+    for said in (html, text):
+        assert (
+            "Simple is given the first run of each, and compares it with the last that it would have kept itself"
+            in said
+        )
 
 
 def test_hopeless_runs_that_were_stopped_are_told_with_what_that_saved(tmp_path, settings, monkeypatch):
@@ -406,7 +511,7 @@ def test_the_verb_writes_three_files_and_trains_nothing(full, tmp_path, monkeypa
     assert Path(said["markdown"]).read_text().startswith("# nov24")
     assert (full.record / "ledger.sqlite").read_bytes() == before
     spoken = CliRunner().invoke(cli, ["report", str(full.path), "--out", str(tmp_path)], standalone_mode=False).output
-    assert "On fresh seeds the gain holds" in spoken
+    assert "The gain holds: −" in spoken and "on fresh seeds, 4 and 4 runs" in spoken
 
 
 def test_the_page_is_self_contained_and_quotes_safely(full):

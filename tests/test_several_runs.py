@@ -16,6 +16,7 @@ from test_kill import in_a_process, kill
 
 from console.findings import findings, read
 from console.looking import log_verb, show_verb
+from console.markdown import markdown
 from console.output import Screen
 from console.places import look
 from console.rows import rows
@@ -339,6 +340,26 @@ def test_a_change_of_versions_begins_an_epoch_and_an_undo_into_an_older_one_is_m
     assert "it was run before the machine changed" in " ".join(events(night, "note"))
 
 
+def test_the_best_measured_again_says_why_it_was_disturbed(night):
+    old, new = ({"measured_with": lambda s, v=v: {"torch": v}} for v in ("1", "2"))
+    loop_of(night, **old).judge_pending(1)
+    loop_of(night, Machine(health=BUSY), **new).judge(recipe(2.1), "worse")
+    first = night.ledger.samples(1, "control")[0]
+    assert first.tainted and "1.5 cores busy" in first.outcome["health"]["disturbed"]
+
+
+def test_what_upstream_s_rule_would_have_kept_is_its_own_chain(night):
+    loop_of(night, researcher=Ideas(1.998, 2.001, 1.996, 2.003, 1.99)).run(Limits(experiments=16))
+    firsts = {e.number: night.ledger.samples(e.number, "verdict")[0].val_bpb for e in night.ledger.experiments()}
+    best, keeps = firsts.pop(1), []
+    for number, first in firsts.items():
+        if best - first > night.settings.min_delta:
+            best, keeps = first, [*keeps, number]
+    found = findings(read(night))
+    assert [r.number for r in found.rows[1:] if r.simple == "keep"] == keeps
+    assert found.rules.simple == len(keeps) > 0
+
+
 def test_a_confirmation_decides_nothing(night):
     executor = Machine()
     loop = loop_of(night, executor, Ideas(2.0))
@@ -380,6 +401,22 @@ def test_a_disturbed_run_is_repeated_and_does_not_count(night):
     assert (e.status, e.tainted, runs(night, 2)) == ("discard", False, [(42, True), (42, False)])
     assert e.val_bpb == night.ledger.samples(2)[-1].val_bpb
     assert "1.5 cores busy" in night.ledger.samples(2)[0].outcome["health"]["disturbed"]
+
+
+def test_the_report_counts_every_disturbed_run(night):
+    """Ten that were repeated and so left no experiment tainted, and three of one that was passed by."""
+    quiet = {"others_cores": 0.1, "our_cores": 1.0}
+    loop_of(night, Machine(health=quiet), Ideas(2.0)).run(Limits(experiments=1))
+    for number, times in ((2, 2), (3, 2), (4, 2), (5, 2), (6, 2), (7, 99)):
+        executor = Disturbed(number, times)
+        executor.changes["health"] = quiet
+        ends(night, executor, 2.1)
+    assert [e.number for e in night.ledger.experiments() if e.tainted] == [7]
+    found = findings(read(night)).machine
+    assert (found.tainted, found.experiments, found.again) == (13, 6, 0)
+    assert found.runs == len(night.ledger.all_samples())
+    assert found.reasons and all("1.5 cores busy" in reason for reason in found.reasons)
+    assert "disturbed: 13, of 6 experiments" in markdown(findings(read(night)), "now")
 
 
 def test_what_is_always_disturbed_is_passed_by_and_then_the_best_is_looked_at(night):

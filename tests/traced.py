@@ -129,8 +129,8 @@ class Truth:
         before = self.kept[self.kept.index(number) - 1]
         if not self.confirmed(before) or not self.confirmed(number):
             return "unconfirmed"
-        middle, low, high = self.change(before, number)
-        return "replicated" if high < 0 else "not replicated" if middle >= 0 or low > -self.worth else "open"
+        _, low, high = self.change(before, number)
+        return "replicated" if high < 0 else "not replicated" if low > -self.worth else "open"
 
     # --- time ----------------------------------------------------------------------------------
 
@@ -192,7 +192,8 @@ def expected(truth: Truth) -> dict[str, Callable[..., Any]]:
         "noise.runs": sum(map(len, groups)),
         "noise.recipes": len(groups),
         "rules.simple": max(0, len([s for s in status if s in ("keep", "simplify")]) - 1),
-        "machine.tainted": sum(r["tainted"] for r in rows.values()),
+        "machine.tainted": sum(s["tainted"] for s in [*truth.samples, *truth.ablated]),
+        "machine.experiments": len({s["number"] for s in truth.samples if s["tainted"]}),
         "machine.again": truth.db.execute("SELECT count(*) FROM events WHERE kind = 'requeued'").fetchone()[0],
         **spent(truth.db),
     }
@@ -254,6 +255,14 @@ def expected(truth: Truth) -> dict[str, Callable[..., Any]]:
             return r["val_bpb"] - r["best_before"]
         return truth.took(int(number)) if what == "seconds" else r[what]
 
+    def of_near(number: str, what: str = "", end: str = "") -> Any:
+        parent = rows[int(number)]["parent"]
+        if what == "again":
+            return truth.change(parent, int(number))[{"": 0, "high": 1, "low": 2}[end]]
+        if what == "runs":
+            return f"{len(truth.confirmed(parent))}+{len(truth.confirmed(int(number)))}"
+        return score(int(number)) - rows[int(number)]["best_before"]
+
     watched = [o for _, o in truth.runs() if o.get("health")]
 
     def of_machine(what: str, end: str = "") -> float:
@@ -289,7 +298,7 @@ def expected(truth: Truth) -> dict[str, Callable[..., Any]]:
         "time": of_time,
         "all": of_all,
         "machine": of_machine,
-        "near": lambda number: score(int(number)) - rows[int(number)]["best_before"],
+        "near": of_near,
     }
 
 
