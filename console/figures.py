@@ -21,7 +21,12 @@ def words_of(status: str, state: Replication) -> str:
     """What fresh seeds say of an experiment with this status."""
     if status != "discard":
         return STATE_WORDS[state]
-    return {"replicated": "better after all", "unconfirmed": STATE_WORDS[state]}.get(state, "no clear gain")
+    return {
+        "replicated": "better after all",
+        "not replicated": "no gain worth keeping",
+        "open": "no clear gain",
+        "unconfirmed": STATE_WORDS[state],
+    }[state]
 
 
 def fact(key: str, value: float | int | str | None, text: str) -> str:

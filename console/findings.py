@@ -68,6 +68,9 @@ class Rules:
     simple: int  # by the first run of each, against what this rule would have kept before it
     statistical: int | None  # None where it was not asked
     both: int
+    earlier: int = (
+        0  # of an earlier version's, in which the simple rule was given the first run of the lab's best instead
+    )
 
 
 @dataclass(frozen=True)
@@ -270,7 +273,8 @@ def rules(rows: Sequence[Row], used: str) -> Rules:
         return Rules(used, simple, None, simple)
     by_simple = [r for r in asked if r.simple == "keep"]
     by_other = [r for r in asked if r.status in KEPT]
-    return Rules(used, len(by_simple), len(by_other), sum(r in by_other for r in by_simple))
+    earlier = sum("first" not in r.verdict for r in asked if r.val_bpb is not None)
+    return Rules(used, len(by_simple), len(by_other), sum(r in by_other for r in by_simple), earlier)
 
 
 def near_misses(

@@ -176,10 +176,11 @@ def _trust(found: Findings) -> str:
         lines.append(
             f"The lab decides by the statistical rule, which kept {rules.statistical}; simple would have kept "
             f"{rules.simple}; both {rules.both}. {sections.SIMPLE_SEES}"
+            + (f"; {rules.earlier} {sections.EARLIER_SEES}." if rules.earlier else ".")
         )
     of = f", of {plural(m.experiments, 'experiment')}" if m.experiments else ""
     lines.append(f"{plural(m.runs, 'run')} watched; disturbed: {m.tainted}{of}. Dropped, and repeated: {m.again}.")
-    lines += [_plain(reason) for reason in m.reasons[: sections.REASONS]]
+    lines += [f"Why: {_plain(reason)}" for reason in m.reasons[: sections.REASONS]]
     lines += [shorten(e.text, 200) for e in found.drift]
     return "\n".join(f"- {line}" for line in lines)
 

@@ -31,7 +31,8 @@ from core.effects import Effect
 
 NAMES = 4  # parts of a theme that are named
 REASONS = 3  # why runs were disturbed that are told
-SIMPLE_SEES = "Simple is given the first run of each, and compares it with the last that it would have kept itself."
+SIMPLE_SEES = "Simple is given the first run of each, and compares it with the last that it would have kept itself"
+EARLIER_SEES = "that an earlier version judged, with the first run of the lab's best"
 
 
 # --- the answer ------------------------------------------------------------------------------------
@@ -395,6 +396,7 @@ def _rules(found: Findings) -> str:
             "The lab decides by the statistical rule: keep what is better beyond noise. Of the experiments that were "
             f"judged it kept {counts[1]}; <em>simple</em> (upstream's: keep what comes out lower) would have kept "
             f"{counts[0]}; both {counts[2]}. {SIMPLE_SEES}"
+            + (f"; {number('rules.earlier', rules.earlier)} {EARLIER_SEES}." if rules.earlier else ".")
         )
     return f"<h3>The rule</h3><p>{body}</p>"
 

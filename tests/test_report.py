@@ -415,7 +415,7 @@ def test_a_discard_that_was_measured_again_is_told_everywhere(tmp_path, settings
     html, text = sane(lab)
     for said in (html, text):
         assert said.index("Discard #2") < said.index("Near miss #3")
-        assert "better after all" in said and "no clear gain" in said
+        assert "better after all" in said and "no gain worth keeping" in said
         assert "#4" not in said.partition("What to try next")[2].partition("Where the time")[0]
     assert "Discard #2, a better rate on a bad moment, +0.00" in text
     figures, table = Figures(shown(lab)), expected(truth_of(lab))
@@ -455,10 +455,9 @@ def test_what_each_rule_would_have_kept(tmp_path, settings, monkeypatch):
     assert f"it kept {found.statistical} ; simple (upstream's: keep what comes out lower) would have kept 3 ;" in html
     assert f"which kept {found.statistical}; simple would have kept 3; both {found.both}." in text
     for said in (html, text):
-        assert (
-            "Simple is given the first run of each, and compares it with the last that it would have kept itself"
-            in said
-        )
+        assert "first run of each, and compares it with the last that it would have kept itself;" in said
+        assert f"{found.earlier} that an earlier version judged, with the first run of the lab's best." in said
+    assert found.earlier == len(asked) > 3
 
 
 def test_hopeless_runs_that_were_stopped_are_told_with_what_that_saved(tmp_path, settings, monkeypatch):

@@ -357,7 +357,7 @@ def test_what_upstream_s_rule_would_have_kept_is_its_own_chain(night):
             best, keeps = first, [*keeps, number]
     found = findings(read(night))
     assert [r.number for r in found.rows[1:] if r.simple == "keep"] == keeps
-    assert found.rules.simple == len(keeps) > 0
+    assert found.rules.simple == len(keeps) > 0 and found.rules.earlier == 0
 
 
 def test_a_confirmation_decides_nothing(night):
