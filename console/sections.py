@@ -405,8 +405,11 @@ def _machine(found: Findings) -> str:
     m = found.machine
     if not m.runs and not m.again:
         return '<h3>The machine</h3><p class="soft">Nothing was taken down.</p>'
-    lead = f"{number('machine.runs', m.runs)} runs were watched; disturbed: {number('machine.tainted', m.tainted)}"
-    lead += f", of {number('machine.experiments', m.experiments)} experiments" if m.experiments else ""
+    noun = "experiment" if m.experiments == 1 else "experiments"
+    lead = (
+        f"Runs that were watched: {number('machine.runs', m.runs)}; disturbed: {number('machine.tainted', m.tainted)}"
+    )
+    lead += f", of {number('machine.experiments', m.experiments)} {noun}" if m.experiments else ""
     parts = [f"<p>{lead}. Dropped, and repeated: {number('machine.again', m.again)}.</p>"]
     parts += [f'<p class="says soft">{escape(shorten(reason, 200))}</p>' for reason in m.reasons[:REASONS]]
     if m.speed:

@@ -345,7 +345,7 @@ def test_runs_that_were_dropped_are_told_with_the_reason(tmp_path, settings, mon
     found = findings(read(lab)).machine
     assert (found.runs, found.tainted, found.again) == (1, 0, 1)
     html, text = sane(lab)
-    assert "1 runs were watched; disturbed: 0 . Dropped, and repeated: 1 ." in html
+    assert "Runs that were watched: 1 ; disturbed: 0 . Dropped, and repeated: 1 ." in html
     assert "1 run watched; disturbed: 0. Dropped, and repeated: 1." in text
     for said in (html, text):
         assert "other programs kept the card 80% busy" in said
