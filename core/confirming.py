@@ -21,7 +21,7 @@ FIRST_SEED = 1000  # after the lab's own seed
 SEEDS = 4  # fresh seeds of each recipe, unless something else is asked for
 RESERVED = 0.1  # of a run's time, kept for confirming at its end
 LATEST = 5  # runs by whose duration the next ones are estimated
-ATTEMPTS = 3  # runs of one seed that may be disturbed before it is passed by
+ATTEMPTS = 3  # runs of one seed that may be disturbed before it ends, or at the end of a night is passed by
 
 
 @dataclass(frozen=True)
@@ -129,21 +129,22 @@ def confirm(
     loop: Loop, wanted: Plan, deadline: float | None = None, say: Callable[[str], None] = lambda _: None
 ) -> Done:
     """Run what is planned, until all is measured, the deadline (Unix time) is too near for another run, or a stop.
+    While somebody wants a pause no run begins.
 
-    A run that was disturbed is repeated, ATTEMPTS runs in all at most. One that fails has no sample, which the record
-    tells; it is passed by, and tried again when somebody asks again. A recipe with a change left out that fails is not
-    run on further seeds: that it does not run is what was asked.
+    A run that was disturbed is repeated, ATTEMPTS runs in all at most: by then this machine is not what it was, and it
+    ends. With a deadline it goes on, as that time is kept for nothing else. A run that fails has no sample, which the
+    record tells; it is passed by, and tried again when somebody asks again. A recipe with a change left out that fails
+    is not run on further seeds: that it does not run is what was asked.
     """
+    latest = None if deadline is None else deadline - wanted.seconds_each
     measured, many, failed = 0, len(wanted.runs), set[int]()
     with loop.holding():
         for at, run in enumerate(wanted.runs):
             if run.without in failed:
                 continue
-            if deadline is not None and time.time() + wanted.seconds_each > deadline:
-                return Done(measured, many - at, "the next run would not end in time")
-            score = _measured(loop, run)
-            if score is None:
-                return Done(measured, many - at, "stopped")
+            score = _measured(loop, run, latest)
+            if isinstance(score, str):
+                return Done(measured, many - at, score)
             measured += bool(score)
             said = f"{score:.6f}" if score else "no score that counts"
             say(f"{at + 1} of {many}: {run} on seed {run.seed}: {said}")
@@ -152,20 +153,29 @@ def confirm(
     return Done(measured, many - measured, "")
 
 
-def _measured(loop: Loop, run: Run) -> float | None:
-    """The undisturbed score of a run, 0.0 where it came to none; None after a stop."""
+def _measured(loop: Loop, run: Run, latest: float | None) -> float | str:
+    """The undisturbed score of a run, 0.0 where it came to none; or why it all ends. `latest`: Unix time after which no
+    run begins."""
     for _ in range(ATTEMPTS):
+        loop.wait_while_paused(latest)
+        if latest is not None and time.time() > latest:
+            return "the next run would not end in time"
         if run.without is None:
             outcome = loop.measure(run.number, run.seed, "confirm", "is it as good on a fresh seed?", run.holdout)
         else:
             outcome = loop.measure_without(run.number, run.without, run.seed)
         if outcome is None:
-            return None
+            return "stopped"
         if outcome.status != "scored":
             return 0.0
         if not (last := _last(loop, run)).tainted:
             return last.val_bpb
-    return 0.0
+    return 0.0 if latest is not None else _disturbed(last)
+
+
+def _disturbed(last: Sample) -> str:
+    why = ((last.outcome or {}).get("health") or {}).get("disturbed") or "they depart from this lab's steady state"
+    return f"{ATTEMPTS} runs in a row were disturbed: {why}; let the machine be as it was while the lab ran"
 
 
 def _last(loop: Loop, run: Run) -> Sample:

@@ -130,6 +130,7 @@ class Loop:
         if self.ledger.get(number).status is None:
             with self._holding(patient=True):
                 while self.ledger.get(number).status is None and not self._stop.is_set():
+                    self.wait_while_paused()
                     self._experiment(self.ledger.pending()[0].number)
         return self.ledger.get(number)
 
@@ -138,21 +139,23 @@ class Loop:
         later candidates, "confirm" in none. None after a stop; an outcome that is not "scored" leaves no sample.
 
         Waits for the device, unless this is called within `holding`."""
-        return self._held_for(lambda data: self._measuring.measure(number, seed, purpose, why, data, holdout))
+        return self._held_for(number, lambda data: self._measuring.measure(number, seed, purpose, why, data, holdout))
 
     def measure_without(self, winner: int, number: int, seed: int) -> Outcome | None:
         """Run experiment `winner` without the kept change of experiment `number` once, a recipe that is on the record.
         None after a stop; an outcome that is not "scored" leaves its reason there. Waits as `measure`."""
-        return self._held_for(lambda data: self._measuring.measure_without(winner, number, seed, data))
+        return self._held_for(winner, lambda data: self._measuring.measure_without(winner, number, seed, data))
 
-    def _held_for(self, run: Callable[[Dataset], Outcome | None]) -> Outcome | None:
+    def _held_for(self, number: int, run: Callable[[Dataset], Outcome | None]) -> Outcome | None:
         with ExitStack() as held:
             if not self._held:
                 held.enter_context(self.holding())
             if self._stop.is_set():
                 return None
             self.lab.check_settings()
-            return run(self.lab.dataset())
+            dataset = self.lab.dataset()
+            self._measuring.settle(self.ledger.get(number), dataset)
+            return None if self._stop.is_set() else run(dataset)
 
     @contextmanager
     def holding(self) -> Iterator[None]:
@@ -239,7 +242,7 @@ class Loop:
             if self._too_late(limits):
                 return "the next experiment would not end in time"
             if self._paused.is_set():
-                self._wait_while_paused(limits)
+                self.wait_while_paused(limits.deadline)
                 continue
             try:
                 number = self._next()
@@ -436,12 +439,15 @@ class Loop:
         elif asked == "resume":
             self._paused.clear()
 
-    def _wait_while_paused(self, limits: Limits) -> None:
+    def wait_while_paused(self, deadline: float | None = None) -> None:
+        """Until nobody wants a pause any more, a stop, or the deadline (Unix time)."""
+        if not self._paused.is_set():
+            return
         self._session.live.update(state="paused", number=None, phase=None)
         self._session.on_event(Event("waiting", {"text": "paused; go on with: autoresearch resume"}))
         with self._session.idle.waits_for("paused"):
             while self._paused.is_set() and not self._stop.is_set():
-                if limits.deadline is not None and time.time() > limits.deadline:
+                if deadline is not None and time.time() > deadline:
                     return
                 time.sleep(PERIOD)  # not Event.wait: a signal handler that sets the event could meet its lock
 

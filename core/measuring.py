@@ -38,6 +38,7 @@ class Measuring:
         self._session = session
         self._think_ahead = think_ahead
         self._failed = 0  # runs of the best in a row
+        self._ended = 0.0  # Unix time at which the last run did
 
     # --- one run -----------------------------------------------------------------------------------
 
@@ -63,6 +64,7 @@ class Measuring:
                 return session.executor.execute(request, session.forward, session.stop), idle
             finally:
                 session.idle.begin()
+                self._ended = time.time()
 
     def disturbed(self, number: int, outcome: Outcome) -> str:
         """Why this run of experiment `number` is to be taken again, "" if it is not."""
@@ -236,7 +238,7 @@ class Measuring:
         session = self._session
         finished = [datetime.fromisoformat(x.finished).timestamp() for x in session.ledger.experiments() if x.finished]
         last = datetime.fromisoformat(samples[-1].created).timestamp() if (samples := self._runs().samples) else 0.0
-        if time.time() - max([last, *finished]) < COOLS_IN:
+        if time.time() - max([last, self._ended, *finished]) < COOLS_IN:
             return
         request = self._request(session.lab.best() or e, dataset, session.lab.settings.seed)
         with self._measured():

@@ -290,12 +290,13 @@ def test_what_lint_or_build_refuse_is_not_run(twice, monkeypatch, by):
     assert f"the recipe without it fails: {reason}\n" in said
 
 
-def test_a_disturbed_run_is_repeated_and_then_passed_by(twice):
+def test_three_disturbed_runs_in_a_row_end_it(twice):
     lab, loop, world = twice
     noisy = {"others_cores": 1.9, "our_cores": 2.0}
     at = len(world.requests)
     world.healths |= {at + k: noisy for k in (1, 2, 3)}
-    assert left_out(lab, loop, [2], seeds=1) == Done(1, 1, "")
+    done = left_out(lab, loop, [2], seeds=1)
+    assert (done.measured, done.left, done.reason[:34]) == (1, 1, "3 runs in a row were disturbed: ot")
     found = lab.ledger.ablation(2, 4)
     assert [s.tainted for s in found.runs] == [True] * 3 and found.reason == ""
     assert of(lab, 2).effect is None and ablations.says(of(lab, 2)) == "not measured yet"

@@ -12,10 +12,11 @@ import pytest
 from click.testing import CliRunner
 from nights import FIRST, NIGHT, Clock, Story, World, confirmed, edit, kept, night, small, tell
 from scripted import Limits, Loop, git, make_lab
+from test_loop import in_background, wait_until
 
 from cli import cli
 from console.findings import findings, read
-from core import confirming, finalizing
+from core import confirming, finalizing, live
 from core.confirming import RESERVED, confirm, pair, plan, reserved
 from core.errors import UserError
 from core.finalizing import Win, arrange
@@ -107,18 +108,78 @@ def test_a_stop_in_the_middle_goes_on_where_it_was(made):
     assert [(r.number, r.holdout) for r in wanted(lab, both, holdout=both[1:]).runs] == [(both[1], True)] * 2
 
 
-def test_a_disturbed_run_is_repeated_and_then_passed_by(made):
+NOISY = {"others_cores": 1.9, "our_cores": 2.0}
+
+
+def test_three_disturbed_runs_in_a_row_end_it(made, monkeypatch):
     lab, loop, world = made
     first, last = pair(kept(lab))
     at = len(world.requests)
-    noisy = {"others_cores": 1.9, "our_cores": 2.0}
-    world.healths |= {at: noisy, at + 1: noisy, at + 2: noisy}
+    world.healths |= {at: NOISY, **{at + n: NOISY for n in range(2, 99)}}
     done = confirm(loop, wanted(lab, [first, last], 1))
-    assert (done.measured, done.left) == (1, 1)
-    assert [s.tainted for s in lab.ledger.samples(first, "confirm")] == [True] * 3
-    assert [r.number for r in wanted(lab, [first, last], 1).runs] == [first]
+    assert (done.measured, done.left, len(world.requests)) == (1, 1, at + 5)
+    assert done.reason.startswith("3 runs in a row were disturbed: other processes kept 1.9 cores busy")
+    assert [s.tainted for s in lab.ledger.samples(first, "confirm")] == [True, False]
+    assert [s.tainted for s in lab.ledger.samples(last, "confirm")] == [True] * 3
+    said = verb(monkeypatch, world, "confirm", "--lab", lab.path, "--seeds", 1)
+    assert "let the machine be as it was while the lab ran), 2 runs to go: the same command goes on" in said
     world.healths.clear()
     assert confirm(loop, wanted(lab, [first, last], 1)).left == 0
+
+
+def test_at_the_end_of_a_night_a_seed_that_is_always_disturbed_is_passed_by(made):
+    lab, loop, world = made
+    first, last = pair(kept(lab))
+    at = len(world.requests)
+    world.healths |= {at: NOISY, at + 1: NOISY, at + 2: NOISY}
+    done = confirm(loop, wanted(lab, [first, last], 1), deadline=time.time() + 1e6)
+    assert (done.measured, done.left, done.reason) == (1, 1, "")
+    assert [s.tainted for s in lab.ledger.samples(first, "confirm")] == [True] * 3
+    assert [r.number for r in wanted(lab, [first, last], 1).runs] == [first]
+
+
+def test_a_pause_holds_before_the_next_run(made):
+    lab, loop, world = made
+    real, at = world.execute, len(world.requests)
+
+    def slow(request, on_event, stop):
+        time.sleep(1.5)  # in less the loop need not hear of it
+        return real(request, on_event, stop)
+
+    world.execute = slow
+    with in_background(loop, lambda: confirm(loop, wanted(lab, pair(kept(lab)), 1))):
+        wait_until(lambda: live.read(lab.record).get("state") == "running")
+        lab.ask("pause")
+        wait_until(lambda: live.read(lab.record).get("state") == "paused")
+        done = len(world.requests)
+        time.sleep(2.0)
+        assert len(world.requests) == done == at + 1
+        lab.ask("resume")
+        wait_until(lambda: len(world.requests) == at + 2)
+
+
+def test_a_pause_does_not_outlast_the_deadline(made):
+    lab, loop, world = made
+    real, at = world.execute, len(world.requests)
+
+    def asks(request, on_event, stop):
+        lab.ask("pause")
+        time.sleep(1.5)
+        return real(request, on_event, stop)
+
+    world.execute = asks
+    soon = replace(wanted(lab, pair(kept(lab)), 1), seconds_each=1.0)
+    done = confirm(loop, soon, deadline=time.time() + 5)
+    assert (done.left, done.reason, len(world.requests)) == (1, "the next run would not end in time", at + 1)
+
+
+def test_a_machine_that_has_cooled_down_settles_before_the_first_run_alone(made, monkeypatch):
+    lab, _, world = made
+    real, at, settled = time.time, len(world.requests), []
+    monkeypatch.setattr(time, "time", lambda: real() + 1e9)
+    world.settle = lambda request, say, stop: settled.append(len(world.requests)) or "it is as warm as it gets"
+    confirm(Loop(lab, None, world, lambda event: None), wanted(lab, pair(kept(lab)), 1))
+    assert (settled, len(world.requests)) == ([at], at + 2)
 
 
 def test_a_run_that_fails_is_told_and_leaves_no_number(made):
@@ -225,6 +286,18 @@ def test_the_last_tenth_of_a_night_confirms_baseline_and_winner(tmp_path, settin
     assert any("confirming" in line for line in said)
     assert len(lab.ledger.experiments()) > done + 20
     assert findings(read(lab)).gain.validation.low > 0
+
+
+def test_a_disturbed_run_is_not_repeated_past_the_deadline(tmp_path, settings, monkeypatch):
+    world = Timed(Clock(monkeypatch))
+    lab = make_lab(tmp_path / "late", replace(settings, verdict="statistical"), FIRST.encode())
+    loop = Loop(lab, Story(), world, lambda event: None)
+    loop.run(Limits(experiments=1))
+    real, at = time.time, len(world.requests)
+    monkeypatch.setattr(time, "time", lambda: real() + world.passed)
+    world.healths |= {at: NOISY, at + 1: NOISY, at + 2: NOISY}
+    done = confirm(loop, wanted(lab, [1], 2), deadline=time.time() + 1.5 * 320)
+    assert (done.left, done.reason, len(world.requests)) == (2, "the next run would not end in time", at + 1)
 
 
 def test_when_nothing_was_kept_the_kept_time_goes_to_research(tmp_path, settings, monkeypatch):
