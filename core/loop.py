@@ -420,7 +420,9 @@ class Loop:
             self.ledger.requeue(number, "stopped; it will be repeated", counts=False)
             return
         disturbed = self._measuring.disturbed(number, outcome)
-        self._deciding.record(number, {**slim(outcome), "idle": idle}, seed, disturbed)
+        with self.ledger.transaction():
+            self._deciding.record(number, {**slim(outcome), "idle": idle}, seed, disturbed)
+            self._measuring.look_at_baseline(number, disturbed)
         step = self._deciding.decide(self.ledger.get(number))
         if step.status in ("more", "control"):
             self._session.on_event(Event("note", {"text": f"#{number} with seed {seed}: {step.reason}"}))

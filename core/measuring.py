@@ -20,7 +20,7 @@ from core.ledger import Ablation, Experiment, Sample
 from core.live import Event
 from core.outcome import Outcome, Request, always
 from core.probing import Probe
-from core.runs import Runs, night
+from core.runs import DECIDED, Runs, night
 from core.session import Session
 from core.versions import changes
 
@@ -135,6 +135,7 @@ class Measuring:
         """The sample, and with it, in one transaction, what it says of the machine."""
         ledger, lab = self._session.ledger, self._session.lab
         why, taken = self._taken(e.number, outcome, idle)
+        taken |= self._decided() if purpose == "control" else {}
         with ledger.transaction():
             said = f"#{e.number} with seed {seed}: {outcome.val_bpb:.6f}{f', disturbed: {why}' if why else ''}"
             versions = self._session.measured_with
@@ -145,6 +146,10 @@ class Measuring:
         best = lab.best()
         if best is not None and best.number == e.number and lab.best_weights() is None:
             lab.products.keep(e.number, outcome.weights, outcome.caches)
+
+    def _decided(self) -> dict[str, int]:
+        """What a run of the best notes of the moment that it is made at."""
+        return {DECIDED: max((e.number for e in self._session.ledger.experiments() if e.status), default=0)}
 
     def _runs(self) -> Runs:
         return Runs.of(self._session.ledger, self._session.measured_with)
@@ -172,15 +177,21 @@ class Measuring:
         best, runs = self._session.lab.best(), self._runs()
         if best is None or not (mine := runs.scores(best.number)):
             return None
-        seed, since = 1 + max(run.seed for run in mine), runs.since(best.number)
-        if any(s.tainted for s in since):
+        seed, since = 1 + max(run.seed for run in mine), runs.since(best.number, self._session.ledger.experiments())
+        if any(since.values()):
             return seed, "a run was disturbed, and it shows whether the machine is what it was"
-        if len({s.number for s in since}) >= CONTROL_EVERY:
+        if len(since) >= CONTROL_EVERY:
             return seed, f"{CONTROL_EVERY} candidates since its last run, and it shows whether the machine has moved"
         return None
 
+    def look_at_baseline(self, number: int, disturbed: str) -> None:
+        """After a run that is on the record. A baseline that began well and is disturbed ever after would be repeated
+        without end; one whose every run is disturbed is measured as it is."""
+        if disturbed and self._session.lab.best() is None and any(not s.tainted for s in self._runs().of_now(number)):
+            self._look_for_change(number, disturbed)
+
     def _look_for_change(self, number: int, disturbed: str) -> None:
-        """After a run of the best: does a new epoch begin?"""
+        """After a run of the best, or of what will be the first: does a new epoch begin?"""
         made = self._runs().of_now(number)
         if disturbed:
             if len(made) >= DISTURBED and all(s.tainted for s in made[-DISTURBED:]):
@@ -224,6 +235,7 @@ class Measuring:
                 ledger.begin_epoch(f"what measures has changed: {why}", best.number)
             disturbed, taken = self._taken(best.number, outcome, idle)
             seed, found, versions = lab.settings.seed, outcome.val_bpb, session.measured_with
+            taken |= self._decided()
             ledger.add_sample(best.number, seed, found, bool(disturbed), versions, "control", taken)
             ledger.event("remeasured", text, best.number)
         lab.products.keep(best.number, outcome.weights, outcome.caches)

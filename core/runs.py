@@ -19,6 +19,7 @@ from core.steady import Steady
 from core.verdict import Night
 
 DECIDING = ("verdict", "control")  # purposes of the runs that verdicts rest on
+DECIDED = "decided"  # with the outcome of a run of the best: the last experiment that was decided before it
 
 
 @dataclass(frozen=True)
@@ -76,10 +77,25 @@ class Runs:
         health = ((good[0] if good else present[-1]).outcome or {}).get("health") or {}
         return Steady(health, bool(good), own, steady.spread(list(rates.values())))
 
-    def since(self, number: int) -> list[Sample]:
-        """What was run for verdicts since the last good run of experiment `number`; all, where it has none."""
+    def since(self, number: int, experiments: Sequence[Experiment]) -> dict[int, bool]:
+        """The others that were run since the last good run of experiment `number` (all, where it has none), and of each
+        whether a run of it was disturbed. What was stopped early or failed has left no sample: of `experiments` those
+        count that were decided later."""
         last = max((run.order for run in self.scores(number)), default=0)
-        return [s for s in self.samples if s.id > last and s.purpose == "verdict" and s.number != number]
+        found: dict[int, bool] = {}
+        for s in self.samples:
+            if s.id > last and s.purpose == "verdict" and s.number != number:
+                found[s.number] = found.get(s.number, False) or s.tainted
+        sampled, decided = {s.number for s in self.samples}, self._decided_by(last)
+        unsampled = [e for e in experiments if e.status and e.number > decided and e.number not in sampled]
+        return found | {e.number: e.tainted for e in unsampled}
+
+    def _decided_by(self, sample: int) -> int:
+        """The last experiment that was decided before the run with this id. Runs of the best say so; before any other
+        it is the one that was run, as decisions come in the order of the numbers."""
+        until = [s for s in self.samples if s.id <= sample]
+        noted = (until[-1].outcome or {}).get(DECIDED) if until else None
+        return max((s.number for s in until), default=0) if noted is None else int(noted)
 
     def _is_now(self, s: Sample) -> bool:
         return s.epoch == self.epoch and s.versions == self.versions

@@ -285,6 +285,58 @@ def test_the_best_is_run_again_at_intervals(night, monkeypatch):
     assert night.ledger.epoch() == 0
 
 
+class Ending(Machine):
+    """Whatever is not the baseline ends as `how`, without a score."""
+
+    def __init__(self, how, health=None):
+        super().__init__()
+        self.how, self.sick = how, health or {}
+
+    def execute(self, request, on_event, stop):
+        outcome = super().execute(request, on_event, stop)
+        if not request.experiment.endswith("-1"):
+            outcome.status, outcome.reason, outcome.val_bpb = self.how, "so it goes", None
+            outcome.stopped_early = {"reason": "so it goes"} if self.how == "hopeless" else {}
+            outcome.health = dict(self.sick)
+        return outcome
+
+
+@pytest.mark.parametrize("how", ["hopeless", "timeout", "crash"])
+def test_candidates_without_a_score_count_towards_the_next_run_of_the_best(night, monkeypatch, how):
+    monkeypatch.setattr(measuring, "CONTROL_EVERY", 3)
+    loop_of(night, researcher=Ideas(2.1)).run(Limits(experiments=2))
+    loop_of(night, Ending(how), Ideas(2.1)).run(Limits(experiments=6))
+    check(night)
+    assert [s.seed for s in night.ledger.samples(1, "control")] == [SEEDS[-1] + 1, SEEDS[-1] + 2]
+    assert [s.outcome["decided"] for s in night.ledger.samples(1, "control")] == [4, 7]
+
+
+@pytest.mark.parametrize("how", ["hopeless", "timeout"])
+def test_after_a_disturbed_run_without_a_score_the_best_is_looked_at_once(night, how):
+    loop_of(night, Machine(), Ideas(2.0)).run(Limits(experiments=1))
+    assert ends(night, Ending(how, BUSY), 2.1).tainted
+    for _ in range(2):
+        ends(night, Machine(), 2.1)
+        assert runs(night, 1, "control") == [(SEEDS[-1] + 1, False)]
+
+
+def test_a_drift_is_seen_though_all_that_it_makes_worse_is_stopped_early(tmp_path, settings, monkeypatch):
+    """A slower machine makes every candidate lag behind what the best was once: none of them would show it."""
+    monkeypatch.setattr(measuring, "CONTROL_EVERY", 4)
+    night = make_lab(tmp_path / "night", replace(settings, verdict="statistical", probe=True))
+    executor = Looking()
+    loop_of(night, executor, Ideas(*(2.1 + 0.01 * k for k in range(5)))).run(Limits(experiments=LEAST_PAIRS + 2))
+    executor.slower = 0.1
+    loop_of(night, executor, Ideas(2.0 - 5 * SD)).run(Limits(experiments=9))
+    check(night)
+    found = night.ledger.experiments()[LEAST_PAIRS + 2 :]
+    early = [bool(e.verdict.get("stopped_early")) for e in found]
+    assert early[:2] == [True, True], "before anybody knew"
+    (said,) = events(night, "epoch")
+    assert "worse than before" in said
+    assert any(e.status == "keep" for e in found)
+
+
 def test_after_a_drift_candidates_are_judged_against_the_new_figure(night, monkeypatch):
     monkeypatch.setattr(measuring, "CONTROL_EVERY", 2)
     executor = Machine()
@@ -447,6 +499,36 @@ def test_a_machine_that_is_never_quiet_has_a_baseline_all_the_same(night):
     check(night)
     assert night.ledger.get(1).status == "keep"
     assert runs(night, 1)[:2] == [(42, True), (42, False)], "as busy as the last time: that is how it is"
+
+
+class Restless(Machine):
+    """Only its first run is quiet."""
+
+    def __init__(self, health):
+        super().__init__()
+        self.sick = health
+
+    def execute(self, request, on_event, stop):
+        outcome = super().execute(request, on_event, stop)
+        assert len(self.runs) < 50, "it goes on without end"
+        outcome.health = dict(self.sick) if len(self.runs) > 1 else {}
+        return outcome
+
+
+def test_a_load_that_comes_during_the_baseline_and_stays_begins_an_epoch(night):
+    loop_of(night, Restless(BUSY), Ideas(2.0)).run(Limits(experiments=2))
+    check(night)
+    (said,) = events(night, "epoch")
+    assert said.startswith("the machine is not what it was: other processes kept 1.5 cores busy")
+    busy = [43, 42, *SEEDS[2:]]
+    assert runs(night, 1)[:9] == [(42, False), *[(43, True)] * 3, *[(seed, False) for seed in busy]]
+    assert (night.best().number, f"over {len(SEEDS)} seeds" in night.best().reason) == (1, True)
+
+
+def test_a_baseline_whose_every_further_run_is_interrupted_ends_all_the_same(night):
+    loop_of(night, Restless({"slept_seconds": 60.0}), Ideas(2.0)).run(Limits(experiments=1))
+    check(night)
+    assert night.ledger.get(1).status == "keep"
 
 
 @pytest.mark.parametrize(
