@@ -20,6 +20,7 @@ from core.ledger import Ablation, LedgerEvent, Sample, Spent
 
 if TYPE_CHECKING:
     from core.lab import Lab
+    from core.noise import Noise
 
 NEAR = 5  # near misses that are told
 
@@ -110,6 +111,7 @@ class Findings:
     record: Record
     total: Tally
     spread: Spread
+    noise: Noise  # as verdicts know it, from all runs that were not disturbed
     gain: Gain | None
     kept: Sequence[Kept]
     levels: Sequence[Level]
@@ -176,6 +178,8 @@ def read(lab: Lab) -> Record:
 
 def findings(record: Record) -> Findings:
     """Nothing is trained, and nothing is read but the record."""
+    from core.runs import Runs  # here, as it loads what only statistics need
+
     rows, samples = record.rows, record.samples
     extra = [s for a in record.ablations for s in a.runs]
     total = tally(rows, record.best, uses(rows, samples, extra))
@@ -186,6 +190,7 @@ def findings(record: Record) -> Findings:
         record=record,
         total=total,
         spread=spread,
+        noise=Runs([s for of_one in samples.values() for s in of_one], epoch=0).noise(),
         gain=_gain(record, total, spread, each),
         kept=_kept(record, spread, each),
         levels=levels(rows, samples, spread),

@@ -148,6 +148,8 @@ def _verdict_line(found: dict[str, Any]) -> str:
     parts = [found["rule"]]
     if noise := found.get("noise"):
         known = f"noise {noise['sd']:.4f} between seeds ({noise['df']:g} degrees of freedom)"
+        if noise["repeat_df"]:
+            known += f", {noise['repeat_sd']:.4f} between two runs of one ({plural(noise['repeat_df'], 'repeat')})"
         parts += [known if noise["df"] else "noise not known yet", f"{plural(found['runs'], 'run')}"]
         parts[-1] += f", {found['runs_of_the_best']} of the best" if found["runs_of_the_best"] else ""
     if found["epoch"]:

@@ -170,6 +170,9 @@ def _trust(found: Findings) -> str:
     if spread.sd is not None:
         of = f"{spread.runs} runs of {spread.recipes} recipes"
         lines = [f"Noise between seeds: {spread.sd:.4f} (standard deviation, {of})."]
+    if found.noise.repeat_sd is not None:
+        repeated = plural(found.noise.repeat_df, "repeat")
+        lines.append(f"Noise between two runs of one seed: {found.noise.repeat_sd:.4f} ({repeated}).")
     if rules.statistical is None:
         lines.append(f"The simple rule kept {rules.simple}; nobody asked the statistical rule.")
     else:

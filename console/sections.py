@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from html import escape
+from typing import TYPE_CHECKING
 
 from console import ablations
 from console.chart import Whisker, reach, whisker
@@ -28,6 +29,9 @@ from console.themes import Theme
 from console.words import count, shorten
 from core.ablation import Without
 from core.effects import Effect
+
+if TYPE_CHECKING:
+    from core.noise import Noise
 
 NAMES = 4  # parts of a theme that are named
 REASONS = 3  # why runs were disturbed that are told
@@ -380,8 +384,16 @@ def _noise(found: Findings) -> str:
     of = f"{number('noise.runs', spread.runs)} runs of {number('noise.recipes', spread.recipes)} recipes"
     return (
         f"<h3>Noise</h3><p>Runs of one recipe on different seeds lie {sd} apart (standard deviation; {of} that no "
-        "decision has chosen). All intervals are Student's, with this figure.</p>"
+        f"decision has chosen). All intervals are Student's, with this figure.{_repeats(found.noise)}</p>"
     )
+
+
+def _repeats(noise: Noise) -> str:
+    if noise.repeat_sd is None:
+        return ""
+    sd = fact("noise.repeat_sd", noise.repeat_sd, f"{noise.repeat_sd:.4f}")
+    many = number("noise.repeats", noise.repeat_df)
+    return f" Runs of one recipe on one seed lie {sd} apart ({many} repeated): so much of it is this machine's own."
 
 
 def _rules(found: Findings) -> str:

@@ -17,6 +17,7 @@ from core import probing, verdict
 from core.eras import eras
 from core.ledger import FAILED, KEPT, Experiment, Sample, now
 from core.live import Event
+from core.noise import by_seed
 from core.outcome import Outcome
 from core.probing import Probe
 from core.recovery import ATTEMPTS
@@ -244,7 +245,7 @@ class Deciding:
             first_run = min(mine, key=lambda r: r.order).bpb
             record = {"rule": STATISTICAL, "simple": "keep", "first": first_run, "runs": len(mine)}
             return Step("keep", reason, record=record)
-        incumbent = runs.scores(best.number)
+        incumbent = by_seed(runs.scores(best.number))
         if not incumbent:
             return Step("control", "the best has no run that these could be compared with", first)
         step = verdict.decide(incumbent, mine, runs.noise(), self._before(e), self.rule(), self._smaller_by(e, best))

@@ -180,9 +180,12 @@ class Measuring:
         seed, since = 1 + max(run.seed for run in mine), runs.since(best.number, self._session.ledger.experiments())
         if any(since.values()):
             return seed, "a run was disturbed, and it shows whether the machine is what it was"
-        if len(since) >= CONTROL_EVERY:
-            return seed, f"{CONTROL_EVERY} candidates since its last run, and it shows whether the machine has moved"
-        return None
+        if len(since) < CONTROL_EVERY:
+            return None
+        why = f"{CONTROL_EVERY} candidates since its last run, and it shows whether the machine has moved"
+        if (again := runs.to_repeat(best.number, is_baseline=best.parent is None)) is not None:
+            return again, f"{why}, and how far two runs of one seed lie apart"
+        return seed, why
 
     def look_at_baseline(self, number: int, disturbed: str) -> None:
         """After a run that is on the record. A baseline that began well and is disturbed ever after would be repeated

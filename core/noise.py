@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy.special import ndtri, stdtr
@@ -36,13 +36,15 @@ class Run:
 class Noise:
     """What is known of a lab's noise. `sd` (bpb): between seeds of one recipe, pooled over recipes, with `df` degrees
     of freedom (0: nothing is known). `correlation`: of two recipes' scores at the same seed, from `pairs` degrees of
-    freedom. `repeat_sd` (bpb): of one recipe and seed again on this machine; None where nothing was repeated."""
+    freedom. `repeat_sd` (bpb): of one recipe and seed again on this machine, with `repeat_df` degrees of freedom; None
+    where nothing was repeated."""
 
     sd: float
     df: float
     correlation: float = 0.0
     pairs: int = 0
     repeat_sd: float | None = None
+    repeat_df: int = 0
 
     def trusted_correlation(self) -> float:
         """The correlation that a verdict counts on: the lower end of its one-sided 95 % interval by Fisher's z, and 0
@@ -96,7 +98,7 @@ class NoisePool:
         repeat_df = sum(len(r) - 1 for r in again)
         repeat_sd = math.sqrt(sum(float(np.var(r)) * len(r) for r in again) / repeat_df) if repeat_df else None
         sd = math.sqrt(max(0.0, self._squares) / self._df) if self._df else 0.0
-        return Noise(sd, float(self._df), correlation, pairs, repeat_sd)
+        return Noise(sd, float(self._df), correlation, pairs, repeat_sd, repeat_df)
 
     def _correlation(self) -> tuple[float, int]:
         """(correlation of two recipes at the same seed, degrees of freedom): the products of all pairs of recipes at
@@ -131,6 +133,15 @@ def _centred(group: Sequence[Run]) -> dict[int, float]:
     return {seed: value - centre for seed, value in means.items()}
 
 
+def by_seed(runs: Sequence[Run]) -> list[Run]:
+    """One run for each seed: a seed that was run again is no second draw. It has the mean, and its last run's place."""
+    seeds = defaultdict(list)
+    for run in runs:
+        seeds[run.seed].append(run)
+    means = {seed: math.fsum(r.bpb for r in found) / len(found) for seed, found in seeds.items()}
+    return [replace(max(found, key=lambda r: r.order), bpb=means[seed]) for seed, found in seeds.items()]
+
+
 @dataclass(frozen=True)
 class Drift:
     """The incumbent's last `runs` runs lie `moved` bpb above those before (below, if negative); `p`: how likely noise
@@ -146,6 +157,9 @@ def drift(incumbent: Sequence[Run], noise: Noise, level: float = 0.002) -> Drift
     """Has the machine moved? The change-point test of the last 1 to 3 runs of one recipe against those before them, two
     sided, by Student's t with the pooled sd, Bonferroni over the change points. None: not more than noise allows.
 
+    A seed may be among the last runs and among those before, which makes the test only more careful, as both sides
+    share its luck; it may not be twice among the last.
+
     After a yes only the last runs are the control of later candidates. A step of three sds is seen by its third re-run
     in two of three cases, one of four sds by its second in four of five; less than one sd cannot be seen.
     """
@@ -153,7 +167,7 @@ def drift(incumbent: Sequence[Run], noise: Noise, level: float = 0.002) -> Drift
     points = range(1, min(CHANGE_POINTS, len(runs) - 1) + 1)
     if not points or noise.df < 1:
         return None
-    found = [_change(runs[:-k], runs[-k:], noise, len(points)) for k in points]
+    found = [_change(by_seed(runs[:-k]), runs[-k:], noise, len(points)) for k in points]
     best = min(found, key=lambda d: d.p)
     return best if best.p <= level else None
 

@@ -7,18 +7,19 @@ luck of the draw: they tell of the noise, but no verdict rests on them.
 from __future__ import annotations
 
 import json
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from core import steady
 from core.ledger import Experiment, Ledger, Sample
-from core.noise import Noise, Run, estimate_noise
+from core.noise import CHANGE_POINTS, Noise, Run, estimate_noise
 from core.steady import Steady
 from core.verdict import Night
 
 DECIDING = ("verdict", "control")  # purposes of the runs that verdicts rest on
+REPEATS = 2  # seeds of a lab that are run twice, to see how far two runs of one seed lie apart on this machine
 DECIDED = "decided"  # with the outcome of a run of the best: the last experiment that was decided before it
 
 
@@ -76,6 +77,17 @@ class Runs:
         own = [found for s in good if s.number == number and (found := steady.rate(s.outcome or {}))]
         health = ((good[0] if good else present[-1]).outcome or {}).get("health") or {}
         return Steady(health, bool(good), own, steady.spread(list(rates.values())))
+
+    def to_repeat(self, number: int, is_baseline: bool) -> int | None:
+        """A seed of the best for its next run that makes the second on it; None where enough of them are known, or none
+        will do. A run that a best was kept for was lucky, and so its seed would be: but for a baseline only controls
+        will do. And none of the last runs, which the test for drift takes for independent of the next."""
+        if self.noise().repeat_df >= REPEATS:
+            return None
+        made = [s for s in self.of_now(number) if not s.tainted]
+        times = Counter(s.seed for s in made)
+        fair = [s.seed for s in made[: 1 - CHANGE_POINTS] if is_baseline or s.purpose == "control"]
+        return next((seed for seed in fair if times[seed] == 1), None)
 
     def since(self, number: int, experiments: Sequence[Experiment]) -> dict[int, bool]:
         """The others that were run since the last good run of experiment `number` (all, where it has none), and of each

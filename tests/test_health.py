@@ -112,6 +112,25 @@ def sample(number, seed, bpb, **given):
     return Sample(number, seed, bpb, **fields)
 
 
+def test_which_seed_of_the_best_is_run_twice():
+    """The oldest that no decision has chosen and that is none of the last two, until two are known."""
+
+    def chosen(seeds, is_baseline):
+        """`seeds`: those of its controls negative."""
+        made = [
+            sample(1, abs(seed), 2.0, id=k, purpose="control" if seed < 0 else "verdict")
+            for k, seed in enumerate(seeds, 1)
+        ]
+        return Runs(made, 0, {"torch": "2"}).to_repeat(1, is_baseline)
+
+    assert chosen([42, 43, 44], True) == 42
+    assert chosen([42, 43, 44, -45, -46], False) is None
+    assert chosen([42, 43, 44, -45, -46, -47], False) == 45
+    assert chosen([42, 43, 44, -42], True) == 43
+    assert chosen([42, 43, 44, 45, -42, -43], True) is None
+    assert chosen([42, 43], True) is chosen([], True) is None
+
+
 def test_only_runs_of_this_epoch_and_these_versions_are_compared():
     made = [
         sample(1, 42, 2.0),
@@ -128,5 +147,6 @@ def test_only_runs_of_this_epoch_and_these_versions_are_compared():
     assert [r.bpb for r in runs.scores(2)] == [1.0], "there is no other"
     assert [r.bpb for r in runs.with_run(2, 43, 1.5).scores(2)] == [1.5]
     assert runs.since(1, []) == {2: True}
+    assert runs.to_repeat(1, is_baseline=True) is None, "it would be one of the last"
     assert runs.noise().df == 2  # 2.2, 2.4 and the confirmation: a confirmation tells of the noise as well
     assert runs.noise(leave_out=samples[2:3]).df == 1

@@ -495,6 +495,20 @@ def test_after_a_drift_the_same_best_has_another_level(tmp_path, settings, monke
     assert "Measuring again took, of the above: the best again" in html
 
 
+def test_how_far_two_runs_of_one_seed_lie_apart_is_told_where_it_is_known(tmp_path, settings, monkeypatch):
+    lab, loop, _ = night(tmp_path / "again", settings, monkeypatch, NIGHT[:2])
+    confirmed(lab, loop, kept(lab))
+    assert not any("one seed" in said for said in sane(lab))
+    seeds = {s.seed: s.val_bpb for s in lab.ledger.samples(1, "confirm")}
+    apart = []
+    for seed in list(seeds)[:2]:
+        apart.append(loop.measure(1, seed, "confirm", "does it score the same?").val_bpb - seeds[seed])
+    sd = f"{math.sqrt(sum(d**2 / 2 for d in apart) / 2):.4f}"
+    html, text = sane(lab)
+    assert f"Runs of one recipe on one seed lie {sd} apart ( 2 repeated)" in html
+    assert f"- Noise between two runs of one seed: {sd} (2 repeats)." in text
+
+
 # --- the verb --------------------------------------------------------------------------------------
 
 

@@ -15,7 +15,7 @@ from scripted import Limits, Loop, Scripted, check, git, make_lab, recipe
 from test_kill import in_a_process, kill
 
 from console.findings import findings, read
-from console.looking import log_verb, show_verb
+from console.looking import log_verb, show_verb, status_verb
 from console.markdown import markdown
 from console.output import Screen
 from console.places import look
@@ -276,13 +276,17 @@ def test_hopeless_runs_are_stopped_early_and_researchers_are_told(tmp_path, sett
 # --- the best again ------------------------------------------------------------------------------
 
 
-def test_the_best_is_run_again_at_intervals(night, monkeypatch):
+def test_the_best_is_run_again_at_intervals(night, monkeypatch, capsys):
     monkeypatch.setattr(measuring, "CONTROL_EVERY", 3)
-    loop_of(night, researcher=Ideas(2.1)).run(Limits(experiments=9))
+    loop_of(night, researcher=Ideas(2.1)).run(Limits(experiments=15))
     check(night)
     controls = [s.seed for s in night.ledger.samples(1, "control")]
-    assert controls == [SEEDS[-1] + 1, SEEDS[-1] + 2]
+    assert controls == [*SEEDS[:2], SEEDS[-1] + 1, SEEDS[-1] + 2], "two seeds twice, to know what the machine adds"
     assert night.ledger.epoch() == 0
+    last = night.ledger.experiments()[-1].verdict
+    assert (last["noise"]["repeat_df"], last["control_runs"]) == (2, len(SEEDS) + 2), "a seed is one draw"
+    status_verb(Screen(False), str(night.path))
+    assert "0.0000 between two runs of one (2 repeats)" in capsys.readouterr().out
 
 
 class Ending(Machine):
@@ -307,7 +311,7 @@ def test_candidates_without_a_score_count_towards_the_next_run_of_the_best(night
     loop_of(night, researcher=Ideas(2.1)).run(Limits(experiments=2))
     loop_of(night, Ending(how), Ideas(2.1)).run(Limits(experiments=6))
     check(night)
-    assert [s.seed for s in night.ledger.samples(1, "control")] == [SEEDS[-1] + 1, SEEDS[-1] + 2]
+    assert [s.seed for s in night.ledger.samples(1, "control")] == SEEDS[:2]
     assert [s.outcome["decided"] for s in night.ledger.samples(1, "control")] == [4, 7]
 
 
