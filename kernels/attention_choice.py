@@ -9,8 +9,10 @@ says why. A forced name is taken or refused, never replaced.
 
 `settled` is the same for a recipe: the first process that asks measures, and leaves what it found among the compile
 caches, from which trainer, scorer and auditor of one experiment read it, and the next experiment too. Two processes
-that measured for themselves could settle on two kernels, whose roundings differ. A warm-up has an end: what is still
-to be compiled when `PATIENCE` is used up is left out, and the reason names it, now and whenever it is read again.
+that measured for themselves could settle on two kernels, whose roundings differ. For that reason what was left out is
+not timed later either. A warm-up has an end: once those that compile have taken `PATIENCE` together, Triton not
+counted, the next one is left out, and the reason names it, now and whenever it is read again. FlexAttention alone is
+never left out.
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ REPEATS = 10  # timed runs after WARMUP; their median decides
 WARMUP = 3
 HEAD_START = 100_000_000  # cycles of the card (about 50 ms) in which Python launches all that is timed
 TIMED_ROWS = 16  # at most, when a recipe asks: times grow with the rows, their order does not change
-PATIENCE = 15.0  # seconds of a recipe's warm-up, compilers included, after which no further one is compiled and timed
+PATIENCE = 15.0  # seconds of a recipe's warm-up for those that compile; Triton, the recipe's own compiler, is extra
 _log = logging.getLogger(__name__)
 
 
@@ -61,8 +63,9 @@ def available(case: Case) -> dict[str, str]:
 def choose(case: Case, forced: str | None = None, patience: float = float("inf")) -> Choice:
     """The fastest that can do the case, or the forced one. ValueError where a forced one is unknown or cannot.
 
-    patience: seconds after which none is compiled any more. The first that can, and what comes compiled, is always
-    timed: the seconds of a first call count, and one slow compiler must not keep out what needs none.
+    patience: seconds of compiling after which no further one is compiled. The first that can, and what comes compiled,
+    is always timed, and their seconds do not count: Triton's first compilation is the recipe's too, and one slow
+    compiler must not keep out what needs none.
     """
     if forced is not None and forced not in PEERS:
         raise ValueError(f"no attention called {forced!r}; known: {', '.join(PEERS)}")
@@ -71,7 +74,10 @@ def choose(case: Case, forced: str | None = None, patience: float = float("inf")
     if forced is not None:
         if refused.get(forced):
             raise ValueError(f"attention {forced!r} cannot do this: {refused[forced]}")
-        return _made(case, forced, "forced", {}, refused)
+        try:
+            return _made(case, forced, "forced", {}, refused)
+        except (ImportError, OSError) as error:  # a package whose libraries do not fit this torch, or are not opened
+            raise ValueError(f"attention {forced!r} cannot be loaded: {_first_line(error)}") from error
     if case.device.type != "cuda":
         if not found["triton"] and case.device.type == "cpu":
             return _made(case, "triton", "its kernels are interpreted, as TRITON_INTERPRET says", {}, refused)
@@ -81,8 +87,13 @@ def choose(case: Case, forced: str | None = None, patience: float = float("inf")
     refused |= passed_by
     if not times:
         return _made(case, "reference", f"nothing else can do this: {_reasons(refused)}", {}, refused)
-    best = min(times, key=times.__getitem__)
-    others = [f"{name} {ms:.3f}" for name, ms in sorted(times.items(), key=lambda x: x[1]) if name != best]
+    # What splits the graph leaves much of what stands around it uncompiled, which its own time does not show.
+    best = min(times, key=lambda name: (not PEERS[name].whole, times[name]))
+    others = [
+        f"{name} {ms:.3f}" + ("" if PEERS[name].whole else ", not taken as it would split the graph")
+        for name, ms in sorted(times.items(), key=lambda x: x[1])
+        if name != best
+    ]
     others += [f"{name} {why}" for name, why in passed_by.items()]
     reason = "; ".join([f"{times[best]:.3f} ms forward and backward", *(others or ["nothing else can do this"])])
     return _made(case, best, reason, times, refused)
@@ -92,18 +103,20 @@ def _timed(case: Case, names: list[str], patience: float) -> tuple[dict[str, flo
     """Milliseconds of each that runs; and why the others, which could do the case, have none."""
     times: dict[str, float] = {}
     passed_by: dict[str, str] = {}
-    began = time.monotonic()
+    used = 0.0  # seconds of those that compile, beyond the first
     for name in sorted(names, key=lambda name: name != names[0] and PEERS[name].compiles):
-        used = time.monotonic() - began
-        if times and PEERS[name].compiles and used > patience:
+        counts = name != names[0] and PEERS[name].compiles
+        if times and counts and used > patience:
             passed_by[name] = f"not timed: {used:.0f} s were used up, {patience:g} s are given to it"
             continue
+        began = time.monotonic()
         try:
             times[name] = milliseconds(PEERS[name].make(case), case)
         except torch.OutOfMemoryError:
             raise  # of the recipe's whole step, which is made smaller then; it says nothing about a peer
         except Exception as error:  # noqa: BLE001 - Triton's, CUTLASS's and the packages' own share no base but this
             passed_by[name] = f"failed when timed: {type(error).__name__}: {_first_line(error)}"
+        used += time.monotonic() - began if counts else 0.0
     return times, passed_by
 
 

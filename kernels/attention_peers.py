@@ -12,8 +12,9 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.machinery import PathFinder
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from kernels.attention_reference import reference, reference_rotated
 
 HALF = (torch.float16, torch.bfloat16)
+FLASH4_NEEDS = ("cutlass", "quack", "tvm_ffi")  # modules of what flash-attn-4 requires
 
 
 @dataclass(frozen=True)
@@ -80,16 +82,22 @@ def _reference(case: Case) -> Attention:
 
 
 def _flash3(case: Case) -> Attention:
-    return _flash("flash_attn_interface", case)
+    from kernels import attention_flash
+
+    attention_flash.load()
+    turn = _turning(case)
+
+    def run(
+        q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, window: int, scale: float | None = None
+    ) -> Tensor:
+        return attention_flash.flash3(turn(q, cos, sin), turn(k, cos, sin), v, window, scale)
+
+    return run
 
 
 def _flash4(case: Case) -> Attention:
-    return _flash("flash_attn.cute", case)
-
-
-def _flash(module: str, case: Case) -> Attention:
-    """FlashAttention's Python interface. Some of its versions return (y, lse), some y."""
-    function = importlib.import_module(module).flash_attn_func
+    """FlashAttention-4's public function. Some of its versions return (y, lse), some y."""
+    function = importlib.import_module("flash_attn.cute").flash_attn_func
     turn = _turning(case)
 
     def run(
@@ -194,7 +202,7 @@ def _no_flash4(case: Case) -> str:
         return f"FlashAttention-4 is for sm_90 and sm_100, not {_card(case)}"
     if case.head not in (64, 96, 128):
         return f"FlashAttention-4 takes heads of 64, 96 and 128 channels, not {case.head}"
-    return _half(case) or _absent("flash_attn.cute", "flash-attn-4")
+    return _half(case) or _absent("flash_attn.cute", "flash-attn-4", FLASH4_NEEDS)
 
 
 def _no_cudnn(case: Case) -> str:
@@ -230,17 +238,30 @@ def _card(case: Case) -> str:
     return f"sm_{case.capability}" if case.capability else case.device.type
 
 
-def _absent(module: str, package: str) -> str:
-    """Looked up without importing: FlashAttention loads its CUDA libraries on import."""
-    parent = module.partition(".")[0]
-    if importlib.util.find_spec(parent) is None or importlib.util.find_spec(module) is None:
+def _absent(module: str, package: str, needs: Sequence[str] = ()) -> str:
+    """Looked up without importing, the parent of `module` neither: FlashAttention loads its CUDA libraries on import,
+    and flash_attn is FlashAttention-2 where that is installed, whose library need not fit this torch.
+
+    needs: the modules of what it depends on. The sandbox shows none of FlashAttention-4's to a recipe, which cannot use
+    it for that reason (core/readable.py); the benchmarks can.
+    """
+    if not _installed(module):
         return f"{package} is not installed (no module {module})"
-    return ""
+    missing = [name for name in needs if not _installed(name)]
+    return f"{package} needs {', '.join(missing)}, which cannot be imported here" if missing else ""
+
+
+def _installed(module: str) -> bool:
+    parent, _, child = module.partition(".")
+    found = importlib.util.find_spec(parent)
+    if found is None or not child:
+        return found is not None
+    return PathFinder.find_spec(module, list(found.submodule_search_locations or ())) is not None
 
 
 PEERS: dict[str, Peer] = {
     "triton": Peer(_triton, _no_triton, compiles=True),
-    "fa3": Peer(_flash3, _no_flash3, whole=False),
+    "fa3": Peer(_flash3, _no_flash3),
     "fa4": Peer(_flash4, _no_flash4, whole=False, compiles=True),
     "cudnn": Peer(_cudnn, _no_cudnn),
     "flash": Peer(_sdpa_flash, _no_sdpa_flash),

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -205,16 +207,32 @@ def test_what_is_left_over_and_does_not_hold_is_measured_again(monkeypatch, tmp_
     assert found.name == "triton" and asked
 
 
+def slowly(monkeypatch, seconds):
+    """Each way that is timed takes so long, by the clock of the choice."""
+    clock = itertools.count(0.0, seconds)
+    monkeypatch.setattr(choice, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+
+
+def test_triton_and_what_comes_compiled_take_nothing_of_the_time_for_flex_attention(monkeypatch, tmp_path):
+    """With nothing in a cache Triton's first compilation alone takes more than that, and the choice is for good."""
+    pytest.importorskip("triton")
+    slowly(monkeypatch, 60.0)
+    found, _ = settle(monkeypatch, tmp_path, [4.0, 3.0, 2.0, 1.0])
+    assert found.name == "flex" and "not timed" not in found.reason
+
+
 def test_when_a_warm_up_is_used_up_nothing_more_is_compiled_and_the_log_names_what_was_left_out(
     monkeypatch, tmp_path, caplog
 ):
     """What comes compiled is timed all the same; whoever reads the choice later is told too."""
     pytest.importorskip("triton")
     caplog.set_level("INFO", "kernels.attention_choice")
-    monkeypatch.setattr(choice, "PATIENCE", 0.0)
-    found, _ = settle(monkeypatch, tmp_path, [1.0, 2.0, 3.0, 4.0])
-    assert found.name == "triton" and "flash" in found.milliseconds and "flex" not in found.milliseconds
-    assert found.refused["flex"].startswith("not timed: 0 s were used up")
+    monkeypatch.setitem(PEERS, "fa4", replace(PEERS["fa4"], why_not=lambda case: ""))  # a second that compiles
+    slowly(monkeypatch, 20.0)
+    found, _ = settle(monkeypatch, tmp_path, [1.0, 2.0, 3.0, 4.0, 5.0])
+    assert found.name == "triton" and found.milliseconds.keys() >= {"flash", "fa4"}
+    assert "flex" not in found.milliseconds
+    assert found.refused["flex"] == "not timed: 20 s were used up, 15 s are given to it"
     again, asked = settle(monkeypatch, tmp_path, [])
     assert not asked and "flex not timed" in again.reason
     assert len(caplog.messages) == 2 and all("flex not timed" in message for message in caplog.messages)
