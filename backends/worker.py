@@ -11,6 +11,7 @@ is believed by the referee alone (core/referee.py); what is checked here is chec
 from __future__ import annotations
 
 import gc
+import hashlib
 import importlib
 import math
 import sys
@@ -121,9 +122,18 @@ def _recipe_traceback(error: BaseException) -> str:
     return "".join(traceback.format_exception(type(error), error, frames))
 
 
+def compile_apart(source: bytes) -> None:
+    """What torch.compile keeps for a recipe with operators of its own (torch.library) is for this text alone: in its
+    keys an operator is a name, and a changed backward behind the same name would not be seen."""
+    if b"library" in source and "torch" in sys.modules:
+        config: Any = importlib.import_module("torch.compiler.config")
+        config.cache_key_tag = f"{config.cache_key_tag} {hashlib.sha256(source).hexdigest()}"
+
+
 def load_recipe(source: bytes) -> ModuleType:
     """The module `train`, from exactly these bytes. They also lie in the scratch folder, which is the working
     directory, so that tracebacks, `inspect.getsource` and kernels' compilers find the lines."""
+    compile_apart(source)
     Path("train.py").write_bytes(source)
     module = ModuleType("train")
     module.__file__ = "train.py"

@@ -8,16 +8,32 @@ left out there by a look before it is opened, and a child that swaps it just the
 
 from __future__ import annotations
 
+import hashlib
 import os
 import stat
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 
+from core import paths
 from core.files import is_link
 
+KERNELS = "kernels"
 MOST_BYTES = 4 * 2**30
 MOST_FILES = 200_000
+
+
+@lru_cache(maxsize=8)
+def kernels_tag(root: Path | None = None) -> str:
+    """16 hex digits over the code of our operators, a part of every key of torch.compile's caches.
+
+    There a graph holds an operator (torch.library) by its name alone: after a change of what its backward does the old
+    one would be found again.
+    """
+    digest = hashlib.sha256()
+    for file in sorted(((root or paths.project_root()) / KERNELS).glob("*.py")):
+        digest.update(file.name.encode() + b"\0" + file.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def copy(source: Path, target: Path) -> int:
