@@ -179,3 +179,11 @@ def test_hardware_without_a_card_has_no_profile():
     assert isinstance(here, Hardware)
     with pytest.raises(UserError, match="no NVIDIA GPU"):
         cuda.profiles(here)
+
+
+def test_a_part_of_a_card_has_not_the_peak_of_the_whole():
+    """It is measured then: a seventh of an H100 looked as if it did a seventh of what it does."""
+    device = pytest.importorskip("backends.cuda.device", exc_type=ImportError)
+    whole = device.known_peak("NVIDIA H100 80GB HBM3")
+    assert whole is not None and whole.flops_per_second == 989.4e12
+    assert device.known_peak("NVIDIA H100 80GB HBM3 MIG 1g.10gb") is None

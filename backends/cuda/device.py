@@ -128,8 +128,13 @@ class CudaDevice:
 
 
 def known_peak(name: str) -> Peak | None:
-    """The data sheet's figure for a card's name ("NVIDIA H100 80GB HBM3"); None for one that is in no table."""
+    """The data sheet's figure for a card's name ("NVIDIA H100 80GB HBM3"); None for one that is in no table.
+
+    A part of a card ("NVIDIA H100 80GB HBM3 MIG 1g.10gb") has a part of its processors, and is in none.
+    """
     words = name.replace("-", " ").split()
+    if "MIG" in words:
+        return None
     fitting = [known for known in PEAKS if all(word in words for word in known.split())]
     if not fitting:
         return None
