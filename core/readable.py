@@ -51,10 +51,7 @@ KERNEL = words(  # facts about the machine; of processes only the child itself (
     "/sys/devices/system /sys/kernel/mm/transparent_hugepage /sys/kernel/mm/hugepages "
     "/dev/zero /dev/urandom /dev/random"
 )
-GPU_KERNEL = words(
-    "/proc/driver/nvidia /sys/module/nvidia /sys/bus/pci /sys/devices/pci0000:00 /sys/class/drm /sys/class/kfd "
-    "/etc/OpenCL"
-)
+GPU_KERNEL = words("/proc/driver/nvidia /sys/module/nvidia /sys/bus/pci /sys/class/drm /sys/class/kfd /etc/OpenCL")
 GPU_DEVICES = ("nvidia*", "nvidia-caps/*", "dri/renderD*", "kfd", "dxg")
 
 
@@ -132,10 +129,16 @@ def project() -> Rules:
     return [(str(root / part), landlock.READ) for part in ("core", "backends", "kernels")]
 
 
+def pci_roots(devices: Path = Path("/sys/devices")) -> list[str]:
+    """The trees of PCI devices, to which the links in /sys/bus/pci lead. A server has several, and its cards hang on
+    any of them."""
+    return sorted(str(path) for path in devices.glob("pci*"))
+
+
 def devices(backend: str) -> Rules:
     found = [(path, landlock.DEVICE) for path in ("/dev/null",)]
     if backend != "cpu":  # also for `mlx[cuda]`; elsewhere there are none
-        found += [(path, landlock.READ) for path in GPU_KERNEL]
+        found += [(path, landlock.READ) for path in (*GPU_KERNEL, *pci_roots())]
         found += [(str(p), landlock.DEVICE) for pattern in GPU_DEVICES for p in Path("/dev").glob(pattern)]
     return found
 

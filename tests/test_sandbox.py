@@ -296,6 +296,17 @@ def test_policy_leaves_private_folders_out(scratch: Path, tmp_path: Path, monkey
         assert [path for path in opened if path == place or path in place.parents] == []
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="these trees are Linux's")
+def test_cards_on_every_pci_root_can_be_looked_up(tmp_path: Path) -> None:
+    """A desktop has one, a server one for each socket or more."""
+    for name in ("pci0000:00", "pci0000:c0", "pci0001:00", "system"):
+        (tmp_path / name).mkdir()
+    assert readable.pci_roots(tmp_path) == [f"{tmp_path}/pci{n}" for n in ("0000:00", "0000:c0", "0001:00")]
+    here = {str(path) for path in Path("/sys/devices").glob("pci*")}
+    assert here <= dict(readable.devices("cuda")).keys()
+    assert not here & dict(readable.devices("cpu")).keys()
+
+
 def test_around_divides_only_what_it_must(tmp_path: Path) -> None:
     for folder in ("a/open", "a/closed", "b"):
         (tmp_path / folder).mkdir(parents=True)
