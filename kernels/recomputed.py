@@ -23,8 +23,12 @@ EPSILON = 2.0**-23  # added to the mean square, as everywhere here
 
 def norm(x: Tensor, dtype: torch.dtype) -> Tensor:
     """RMS norm over the last dimension, computed in float32 (float64 for float64)."""
-    wide = x if x.dtype == torch.float64 else x.float()
+    wide = _wide(x)
     return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + EPSILON)).to(dtype)
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
 
 
 class _LinearOfNorm(torch.autograd.Function):
@@ -37,7 +41,7 @@ class _LinearOfNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dz: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         w, x, x0, a, b = ctx.saved_tensors
-        y = norm(a * x + b * x0, ctx.dtype)  # a and b are float32, and so is the sum
+        y = norm(a * _wide(x) + b * _wide(x0), ctx.dtype)  # a scalar's own float32 would not widen a bfloat16 row
         dw = dz.reshape(-1, dz.shape[-1]).T @ y.reshape(-1, y.shape[-1])
         return dz @ w, dw, None, None, None, None
 

@@ -65,6 +65,17 @@ def check_kept(x, w1, w2, kept):
     same(found, linear_relu2.reference(y, w1, w2), (x, w1, w2))
 
 
+def test_rows_in_bfloat16_are_summed_in_float32():
+    """As the forward's kernel does. A scalar without a dimension, as a recipe has it, widens nothing by itself."""
+    rng = torch.Generator().manual_seed(1)
+    x, x0, dz = (torch.randn(64, 32, generator=rng).bfloat16() for _ in range(3))
+    a, b = torch.tensor(1.1), torch.tensor(0.3)
+    y = recomputed.norm(a * x.float() + b * x0.float(), torch.bfloat16)
+    w = torch.randn(32, 32, generator=rng).bfloat16().requires_grad_()
+    recomputed.linear_of_norm(y, w, x, x0, a, b).backward(dz)
+    assert torch.equal(w.grad, dz.T @ y)
+
+
 def test_all_of_it_is_one_graph():
     x, x0, w, a, b = (t.detach().float().requires_grad_() for t in leaves(1, (2, 6, 8), (2, 6, 8), (8, 8), (1,), (1,)))
     table = torch.randn(5, 8).requires_grad_()
