@@ -11,9 +11,11 @@ from hypothesis import strategies as st
 pytest.importorskip("torch")
 pytest.importorskip("triton")
 
+import torch
+
 from benchmarks import memory
 from benchmarks.gpu import Order
-from kernels.memory import SPARE, rows_within
+from kernels.memory import SPARE, fitted_rows, rows_within
 
 SMALL = replace(Order(), rows=2, context=64, heads=2, head_dim=32, depth=2, vocab=128, tokens=128)
 
@@ -52,3 +54,41 @@ def test_nonsense_is_refused():
     for wanted, trials in ((0, {1: 1.0, 2: 2.0}), (4, {1: 1.0})):
         with pytest.raises(ValueError, match="two trials wanted"):
             rows_within(wanted, 1e9, trials)
+
+
+MIB = 2**20
+
+
+class Card:
+    """What PyTorch says of a card's memory, for a model with a part per row and a buffer that is full at two rows."""
+
+    def __init__(self, room: float, each: float = 100 * MIB) -> None:
+        self.room, self.each, self.most = room, each, 0.0
+        self.tried: list[int] = []
+
+    def trial(self, rows: int) -> None:
+        self.tried.append(rows)
+        needed = 50 * MIB + rows * self.each + min(rows, 2) * 32 * MIB
+        if needed > self.room:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        self.most = max(self.most, needed)
+
+    def rows(self, wanted: int, monkeypatch: pytest.MonkeyPatch) -> tuple[int, str]:
+        said = {"synchronize": None, "memory_allocated": 0, "memory_reserved": 0, "mem_get_info": (self.room, 0)}
+        for name, value in said.items():
+            monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
+        monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: setattr(self, "most", 0.0))
+        monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: self.most)
+        return fitted_rows(self.trial, wanted, torch.device("cpu"))
+
+
+def test_a_buffer_that_grows_at_the_first_rows_only_counts_once(monkeypatch):
+    room = (50 + 64 + 64 * 100) * MIB / (1 - SPARE)  # just enough for 64 rows
+    assert Card(room + 1).rows(128, monkeypatch) == (64, "100 MiB a row of 6.9 GiB free; 128 were wanted")
+
+
+def test_where_four_rows_find_no_room_one_and_two_are_tried(monkeypatch):
+    card = Card(320 * MIB)
+    assert card.rows(8, monkeypatch)[0] == 2 and card.tried == [1, 2, 4, 1, 2]
+    with pytest.raises(torch.OutOfMemoryError):
+        Card(200 * MIB).rows(8, monkeypatch)

@@ -45,7 +45,7 @@ ASPECT_RATIO = 64  # search: 32..128; model dim = DEPTH * ASPECT_RATIO, rounded 
 HEAD_DIM = 128  # search: 64 | 128; channels of one attention head
 WINDOW_PATTERN = "SSSL"  # search: L | SL | SSL | SSSL; per layer: L whole context, S short; the last is always L
 SHORT_WINDOW = 2  # search: 2..16 pow2; an S layer sees one part in so many of the context
-ATTENTION = "auto"  # the fastest here, or triton | fa3 | fa4 | cudnn | flash | flex | reference
+ATTENTION = "auto"  # the fastest here, or triton | fa3 | cudnn | flash | flex | reference
 
 TOTAL_BATCH_SIZE = 2**19  # search: 2**15..2**20 pow2; tokens of one optimizer step
 DEVICE_BATCH_SIZE = 128  # rows that go through the model at once, fewer where memory ends; they only cost memory
@@ -65,6 +65,7 @@ MUON_STEPS = 5  # iterations of the orthogonalisation, at most 5
 VE_GATE_CHANNELS = 32  # the first channels of the stream, which set the gates of value embeddings
 
 Tensors = tuple[Tensor, ...]
+measured_rows: dict[tuple[int, ...], tuple[int, str]] = {}  # of a shape: rows at once and why, as measured here before
 
 # --- model ------------------------------------------------------------------------------------
 
@@ -324,7 +325,7 @@ class CudaTraining:
     def step(self, batches: Batches, progress: float) -> Tensor:
         rows = max(1, TOTAL_BATCH_SIZE // self.sequence_len)
         if not self.rows_reason:
-            self.rows, self.rows_reason = fitted_rows(self.trial, min(DEVICE_BATCH_SIZE, rows), self.model.device)
+            self.rows, self.rows_reason = self.fitted(min(DEVICE_BATCH_SIZE, rows))
         loss = torch.zeros((), device=self.model.device)
         for first in range(0, rows, self.rows):
             part = min(self.rows, rows - first)
@@ -334,11 +335,20 @@ class CudaTraining:
         self.update(progress)
         return loss
 
+    def fitted(self, wanted: int) -> tuple[int, str]:
+        """Rows that go through the model at once, and why. The second build, on the clock, takes those of the first."""
+        shape = (wanted, self.sequence_len, *self.model.weights.singles["lm_head.weight"].shape)
+        if shape not in measured_rows:
+            measured_rows[shape] = fitted_rows(self.trial, wanted, self.model.device)
+        return measured_rows[shape]
+
     def trial(self, rows: int) -> None:
         """A forward and backward that leaves nothing behind."""
         shape = (rows, self.sequence_len + 1)
-        self.model.loss(torch.zeros(shape, dtype=torch.int64, device=self.model.device)).backward()
-        self.model.weights.drop_gradients()
+        try:
+            self.model.loss(torch.zeros(shape, dtype=torch.int64, device=self.model.device)).backward()
+        finally:
+            self.model.weights.drop_gradients()
 
     @torch.no_grad()
     def update(self, progress: float) -> None:

@@ -6,6 +6,7 @@ from types import ModuleType
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from backends import reference
 from backends.cpu.device import open_device
@@ -21,13 +22,46 @@ SMALL = {"DEPTH": 4, "ASPECT_RATIO": 16, "HEAD_DIM": 32, "TOTAL_BATCH_SIZE": 128
 def built(length=32, **constants):
     module = ModuleType("train")
     exec(compile(replace(RECIPE.decode(), {**SMALL, **constants}), "train.py", "exec"), module.__dict__)
-    return module, module.build(Spec(64, length, 63, "cpu", "float32", 1, 0))
+    return module, module.build(spec(length))
+
+
+def spec(length=32):
+    return Spec(64, length, 63, "cpu", "float32", 1, 0)
 
 
 def test_the_recipe_computes_the_reference():
     checks = list(reference.compare(reference.computed(RECIPE, open_device()), reference.reference()))
     assert len(checks) > 60
     assert not [check for check in checks if not check.passed]
+
+
+@pytest.mark.parametrize("attention", ["auto", "reference"])
+def test_the_loss_is_one_graph_and_the_second_build_compiles_nothing(attention):
+    """As on a card, where the first build is before the clock and the second one on it."""
+    module, made = built(ATTENTION=attention)
+    graphs = CompileCounterWithBackend("aot_eager")
+    tokens = torch.randint(64, (2, 33))
+    wanted = made.gradients(tokens)
+    whole, again = (
+        torch.compile(training.model.loss, backend=graphs, dynamic=False, fullgraph=True)
+        for training in (made, module.build(spec()))
+    )
+    torch.testing.assert_close(whole(tokens), made.model.loss(tokens))
+    whole(tokens).backward()
+    found = made.model.weights.gradients()
+    assert found.keys() == wanted.keys()
+    for name, g in found.items():
+        torch.testing.assert_close(g, torch.from_numpy(wanted[name]), msg=lambda said, name=name: f"{name}: {said}")
+    again(tokens).backward()
+    assert graphs.frame_count == 1
+
+
+def test_a_second_build_takes_the_rows_that_the_first_one_measured(monkeypatch):
+    module, made = built()
+    measured = iter([(2, "measured"), (1, "measured again")])
+    monkeypatch.setattr(module, "fitted_rows", lambda *given: next(measured))
+    assert made.fitted(2) == module.build(spec()).fitted(2) == (2, "measured")
+    assert module.build(spec(16)).fitted(2) == (1, "measured again")
 
 
 def test_the_recipe_passes_the_lint():
