@@ -52,7 +52,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, window: int, scale: float) -> tupl
     if y.shape != q.shape or sums.shape != wanted or sums.dtype != torch.float32:
         found = f"{tuple(y.shape)} and {sums.dtype} {tuple(sums.shape)}"
         raise RuntimeError(f"{MODULE} gave {found}; {tuple(q.shape)} and float32 {wanted} are known here")
-    return y, sums
+    return y.contiguous(), sums.contiguous()
 
 
 @_forward.register_fake
