@@ -76,6 +76,7 @@ class Place:
     workdir: Path
     stop: threading.Event = field(default_factory=threading.Event)
     nice: int = 0  # priority of the children; 19 is the lowest
+    env: Mapping[str, str] = field(default_factory=dict)  # beside what all children get
 
     def memory(self) -> int:
         """Bytes that one child and its processes may take."""
@@ -109,7 +110,12 @@ class Worker:
         self._began = time.monotonic()
         settings = place.settings
         policy = sandbox.standard_policy(
-            self.scratch, settings.backend, memory_bytes=place.memory(), caches=self.caches, nice=place.nice
+            self.scratch,
+            settings.backend,
+            memory_bytes=place.memory(),
+            caches=self.caches,
+            nice=place.nice,
+            env=place.env,
         )
         argv = [sys.executable, "-m", "backends.worker", role, settings.backend]
         self.child = sandbox.launch(argv, policy, cwd=self.scratch, log=place.workdir / f"{self.name}.log")

@@ -2,7 +2,9 @@
 
 A sandboxed child imports it, builds, makes one step on random tokens, takes logits, and its weights there and back. It
 sees no text, keeps nothing, and runs at the lowest priority. It does use the device: so nobody calls it while a clock
-runs.
+runs. Where the device is a card it starts from a copy of the best's compile caches, and torch.compile does nothing in
+it: compiling the whole graph for two rows would take minutes in which the card waits. What cannot be compiled is found
+in the experiment's warm-up, before its clock starts.
 """
 
 from __future__ import annotations
@@ -24,30 +26,38 @@ LOG_CHARACTERS = 2000
 
 
 def dry_build(
-    source: bytes, settings: Settings, workdir: Path, *, nice: int = NICE, stop: threading.Event | None = None
+    source: bytes,
+    settings: Settings,
+    workdir: Path,
+    *,
+    nice: int = NICE,
+    stop: threading.Event | None = None,
+    caches: Path | None = None,
 ) -> str:
     """Why `source` does not run, with the end of its log as a quotation; "" if it does. `workdir` is made and is the
-    caller's to remove.
+    caller's to remove; `caches` are compile caches to start from, of which each child gets a copy.
 
     Raises `Stopped` after a stop, and `UserError` when sandbox or backend fail, which is not the candidate's fault.
     """
     small = smaller(source, settings)
     try:
-        _try(small, settings, workdir, nice, stop)
+        _try(small, settings, workdir, nice, stop, caches)
         return ""
     except referee.RecipeFailed as failed:
         if small == source:
             return told(failed)
     try:  # a recipe may need its batch as it is: only what fails so is refused
-        _try(source, settings, workdir, nice, stop)
+        _try(source, settings, workdir, nice, stop, caches)
         return ""
     except referee.RecipeFailed as failed:
         return told(failed)
 
 
-def _try(source: bytes, settings: Settings, workdir: Path, nice: int, stop: threading.Event | None) -> None:
+def _try(
+    source: bytes, settings: Settings, workdir: Path, nice: int, stop: threading.Event | None, caches: Path | None
+) -> None:
     try:
-        referee.dry_build(source, settings, workdir, nice=nice, stop=stop)
+        referee.dry_build(source, settings, workdir, nice=nice, stop=stop, caches=caches)
     except referee.RecipeFailed as failed:
         if failed.status == "stopped":
             raise Stopped from None

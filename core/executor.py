@@ -35,8 +35,11 @@ class Executor(Protocol):
         """Why `source` would be refused before anything runs, "" if it would not. Milliseconds."""
         ...
 
-    def dry_build(self, source: bytes, settings: Settings, workdir: Path, stop: threading.Event) -> str:
-        """Why `source` does not run at all, "" if it does. Takes seconds, on the device. Raises `Stopped`."""
+    def dry_build(
+        self, source: bytes, settings: Settings, workdir: Path, stop: threading.Event, caches: Path | None
+    ) -> str:
+        """Why `source` does not run at all, "" if it does. Takes seconds, on the device. Raises `Stopped`. `caches`: of
+        the best, to start from; a copy is made."""
         ...
 
 
@@ -66,10 +69,12 @@ class LocalExecutor:
 
         return "; ".join(str(finding) for finding in guard.check(source)[:5])
 
-    def dry_build(self, source: bytes, settings: Settings, workdir: Path, stop: threading.Event) -> str:
+    def dry_build(
+        self, source: bytes, settings: Settings, workdir: Path, stop: threading.Event, caches: Path | None
+    ) -> str:
         from core import dryrun
 
-        return dryrun.dry_build(source, settings, workdir, stop=stop)
+        return dryrun.dry_build(source, settings, workdir, stop=stop, caches=caches)
 
     def _wait_for_card(self, request: Request, on_event: Callable[[Event], None], stop: threading.Event) -> None:
         """A shared card is waited for: what is measured beside a game is worth nothing."""

@@ -12,10 +12,12 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+import threading
 import time
 from collections.abc import Collection
 from pathlib import Path
 
+from core import caches as cache_files
 from core.files import remove, replace_open, sync_folder, tree_bytes
 
 LOGS_KEPT = 300  # experiments
@@ -27,6 +29,7 @@ class Products:
 
     def __init__(self, record: Path) -> None:
         self.record = record
+        self._caches_change = threading.Lock()  # whoever tries a proposal out copies them in another thread
 
     def workdir(self, number: int) -> Path:
         return self.record / "work" / str(number)
@@ -45,19 +48,32 @@ class Products:
         folder = self.record / "caches" / str(number)
         return folder if folder.is_dir() else None
 
+    def copy_caches(self, number: int, target: Path) -> Path | None:
+        """A copy of them in `target`, whole even where another best is kept meanwhile; None where there are none."""
+        with self._caches_change:
+            found = self.caches(number)
+            if found is None:
+                return None
+            cache_files.copy(found, target)
+            return target
+
     def keep(self, number: int, weights: Path | None, caches: Path | None) -> None:
         """Weights and caches of experiment `number` become those of the best. Again and again with the same end."""
-        for folder, product, name in (("best", weights, f"{number}.safetensors"), ("caches", caches, str(number))):
-            place = self.record / folder
-            place.mkdir(exist_ok=True)
-            if product is not None and product.exists():
-                if product.is_file():
-                    _sync(product)
-                remove(place / name)
-                replace_open(product, place / name)
-                sync_folder(place)
-            if (place / name).exists():
-                self._only(place, name)
+        self._keep("best", weights, f"{number}.safetensors")
+        with self._caches_change:
+            self._keep("caches", caches, str(number))
+
+    def _keep(self, folder: str, product: Path | None, name: str) -> None:
+        place = self.record / folder
+        place.mkdir(exist_ok=True)
+        if product is not None and product.exists():
+            if product.is_file():
+                _sync(product)
+            remove(place / name)
+            replace_open(product, place / name)
+            sync_folder(place)
+        if (place / name).exists():
+            self._only(place, name)
 
     def forget_others(self, number: int | None) -> None:
         """Weights that are not those of the best go: after an undo the old best's."""

@@ -38,6 +38,7 @@ __all__ = ["Event", "Outcome", "Request", "Status", "dry_build", "execute", "ign
 
 LOG_LINES = 50
 REHEARSED = ("mlx",)  # backends whose trainer finds what a warm-up in another process has compiled
+EAGER = ("cuda", "rtx")  # backends on which torch.compile does nothing where a recipe is only tried out
 
 
 def execute(
@@ -250,14 +251,24 @@ def measure(
     """How fast a recipe trains here: seconds_per_step, tokens_per_step, steps, warmup, compiled, params, peak_memory,
     peak_flops, peak_source, describe, health (of `core.health.Watch`). Random tokens, no data. `RecipeFailed` when it
     does not get that far."""
-    return _ask(source, settings, workdir, "measure", "measured", stop, seconds=seconds)
+    place = Place(settings, workdir, stop or threading.Event())
+    return _ask(source, place, "measure", "measured", None, seconds=seconds)
 
 
 def dry_build(
-    source: bytes, settings: Settings, workdir: Path, *, nice: int = 0, stop: threading.Event | None = None
+    source: bytes,
+    settings: Settings,
+    workdir: Path,
+    *,
+    nice: int = 0,
+    stop: threading.Event | None = None,
+    caches: Path | None = None,
 ) -> dict[str, Any]:
-    """Whether a recipe runs at all: import, build, one step, logits, weights there and back. loss, params, describe."""
-    return _ask(source, settings, workdir, "dry", "tried", stop, nice)
+    """Whether a recipe runs at all: import, build, one step, logits, weights there and back. loss, params, describe.
+    `caches`: compile caches to start from; copied, never written."""
+    eager = {"TORCHDYNAMO_DISABLE": "1"} if settings.backend in EAGER else {}
+    place = Place(settings, workdir, stop or threading.Event(), nice, eager)
+    return _ask(source, place, "dry", "tried", caches)
 
 
 class RecipeFailed(Exception):
@@ -270,20 +281,12 @@ class RecipeFailed(Exception):
         super().__init__(end.reason)
 
 
-def _ask(
-    source: bytes,
-    settings: Settings,
-    workdir: Path,
-    role: str,
-    answer: str,
-    stop: threading.Event | None,
-    nice: int = 0,
-    **fields: Any,
-) -> dict[str, Any]:
-    workdir.mkdir(parents=True, exist_ok=True)
-    worker = Worker(role, Place(settings, workdir, stop or threading.Event(), nice))
+def _ask(source: bytes, place: Place, role: str, answer: str, compiled: Path | None, **fields: Any) -> dict[str, Any]:
+    settings = place.settings
+    place.workdir.mkdir(parents=True, exist_ok=True)
+    worker = Worker(role, place)
     try:
-        worker.begin(source, settings.seed, None, **fields)
+        worker.begin(source, settings.seed, compiled, **fields)
         watch = Watch(worker.child.pid)
         message = worker.expect(answer, settings.warmup_cap + 30.0, "import, build and steps")
         found = {k: v for k, v in message.fields.items() if k not in ("describe", "health")}

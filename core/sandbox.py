@@ -102,8 +102,11 @@ def standard_policy(
     memory_bytes: int = 0,
     caches: Path | None = None,
     nice: int = 0,
+    env: Mapping[str, str] | None = None,
 ) -> Policy:
-    """For a worker of `backend`: scratch, a private TMPDIR in it and `caches` (default: in it) are writable."""
+    """For a worker of `backend`: scratch, a private TMPDIR in it and `caches` (default: in it) are writable.
+
+    `env` is what it has in its environment beside what all have."""
     scratch = scratch.resolve()
     caches = (caches or scratch / "caches").resolve()
     temporary = scratch / "tmp"
@@ -119,7 +122,7 @@ def standard_policy(
         writable=(scratch, caches, *(Path(p).resolve() for p in writable)),
         memory_bytes=memory_bytes,
         nice=nice,
-        env=environment(scratch, temporary, caches) | preloaded(backend),
+        env=environment(scratch, temporary, caches) | preloaded(backend) | dict(env or {}),
         backend=backend,
     )
 

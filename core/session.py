@@ -43,17 +43,21 @@ class Session:
         self.on_event(Event("waiting", {"text": text, **fields}))
 
     def dry_build(self, source: bytes, stop: threading.Event) -> str:
-        """Why a recipe does not run at all, "" if it does. Raises `Stopped`."""
-        workdir = self.lab.products.scratch()
+        """Why a recipe does not run at all, "" if it does. Raises `Stopped`.
+
+        It starts from a copy of the best's compile caches, and what it compiles itself goes with its folder."""
+        lab, workdir = self.lab, self.lab.products.scratch()
         try:
-            return self.executor.dry_build(source, self.lab.settings, workdir, stop)
+            best = lab.best()
+            caches = lab.products.copy_caches(best.number, workdir / "caches") if best else None
+            return self.executor.dry_build(source, lab.settings, workdir, stop, caches)
         finally:
             remove(workdir)
 
     def forward(self, event: RefereeEvent) -> None:
         """What the referee tells while it runs an experiment."""
         if self.lab.settings.backend == "cpu" and event.data.get("phase") == "score":
-            self.gap.open()  # the clock has stopped; a device with memory of its own is left to the scorer alone
+            self.gap.open()  # the clock has stopped; a card is left to the scorer alone, which takes most of its memory
         if event.kind in ("phase", "progress"):
             self.live.update(**{k: v for k, v in event.data.items() if k != "experiment"})
         self.on_event(Event(event.kind, dict(event.data)))

@@ -56,6 +56,7 @@ class Scripted:
         self.runs: list[str] = []
         self.lints = True  # whether recipes pass the lint
         self.dry: list[str] = []  # what was built to try it
+        self.dry_caches: list[list[str] | None] = []  # names in the caches that it was given
         self.dry_seconds = 0.0
         self.measures = False  # is a clock running?
         self.together = False  # did a dry build begin beside a running clock?
@@ -63,8 +64,11 @@ class Scripted:
     def lint(self, source: bytes) -> str:
         return "" if self.lints else "no recipe for this machine"
 
-    def dry_build(self, source: bytes, settings: Settings, workdir: Path, stop: threading.Event) -> str:
+    def dry_build(
+        self, source: bytes, settings: Settings, workdir: Path, stop: threading.Event, caches: Path | None
+    ) -> str:
         """Takes `dry_seconds`; a recipe whose SCORE is below zero does not run."""
+        self.dry_caches.append(sorted(p.name for p in caches.iterdir()) if caches else None)
         self.dry.append(hashlib.sha256(source).hexdigest())
         self.together = self.together or self.measures
         time.sleep(self.dry_seconds)

@@ -10,6 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from core import referee
 from core.dryrun import dry_build, smaller
 from core.gap import Stopped
 from core.settings import Settings
@@ -48,6 +49,49 @@ def test_the_batch_is_made_small_unless_the_recipe_needs_it(
 def test_the_shipped_recipe_in_seconds(settings: Settings, tmp_path: Path) -> None:
     source = (ROOT / "backends/cpu/train.py").read_bytes()
     assert dry_build(source, replace(settings, dtype="float32"), tmp_path) == ""
+
+
+def test_it_starts_from_a_copy_of_the_caches_that_it_is_given(
+    tiny_recipe: str, settings: Settings, tmp_path: Path
+) -> None:
+    kept = tmp_path / "kept"
+    (kept / "xdg").mkdir(parents=True)
+    (kept / "xdg" / "choice").write_text("as measured")
+    looks = (
+        "    import os, pathlib\n"
+        "    file = pathlib.Path(os.environ['XDG_CACHE_HOME'], 'choice')\n"
+        "    assert file.read_text() == 'as measured'\n"
+        "    file.write_text('another')\n"
+        "    (file.parent / 'more').write_text('of its own')\n"
+    )
+    source = tiny_recipe.replace("def build(spec):\n", f"def build(spec):\n{looks}").encode()
+    assert dry_build(source, settings, tmp_path / "work", caches=kept) == ""
+    assert [(p.name, p.read_text()) for p in kept.rglob("*") if p.is_file()] == [("choice", "as measured")]
+    assert "FileNotFoundError" in dry_build(source, settings, tmp_path / "without")
+
+
+def test_where_a_card_would_wait_nothing_is_compiled_as_a_whole(
+    tiny_recipe: str, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A compiler that fails is found by a dry build on a CPU; on a card, whose name the CPU bears here, by the warm-up.
+    What the recipe itself does wrong is found in both."""
+    compiles = (
+        "def fails(graph, inputs):\n    raise ValueError('no compiler')\n\n\n"
+        "def build(spec):\n"
+        "    training = Training(spec)\n"
+        "    training.model = torch.compile(training.model, backend=fails)\n"
+        "    return training\n"
+    )
+    source = tiny_recipe.replace("def build(spec):\n    return Training(spec)\n", compiles)
+    assert "no compiler" in dry_build(source.encode(), settings, tmp_path / "cpu")
+    monkeypatch.setattr(referee, "EAGER", (settings.backend,))
+    assert dry_build(source.encode(), settings, tmp_path / "card") == ""
+    wrong = source.replace('x @ p["head"].T', 'x @ p["head"]')
+    assert "step: RuntimeError" in dry_build(wrong.encode(), settings, tmp_path / "wrong")
+
+
+def test_cards_are_the_backends_on_which_it_is_eager() -> None:
+    assert referee.EAGER == ("cuda", "rtx")
 
 
 def test_it_runs_at_the_lowest_priority_and_yields_to_a_stop(

@@ -22,11 +22,12 @@ from console.output import Screen
 from console.rows import Row
 from console.running import run_verb
 from console.timeuse import uses
-from core import lab, live
+from core import caches, lab, live
 from core.contract import Exhausted, Proposal, Unavailable
 from core.errors import UserError
 from core.gitstore import GitStore
 from core.health import Watch
+from core.keeping import Products
 from core.reapply import reapply
 from core.thinking import FAULTS, READY
 from core.waiting import FIRST, LONGEST, MOST, SHORTEST, Patience
@@ -203,6 +204,57 @@ def test_dry_builds_wait_for_the_gap(night):
     assert not executor.together
     assert events(night, "fault") == []
     check(night)
+
+
+def test_a_dry_build_has_the_caches_of_the_best(night):
+    def checks(view):
+        assert view.check(spread(1.9 - len(view.past) / 10)) == ""
+        return Proposal(spread(1.9 - len(view.past) / 10), f"idea {len(view.past)}")
+
+    class Compiles(Scripted):
+        def execute(self, request, on_event, stop):
+            outcome = super().execute(request, on_event, stop)
+            outcome.caches = request.workdir / "caches-trainer"
+            (outcome.caches / "triton").mkdir(parents=True)
+            (outcome.caches / "triton" / "kernel").write_text("compiled")
+            return outcome
+
+    executor = Compiles()
+    loop_of(night, Says(checks, checks, thinks_ahead=False), executor).run(Limits(experiments=3))
+    assert executor.dry_caches == [["triton"], ["triton"]]
+    kept = night.best_caches()
+    assert kept is not None and (kept / "triton" / "kernel").read_text() == "compiled"
+    check(night)
+
+
+def test_a_best_that_is_kept_meanwhile_waits_for_who_copies_the_caches(tmp_path, monkeypatch):
+    """A half of a cache is no cache miss: Triton takes a kernel's list of files for granted."""
+    products = Products(tmp_path)
+    old, new = tmp_path / "caches" / "1", tmp_path / "new"
+    for folder in (old, new):
+        folder.mkdir(parents=True)
+        (folder / "kernel").write_text(folder.name)
+    copy, copying, go_on = caches.copy, threading.Event(), threading.Event()
+
+    def slowly(source, target):
+        copying.set()
+        assert go_on.wait(30)
+        return copy(source, target)
+
+    monkeypatch.setattr(caches, "copy", slowly)
+    copier = threading.Thread(target=products.copy_caches, args=(1, tmp_path / "copied"))
+    keeper = threading.Thread(target=products.keep, args=(2, None, new))
+    copier.start()
+    assert copying.wait(30)
+    keeper.start()
+    keeper.join(0.3)
+    assert keeper.is_alive() and old.is_dir()
+    go_on.set()
+    copier.join()
+    keeper.join()
+    assert (tmp_path / "copied" / "kernel").read_text() == "1"
+    assert products.caches(1) is None and (tmp_path / "caches" / "2" / "kernel").read_text() == "new"
+    assert products.copy_caches(1, tmp_path / "none") is None
 
 
 def test_the_same_change_to_another_best_is_recognised(night):
