@@ -222,6 +222,7 @@ def _lock(chosen: Plan, dataset: Dataset, dtype: str) -> Settings:
         dtype=dtype,
         device=backends.device_name(chosen.choice.value, chosen.hardware),
         warmup_cap=chosen.profile.warmup_cap,
+        logits_bytes=chosen.profile.logits_bytes,
         verdict=chosen.verdict,
         min_delta=chosen.min_delta,
         probe=chosen.verdict == "statistical",

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
 WARMUP_CAP = 90.0  # seconds for import, build, compilation and warm-up, outside the clock
+LOGITS_BYTES = 256 * 2**20
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,7 @@ class Profile:
     constants: Mapping[str, Any] = field(default_factory=dict)
     reason: str = ""  # why this profile fits this machine
     warmup_cap: float = WARMUP_CAP
+    logits_bytes: int = LOGITS_BYTES  # of one scoring batch; more where a card has room: few rows leave it idle
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ class Settings:
     warmup_cap: float = WARMUP_CAP
     min_delta: float = 0.001  # bpb by which a candidate must be better to be kept; 0: whatever is lower
     memory_limit: int = 0  # bytes for one child process; 0: what the machine has
-    logits_bytes: int = 256 * 2**20  # memory that one scoring batch of logits may take
+    logits_bytes: int = LOGITS_BYTES  # that one scoring batch of logits takes in float32
     audit_points: int = 1024
     # What follows came later: the defaults are what a lab was made with that does not name it.
     verdict: Literal["simple", "statistical"] = "simple"  # the rule that keeps: one run and `min_delta`, or several

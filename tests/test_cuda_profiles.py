@@ -4,6 +4,8 @@ the wrong driver, the wrong torch, a full card or another card."""
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
@@ -13,6 +15,7 @@ from test_hardware import CARD_ON_BUS, Machine
 import backends
 from backends import scaling
 from backends.cuda import profiles as cuda
+from console import making
 from core.errors import UserError
 from core.facts import Gpu
 from core.hardware import GIB, Hardware, choose, probe
@@ -62,6 +65,24 @@ def test_the_profile_follows_card_and_free_memory_and_says_why(gpu, profile, wor
     assert found[-1].name == "demo" and found[-1].data == "kjv" and found[-1].budget == 30
     assert found[0].data == "climbmix" and found[0].eval_tokens == 20_971_520 and found[0].budget == 300
     assert found[0].constants["DEVICE_BATCH_SIZE"] * 2048 <= found[0].constants["TOTAL_BATCH_SIZE"]
+
+
+PLAN = {"choice": SimpleNamespace(value="cuda"), "budget": 300.0, "verdict": "statistical", "min_delta": 0.001}
+DATA = {"path": Path("data"), "sha256": "", "vocab_size": 8192, "bos_id": 8191}
+
+
+@pytest.mark.parametrize(
+    ("gpu", "rows"),
+    [(H100, 64), (A100, 64), (card("NVIDIA A30", 23.5, (8, 0)), 32), (SLICES[0][0], 16)],
+)
+def test_a_score_takes_as_many_rows_at_once_as_the_card_has_room_for(gpu, rows):
+    """Of 10,240 rows: 160 questions and answers on a whole card. Thrice the logits fit into the least that is free."""
+    here = probe(Machine(gpus=[gpu]))
+    profile = backends.load("cuda").profile(here)
+    made = making._lock(SimpleNamespace(**PLAN, profile=profile, hardware=here), SimpleNamespace(**DATA), "bfloat16")
+    assert made.rows() == rows
+    (least,) = {c.least for c in cuda.CLASSES if c.name == profile.name}
+    assert 3 * profile.logits_bytes < least
 
 
 def test_an_h100_starts_from_what_is_known_to_work_in_five_minutes():

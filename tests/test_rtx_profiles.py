@@ -111,6 +111,8 @@ def test_the_matrix_of_cards(row, monkeypatch):
     assert (planned.rows, planned.recompute) == (rows, recompute)
     assert found.constants["DEVICE_BATCH_SIZE"] == rows and found.constants["RECOMPUTE"] == recompute
     assert planned.peak <= profiles.available(here) < here.gpus[0].memory_free
+    scored = found.logits_bytes // (4 * found.vocab_size * found.sequence_len)
+    assert scored == (64 if here.gpus[0].memory > 15 * GIB and found.name != "rtx-12" else 32)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: here.gpus[0].capability)
     monkeypatch.setattr(portable, "fused", lambda device: True)
     assert ("triton" if portable.products(torch.device("cuda", 0)) else "sliced") == attention

@@ -42,24 +42,26 @@ class Class:
     least: int  # bytes
     constants: Mapping[str, Any]
     what: str
+    logits: int  # bytes of one scoring batch in float32
 
 
-def _class(name: str, gib: float, what: str, **constants: Any) -> Class:
-    return Class(name, int(gib * GIB), {**_FIVE_MINUTES, **constants}, what)
+def _class(name: str, gib: float, what: str, logits: int, **constants: Any) -> Class:
+    return Class(name, int(gib * GIB), {**_FIVE_MINUTES, **constants}, what, logits * GIB)
 
 
 # Largest first: what does not fit into the free memory falls to the next. The least memory is of one micro-batch of
-# 8 rows with weights and optimizer (python -m benchmarks.memory); more rows are taken where there is room.
+# 8 rows with weights and optimizer (python -m benchmarks.memory); more rows are taken where there is room. Scoring
+# holds about three times its logits, and no optimizer: 4 GiB are 64 rows, 160 batches in all.
 CLASSES = (
-    _class("b200", 24, "Blackwell: 2.3 times an H100's matrix products", DEPTH=10, ASPECT_RATIO=64,
+    _class("b200", 24, "Blackwell: 2.3 times an H100's matrix products", 4, DEPTH=10, ASPECT_RATIO=64,
            TOTAL_BATCH_SIZE=2**18, DEVICE_BATCH_SIZE=128),
-    _class("h100", 24, "Hopper: depth 9 at 2^18 tokens a step", DEPTH=9, ASPECT_RATIO=56,
+    _class("h100", 24, "Hopper: depth 9 at 2^18 tokens a step", 4, DEPTH=9, ASPECT_RATIO=56,
            TOTAL_BATCH_SIZE=2**18, DEVICE_BATCH_SIZE=128),
-    _class("a100", 16, "Ampere: a third of an H100's matrix products, so half of its batch", DEPTH=8, ASPECT_RATIO=64,
-           TOTAL_BATCH_SIZE=2**17, DEVICE_BATCH_SIZE=64),
-    _class("slice-20", 10, "a part of a card, or what is free of it", DEPTH=6, ASPECT_RATIO=64,
+    _class("a100", 16, "Ampere: a third of an H100's matrix products, so half of its batch", 4, DEPTH=8,
+           ASPECT_RATIO=64, TOTAL_BATCH_SIZE=2**17, DEVICE_BATCH_SIZE=64),
+    _class("slice-20", 10, "a part of a card, or what is free of it", 2, DEPTH=6, ASPECT_RATIO=64,
            TOTAL_BATCH_SIZE=2**16, DEVICE_BATCH_SIZE=32),
-    _class("slice-10", 5, "a small part of a card, or what is free of it", DEPTH=4, ASPECT_RATIO=64,
+    _class("slice-10", 5, "a small part of a card, or what is free of it", 1, DEPTH=4, ASPECT_RATIO=64,
            TOTAL_BATCH_SIZE=2**16, DEVICE_BATCH_SIZE=16),
 )  # fmt: skip
 WHOLE_CARD = 0.9  # of an A100's 40 GB: less is a part of a card, or a smaller one
@@ -115,6 +117,7 @@ def _profile(chosen: Class, reason: str) -> Profile:
         constants=dict(chosen.constants),
         reason=reason,
         warmup_cap=COMPILING_CAP,
+        logits_bytes=chosen.logits,
     )
 
 

@@ -25,6 +25,8 @@ MOST_STEPS = 6000  # above that larger steps or a larger model learn more
 SMALLEST_BATCH, LARGEST_BATCH = 2**12, 2**18  # tokens a step, as the recipe's range
 SHAPES = [{"DEPTH": d, "ASPECT_RATIO": a} for d in range(2, 13) for a in (32, 48, 64)]
 EVAL_TOKENS = 2**21
+MIB = 2**20
+MANY = 512 * MIB  # of logits: 64 rows
 TOLERANCE = 0.9  # an "8 GB" card reports 7.9997 GiB, or 7.6 behind a hypervisor
 # What others may take while a run is on: Windows' desktop on the same card, and CUDA's own context and libraries.
 CONTEXT = 0.5 * GIB
@@ -43,6 +45,7 @@ class Tier:
     slowest: tuple[str, Card]
     constants: Mapping[str, Any]
     context: int = 512
+    logits: int = 256 * MIB  # bytes of one scoring batch in float32, 32 rows; making them takes about three times that
 
 
 def _constants(depth: int, ratio: int, batch: int) -> dict[str, Any]:
@@ -56,9 +59,9 @@ def _card(name: str) -> tuple[str, Card]:
 
 
 TIERS = (  # the largest first; the last takes what is below it, too
-    Tier("rtx-32", 32, _card("5090"), _constants(12, 64, 2**16)),
-    Tier("rtx-24", 24, _card("3090"), _constants(10, 64, 2**15)),
-    Tier("rtx-16", 16, _card("4060 Ti"), _constants(8, 64, 2**15)),
+    Tier("rtx-32", 32, _card("5090"), _constants(12, 64, 2**16), logits=MANY),
+    Tier("rtx-24", 24, _card("3090"), _constants(10, 64, 2**15), logits=MANY),
+    Tier("rtx-16", 16, _card("4060 Ti"), _constants(8, 64, 2**15), logits=MANY),
     Tier("rtx-12", 10, _card("3060"), _constants(8, 64, 2**14)),
     Tier("rtx-8", 8, _card("3050"), _constants(8, 48, 2**14)),
     Tier("rtx-6", 6, ("3050 6GB", SMALL_3050), _constants(6, 64, 2**14)),
@@ -117,6 +120,7 @@ def _profile(tier: Tier, hardware: Hardware, reason: str) -> Profile:
         constants=dict(tier.constants),
         reason=reason,
         warmup_cap=COMPILING_CAP,
+        logits_bytes=tier.logits,
     )
     fitting = plans(made, hardware) if hardware.gpus else []
     return replace(made, constants={**made.constants, **fitting[0].constants()}) if fitting else made
