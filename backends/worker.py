@@ -161,9 +161,15 @@ def weights_of(training: Training) -> dict[str, np.ndarray]:
         raise RecipeError("crash", str(error)) from None
 
 
-def read_loss(device: Device, step: int, loss: Any) -> float:
+def later(device: Device, step: int, loss: Any) -> Callable[[], Any]:
+    """Asked before the next step is sent to the device; what `read_loss` takes once it is."""
+    read: Callable[[], Any] = call(f"loss of step {step}", device.later, loss)
+    return read
+
+
+def read_loss(step: int, read: Callable[[], Any]) -> float:
     """The loss of a step as a finite number; else the run ends here."""
-    value = call(f"loss of step {step}", device.to_numpy, loss)
+    value = call(f"loss of step {step}", read)
     if np.size(value) != 1:
         raise RecipeError("crash", f"step {step} returned an array of shape {np.shape(value)}, not one loss")
     number = float(np.reshape(value, ()))
@@ -302,8 +308,8 @@ def run(channel: Channel, device: Device, module: ModuleType, spec: Spec, digest
 class Loop:
     """Steps until no further one would end within the budget.
 
-    The loss of step k is read before step k+2 starts: the device always has work queued, and a loss that is not
-    finite ends the run two steps later at most.
+    The loss of step k is read when step k+1 is queued, and waits for step k alone (`Device.later`): the device always
+    has work queued, and a loss that is not finite ends the run two steps later at most.
     """
 
     def __init__(
@@ -324,7 +330,7 @@ class Loop:
         self._looks = looks
         self._looked = 0  # how many of the looks are behind
         self._times = StepTimes()
-        self._pending: deque[tuple[int, Any]] = deque()
+        self._pending: deque[tuple[int, Callable[[], Any]]] = deque()
         self._step = 0
         self._read = (0, math.nan, 0)  # step, loss, tokens served when it was read
         self._said = -math.inf
@@ -334,7 +340,7 @@ class Loop:
         while self._has_room():
             self._step += 1
             loss = call(f"step {self._step}", self._training.step, self._stream, self._budget.progress())
-            self._pending.append((self._step, loss))
+            self._pending.append((self._step, later(self._device, self._step, loss)))
             if len(self._pending) > 1:
                 self._read_oldest()
             now = time.perf_counter()
@@ -375,8 +381,8 @@ class Loop:
         return self._times.fits(self._budget.left())
 
     def _read_oldest(self) -> None:
-        step, loss = self._pending.popleft()
-        self._read = (step, read_loss(self._device, step, loss), int(self._stream.served))
+        step, read = self._pending.popleft()
+        self._read = (step, read_loss(step, read), int(self._stream.served))
 
     def _read_all(self) -> None:
         while self._pending:
@@ -477,7 +483,7 @@ def measure(channel: Channel, device: Device, begin: Message) -> None:
     while steps < 3 or time.perf_counter() - start < seconds:
         mark = time.perf_counter()
         steps += 1
-        read_loss(device, steps, call(f"step {steps}", training.step, batches, 0.5))
+        read_loss(steps, later(device, steps, call(f"step {steps}", training.step, batches, 0.5)))
         times.append(time.perf_counter() - mark)
     facts = {
         "seconds_per_step": sorted(times)[len(times) // 4],  # what else runs here only ever makes steps slower
@@ -497,7 +503,7 @@ def dry(channel: Channel, device: Device, begin: Message) -> None:
     spec = spec_of(begin)
     training = build(load_recipe(begin.arrays["source"].tobytes()), spec)
     loss = call("step", training.step, RandomBatches(device, spec), 0.0)
-    value = read_loss(device, 1, loss)
+    value = read_loss(1, later(device, 1, loss))
     weights = weights_of(training)
     call("load_weights()", training.load_weights, weights)
     tokens = np.random.default_rng(1).integers(0, spec.vocab_size, (1, spec.sequence_len + 1), np.int32)

@@ -178,13 +178,14 @@ class Taker:
     def steps(self, count: int) -> list[float]:
         """Losses of so many steps, which have ended. As in a trainer one is read when the next step is under way."""
         losses: list[float] = []
-        waiting: Any = None
+        waiting: list[Callable[[], Any]] = []
         for _ in range(count):
             loss = self.training.step(self.batches, (self.done % len(self.tokens)) / len(self.tokens))
-            losses += _read(self.device, waiting)
-            waiting = loss
+            waiting.append(self.device.later(loss))
+            if len(waiting) > 1:
+                losses.append(_number(waiting.pop(0)()))
             self.done += 1
-        losses += _read(self.device, waiting)
+        losses += [_number(read()) for read in waiting]
         self.device.fence()
         return losses
 
@@ -255,8 +256,8 @@ def timed(take: Callable[[int], Any], count: int) -> float:
     return float(np.median(found))
 
 
-def _read(device: Device, loss: Any) -> list[float]:
-    return [] if loss is None else [float(np.reshape(device.to_numpy(loss), ()))]
+def _number(loss: Any) -> float:
+    return float(np.reshape(loss, ()))
 
 
 def peak_memory(device: Device) -> int:

@@ -178,25 +178,45 @@ def flex(q: Any, k: Any, v: Any, causal: bool, window_size: tuple[int, int]) -> 
 
 
 class Steps:
-    """The bench's batches in order, and again from the first."""
+    """The bench's batches in order, and again from the first. From pinned memory, as upstream's loader sends them."""
 
     def __init__(self, one: Callable[[Any, float], Any], batches: Any, device: str) -> None:
-        self.one, self.batches, self.device, self.done = one, batches, device, 0
+        self.one, self.device, self.done = one, device, 0
+        self.batches = batches if device == "cpu" else batches.pin_memory()
 
     def take(self, count: int) -> list[float]:
         """Losses of so many steps, which have ended; one is read when the next step is under way."""
         import torch
 
-        losses: list[Any] = []
+        losses: list[float] = []
+        waiting: list[Callable[[], float]] = []
         for _ in range(count):
             at = self.done % len(self.batches)
-            losses.append(self.one(self.batches[at].to(self.device), at / len(self.batches)))
-            if len(losses) > 1:
-                losses[-2] = float(losses[-2])
+            batch = self.batches[at].to(self.device, non_blocking=True)
+            waiting.append(later(self.one(batch, at / len(self.batches))))
+            if len(waiting) > 1:
+                losses.append(waiting.pop(0)())
             self.done += 1
         if self.device != "cpu":
             torch.cuda.synchronize()
-        return [float(loss) for loss in losses]
+        return losses + [read() for read in waiting]
+
+
+def later(loss: Any) -> Callable[[], float]:
+    """The loss, for which nothing is waited that is sent to the card from now on; as in backends/cuda/device.py."""
+    import torch
+
+    if loss.device.type == "cpu":
+        return lambda: float(loss)
+    buffer, event = torch.empty((), dtype=torch.float32, pin_memory=True), torch.cuda.Event()
+    buffer.copy_(loss.detach(), non_blocking=True)
+    event.record()
+
+    def read() -> float:
+        event.synchronize()
+        return float(buffer)
+
+    return read
 
 
 def first_steps(steps: Steps, order: dict[str, Any]) -> dict[str, Any]:

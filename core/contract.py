@@ -105,6 +105,10 @@ class Device(Protocol):
     def to_numpy(self, x: Any) -> np.ndarray:
         """Any device array -> numpy; bfloat16 becomes float32."""
 
+    def later(self, x: Any) -> Callable[[], np.ndarray]:
+        """Asked right after the work that makes `x` was sent to the device: what `to_numpy` gives of `x` as that work
+        leaves it. The answer, when it is called, waits for that work and for none that was sent after it."""
+
     def from_numpy(self, x: np.ndarray) -> Any:
         """Integers (B, T) -> the integer array that recipes take as tokens, on the device."""
 

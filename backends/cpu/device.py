@@ -8,6 +8,7 @@ import math
 import os
 import platform
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -57,6 +58,11 @@ class CpuDevice:
     def to_numpy(self, x: torch.Tensor) -> np.ndarray:
         x = x.detach()
         return (x.float() if x.dtype in (torch.bfloat16, torch.float16) else x).numpy()
+
+    def later(self, x: torch.Tensor) -> Callable[[], np.ndarray]:
+        """A copy made now: the work has ended, and the next step may write into `x`."""
+        found = self.to_numpy(x).copy()
+        return lambda: found
 
     def from_numpy(self, x: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(np.ascontiguousarray(x, dtype=np.int64))

@@ -1,10 +1,11 @@
-"""An NVIDIA card as a device: dtype and why, memory, peak by a named table, two pinned slots for tokens, nats."""
+"""An NVIDIA card as a device: dtype and why, memory, peak by a table, pinned memory for tokens and losses, nats."""
 
 from __future__ import annotations
 
 import functools
 import math
 import os
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -63,6 +64,28 @@ class PinnedSlots:
         return found
 
 
+def later(x: torch.Tensor) -> Callable[[], np.ndarray]:
+    """What `x` is when the work that was sent to the card so far is done; the answer waits for that work only.
+
+    The copy is queued behind the step that makes `x` and before the next one, which may write into `x` again. Read
+    by `.cpu()` when the next step is queued, it would lie behind all of that, and the card would run out of work.
+    """
+    x = x.detach()
+    x = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+    if x.device.type != "cuda":
+        found = x.numpy().copy()
+        return lambda: found
+    buffer, event = torch.empty(x.shape, dtype=x.dtype, pin_memory=True), torch.cuda.Event()
+    buffer.copy_(x, non_blocking=True)
+    event.record()
+
+    def read() -> np.ndarray:
+        event.synchronize()
+        return buffer.numpy()
+
+    return read
+
+
 class CudaDevice:
     """See core.contract.Device."""
 
@@ -106,6 +129,9 @@ class CudaDevice:
     def to_numpy(self, x: torch.Tensor) -> np.ndarray:
         x = x.detach()
         return (x.float() if x.dtype in (torch.bfloat16, torch.float16) else x).cpu().numpy()
+
+    def later(self, x: torch.Tensor) -> Callable[[], np.ndarray]:
+        return later(x)
 
     def from_numpy(self, x: np.ndarray) -> torch.Tensor:
         return self._slots.send(x)
