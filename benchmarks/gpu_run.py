@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from core.outcome import Outcome
 
 SECONDS = 15.0  # of training on a card
-WARMUP_CAP = 180.0  # seconds: nothing is compiled yet, and a child compiles in one thread
+WARMUP_CAP = 180.0  # seconds at most: a child compiles in one thread what the sections before have not
+BESIDE = 60.0  # seconds for all that is not the warm-up, of what the section has
 SCORED = 2**20  # tokens
 
 
@@ -79,8 +80,12 @@ def experiment(order: Order, dataset: Dataset, workdir: Path) -> Outcome:
     on_cpu = order.device == "cpu"
     name = "cpu" if on_cpu else "cuda"
     constants: dict[str, Any] = {"DEPTH": 2, "ASPECT_RATIO": 32, "HEAD_DIM": 32, "TOTAL_BATCH_SIZE": 2**10}
-    if not on_cpu:  # all peers of attention were timed by the sections before, which takes longer than this whole run
-        constants = shape(order) | {"ATTENTION": "triton"}
+    if not on_cpu:
+        constants = shape(order)
+        if not order.caches or not any(Path(order.caches, "xdg").glob("attention-*.json")):
+            constants["ATTENTION"] = (
+                "triton"  # no section before has timed the others, which takes longer than this run
+            )
     source = replace(backends.load(name).recipe().decode("utf-8"), constants)
     settings = Settings(
         backend=name,
@@ -91,14 +96,23 @@ def experiment(order: Order, dataset: Dataset, workdir: Path) -> Outcome:
         sequence_len=order.context,
         bos_id=dataset.bos_id,
         budget=2.0 if on_cpu else SECONDS,
-        warmup_cap=WARMUP_CAP,
+        warmup_cap=max(30.0, min(WARMUP_CAP, order.limit - BESIDE)) if order.limit else WARMUP_CAP,
         eval_tokens=2**12 if on_cpu else SCORED,
         dtype="float32" if on_cpu else "bfloat16",
         device=order.device,
         audit_points=64 if on_cpu else 1024,
     )
     return execute(
-        Request(source.encode(), settings, dataset, settings.seed, "benchmark", workdir=workdir, audit="always")
+        Request(
+            source.encode(),
+            settings,
+            dataset,
+            settings.seed,
+            "benchmark",
+            workdir=workdir,
+            caches=Path(order.caches) if order.caches else None,
+            audit="always",
+        )
     )
 
 

@@ -19,18 +19,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from backends.cuda.device import PinnedSlots, later
 from benchmarks import gpu_rtx
 from benchmarks.gpu import ROOT, Order
+from benchmarks.gpu_correctness import TOLERANCE, Row, correctness, error, gradients, output_gradient
 from benchmarks.gpu_run import run, shape
 from benchmarks.peers import PEER_NAMES, load_peer, rates, windowed_sdpa
 from core.contract import Spec
 from core.recipe import replace
 
-Row = dict[str, Any]
 RTX_GB = 8.0  # of 10^9 bytes; more really fails
 REPEATS, WARMUP = (15, 3) if torch.cuda.is_available() else (1, 1)
 LAST_LEVEL_CACHE = 128 * 2**20  # bytes, more than any card has: inputs are rotated so that none lies in it
-TOLERANCE = {torch.bfloat16: 0.03, torch.float32: 1e-4}  # of the root mean square of what is wanted
 
 
 # --- measuring --------------------------------------------------------------------------------
@@ -66,20 +66,6 @@ def compiled(function: Callable[..., Any], order: Order) -> Callable[..., Any]:
     return torch.compile(function, dynamic=False) if order.device != "cpu" else function
 
 
-def gradients(function: Callable[..., Tensor], leaves: tuple[Tensor, ...], *rest: Any) -> list[Tensor]:
-    """Output and gradients for an output gradient of the output's own shape."""
-    wanted = [x.detach().requires_grad_(x.is_floating_point()) for x in leaves]
-    y = function(*wanted, *rest)
-    dy = torch.linspace(-1, 1, y.numel(), device=y.device, dtype=y.dtype).view(y.shape) if y.dim() else None
-    return [y.detach(), *torch.autograd.grad(y, [x for x in wanted if x.requires_grad], dy)]
-
-
-def error(found: Tensor, wanted: Tensor) -> float:
-    """Root mean square of the difference, as a share of that of what is wanted."""
-    difference = (found.double() - wanted.double()).square().mean().sqrt()
-    return float(difference / wanted.double().square().mean().sqrt().clamp_min(1e-12))
-
-
 # --- sections ---------------------------------------------------------------------------------
 
 
@@ -91,66 +77,6 @@ def facts(order: Order) -> Iterator[Row]:
         card = torch.cuda.get_device_properties(0)
         row |= {"card": card.name, "capability": f"{card.major}.{card.minor}", "memory_gib": card.total_memory / 2**30}
     yield row
-
-
-def correctness(order: Order) -> Iterator[Row]:
-    """Every kernel, forward and backward, against its float64 reference on the same device."""
-    from kernels import attention, linear_relu2, residual_norm, softcapped_loss
-    from kernels.attention_choice import Case, inputs
-    from kernels.attention_reference import reference
-
-    device = torch.device(order.device)
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32  # the interpreter multiplies bfloat16 wrongly
-    C, n = order.dim, order.rows * order.context // 8
-
-    def normal(*shape: int, scale: float = 1.0, kind: torch.dtype = dtype) -> Tensor:
-        return (torch.randn(shape, device=device) * scale).to(kind)
-
-    for window in (order.context, order.context // 2, 37):
-        case = Case(2, order.context, order.heads, order.heads // 2, order.head_dim, window, dtype, device)
-        q, k, v, cos, sin = inputs(case)
-        found = gradients(attention.attention, (q, k, v), cos, sin, window)
-        wide = [x.detach().double() for x in (q, k, v, cos, sin)]
-        wanted = gradients(reference, tuple(wide[:3]), *wide[3:], window)
-        yield from compare(f"attention, window {window} of {order.context}", found, wanted, dtype)
-    mlp = (normal(n, C), normal(4 * C, C, scale=C**-0.5), normal(C, 4 * C, scale=C**-0.5))
-    wanted = gradients(linear_relu2.reference, tuple(x.double() for x in mlp))
-    yield from compare("mlp", gradients(linear_relu2.mlp, mlp), wanted, dtype)
-    x, x0 = normal(n, C), normal(n, C)
-    a, b = torch.tensor([0.9], device=device), torch.tensor([0.2], device=device)
-
-    def norm_of(function: Callable[..., Any]) -> Callable[..., Tensor]:
-        return lambda *given: function(*given)[1]
-
-    wanted = gradients(norm_of(residual_norm.reference), tuple(y.double() for y in (x, x0, a, b)))
-    yield from compare("residual_norm", gradients(norm_of(residual_norm.residual_norm), (x, x0, a, b)), wanted, dtype)
-    head = normal(order.vocab, C, scale=0.3, kind=torch.float32)
-    targets = torch.randint(order.vocab, (n,), device=device)
-    found = gradients(softcapped_loss.softcapped_loss, (x, head), targets, 15.0)
-    wanted = gradients(softcapped_loss.reference, (x.double(), head.double()), targets, 15.0)
-    yield from compare("softcapped_loss", found, wanted, dtype)
-    yield from slots(order)
-
-
-def slots(order: Order) -> Iterator[Row]:
-    """Batches sent one after another while the card is busy arrive as they were: no buffer is written too early."""
-    if not torch.cuda.is_available():
-        return
-    from backends.cuda.device import PinnedSlots
-
-    sender, busy = PinnedSlots(torch.device(order.device)), torch.randn(8192, 8192, device=order.device)
-    sent = [np.random.default_rng(i).integers(0, order.vocab, (64, 2049), dtype=np.int32) for i in range(12)]
-    arrived = []
-    for x in sent:
-        busy = torch.mm(busy, busy) * 1e-4
-        arrived.append(sender.send(x))
-    right = all(np.array_equal(a.cpu().numpy(), x) for a, x in zip(arrived, sent, strict=True))
-    yield {"kernel": "pinned slots", "passed": right}
-
-
-def compare(name: str, found: list[Tensor], wanted: list[Tensor], dtype: torch.dtype) -> Iterator[Row]:
-    worst = max(error(f, w) for f, w in zip(found, wanted, strict=True))
-    yield {"kernel": name, "dtype": str(dtype)[6:], "error": worst, "passed": worst <= TOLERANCE[dtype]}
 
 
 def attention(order: Order) -> Iterator[Row]:
@@ -214,11 +140,11 @@ def against(
     flops: int,
 ) -> Iterator[Row]:
     """Forward and backward of a kernel and of its peer: time, rate, and memory beyond the inputs."""
-    found = {}
+    found, dy = {}, output_gradient(ours(*inputs[0]))
     for name, function in (("ours", ours), ("torch.compile", compiled(plain, order))):
 
         def both(*leaves: Tensor, function: Callable[..., Tensor] = function) -> None:
-            gradients(function, leaves)
+            gradients(function, leaves, dy=dy)
 
         both(*inputs[0])
         if torch.cuda.is_available():
@@ -272,12 +198,12 @@ def fp8(order: Order) -> Iterator[Row]:
     if why := kernel.obstacle(*make()):
         yield {"not measured": why}
         return
-    found = {}
+    found, dy = {}, output_gradient(F.linear(*make()))
     for name, function in (("fp8", kernel.linear), ("bfloat16", F.linear)):
         ready = compiled(function, order)
 
         def both(*leaves: Tensor, function: Callable[..., Tensor] = ready) -> None:
-            gradients(function, leaves)
+            gradients(function, leaves, dy=dy)
 
         found[name] = milliseconds(both, copies(make))
         yield {"side": name, "ms": found[name], "tflops": 3 * 2 * N * C * 4 * C / found[name] / 1e9}
@@ -299,17 +225,21 @@ class Tokens:
         wide = np.uint16 if order.vocab <= 2**16 else np.uint32
         self.stream = np.memmap(file, dtype=wide, mode="r") if file else None
         self.random = np.random.default_rng(0)
+        # From pinned memory, as the trainer sends them: a plain copy would wait for all that the card has to do.
+        self.send: Callable[[np.ndarray], Tensor] = torch.from_numpy
+        if order.device != "cpu":
+            self.send = PinnedSlots(torch.device(order.device)).send
 
     def next(self, rows: int, length: int) -> Tensor:
         count = rows * length
         if self.stream is None:
-            found = self.random.integers(0, self.order.vocab, (rows, length + 1))
+            found = self.random.integers(0, self.order.vocab, (rows, length + 1), dtype=np.int64)
         else:
             self.at = 0 if self.at + count + 1 > len(self.stream) else self.at
             part = self.stream[self.at : self.at + count + 1].astype(np.int64)
             found = np.lib.stride_tricks.sliding_window_view(part, length + 1)[::length].copy()
             self.at += count
-        return torch.from_numpy(found).to(self.order.device)
+        return self.send(found)
 
 
 def recipe(order: Order) -> ModuleType:
@@ -392,12 +322,13 @@ def flash(order: Order) -> Callable[..., Tensor]:
 
 
 def steps(order: Order, one: Callable[[Tokens, float], Tensor]) -> Iterator[Row]:
-    """The first step compiles and is told apart; the rest are timed two at a time, as a loss is read one step later."""
+    """The first step compiles what the sections before have not, and is told apart. As in a trainer a loss is read when
+    the next step is queued, and waits for its own step alone."""
     tokens, losses, marks = Tokens(order), [], []
     for i in range(order.steps):
-        losses.append(one(tokens, i / order.steps))
+        losses.append(later(one(tokens, i / order.steps)))
         if i:
-            float(losses[-2])
+            losses[-2]()
         marks.append(time.perf_counter())
     synchronize()
     seconds = np.diff(marks)
@@ -409,7 +340,7 @@ def steps(order: Order, one: Callable[[Tokens, float], Tensor]) -> Iterator[Row]
     if torch.cuda.is_available():
         row["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
     for i in sorted({order.steps // 4, order.steps // 2, order.steps - 1}):
-        row[f"loss at {i + 1}"] = float(losses[i])
+        row[f"loss at {i + 1}"] = float(losses[i]())
     yield row
 
 
@@ -422,9 +353,9 @@ SECTIONS: dict[str, Callable[[Order], Iterator[Row]]] = {
     "muon": muon,
     "fp8": fp8,
     "step": step,
+    "run": run,
     "rtx": rtx,
     "upstream": upstream,
-    "run": run,
 }
 
 

@@ -1,0 +1,207 @@
+"""Every kernel against its float64 reference on the same device: the section `correctness` of `benchmarks.gpu`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from benchmarks.gpu import Order
+
+Row = dict[str, Any]
+# Of the root mean square of what is wanted; as in benchmarks/kernel_cases.py, which needs more packages than are here.
+TOLERANCE = {torch.bfloat16: 0.03, torch.float16: 0.01, torch.float32: 1e-4}
+MUON_TOLERANCE = {torch.bfloat16: 0.06, torch.float16: 0.06, torch.float32: 5e-3}
+RATES = (1.0, 0.9, 0.5)  # Muon's learning rate, momentum and weight decay: each of them shows in one step
+OTHER_HEAD = 64  # channels of a head, beside the order's own
+
+
+def correctness(order: Order) -> Iterator[Row]:
+    """Every kernel, forward and backward, in the compute dtype of the recipes and in float16."""
+    on_card = torch.device(order.device).type == "cuda"
+    first = torch.bfloat16 if on_card else torch.float32  # the interpreter multiplies bfloat16 wrongly
+    T = order.context
+    for dtype, windows in ((first, (T, T // 2, 37)), (torch.float16, (T // 2,))):
+        for window in windows:
+            yield from attention(order, dtype, window, order.head_dim)
+        yield from attention(order, dtype, T // 2, OTHER_HEAD)
+        yield from mlp(order, dtype)
+        yield from residual_norm(order, dtype)
+        yield from softcapped_loss(order, dtype)
+        yield from muon(order, dtype)
+    yield from slots(order)
+    yield from late_reading(order)
+
+
+# --- kernels ----------------------------------------------------------------------------------
+
+
+def attention(order: Order, dtype: torch.dtype, window: int, head: int) -> Iterator[Row]:
+    from kernels.attention import attention
+    from kernels.attention_choice import Case, inputs
+    from kernels.attention_reference import reference
+
+    case = Case(2, order.context, order.heads, order.heads // 2, head, window, dtype, torch.device(order.device))
+    q, k, v, cos, sin = inputs(case)
+    wide = [x.detach().double() for x in (q, k, v, cos, sin)]
+    wanted = gradients(reference, tuple(wide[:3]), *wide[3:], window)
+    found = gradients(attention, (q, k, v), cos, sin, window)
+    yield compare(f"attention, heads of {head}, window {window} of {order.context}", found, wanted, dtype)
+
+
+def mlp(order: Order, dtype: torch.dtype) -> Iterator[Row]:
+    from kernels import linear_relu2
+
+    C, normal = order.dim, source(order)
+    given = (
+        normal(rows(order), C, dtype=dtype),
+        normal(4 * C, C, scale=C**-0.5, dtype=dtype),
+        normal(C, 4 * C, scale=C**-0.5, dtype=dtype),
+    )
+    wanted = gradients(linear_relu2.reference, tuple(x.double() for x in given))
+    yield compare("mlp", gradients(linear_relu2.mlp, given), wanted, dtype)
+
+
+def residual_norm(order: Order, dtype: torch.dtype) -> Iterator[Row]:
+    """The norm, with scalars as in front of a layer's halves, and without as between them."""
+    from kernels import residual_norm as kernel
+
+    def norm_of(function: Callable[..., Any]) -> Callable[..., Tensor]:
+        return lambda *given: function(*given)[1]
+
+    normal = source(order)
+    x, x0 = (normal(rows(order), order.dim, dtype=dtype) for _ in range(2))
+    scalars = tuple(torch.tensor([value], device=order.device) for value in (0.9, 0.2))
+    for name, given in (("residual_norm", (x, x0, *scalars)), ("residual_norm, no scalars", (x, x0))):
+        wanted = gradients(norm_of(kernel.reference), tuple(y.double() for y in given))
+        yield compare(name, gradients(norm_of(kernel.residual_norm), given), wanted, dtype)
+
+
+def softcapped_loss(order: Order, dtype: torch.dtype) -> Iterator[Row]:
+    """The gradient of a mean over N rows, N times: float16 keeps none that is smaller, and has a scaler for that."""
+    from kernels import softcapped_loss as kernel
+
+    normal, n = source(order), rows(order)
+    x, head = normal(n, order.dim, dtype=dtype), normal(order.vocab, order.dim, scale=0.3)
+    targets = torch.randint(order.vocab, (n,), device=order.device)
+    scale = torch.tensor(float(n), device=order.device)
+    found = gradients(kernel.softcapped_loss, (x, head), targets, 15.0, dy=scale)
+    wanted = gradients(kernel.reference, (x.double(), head.double()), targets, 15.0, dy=scale.double())
+    yield compare("softcapped_loss", found, wanted, dtype)
+
+
+def muon(order: Order, dtype: torch.dtype) -> Iterator[Row]:
+    """The symmetric product alone, of which only one triangle is computed; then a step of each kind of stack."""
+    from kernels import muon as kernel
+    from kernels.targets import choose
+
+    C, normal = order.dim, source(order)
+    x = normal(2, C, 4 * C, dtype=dtype)
+    found = kernel.launch_symmetric(x, None, 1 / C, 0.0, choose(kernel.SYMMETRIC, x))
+    yield compare("muon, X X^T", [found], [x.double() @ x.double().mT / C], dtype)
+    rates = torch.tensor(RATES, device=order.device)
+    for L, m, n in ((4, C, C), (2, 4 * C, C), (2, C, 4 * C)):
+        state = [normal(L, m, n, scale=s) for s in (max(m, n) ** -0.5, 1.0, 0.1)]
+        second = normal(*((L, m, 1) if m >= n else (L, 1, n))).square_().add_(0.1).div_(max(m, n))
+        wanted = [t.double() for t in (*state, second)]
+        kernel.reference(*wanted, rates.double(), torch.float64)
+        ours = [*state, second]
+        kernel.muon_(*ours, rates, dtype)
+        weights_and_moments = [0, 2, 3]  # the gradients are used up
+        pairs = [[t[i] for i in weights_and_moments] for t in (ours, wanted)]
+        yield compare(f"muon, {L} of {m} x {n}", *pairs, dtype, MUON_TOLERANCE)
+
+
+# --- what comes and goes beside the card's work -----------------------------------------------------
+
+
+def slots(order: Order) -> Iterator[Row]:
+    """Batches sent one after another while the card is busy arrive as they were: no buffer is written too early."""
+    if not torch.cuda.is_available():
+        return
+    from backends.cuda.device import PinnedSlots
+
+    sender, busy = PinnedSlots(torch.device(order.device)), torch.randn(8192, 8192, device=order.device)
+    sent = [np.random.default_rng(i).integers(0, order.vocab, (64, 2049), dtype=np.int32) for i in range(12)]
+    arrived = []
+    for x in sent:
+        busy = torch.mm(busy, busy) * 1e-4
+        arrived.append(sender.send(x))
+    right = all(np.array_equal(a.cpu().numpy(), x) for a, x in zip(arrived, sent, strict=True))
+    yield {"kernel": "pinned slots", "passed": right}
+
+
+def late_reading(order: Order) -> Iterator[Row]:
+    """A loss that is read while the next step is queued is the old one, and is there before that step has ended."""
+    if not torch.cuda.is_available():
+        return
+    from backends.cuda.device import later
+
+    busy, loss = torch.randn(8192, 8192, device=order.device), torch.zeros((), device=order.device)
+    torch.mm(busy, busy)
+    right = early = True
+    for step in range(8):
+        loss.fill_(step)  # the recipe's next step writes where the last one did
+        read = later(loss)
+        for _ in range(8):
+            torch.mm(busy, busy)
+        ended = torch.cuda.Event()
+        ended.record()
+        loss.fill_(-1.0)
+        right = right and float(read()) == step
+        early = early and not ended.query()
+        torch.cuda.synchronize()
+    yield {"kernel": "loss read one step later", "passed": right and early, "right": right, "before its end": early}
+
+
+# --- comparing --------------------------------------------------------------------------------
+
+
+def rows(order: Order) -> int:
+    """N of what is computed row by row."""
+    return order.rows * order.context // 8
+
+
+def source(order: Order) -> Callable[..., Tensor]:
+    def normal(*shape: int, scale: float = 1.0, dtype: torch.dtype = torch.float32) -> Tensor:
+        return (torch.randn(shape, device=order.device) * scale).to(dtype)
+
+    return normal
+
+
+def gradients(
+    function: Callable[..., Tensor], leaves: tuple[Tensor, ...], *rest: Any, dy: Tensor | None = None
+) -> list[Tensor]:
+    """Output and gradients for `dy`, the output's gradient; by default one of its own shape."""
+    wanted = [x.detach().requires_grad_(x.is_floating_point()) for x in leaves]
+    y = function(*wanted, *rest)
+    dy = output_gradient(y) if dy is None else dy
+    return [y.detach(), *torch.autograd.grad(y, [x for x in wanted if x.requires_grad], dy)]
+
+
+def output_gradient(y: Tensor) -> Tensor | None:
+    """From -1 to 1 over all elements; None for a scalar. Of large outputs it takes as long as a kernel: whoever times
+    makes it once."""
+    if not y.dim():
+        return None
+    return torch.linspace(-1, 1, y.numel(), device=y.device, dtype=y.dtype).view(y.shape)
+
+
+def error(found: Tensor, wanted: Tensor) -> float:
+    """Root mean square of the difference, as a share of that of what is wanted."""
+    difference = (found.double() - wanted.double()).square().mean().sqrt()
+    return float(difference / wanted.double().square().mean().sqrt().clamp_min(1e-12))
+
+
+def compare(
+    name: str,
+    found: Sequence[Tensor],
+    wanted: Sequence[Tensor],
+    dtype: torch.dtype,
+    tolerance: dict[torch.dtype, float] = TOLERANCE,
+) -> Row:
+    worst = max(error(f, w) for f, w in zip(found, wanted, strict=True))
+    return {"kernel": name, "dtype": str(dtype)[6:], "error": worst, "passed": worst <= tolerance[dtype]}
