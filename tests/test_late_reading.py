@@ -72,8 +72,8 @@ class Event:
 
 
 def fake_torch(card: Card) -> Any:
-    def empty(shape: Any, dtype: Any, pin_memory: bool) -> Scalar:
-        assert pin_memory, "a copy to other memory stops the host"
+    def empty(shape: Any, dtype: Any, device: str, pin_memory: bool) -> Scalar:
+        assert device == "cpu" and pin_memory, "a copy to other memory stops the host"
         return Scalar(card)
 
     kinds = {"bfloat16": torch.bfloat16, "float16": torch.float16}

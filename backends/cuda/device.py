@@ -52,7 +52,7 @@ class PinnedSlots:
         self._turn = (self._turn + 1) % len(self._slots)
         slot = self._slots[self._turn]
         if slot is None or slot[0].numel() < x.size:
-            slot = (torch.empty(x.size, dtype=torch.int32, pin_memory=True), torch.cuda.Event())
+            slot = (torch.empty(x.size, dtype=torch.int32, device="cpu", pin_memory=True), torch.cuda.Event())
             self._slots[self._turn] = slot
         else:
             slot[1].synchronize()
@@ -75,7 +75,8 @@ def later(x: torch.Tensor) -> Callable[[], np.ndarray]:
     if x.device.type != "cuda":
         found = x.numpy().copy()
         return lambda: found
-    buffer, event = torch.empty(x.shape, dtype=x.dtype, pin_memory=True), torch.cuda.Event()
+    # On the host by name: a recipe may have set another device as torch's default.
+    buffer, event = torch.empty(x.shape, dtype=x.dtype, device="cpu", pin_memory=True), torch.cuda.Event()
     buffer.copy_(x, non_blocking=True)
     event.record()
 
