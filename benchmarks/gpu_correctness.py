@@ -100,19 +100,18 @@ def muon(order: Order, dtype: torch.dtype) -> Iterator[Row]:
 
     C, normal = order.dim, source(order)
     x = normal(2, C, 4 * C, dtype=dtype)
-    found = kernel.launch_symmetric(x, None, 1 / C, 0.0, choose(kernel.SYMMETRIC, x))
-    yield compare("muon, X X^T", [found], [x.double() @ x.double().mT / C], dtype)
+    product = kernel.launch_symmetric(x, None, 1 / C, 0.0, choose(kernel.SYMMETRIC, x))
+    yield compare("muon, X X^T", [product], [x.double() @ x.double().mT / C], dtype)
     rates = torch.tensor(RATES, device=order.device)
     for L, m, n in ((4, C, C), (2, 4 * C, C), (2, C, 4 * C)):
         state = [normal(L, m, n, scale=s) for s in (max(m, n) ** -0.5, 1.0, 0.1)]
         second = normal(*((L, m, 1) if m >= n else (L, 1, n))).square_().add_(0.1).div_(max(m, n))
-        wanted = [t.double() for t in (*state, second)]
-        kernel.reference(*wanted, rates.double(), torch.float64)
         ours = [*state, second]
+        wide = [t.double() for t in ours]
+        kernel.reference(wide[0], wide[1], wide[2], wide[3], rates.double(), torch.float64)
         kernel.muon_(*ours, rates, dtype)
-        weights_and_moments = [0, 2, 3]  # the gradients are used up
-        pairs = [[t[i] for i in weights_and_moments] for t in (ours, wanted)]
-        yield compare(f"muon, {L} of {m} x {n}", *pairs, dtype, MUON_TOLERANCE)
+        found, wanted = ([t[0], t[2], t[3]] for t in (ours, wide))  # the gradients are used up
+        yield compare(f"muon, {L} of {m} x {n}", found, wanted, dtype, MUON_TOLERANCE)
 
 
 # --- what comes and goes beside the card's work -----------------------------------------------------
