@@ -121,7 +121,7 @@ def slots(order: Order) -> Iterator[Row]:
     """Batches sent one after another while the card is busy arrive as they were: no buffer is written too early."""
     if not torch.cuda.is_available():
         return
-    from backends.cuda.device import PinnedSlots
+    from kernels.pinned import PinnedSlots
 
     sender, busy = PinnedSlots(torch.device(order.device)), torch.randn(8192, 8192, device=order.device)
     sent = [np.random.default_rng(i).integers(0, order.vocab, (64, 2049), dtype=np.int32) for i in range(12)]
@@ -137,7 +137,7 @@ def late_reading(order: Order) -> Iterator[Row]:
     """A loss that is read while the next step is queued is the old one, and is there before that step has ended."""
     if not torch.cuda.is_available():
         return
-    from backends.cuda.device import later
+    from kernels.pinned import later
 
     busy, loss = torch.randn(8192, 8192, device=order.device), torch.zeros((), device=order.device)
     torch.mm(busy, busy)

@@ -19,7 +19,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from backends.cuda.device import PinnedSlots, later
 from benchmarks import gpu_rtx
 from benchmarks.gpu import ROOT, Order
 from benchmarks.gpu_correctness import TOLERANCE, Row, correctness, error, gradients, output_gradient
@@ -27,6 +26,7 @@ from benchmarks.gpu_run import run, shape
 from benchmarks.peers import PEER_NAMES, load_peer, rates, windowed_sdpa
 from core.contract import Spec
 from core.recipe import replace
+from kernels.pinned import PinnedSlots, later
 
 RTX_GB = 8.0  # of 10^9 bytes; more really fails
 REPEATS, WARMUP = (15, 3) if torch.cuda.is_available() else (1, 1)

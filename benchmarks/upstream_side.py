@@ -203,7 +203,7 @@ class Steps:
 
 
 def later(loss: Any) -> Callable[[], float]:
-    """The loss, for which nothing is waited that is sent to the card from now on; as in backends/cuda/device.py."""
+    """The loss, for which nothing is waited that is sent to the card from now on; as in kernels/pinned.py."""
     import torch
 
     if loss.device.type == "cpu":

@@ -1,6 +1,6 @@
 """Losses that are read one step later: the device has work in hand while the host waits, and the value is the old one.
 
-No card is here. What is real is `backends.cuda.device.later` and the trainer's loop; the card is a queue whose work is
+No card is here. What is real is `kernels.pinned.later` and the trainer's loop; the card is a queue whose work is
 done when somebody waits for it, and no earlier.
 """
 
@@ -18,9 +18,9 @@ torch = pytest.importorskip("torch")
 
 from backends import worker  # noqa: E402 - after the skip
 from backends.cpu.device import CpuDevice  # noqa: E402
-from backends.cuda import device as cuda  # noqa: E402
 from core.clock import Budget  # noqa: E402
 from core.contract import Choice  # noqa: E402
+from kernels import pinned  # noqa: E402
 
 
 class Card:
@@ -96,7 +96,7 @@ class Steps:
 @pytest.fixture
 def card(monkeypatch: pytest.MonkeyPatch) -> Card:
     made = Card()
-    monkeypatch.setattr(cuda, "torch", fake_torch(made))
+    monkeypatch.setattr(pinned, "torch", fake_torch(made))
     return made
 
 
@@ -105,7 +105,7 @@ def loop_of(card: Card, training: Steps, said: list[float]) -> worker.Loop:
     stream = SimpleNamespace(served=0, passes=0.0)
     return worker.Loop(
         channel,
-        SimpleNamespace(later=cuda.later),
+        SimpleNamespace(later=pinned.later),
         training,
         stream,
         Budget(0.2, time.monotonic()),  # type: ignore[arg-type]
@@ -143,10 +143,10 @@ def test_a_loss_that_is_not_finite_ends_the_run_one_step_later(card: Card) -> No
 def test_what_is_no_loss_is_the_recipes_fault() -> None:
     for wrong, words in ((1.0, "loss of step 3: AttributeError"), (torch.zeros(2), r"shape \(2,\), not one loss")):
         with pytest.raises(worker.RecipeError, match=words):
-            worker.read_loss(3, worker.later(SimpleNamespace(later=cuda.later), 3, wrong))  # type: ignore[arg-type]
+            worker.read_loss(3, worker.later(SimpleNamespace(later=pinned.later), 3, wrong))  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("later", [cuda.later, CpuDevice(Choice("float32", "")).later])
+@pytest.mark.parametrize("later", [pinned.later, CpuDevice(Choice("float32", "")).later])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_on_a_cpu_it_is_the_value_of_that_moment(later: Any, dtype: Any) -> None:
     loss = torch.tensor(2.5, dtype=dtype, requires_grad=True)
