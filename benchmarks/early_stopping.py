@@ -11,7 +11,7 @@ edits change a schedule, whose curves cross those of the best late.
 
 `replay` lets `core.probing` judge these runs in many random orders, each as a lab of its own: it knows what earlier
 runs of the same lab showed and nothing else; a run that it stops teaches it nothing. Each recipe with enough runs is
-the best of its labs in turn.
+the best of its labs in turn; of the others the first run is the candidate, as in a real lab.
 """
 
 from __future__ import annotations
@@ -193,7 +193,7 @@ class Tally:
 
     judged: int = 0
     stopped: int = 0
-    good: int = 0  # runs that ended better than the best did on the same seed
+    good: int = 0  # runs that ended better than the best, by its mean or by its run on the same seed
     good_stopped: int = 0
     saved: float = 0.0  # budgets
 
@@ -206,13 +206,13 @@ class Tally:
 
 
 def labs(runs: Sequence[Mapping[str, Any]]) -> list[tuple[list[Curve], list[Curve]]]:
-    """(the best's runs, everybody else's) for each recipe that has runs enough to be the best of a lab."""
+    """(the best's runs, the first of everybody else) for each recipe that has runs enough to be the best of a lab."""
     by_edit: dict[str, list[Curve]] = {}
     for run in runs:
         curve = Curve({float(s): b for s, b in run["probes"].items()}, run["final"], run["seed"])
         by_edit.setdefault(json.dumps(run["edit"], sort_keys=True), []).append(curve)
     return [
-        (best, [c for other, curves in by_edit.items() if other != edit for c in curves])
+        (best, [curves[0] for other, curves in by_edit.items() if other != edit])
         for edit, best in by_edit.items()
         if len(best) >= probing.LEAST_RUNS
     ]
@@ -249,8 +249,8 @@ def replay_median(
 
 
 def _better(era: Era, curve: Curve, shares: Sequence[float]) -> bool:
-    level = era.level(shares[0], curve.seed)
-    return level is not None and curve.final < level[1]
+    levels = [era.level(shares[0], seed) for seed in (None, curve.seed)]
+    return any(level is not None and curve.final < level[1] for level in levels)
 
 
 def _stopped_at(curve: Curve, shares: Sequence[float], ask: probing.Judge) -> float | None:

@@ -10,7 +10,13 @@ gap (score minus the best's) on the gap at the probe, over the runs that this la
 new observation. Schedules make learning curves cross in ways that are not normal, so a second bound has to agree which
 assumes no distribution: the lowest of the jackknife+ (Barber, Candes, Ramdas and Tibshirani 2021), where each earlier
 run is foretold without itself, and the new run may be as much better than foretold. For n exchangeable runs that errs
-in at most 2 of n + 1 cases, and about 1 in n + 1 where no single run decides the fit.
+in at most 2 of n + 1 cases, and about 1 in n + 1 where no single run decides the fit. A lab's runs are that only
+nearly: the best changes, and what was stopped shows nothing. So what the rule is worth is measured, not proved
+(docs/early_stopping.md).
+
+The best's score is one of luck as well. Where seeds do nothing alike, its mean is the fair figure, and its run on the
+candidate's seed may be the one that got it kept. Where they do, that run is the fair figure, and the mean does wrong to
+all candidates alike, as all begin on one seed. So a run has to be hopeless against both.
 """
 
 from __future__ import annotations
@@ -26,7 +32,7 @@ SHARES = (0.4, 0.7)  # of the budget, at which is looked: docs/early_stopping.md
 TOKENS = 8192  # of training text that are scored at a look
 CHANCE = 0.02  # of beating the best; below it a run is hopeless
 LEAST_RUNS = 3  # probed runs of the best, before anything is compared with it
-LEAST_PAIRS = 8  # finished runs of candidates in this lab, before anything is predicted
+LEAST_PAIRS = 8  # candidates of this lab whose first run was finished, before anything is predicted
 LATE = 0.05  # of the budget; a look that came so much later than its share compares with nothing
 EXEMPT_EVERY = 10  # each so manieth experiment is never stopped: it shows what stopping would have missed
 
@@ -94,28 +100,29 @@ class Curve:
 
 @dataclass(frozen=True)
 class Era:
-    """The time of one best candidate: its own runs, and the runs that were compared with it."""
+    """The time of one best candidate: its own runs, and those that were compared with it, the first of each candidate:
+    further runs of one recipe say little that is new."""
 
     incumbent: Sequence[Curve]
     tried: Sequence[Curve] = field(default_factory=tuple)
 
     def level(self, share: float, seed: int | None = None) -> tuple[float, float] | None:
-        """The best's mean probe at this share and its mean score; None without a probed run.
-
-        Of its runs on the same seed where there are any: they saw the same text in the same order, and an edit that
-        changes little shares their luck.
-        """
+        """The best's mean probe at this share and its mean score; None without a probed run. With a seed, of its runs
+        on this one where there are any: they saw the same text in the same order, and an edit that changes little
+        shares their luck."""
         runs = [curve for curve in self.incumbent if share in curve.probes]
         runs = [curve for curve in runs if seed is not None and curve.seed == seed] or runs
         if not runs:
             return None
         return float(np.mean([c.probes[share] for c in runs])), float(np.mean([c.final for c in runs]))
 
-    def pairs(self, share: float) -> list[tuple[float, float]]:
-        """(gap at the probe, final gap) of every run that was compared and has been looked at."""
+    def pairs(self, share: float, same_seed: bool) -> list[tuple[float, float]]:
+        """(gap at the probe, final gap) of every run that was compared and has been looked at: against the best's run
+        on the same seed, or against its mean."""
         found = []
         for curve in self.tried:
-            if share in curve.probes and (level := self.level(share, curve.seed)) is not None:
+            level = self.level(share, curve.seed if same_seed else None)
+            if share in curve.probes and level is not None:
                 found.append((curve.probes[share] - level[0], curve.final - level[1]))
         return found
 
@@ -125,16 +132,23 @@ def judge(eras: Sequence[Era], shares: Sequence[float] = SHARES, needed: float =
     gap at which the run would still matter; 0: it beats the best."""
 
     def ask(index: int, bpb: float) -> Forecast | None:
+        """The more hopeful of two forecasts: against the best's mean, and against its run on the same seed."""
         share = shares[index]
         present = eras[-1] if eras else Era(())
-        level = present.level(share, seed)
-        runs = sum(share in curve.probes for curve in present.incumbent)
-        if level is None or runs < LEAST_RUNS:
+        if sum(share in curve.probes for curve in present.incumbent) < LEAST_RUNS:
             return None
-        pairs = [pair for era in eras for pair in era.pairs(share)]
-        return forecast(pairs, share, bpb - level[0], needed)
+        found = [_against(eras, share, bpb, needed, of) for of in (None, seed)]
+        known = [one for one in found if one is not None]
+        return max(known, key=lambda one: (not one.hopeless, one.chance)) if len(known) == len(found) else None
 
     return ask
+
+
+def _against(eras: Sequence[Era], share: float, bpb: float, needed: float, seed: int | None) -> Forecast | None:
+    """By the best's runs on this seed; None: by all of them."""
+    level = eras[-1].level(share, seed)
+    pairs = [pair for era in eras for pair in era.pairs(share, same_seed=seed is not None)]
+    return None if level is None else forecast(pairs, share, bpb - level[0], needed)
 
 
 # --- the rule ------------------------------------------------------------------------------------------
