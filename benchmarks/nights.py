@@ -2,18 +2,22 @@
 
     python -m benchmarks.nights                       # all worlds, some minutes
     python -m benchmarks.nights --nights 200 --only equal
+    python -m benchmarks.nights --nights 2000 --world "noise only"
     python -m benchmarks.nights --json > nights.json
 
 Every world is played by five rules: `statistical` is what the loop does; `naive` keeps what scores below the best's
 recorded score, one run each; `three seeds` does so with the mean of three; `naive, honest` asks for a margin over the
 recorded score that is just large enough for at most 5 % false keeps, found by trying (no loop can know it);
 `clairvoyant` is the least time per true gain that any rule with at most 5 % false keeps can need: it knows everything
-but the candidate. docs/verdict.md has the table.
+but the candidate. Where all candidates are shorter than the best, what matters is what simplifications lose together:
+there the rule is played as it is, and with each simplification held against the one before alone. docs/verdict.md has
+the tables.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -34,7 +38,7 @@ KEEPING = (0.8, 0.85, 0.9, 0.93, 0.95)  # posterior probabilities of a true gain
 DROPPING = (0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3)
 PART = 10  # nights of one task
 
-WORLDS = (
+WORLDS: tuple[World, ...] = (
     World("noise only"),
     World("noise only, machine creeps by 2 sds", creep=2.0),
     World("noise only, machine moves by 3 sds at once", step=3.0),
@@ -52,6 +56,15 @@ WORLDS = (
 )
 
 
+LOSSES: tuple[tuple[float, ...], ...] = ((0.0,), (0.25,), (0.5,), (1.0,), (1.5,), (2.0,), (0.0, 0.25), (0.0, 0.5))
+WORLDS += tuple(
+    World(f"all shorter, worse by {' or '.join(f'{loss:g}' for loss in loses)} sds; {worth:g} sds are worth keeping",
+          loses=loses, worth=worth, shorter=40)
+    for worth in (0.1, 1.0)
+    for loses in LOSSES
+)  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Row:
     """One rule in one world, over all nights. Gains in sds, time in full runs."""
@@ -60,7 +73,10 @@ class Row:
     rule: str
     nights: int
     keeps: float  # a night
-    anything: float  # share of nights that kept anything
+    anything: float  # share of nights that kept anything for a gain
+    anything_interval: tuple[float, float]  # of that share, 95 %
+    simplified: float  # kept for being shorter, a night
+    simplified_worse: float  # of those, with a true loss
     power: float  # share of the truly better that was kept; NaN where there are none
     false_share: float  # false keeps of all keeps; NaN where nothing was kept
     false_rate: float  # mean over nights of that share, 0 for a night without keeps: the false discovery rate
@@ -68,6 +84,8 @@ class Row:
     time_ratio: float  # of the naive rule's
     time_per_gain: float  # for one true gain
     true_gain: float
+    true_gain_se: float
+    true_gain_least: float  # in the worst night
     claimed_error: float  # claimed less true gain, a night
     confirmed_error: float  # re-measured less true gain
     confirmed_error_se: float
@@ -87,6 +105,9 @@ def summary(world: World, rule: str, found: Sequence[dict[str, float]]) -> Row:
         nights=len(found),
         keeps=float(kept.mean()),
         anything=float((kept > 0).mean()),
+        anything_interval=interval(int((kept > 0).sum()), len(found)),
+        simplified=mean["simplified"],
+        simplified_worse=mean["simplified_worse"],
         power=_ratio(mean["found"], mean["better"]),
         false_share=_ratio(mean["false"], float(kept.mean())),
         false_rate=float((all_of["false"] / np.maximum(kept, 1)).mean()),
@@ -94,12 +115,22 @@ def summary(world: World, rule: str, found: Sequence[dict[str, float]]) -> Row:
         time_ratio=mean["time"] / (world.candidates + 1),
         time_per_gain=_ratio(mean["time"], mean["found"]),
         true_gain=mean["true_gain"],
+        true_gain_se=float(all_of["true_gain"].std() / np.sqrt(len(found))),
+        true_gain_least=float(all_of["true_gain"].min()),
         claimed_error=mean["claimed_gain"] - mean["true_gain"],
         confirmed_error=float(error.mean()),
         confirmed_error_se=float(error.std() / np.sqrt(len(error))),
         controls=mean["controls"],
         epochs=mean["epochs"],
     )
+
+
+def interval(part: int, whole: int, z: float = 1.96) -> tuple[float, float]:
+    """Of a share, by Wilson's score (1927)."""
+    share = part / whole
+    middle = (share + z**2 / (2 * whole)) / (1 + z**2 / whole)
+    half = z / (1 + z**2 / whole) * math.sqrt(share * (1 - share) / whole + z**2 / (4 * whole**2))
+    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 def _ratio(part: float, whole: float) -> float:
@@ -121,6 +152,10 @@ class Players:
 
     def rows(self, world: World, rule: Rule, many: int) -> Iterator[Row]:
         yield summary(world, "statistical", self.play(world, Statistical(rule), many))
+        if world.shorter:
+            alone = Statistical(rule, anchored=False)
+            yield summary(world, "each against the last alone", self.play(world, alone, many))
+            return
         yield summary(world, "naive", self.play(world, Simple(), many))
         yield summary(world, "three seeds", self.play(world, Simple(3), many))
         if world.better and (margin := self._margin(world)) is not None:
@@ -155,6 +190,7 @@ def table(rows: Sequence[Row]) -> Table:
         "rule",
         "keeps",
         "nights that keep",
+        "simplified",
         "power",
         "false keeps",
         "time",
@@ -171,13 +207,14 @@ def table(rows: Sequence[Row]) -> Table:
             r.world if r.world != last else "",
             r.rule,
             f"{r.keeps:.1f}",
-            f"{r.anything:.1%}",
+            f"{r.anything:.1%} ({' to '.join(f'{end:.1%}' for end in r.anything_interval)})",
+            f"{r.simplified:.1f} ({r.simplified_worse:.1f} worse)" if r.simplified else "",
             _percent(r.power),
             _percent(r.false_share),
             f"{r.time:.0f}",
             f"{r.time_ratio:.2f}",
             f"{r.time_per_gain:.1f}" if np.isfinite(r.time_per_gain) else "",
-            f"{r.true_gain:.1f}",
+            f"{r.true_gain:.1f} ± {r.true_gain_se:.2f} ({r.true_gain_least:.1f} at least)",
             f"{r.claimed_error:+.1f}",
             f"{r.confirmed_error:+.2f} ± {r.confirmed_error_se:.2f}",
         )
@@ -193,14 +230,17 @@ def _percent(share: float) -> str:
 @click.option("--nights", "many", default=1000, show_default=True, type=click.IntRange(1), help="Nights per world.")
 @click.option("--candidates", default=100, show_default=True, type=click.IntRange(5), help="Candidates of a night.")
 @click.option("--only", default="", metavar="TEXT", help="Only worlds with TEXT in their name.")
+@click.option("--world", "exactly", default="", metavar="NAME", help="Only the world of this name.")
 @click.option("--seed", default=1, show_default=True, help="Seed of the random numbers.")
 @click.option("--jobs", default=os.cpu_count() or 1, show_default=True, type=click.IntRange(1), help="Processes.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON list of all rows.")
-def main(many: int, candidates: int, only: str, seed: int, jobs: int, as_json: bool) -> None:
-    worlds = [replace(w, candidates=candidates) for w in WORLDS if only in w.name]
+def main(many: int, candidates: int, only: str, exactly: str, seed: int, jobs: int, as_json: bool) -> None:
+    worlds = [replace(w, candidates=candidates) for w in WORLDS if only in w.name and exactly in ("", w.name)]
     if not worlds:
-        raise click.BadParameter(f"no world has {only!r} in its name", param_hint="--only")
-    rule = Rule(min_effect=0.0)  # the simulated gains are all worth keeping
+        wanted = f"the name {exactly!r}" if exactly else f"{only!r} in its name"
+        named = "; ".join(w.name for w in WORLDS)
+        raise click.BadParameter(f"no world has {wanted}; there are: {named}", param_hint="--world, --only")
+    rule = Rule()
     rows: list[Row] = []
     console = Console(stderr=True)
     with ProcessPoolExecutor(jobs) as pool, console.status("") as status:

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.special import ndtri
 
+from core.ledger import KEPT
 from core.measuring import CONTROL_EVERY
 from core.noise import CHANGE_POINTS, Noise, NoisePool, Run, drift
 from core.verdict import Night, Rule, Step, decide, decide_simple, first_runs
@@ -33,6 +34,9 @@ class World:
     gain: float = 2.0  # sds, of those
     worse: float = 0.0  # share of the others that is worse, by |N(0, spread)| sds; the rest of them changes nothing
     spread: float = 3.0
+    loses: tuple[float, ...] = (0.0,)  # sds, of the others that are not worse by `spread`: each as likely
+    shorter: int = 0  # syntax-tree tokens that every candidate has less than the best
+    worth: float = 0.0  # sds below which a gain is not worth keeping (`Rule.min_effect`)
     correlation: float = 0.0  # of two recipes at one seed
     candidate_noise: float = 1.0  # sds of a candidate's run
     creep: float = 0.0  # sds by which every score rises from the night's first candidate to its last
@@ -91,9 +95,14 @@ class Machine:
         self.candidate += 1
         world, dice = self.world, self.random
         gain = world.gain if dice.random() < world.better else 0.0
-        if not gain and dice.random() < world.worse:
-            gain = -abs(float(dice.normal(0, world.spread)))
+        if not gain:
+            worse = dice.random() < world.worse
+            gain = -abs(float(dice.normal(0, world.spread))) if worse else 0.0 - self._loss()
         return gain, Recipe(incumbent.level - SD * gain, world.candidate_noise)
+
+    def _loss(self) -> float:
+        losses = self.world.loses
+        return losses[int(self.random.integers(len(losses)))] if len(losses) > 1 else losses[0]
 
     def stops(self, gain: float) -> bool:
         """Is the candidate's first run stopped early? Then its share of the time is counted."""
@@ -110,6 +119,8 @@ class Result:
     better: int = 0  # candidates with a true gain
     found: int = 0  # of those, kept
     false: int = 0  # kept without a true gain
+    simplified: int = 0  # kept for being shorter
+    simplified_worse: int = 0  # of those, with a true loss
     time: float = 0.0
     controls: int = 0
     epochs: int = 0  # drifts that were seen
@@ -127,23 +138,26 @@ Strategy = Callable[[World, np.random.Generator], Result]
 
 
 class Statistical:
-    """The loop under `core.verdict.decide`."""
+    """The loop under `core.verdict.decide`. `anchored`: simplifications are held against the last keep too, as the loop
+    does; without it each is held against the one before alone."""
 
-    def __init__(self, rule: Rule) -> None:
+    def __init__(self, rule: Rule, anchored: bool = True) -> None:
         self.rule = rule
+        self.anchored = anchored
 
     def __call__(self, world: World, random: np.random.Generator) -> Result:
-        return _Played(world, random, self.rule).night()
+        rule = replace(self.rule, min_effect=world.worth * SD)
+        return _Played(world, random, rule, self.anchored).night()
 
 
 class _Played:
     """One night of `Statistical`."""
 
-    def __init__(self, world: World, random: np.random.Generator, rule: Rule) -> None:
-        self.world, self.rule = world, rule
+    def __init__(self, world: World, random: np.random.Generator, rule: Rule, anchored: bool) -> None:
+        self.world, self.rule, self.anchored = world, rule, anchored
         self.machine = Machine(world, random)
         self.result = Result()
-        self.baseline = self.incumbent = Recipe(START)
+        self.baseline = self.incumbent = self.last_keep = Recipe(START)
         self.pool, self.groups = NoisePool(), 1  # a group: the runs of one recipe and epoch
         self.before = Night()
         self.since = 0  # candidates since the incumbent ran last
@@ -154,34 +168,54 @@ class _Played:
         for _ in range(self.world.candidates):
             gain, candidate = self.machine.draw(self.incumbent)
             step = None if self.machine.stops(gain) else self._judge(candidate)
-            kept = step is not None and step.status == "keep"
-            self.result.count(gain, kept)
+            self.result.count(gain, step is not None and step.status == "keep")
             if step is not None:
-                self.before = self.before.after(step.record)
-            if step is not None and kept:
-                self.result.claimed_gain += float(step.record["gain"]) / SD
-                self.incumbent, self.since = candidate, 0
+                self._decided(gain, candidate, step)
         return _ended(self.machine, self.result, self.baseline, self.incumbent)
+
+    def _decided(self, gain: float, candidate: Recipe, step: Step) -> None:
+        self.before = self.before.after(step.record)
+        if step.status in KEPT:
+            self.result.claimed_gain += float(step.record["gain"]) / SD
+            self.incumbent, self.since = candidate, 0
+        if step.status == "keep":
+            self.last_keep = candidate
+        self.result.simplified += step.status == "simplify"
+        self.result.simplified_worse += step.status == "simplify" and gain < 0
 
     def _judge(self, candidate: Recipe) -> Step:
         candidate.group = self._new_group()
         if self.since >= CONTROL_EVERY:
-            self._control(candidate, self.incumbent.runs[-1].seed + 1)
+            self._control(candidate, self._next_seed())
         self.since += 1
         self.machine.run(candidate, 0)
         while True:
-            step = decide(self.incumbent.runs, candidate.runs, self._noise(candidate), self.before, self.rule)
+            step = self._decide(candidate)
             if step.seed is None:
                 return step
             if step.status == "more":
                 self.machine.run(candidate, step.seed)
             else:
                 self._control(candidate, step.seed)
-            if not candidate.runs:  # all of them were made before a drift
+            if not candidate.runs:  # they were made before the machine moved
                 self.machine.run(candidate, 0)
 
+    def _decide(self, candidate: Recipe) -> Step:
+        """As `core.deciding` asks: nothing is kept before the best has run since the candidate began."""
+        best, mine = self.incumbent.runs, candidate.runs
+        anchor = self.last_keep.runs if self.anchored and self.last_keep is not self.incumbent else []
+        shorter = self.world.shorter
+        step = decide(best, mine, self._noise(candidate), self.before, self.rule, shorter, anchor)
+        if step.status in KEPT and max(run.order for run in best) < min(run.order for run in mine):
+            return Step("control", step.reason, self._next_seed(), step.record)
+        return step
+
+    def _next_seed(self) -> int:
+        return 1 + max(run.seed for run in self.incumbent.runs)
+
     def _control(self, candidate: Recipe, seed: int) -> None:
-        """Run the incumbent again, and begin a new epoch if it has moved."""
+        """Run the incumbent again, and begin a new epoch if it has moved. As in `core.measuring`, its last runs alone
+        are carried over: the candidate begins again, and of the last keep no run is left."""
         self.machine.run(self.incumbent, seed)
         self.result.controls += 1
         self.since = 0
@@ -189,10 +223,16 @@ class _Played:
         moved = drift(self.before.fair(self.incumbent.runs), self.pool.noise())
         if moved:
             self.result.epochs += 1
-            since = self.incumbent.runs[-moved.runs].order
-            for recipe in (self.incumbent, candidate):
-                self.pool.put(recipe.group, [run for run in recipe.runs if run.order < since])
-                recipe.runs, recipe.group = [run for run in recipe.runs if run.order >= since], self._new_group()
+            self._begin_epoch(candidate, moved.runs)
+
+    def _begin_epoch(self, candidate: Recipe, carried: int) -> None:
+        best = self.incumbent
+        self.pool.put(best.group, best.runs[:-carried])
+        best.runs, best.group = best.runs[-carried:], self._new_group()
+        for recipe in (candidate, self.last_keep):
+            if recipe is not best:
+                self.pool.put(recipe.group, recipe.runs)
+                recipe.runs, recipe.group = [], self._new_group()
 
     def _noise(self, candidate: Recipe) -> Noise:
         for recipe in (self.incumbent, candidate):

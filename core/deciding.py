@@ -65,6 +65,7 @@ class Deciding:
             return Probe()
         rule, simplifies = self.rule(), self._smaller_by(e, best) >= self.rule().min_tokens
         needed = max(rule.margin * runs.noise().sd, rule.min_effect) if simplifies else 0.0
+        needed += self._before(e).luck_of(runs.scores(best.number))  # the best's score is too good by that
         known = eras(ledger.experiments(), runs.samples, best.number, runs.epoch)
         return Probe(judge=probing.judge(known, needed=needed, seed=seed))
 
@@ -248,7 +249,9 @@ class Deciding:
         incumbent = by_seed(runs.scores(best.number))
         if not incumbent:
             return Step("control", "the best has no run that these could be compared with", first)
-        step = verdict.decide(incumbent, mine, runs.noise(), self._before(e), self.rule(), self._smaller_by(e, best))
+        before, smaller_by = self._before(e), self._smaller_by(e, best)
+        anchor = self._anchor(best, runs)
+        step = verdict.decide(incumbent, mine, runs.noise(), before, self.rule(), smaller_by, anchor)
         if step.status in KEPT and max(r.order for r in incumbent) < min(r.order for r in mine):
             reason = f"{step.reason}; before it is kept the best is run beside it, as the machine may have moved"
             return Step("control", reason, 1 + max(r.seed for r in incumbent), step.record)
@@ -269,6 +272,12 @@ class Deciding:
         record = {"rule": STATISTICAL, **simple, "disturbed": why, "runs": len(made)}
         reason = f"passed by: run {times} times, each time disturbed, at last because {why}"
         return Step("discard", reason, record=record)
+
+    def _anchor(self, best: Experiment, runs: Runs) -> list[verdict.Run]:
+        """The runs of the last keep, where the best is a simplification of it; none where the machine has moved since:
+        a simplification is then compared with the best alone."""
+        keeps = [x for x in self._session.ledger.experiments() if x.is_kept and x.status == "keep"]
+        return runs.scores(keeps[-1].number) if keeps and best.status == "simplify" else []
 
     def _before(self, e: Experiment) -> verdict.Night:
         return night([x for x in self._session.ledger.experiments() if x.number < e.number])

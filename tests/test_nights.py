@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from benchmarks.nights import main, summary
-from benchmarks.simulated import Clairvoyant, Simple, Statistical, World, nights
+from benchmarks.nights import interval, main, summary
+from benchmarks.simulated import SD, Clairvoyant, Simple, Statistical, World, _Played, nights
 from core.verdict import Rule
 
 RULE = Rule(min_effect=0.0)
@@ -49,6 +49,33 @@ def test_a_jump_of_the_machine_is_seen_and_makes_no_gain():
     assert found.keeps < 1
 
 
+def test_after_a_move_the_candidate_begins_again_as_in_the_loop():
+    played = _Played(World("moved"), np.random.default_rng(1), RULE, anchored=True)
+    for seed in range(5):
+        played.machine.run(played.baseline, seed)
+    _, candidate = played.machine.draw(played.baseline)
+    candidate.group = played._new_group()
+    early = played.machine.run(candidate, 0)
+    played.baseline.level += 10 * SD
+    played._control(candidate, 5)
+    assert played.result.epochs == 1
+    assert candidate.runs == [] and [run.seed for run in played.baseline.runs] == [5]
+    played._judge(candidate)
+    assert candidate.runs[0].seed == 0 and early not in candidate.runs
+
+
+def test_a_chain_of_simplifications_loses_less_where_the_last_keep_is_remembered():
+    world = World("shorter", loses=(0.25,), shorter=40, worth=0.1)
+    held, alone = row(world, Statistical(RULE), 8), row(world, Statistical(RULE, anchored=False), 8)
+    assert 0 > held.true_gain > -1 > alone.true_gain
+    assert 1 <= held.simplified_worse == held.simplified < alone.simplified
+
+
+def test_the_interval_of_a_share_is_wilson_s():
+    assert interval(8, 200) == pytest.approx((0.02041, 0.07693), abs=1e-4)
+    assert interval(0, 10)[0] == 0.0 and interval(10, 10)[1] == 1.0
+
+
 def test_a_stopped_run_counts_its_share():
     world = World("hopeless", worse=1.0, spread=1e6, caught=1.0, share=0.25, candidates=20)
     found = row(world, Statistical(RULE), 2)
@@ -62,8 +89,11 @@ def test_the_command_prints_a_table_and_json():
     told = CliRunner().invoke(main, [*arguments, "--json"])
     rows = json.loads(told.stdout)
     assert [r["rule"] for r in rows] == ["statistical", "naive", "three seeds"]
-    refused = CliRunner().invoke(main, ["--only", "no such world"])
-    assert refused.exit_code == 2 and "no world" in refused.output
+    exactly = CliRunner().invoke(main, [*arguments[:-2], "--world", "noise only", "--json"])
+    assert {r["world"] for r in json.loads(exactly.stdout)} == {"noise only"}
+    for option in ("--only", "--world"):
+        refused = CliRunner().invoke(main, [option, "no such world"])
+        assert refused.exit_code == 2 and "no world has" in refused.output
 
 
 def test_no_rule_can_need_less_than_the_clairvoyant():

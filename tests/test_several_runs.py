@@ -21,7 +21,8 @@ from console.output import Screen
 from console.places import look
 from console.rows import rows
 from console.tables import other_rule_line, verdict_lines
-from core import measuring
+from core import measuring, probing, verdict
+from core.eras import eras
 from core.errors import UserError
 from core.lab import Lab
 from core.probing import LEAST_PAIRS
@@ -87,6 +88,23 @@ def test_a_smaller_program_that_is_no_worse_simplifies(tmp_path, settings):
     check(night)
     assert e.status == "simplify", e.reason
     assert night.best() == e and git(night, "log", "--format=%s", night.branch).splitlines()[0] == e.description
+
+
+def test_after_a_simplification_the_next_is_held_against_the_last_keep_too(tmp_path, settings, monkeypatch):
+    anchors = []
+    real = verdict.decide
+    monkeypatch.setattr(verdict, "decide", lambda *given: anchors.append(given[-1]) or real(*given))
+    large = recipe(2.0) + b"".join(b"X%d = [1, 2, 3]\n" % k for k in range(9))
+    night = make_lab(tmp_path / "night", replace(settings, verdict="statistical"), first=large)
+    executor = Machine()
+    loop_of(night, executor, Ideas(2.0)).run(Limits(experiments=1))
+    assert ends(night, executor, 2.0 - SD / 2).status == "simplify"
+    assert anchors and not any(anchors), "the best was the last keep itself"
+    ends(night, executor, 2.0)
+    assert [run.order for run in anchors[-1]] == [s.id for s in night.ledger.samples(1)]
+    night.ledger.begin_epoch("the machine has moved", 2)
+    ends(night, executor, 2.0)
+    assert anchors[-1] == [], "what was run before is not compared with what is run now"
 
 
 def test_an_executor_that_never_audits_gets_nothing_kept(night):
@@ -200,6 +218,30 @@ def test_hopeless_runs_are_stopped_early_and_researchers_are_told(tmp_path, sett
     assert [p.number for p in view.past if p.facts.get("stopped_early")] == [e.number for e in early]
     gain = ends(night, Looking(), 1.9)
     assert gain.status == "keep", gain.reason
+
+
+def test_a_candidate_with_many_runs_is_one_candidate_to_early_stopping(tmp_path, settings):
+    night = make_lab(tmp_path / "night", replace(settings, verdict="statistical", probe=True))
+    loop_of(night, Looking(), Ideas(2.0, 2.0, 2.003)).run(Limits(experiments=4))
+    found = night.ledger.experiments()
+    assert max(len(night.ledger.samples(e.number)) for e in found[1:]) > 1, "one took several runs"
+    known = eras(found, night.ledger.all_samples(), night.best().number, night.ledger.epoch())
+    firsts = [night.ledger.samples(e.number)[0].val_bpb for e in found[1:]]
+    assert sorted(curve.final for era in known for curve in era.tried) == sorted(firsts)
+
+
+def test_early_stopping_allows_for_the_luck_that_the_best_was_kept_for(tmp_path, settings, monkeypatch):
+    asked = []
+    real = probing.judge
+    monkeypatch.setattr(
+        probing, "judge", lambda *known, **given: asked.append(given["needed"]) or real(*known, **given)
+    )
+    night = make_lab(tmp_path / "night", replace(settings, verdict="statistical", probe=True))
+    loop_of(night, Looking(), Ideas(2.0, 1.97)).run(Limits(experiments=2))
+    (kept,) = [e for e in night.ledger.experiments()[1:] if e.is_kept]
+    assert asked == [0.0], "the baseline was not chosen for its score"
+    ends(night, Looking(), 2.1)
+    assert asked[-1] == pytest.approx(kept.verdict["kept"]["luck"]) and asked[-1] > 0
 
 
 # --- the best again ------------------------------------------------------------------------------

@@ -106,10 +106,10 @@ def test_one_run_never_keeps_and_the_next_is_paired_with_a_run_of_the_best():
     assert said([1.5, 1.5], best=[*BEST, Run(5, 2.0, 7)]).status == "keep"
 
 
-def decided(score, smaller_by=0):
+def decided(score, smaller_by=0, noise=QUIET, anchor=(), night=None):
     """(the last step, what was asked for, the candidate's runs, the best's) of a candidate that always scores this."""
     asked, runs, best = [], candidate(score), list(BEST)
-    while (step := decide(best, runs, QUIET, Night(), RULE, smaller_by)).seed is not None:
+    while (step := decide(best, runs, noise, night or Night(), RULE, smaller_by, anchor)).seed is not None:
         asked.append(step.status)
         order = 6 + len(asked)
         if step.status == "more":
@@ -172,6 +172,38 @@ def test_as_good_and_smaller_is_a_simplification_and_worse_is_not():
     assert decided(2.0, smaller_by=4)[0].status == "discard"
     step, *_ = decided(2.008, smaller_by=40)
     assert step.status == "discard" and "cannot be ruled out" in step.reason
+
+
+def test_what_is_shorter_and_a_little_better_is_kept_as_what_is_shorter_and_equal_is():
+    """A real gain below what is worth keeping: 1.75 sds of 2.5."""
+    noise = Noise(0.0004, 20)
+    assert "real, but less than" in decided(1.9993, noise=noise)[0].reason
+    for score in (2.0, 1.9997, 1.9993):
+        step, *_ = decided(score, smaller_by=40, noise=noise)
+        assert step.status == "simplify", step.reason
+        assert step.record["simplified"]["found"] and not step.record["tested"]["found"]
+    assert decided(1.998, smaller_by=40, noise=noise)[0].status == "keep"
+
+
+def test_simplifications_together_may_lose_no_more_than_one():
+    """The best of now has lost a little already: what equals it is worse than the last keep."""
+    better = [replace(run, bpb=run.bpb - 0.006, order=run.order - 10) for run in BEST]
+    step, *_ = decided(2.0, smaller_by=40, anchor=better)
+    assert step.status == "discard" and "0.006000 worse than the last keep, over its 5 runs" in step.reason
+    assert (
+        decided(2.0, smaller_by=40, anchor=[replace(run, order=run.order - 10) for run in BEST])[0].status == "simplify"
+    )
+    assert decided(1.98, smaller_by=40, anchor=better)[0].status == "keep", "a gain is one over the best of now"
+
+
+def test_after_a_simplification_the_last_keep_is_still_known_to_have_been_lucky():
+    lucky = Night(luck=0.006, lucky=frozenset(run.order - 10 for run in BEST))
+    better = [replace(run, bpb=run.bpb - 0.006, order=run.order - 10) for run in BEST]
+    step, *_ = decided(2.0, smaller_by=40, anchor=better, night=lucky)
+    assert step.status == "simplify", "the last keep was better by its luck alone"
+    after = lucky.after(step.record)
+    assert (after.luck, after.lucky) == (lucky.luck, lucky.lucky)
+    assert after.luck_of(better) == 0.006 and after.luck_of([*better, *BEST]) == 0.003 and after.luck_of([]) == 0
 
 
 def test_a_keep_makes_the_next_test_easier_and_its_luck_is_taken_from_the_next_control():
