@@ -157,7 +157,7 @@ class _Played:
         self.world, self.rule, self.anchored = world, rule, anchored
         self.machine = Machine(world, random)
         self.result = Result()
-        self.baseline = self.incumbent = self.last_keep = Recipe(START)
+        self.baseline = self.incumbent = self.anchor = Recipe(START)
         self.pool, self.groups = NoisePool(), 1  # a group: the runs of one recipe and epoch
         self.before = Night()
         self.since = 0  # candidates since the incumbent ran last
@@ -179,7 +179,7 @@ class _Played:
             self.result.claimed_gain += float(step.record["gain"]) / SD
             self.incumbent, self.since = candidate, 0
         if step.status == "keep":
-            self.last_keep = candidate
+            self.anchor = candidate
         self.result.simplified += step.status == "simplify"
         self.result.simplified_worse += step.status == "simplify" and gain < 0
 
@@ -203,7 +203,7 @@ class _Played:
     def _decide(self, candidate: Recipe) -> Step:
         """As `core.deciding` asks: nothing is kept before the best has run since the candidate began."""
         best, mine = self.incumbent.runs, candidate.runs
-        anchor = self.last_keep.runs if self.anchored and self.last_keep is not self.incumbent else []
+        anchor = self.anchor.runs if self.anchored and self.anchor is not self.incumbent else []
         shorter = self.world.shorter
         step = decide(best, mine, self._noise(candidate), self.before, self.rule, shorter, anchor)
         if step.status in KEPT and max(run.order for run in best) < min(run.order for run in mine):
@@ -215,7 +215,7 @@ class _Played:
 
     def _control(self, candidate: Recipe, seed: int) -> None:
         """Run the incumbent again, and begin a new epoch if it has moved. As in `core.measuring`, its last runs alone
-        are carried over: the candidate begins again, and of the last keep no run is left."""
+        are carried over: the candidate begins again, and simplifications are counted from this incumbent on."""
         self.machine.run(self.incumbent, seed)
         self.result.controls += 1
         self.since = 0
@@ -229,10 +229,9 @@ class _Played:
         best = self.incumbent
         self.pool.put(best.group, best.runs[:-carried])
         best.runs, best.group = best.runs[-carried:], self._new_group()
-        for recipe in (candidate, self.last_keep):
-            if recipe is not best:
-                self.pool.put(recipe.group, recipe.runs)
-                recipe.runs, recipe.group = [], self._new_group()
+        self.pool.put(candidate.group, candidate.runs)
+        candidate.runs, candidate.group = [], self._new_group()
+        self.anchor = best
 
     def _noise(self, candidate: Recipe) -> Noise:
         for recipe in (self.incumbent, candidate):

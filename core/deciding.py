@@ -250,7 +250,7 @@ class Deciding:
         if not incumbent:
             return Step("control", "the best has no run that these could be compared with", first)
         before, smaller_by = self._before(e), self._smaller_by(e, best)
-        anchor = self._anchor(best, runs)
+        anchor = self._anchor(runs)
         step = verdict.decide(incumbent, mine, runs.noise(), before, self.rule(), smaller_by, anchor)
         if step.status in KEPT and max(r.order for r in incumbent) < min(r.order for r in mine):
             reason = f"{step.reason}; before it is kept the best is run beside it, as the machine may have moved"
@@ -273,11 +273,13 @@ class Deciding:
         reason = f"passed by: run {times} times, each time disturbed, at last because {why}"
         return Step("discard", reason, record=record)
 
-    def _anchor(self, best: Experiment, runs: Runs) -> list[verdict.Run]:
-        """The runs of the last keep, where the best is a simplification of it; none where the machine has moved since:
-        a simplification is then compared with the best alone."""
-        keeps = [x for x in self._session.ledger.experiments() if x.is_kept and x.status == "keep"]
-        return runs.scores(keeps[-1].number) if keeps and best.status == "simplify" else []
+    def _anchor(self, runs: Runs) -> list[verdict.Run]:
+        """The runs of what simplifications began from: the last keep, or, where the machine has moved since, the first
+        of them that has run since. None where that is the best itself."""
+        kept = [x for x in self._session.ledger.experiments() if x.is_kept]
+        last = max((at for at, x in enumerate(kept) if x.status == "keep"), default=0)
+        chain = (runs.scores(x.number) for x in kept[last:-1])
+        return next((found for found in chain if found), [])
 
     def _before(self, e: Experiment) -> verdict.Night:
         return night([x for x in self._session.ledger.experiments() if x.number < e.number])

@@ -171,9 +171,9 @@ def decide(
     """What to do with a candidate after the runs that there are: of one drift epoch, untainted.
 
     `incumbent` is empty for the first recipe that finished, the baseline. `smaller_by`: syntax-tree tokens saved.
-    `anchor`: the runs of the last keep where the incumbent is a simplification of it, empty where it is that keep
-    itself. The runs may come in any order; their `order` says which were there at which look. Raises `ValueError`
-    without a run of the candidate."""
+    `anchor`: the runs of what the incumbent is a simplification of, empty where it is none: of the last keep, or of
+    the first best since the machine has moved. The runs may come in any order; their `order` says which were there at
+    which look. Raises `ValueError` without a run of the candidate."""
     if not candidate:
         raise ValueError("a verdict needs a score of the candidate")
     if not incumbent:
@@ -263,14 +263,14 @@ class _Case:
         return Step("simplify", f"{less}, and {compared}: a loss of {question.shift:.6f} is ruled out", record=record)
 
     def _too_far_behind(self) -> str:
-        """Why what is no worse than the best, a simplification itself, is worse than the last keep; "" if it is not.
+        """Why what is no worse than the best, a simplification itself, is worse than the first; "" if it is not.
         What each of a chain loses is too little to be seen; what all of them lose is not. (Trials of medicines know
         it as bio-creep.)"""
         if not self.anchor or (gain := compare(self.anchor, self.candidate, self.noise).gain) > -self.rule.min_effect:
             return ""
         return (
-            f"{-gain:.6f} worse than the last keep, over its {len(self.anchor)} runs: simplifications together may "
-            f"lose no more than one, {self.rule.min_effect:g}"
+            f"{-gain:.6f} worse than what simplifications began from, over its {len(self.anchor)} runs: together they "
+            f"may lose no more than one, {self.rule.min_effect:g}"
         )
 
     def _ask(self, now: Evidence, record: dict[str, Any]) -> Step | None:

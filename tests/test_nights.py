@@ -51,15 +51,15 @@ def test_a_jump_of_the_machine_is_seen_and_makes_no_gain():
 
 def test_after_a_move_the_candidate_begins_again_as_in_the_loop():
     played = _Played(World("moved"), np.random.default_rng(1), RULE, anchored=True)
-    for seed in range(5):
+    for seed in range(12):
         played.machine.run(played.baseline, seed)
     _, candidate = played.machine.draw(played.baseline)
     candidate.group = played._new_group()
     early = played.machine.run(candidate, 0)
     played.baseline.level += 10 * SD
-    played._control(candidate, 5)
+    played._control(candidate, 12)
     assert played.result.epochs == 1
-    assert candidate.runs == [] and [run.seed for run in played.baseline.runs] == [5]
+    assert candidate.runs == [] and [run.seed for run in played.baseline.runs] == [12]
     played._judge(candidate)
     assert candidate.runs[0].seed == 0 and early not in candidate.runs
 

@@ -189,7 +189,10 @@ def test_simplifications_together_may_lose_no_more_than_one():
     """The best of now has lost a little already: what equals it is worse than the last keep."""
     better = [replace(run, bpb=run.bpb - 0.006, order=run.order - 10) for run in BEST]
     step, *_ = decided(2.0, smaller_by=40, anchor=better)
-    assert step.status == "discard" and "0.006000 worse than the last keep, over its 5 runs" in step.reason
+    assert (
+        step.status == "discard"
+        and "0.006000 worse than what simplifications began from, over its 5 runs" in step.reason
+    )
     assert (
         decided(2.0, smaller_by=40, anchor=[replace(run, order=run.order - 10) for run in BEST])[0].status == "simplify"
     )
