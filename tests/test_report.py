@@ -389,7 +389,7 @@ def test_a_night_that_kept_only_simplifications_is_judged_as_one(tmp_path, setti
     short = FIRST.partition("\n\ndef norm")[0]
     e = loop.judge(f"{short}\n# 0\n".encode(), "no norm, 0")
     assert e.status == "simplify", e.reason
-    confirmed(lab, loop, kept(lab), pair(kept(lab)), seeds=16)
+    confirmed(lab, loop, kept(lab), pair(kept(lab)), seeds=32)
     found = findings(read(lab))
     assert found.gain.simpler and (found.gain.state, found.kept[0].state) == ("replicated", "replicated")
     html, text = sane(lab)
