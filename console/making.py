@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
 OWN_PROGRAM = "program.md"
 DRIVING = "## For an agent that drives this lab"  # where the second part of it begins
-WORTH = 0.001  # bpb: the least gain that is kept; upstream's rule keeps whatever is lower
 FEW_STEPS = 200
 
 
@@ -64,8 +63,8 @@ class Plan:
     choice: Choice
     profile: Profile
     budget: float
-    verdict: Literal["statistical", "simple"] = "statistical"
-    min_delta: float = WORTH
+    verdict: Literal["statistical", "simple"]
+    min_delta: float
 
 
 def init_verb(screen: Screen, given: str | None, **options: Any) -> None:
@@ -118,6 +117,7 @@ def plan(given: str | None, wishes: Wishes) -> Plan:
     """Checks all that can be checked without data."""
     import backends
     from core import hardware as machines
+    from core.settings import Settings
 
     if wishes.data and wishes.text:
         raise UserError("--data and --text were both given", "choose one of them")
@@ -126,7 +126,8 @@ def plan(given: str | None, wishes: Wishes) -> Plan:
     choice = machines.choose(hardware, wishes.backend)
     profile = backends.load(choice.value).profile(hardware, wishes.profile)
     rule: Literal["statistical", "simple"] = "simple" if wishes.verdict == "simple" else "statistical"
-    least = (0.0 if rule == "simple" else WORTH) if wishes.min_delta is None else wishes.min_delta
+    usual = 0.0 if rule == "simple" else Settings.min_delta  # upstream's rule keeps whatever is lower
+    least = usual if wishes.min_delta is None else wishes.min_delta
     return Plan(folder, tag, hardware, choice, profile, wishes.budget or profile.budget, rule, least)
 
 

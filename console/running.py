@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import os
-import shlex
-import subprocess
-import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -22,6 +19,7 @@ from console.output import Screen
 from console.rows import Row, row
 from console.signals import Asked, ends
 from console.words import below, bpb, clock, count, delta, duration, plural
+from core.commands import quoted
 from core.errors import Busy, UserError
 
 if TYPE_CHECKING:
@@ -95,7 +93,7 @@ def _again(lab: Lab, researcher: str, deadline: float | None, asking: Mapping[st
         options["until"] = f"{datetime.fromtimestamp(deadline).astimezone():%H:%M}"
     given = [(f"--{name.replace('_', '-')}", str(value)) for name, value in options.items() if value is not None]
     words = ["autoresearch", "run", places.spelled(lab.path), *(word for pair in given for word in pair)]
-    return subprocess.list2cmdline(words) if sys.platform == "win32" else shlex.join(words)
+    return " ".join(map(quoted, words))
 
 
 def _stand_in(name: str | None, who: Any) -> Any:

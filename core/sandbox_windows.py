@@ -22,11 +22,12 @@ from typing import IO, Protocol
 import psutil
 
 from core import handles, sandbox, trees, wire
+from core.apart import CREATE_NEW_PROCESS_GROUP, CREATE_NO_WINDOW
 from core.childlog import CappedLog
 from core.handles import Giver
 from core.windows import library
 
-CREATE_SUSPENDED, CREATE_NEW_PROCESS_GROUP, CREATE_NO_WINDOW = 0x4, 0x200, 0x8000000
+CREATE_SUSPENDED = 0x4
 IDLE_PRIORITY = 0x40
 # JOB_OBJECT_LIMIT_: no process outlives us; a fault ends a process, where it would show a dialogue and wait
 KILL_ON_JOB_CLOSE, DIE_ON_UNHANDLED_EXCEPTION = 0x2000, 0x400
