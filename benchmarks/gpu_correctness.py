@@ -66,7 +66,11 @@ def mlp(order: Order, dtype: torch.dtype) -> Iterator[Row]:
 
 
 def residual_norm(order: Order, dtype: torch.dtype) -> Iterator[Row]:
-    """The norm, with scalars as in front of a layer's halves, and without as between them."""
+    """The norm, with scalars as in front of a layer's halves, and without as between them.
+
+    The scalars' gradients are sums over all elements. The output's gradient goes with x0, or their terms would cancel
+    and rounding be large beside what is left.
+    """
     from kernels import residual_norm as kernel
 
     def norm_of(function: Callable[..., Any]) -> Callable[..., Tensor]:
@@ -75,9 +79,10 @@ def residual_norm(order: Order, dtype: torch.dtype) -> Iterator[Row]:
     normal = source(order)
     x, x0 = (normal(rows(order), order.dim, dtype=dtype) for _ in range(2))
     scalars = tuple(torch.tensor([value], device=order.device) for value in (0.9, 0.2))
+    dy = x0 + normal(rows(order), order.dim, dtype=dtype)
     for name, given in (("residual_norm", (x, x0, *scalars)), ("residual_norm, no scalars", (x, x0))):
-        wanted = gradients(norm_of(kernel.reference), tuple(y.double() for y in given))
-        yield compare(name, gradients(norm_of(kernel.residual_norm), given), wanted, dtype)
+        wanted = gradients(norm_of(kernel.reference), tuple(y.double() for y in given), dy=dy.double())
+        yield compare(name, gradients(norm_of(kernel.residual_norm), given, dy=dy), wanted, dtype)
 
 
 def softcapped_loss(order: Order, dtype: torch.dtype) -> Iterator[Row]:

@@ -464,6 +464,9 @@ class Child:
     def _look(self) -> None:
         """One look at memory and numbers of the tree."""
         tree = self._tree()
+        if len(tree) > self._policy.processes:  # first: what they use together takes long to count
+            self._end(f"processes: {len(tree)} of {self._policy.processes}")
+            return
         used = sum(trees.resident(pid) for pid in tree)
         limit = self._policy.memory_bytes
         if len(tree) > 1 and used > min(limit or self._peak, self._peak):
@@ -471,8 +474,6 @@ class Child:
         self._peak = max(self._peak, used, *(trees.peak(pid) for pid in tree[:1]))
         if limit and used > limit:
             self._end(over("memory", used, limit))
-        elif len(tree) > self._policy.processes:
-            self._end(f"processes: {len(tree)} of {self._policy.processes}")
         elif refused := self._refused():
             self._end(refused)
         elif time.monotonic() - self._disk_seen > DISK_EVERY:

@@ -145,7 +145,10 @@ def test_a_daemon_ends_with_the_job_of_its_recipe(
 def test_too_many_processes_end_it(
     jobs: StandIn, settings: Settings, dataset: Dataset, tiny_recipe: str, tmp_path: Path
 ) -> None:
-    storm = "        import os, time\n        for _ in range(90):\n            os.fork() or time.sleep(60)\n"
+    storm = (
+        "        import os, time\n        for _ in range(90):\n            os.fork() or time.sleep(60)\n"
+        "        time.sleep(60)\n"  # or it would be asked for its end before anybody has counted
+    )
     recipe = tiny_recipe.replace("        torch.manual_seed(spec.seed)\n", storm)
     request = Request(recipe.encode(), settings, dataset, settings.seed, "1", tmp_path / "work", lint=False)
     outcome = execute(request)
