@@ -39,6 +39,7 @@ class Taken:
     parity: list[Parity] = field(default_factory=list)
     departs: list[str] = field(default_factory=list)
     failed: str = ""
+    compiled_on: str = ""  # the day on which compiling was timed, where its code was kept since (`kept_code`)
     opened: list[dict[str, Any]] = field(default_factory=list)  # first steps, of each process that took turns
     turns: dict[int, dict[str, Any]] = field(default_factory=dict)  # round -> what was measured
     steps: int = 0  # timed in one turn

@@ -38,6 +38,7 @@ def bench_verb(
     wanted: Sequence[str],
     profile: str | None,
     quick: bool,
+    fresh: bool,
     upstream: Path | None,
     recipes: Sequence[tuple[str, Path]],
     repeats: int | None,
@@ -57,7 +58,7 @@ def bench_verb(
     if count > len(SEEDS):
         raise UserError(f"{count} seeds were asked for", f"--seeds takes {len(SEEDS)} at most")
     together = running.together(found, hardware)
-    plan = running.Plan(chosen, found, repeats, SEEDS[:count], quick, together)
+    plan = running.Plan(chosen, found, repeats, SEEDS[:count], quick, together, fresh or not quick)
     file = results.reserve(out or Path(f"bench-{chosen.name}-{date.today().isoformat()}.json"), out is not None)
     dataset = prepare(chosen.data, vocab_size=chosen.vocab_size, progress=lambda line: _aside(screen, line))
     _aside(screen, f"{hardware.summary()}; profile {chosen.name}: {chosen.about}")
@@ -90,7 +91,9 @@ def measured(screen: Screen, plan: running.Plan, dataset: Dataset, hardware: Har
         run = running.Run(
             plan, dataset, described, machine, folder, lambda r: _keep(r, file), progress, bystanders
         )  # fmt: skip
-        return replace(run.go(), notes=list(notes(hardware, bystanders.others(), bystanders.stolen(), run.unsure())))
+        result = run.go()
+        told = notes(hardware, bystanders.others(), bystanders.stolen(), run.unsure())
+        return replace(result, notes=[*told, *run.kept()])
 
 
 def notes(hardware: Hardware, others: float, stolen: float, unsure: Sequence[tuple[str, float]] = ()) -> Iterator[str]:

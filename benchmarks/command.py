@@ -53,6 +53,7 @@ class RecipeOf(click.ParamType):
 @click.option("--backend", "wanted", multiple=True, metavar="NAME", help="Only these; default: all that run here.")
 @click.option("--profile", metavar="NAME", help="tiny, small or gpu; default: what fits the machine.")
 @click.option("--quick", is_flag=True, help="Two minutes on two cores: profile tiny, fewer rounds, one seed.")
+@click.option("--fresh", is_flag=True, help="With --quick: compile anew, not with what an earlier bench has kept.")
 @click.option("--upstream", type=click.Path(path_type=Path), metavar="DIR", help="A clone of upstream, as a peer.")
 @click.option("--recipe", "recipes", type=RecipeOf(), multiple=True, metavar="BACKEND=FILE", help="Another train.py.")
 @click.option(

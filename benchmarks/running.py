@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import date, datetime, timezone
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ import numpy as np
 
 import backends
 from backends.reference import LIBRARIES
-from benchmarks import agreeing, parity, sides, upstream
+from benchmarks import agreeing, kept_code, parity, sides, upstream
 from benchmarks.assembling import UPSTREAM, Contender, Taken, assembled, last_loss
 from benchmarks.bystanders import Bystanders
 from benchmarks.machine import anonymous
@@ -32,6 +32,7 @@ from benchmarks.scoring import Scoring, score
 from benchmarks.side import GROUPS, Order
 from benchmarks.work import BenchProfile, initial, shapes, write_batches
 from console.words import plural
+from core import caches
 from core import hardware as machines
 from core.data import Dataset
 from core.errors import UserError
@@ -61,6 +62,7 @@ class Plan:
     seeds: Sequence[int]
     quick: bool
     together: bool  # all sides may be alive at once
+    fresh: bool = True  # compile from nothing, whatever an earlier bench has kept
 
     def before(self) -> int:
         """Rounds before the experiments."""
@@ -165,6 +167,7 @@ class Run:
                 self._rounds(least, most)
         finally:
             self._end_all()
+        self._keep_compiled()
         return self.result()
 
     def result(self) -> Result:
@@ -192,14 +195,19 @@ class Run:
             name = taken.contender.name
             self.progress.stage(f"{name}: {'first steps, which compile' if first else 'a new process'}")
             with self._noted(taken, "its first steps"):
+                kept = self._found_again(taken) if first and not self.plan.fresh else None
                 side = self._opened(taken, first)
+                if kept is not None and taken.opened[0]["compile"] < kept.seconds / 2:
+                    taken.opened[0]["compile"], taken.compiled_on = kept.seconds, kept.day
                 if self.plan.together:
                     self.alive[name] = side
                 else:
                     side.close()
             if first and taken.runs:
-                seconds = taken.opened[0]["compile"]
-                self._ended(f"{name}: compiled in {seconds:.1f} s" if seconds > 1 else f"{name}: first steps done")
+                seconds, day = taken.opened[0]["compile"], taken.compiled_on
+                when = f" on {day}, and kept" if day else ""
+                said = f"{name}: compiled in {seconds:.1f} s{when}" if seconds > 1 else f"{name}: first steps done"
+                self._ended(said)
 
     def _opened(self, taken: Taken, first: bool) -> sides.Side:
         """A process that has taken its first steps: all fixed ones in the first process, a few in later ones."""
@@ -331,6 +339,13 @@ class Run:
             return [(first[0], agreeing.unsure(list(first[1].values())))]
         return [(name, agreeing.unsure(agreeing.ratios(first[1], found))) for name, found in others]
 
+    def kept(self) -> Iterator[str]:
+        """What was not measured in this bench."""
+        for taken in self.ours():
+            if taken.compiled_on:
+                name, seconds = taken.contender.name, taken.opened[0]["compile"]
+                yield f"{name} compiled in {seconds:.1f} s on {taken.compiled_on}; --fresh compiles anew"
+
     # --- experiments -----------------------------------------------------------------------------
 
     def _experiments(self) -> None:
@@ -382,8 +397,29 @@ class Run:
         for name in list(self.alive):
             self._end(name)
 
+    def _found_again(self, taken: Taken) -> kept_code.Kept | None:
+        """What an earlier bench has compiled for this, copied to where this one looks for it."""
+        if (folder := self._place(taken)) is None or (kept := kept_code.find(folder)) is None:
+            return None
+        caches.copy(kept.code, self._caches(taken))
+        return kept
+
+    def _keep_compiled(self) -> None:
+        for taken in self.ours():
+            if not taken.compiled_on and (folder := self._place(taken)) is not None:
+                today = date.today().isoformat()
+                kept_code.keep(folder, self._caches(taken), taken.opened[0]["compile"], today)
+
+    def _place(self, taken: Taken) -> Path | None:
+        if taken.contender.name == UPSTREAM:
+            return None
+        try:
+            return kept_code.place(taken.contender.name, taken.contender.recipe, self.plan.profile, self.machine)
+        except UserError:  # a recipe without the profile's constants: its side says so
+            return None
+
     def _caches(self, taken: Taken) -> Path:
-        """Empty at first, so that compiling is timed from nothing on."""
+        """Empty at first, so that compiling is timed from nothing on; but see `kept_code`."""
         return self.folder / f"caches-{taken.contender.name}"
 
     def _order(self, taken: Taken, task: str, first_steps: int = 0) -> Order:

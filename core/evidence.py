@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -47,10 +48,14 @@ class Evidence:
 
 def looks(incumbent: Sequence[Run], candidate: Sequence[Run], noise: Noise) -> list[Evidence]:
     """The evidence after each run since the candidate's first, of either, by the noise that is known now."""
-    first = min(run.order for run in candidate)
-    later = sorted({run.order for run in (*incumbent, *candidate) if run.order >= first})
-    arms = [([r for r in incumbent if r.order <= at], [r for r in candidate if r.order <= at]) for at in later]
-    return list(_rising(compare(known, new, noise) for known, new in arms if known))
+    known, new = (sorted(arm, key=lambda run: run.order) for arm in (incumbent, candidate))
+    orders = [[run.order for run in arm] for arm in (known, new)]
+    later = sorted({order for arm in orders for order in arm if order >= orders[1][0]})
+    parts = [(bisect_right(orders[0], at), bisect_right(orders[1], at)) for at in later]
+    if noise.trusted_correlation():
+        return list(_rising(compare(known[:m], new[:n], noise) for m, n in parts if m))
+    x, y = ([run.bpb for run in arm] for arm in (known, new))
+    return list(_rising(_unpaired(x[:m], y[:n], noise) for m, n in parts if m))
 
 
 def _rising(found: Iterator[Evidence]) -> Iterator[Evidence]:
@@ -68,11 +73,11 @@ def compare(incumbent: Sequence[Run], candidate: Sequence[Run], noise: Noise) ->
     Aitken 1935: the control-variate estimate where the candidate's seeds are among the incumbent's). A seed that an arm
     has run twice is a pair once."""
     sd, rho = max(noise.sd, RESOLUTION), noise.trusted_correlation()
+    if not rho:
+        return _unpaired([run.bpb for run in incumbent], [run.bpb for run in candidate], noise)
     n, m = len(candidate), len(incumbent)
     centre = min(run.bpb for run in incumbent)  # what is summed up is small, and in any order the same
     x, y = ([run.bpb - centre for run in arm] for arm in (incumbent, candidate))
-    if not rho:
-        return Evidence(math.fsum(x) / m - math.fsum(y) / n, sd, noise.df, 1 / (1 / n + 1 / m), m / (m + n))
     mine, theirs = ({run.seed: run.bpb - centre for run in arm} for arm in (incumbent, candidate))
     pairs = mine.keys() & theirs.keys()
     both = [math.fsum(arm[seed] for seed in pairs) for arm in (mine, theirs)]
@@ -84,3 +89,10 @@ def compare(incumbent: Sequence[Run], candidate: Sequence[Run], noise: Noise) ->
     determinant, total = a * b - off**2, a + b + 2 * off
     gain = ((b + off) * u - (a + off) * v) / determinant
     return Evidence(gain, sd, noise.df, determinant / total, (a + off) / total)
+
+
+def _unpaired(incumbent: Sequence[float], candidate: Sequence[float], noise: Noise) -> Evidence:
+    """The difference of the means of these scores. Their sums are exact, so the same in any order."""
+    m, n = len(incumbent), len(candidate)
+    gain = math.fsum(incumbent) / m - math.fsum(candidate) / n
+    return Evidence(gain, max(noise.sd, RESOLUTION), noise.df, 1 / (1 / n + 1 / m), m / (m + n))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import reduce
 from typing import Any
 
@@ -91,7 +91,7 @@ class Night:
 
     def fair(self, incumbent: Sequence[Run]) -> list[Run]:
         """The incumbent's runs without the luck that it was kept for: what candidates and drift are judged against."""
-        return [replace(r, bpb=r.bpb + self.luck) if r.order in self.lucky else r for r in incumbent]
+        return [Run(r.seed, r.bpb + self.luck, r.order) if r.order in self.lucky else r for r in incumbent]
 
     def luck_of(self, incumbent: Sequence[Run]) -> float:
         """By how much (bpb) the mean of these runs is too good."""
@@ -312,7 +312,7 @@ class _Case:
             "hopeless_z": look.lower / root,
             "level": question.error(seen),
             "looked_for": question.design.effect * now.sd,
-            "noise": asdict(self.noise),
+            "noise": dict(vars(self.noise)),
             "correlation_used": self.noise.trusted_correlation(),
             **self.night.simple([recorded], single),
             "tested": question.tested(seen, answer, self.rule.lambda_),

@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from dataclasses import replace
+from datetime import date
 from pathlib import Path
 
 import pytest
@@ -15,9 +16,9 @@ from hypothesis import strategies as st
 from test_bench_compare import backend, result
 
 import backends
-from benchmarks import bench, energy, results, running, side, sides, upstream, work
+from benchmarks import bench, energy, kept_code, results, running, side, sides, upstream, work
 from benchmarks.bystanders import Bystanders
-from benchmarks.machine import anonymous
+from benchmarks.machine import anonymous, fingerprint
 from benchmarks.side import Order
 from benchmarks.work import BenchProfile
 from cli import cli
@@ -61,7 +62,9 @@ def run(*argv: str) -> int:
 
 
 @pytest.mark.slow
-def test_one_backend_is_proven_timed_and_scored_and_its_file_says_all(small, capsys):
+def test_one_backend_is_proven_timed_and_scored_and_its_file_says_all(small, capsys, monkeypatch):
+    monkeypatch.setattr(kept_code, "LEAST_SECONDS", 0.0)
+    monkeypatch.setattr(kept_code, "root", lambda: small / "kept")
     assert run("--backend", "cpu", "--repeats", "2", "--out", "a.json") == 0
     out = capsys.readouterr().out
     assert "tokens/s" in out and "val_bpb in the budget" in out and "PASS" in out
@@ -81,6 +84,12 @@ def test_one_backend_is_proven_timed_and_scored_and_its_file_says_all(small, cap
     assert (cpu.experiments_per_night() or 0) > 10
     assert run("--backend", "cpu", "--out", "a.json") == 1  # never written over
     assert "exists" in capsys.readouterr().err
+    kept = kept_code.find(place_of("cpu"))  # for the next bench
+    assert kept is not None and kept.seconds == cpu.speed.compile_seconds[0] and kept.day == date.today().isoformat()
+
+
+def place_of(name: str) -> Path:
+    return kept_code.place(name, backends.load(name).recipe_path, SMALL, fingerprint(probe(), [name]))
 
 
 # Before MLX has compiled anything anew, which takes half a minute.
@@ -95,6 +104,9 @@ def test_a_backend_that_crashes_in_the_middle_leaves_the_others_and_tells_no_nam
     anchor = "        loss: mx.array = self.compiled("
     assert source.count(anchor) == 1
     (small / "port.py").write_text(source.replace(anchor, CRASH + anchor))
+    monkeypatch.setattr(kept_code, "root", lambda: small / "kept")
+    (small / "code").mkdir()
+    kept_code.keep(place_of("cpu"), small / "code", 30.0, "2026-01-02")
     argv = ["--backend", "cpu", "--backend", "mlx", "--recipe", "mlx=port.py", "--repeats", "1", "--seeds", "0"]
     assert run(*argv, "--out", "a.json") == 1
     out = capsys.readouterr().out
@@ -104,6 +116,7 @@ def test_a_backend_that_crashes_in_the_middle_leaves_the_others_and_tells_no_nam
     assert (cpu.status, mlx.status) == ("measured", "crashed")
     assert cpu.speed is not None and mlx.speed is None and mlx.recipe != "shipped"
     assert not mlx.parity and all(p.passed for p in cpu.parity)
+    assert cpu.speed.compile_seconds[0] == 30 and "cpu compiled in 30.0 s on 2026-01-02" in made.notes[-1]
     text = (small / "a.json").read_text()
     for private in ("zaphod42", str(Path.home()), os.uname().nodename, str(small), "/tmp/", str(work.__file__)):
         assert private not in text, private
@@ -137,6 +150,35 @@ def test_a_backend_that_computes_something_else_is_not_compared_but_shown(small,
     assert "cpu: different: the softcap is 20; the reference has 15" in capsys.readouterr().out
     (cpu,) = results.load(small / "a.json").backends
     assert cpu.status == "different" and cpu.speed is None and not cpu.scores
+
+
+def test_kept_code_is_for_the_same_work_alone_and_the_oldest_goes(small, monkeypatch):
+    monkeypatch.setattr(kept_code, "root", lambda: small / "kept")
+    made = small / "made"
+    (made / "mlx").mkdir(parents=True)
+    (made / "mlx" / "kernel.so").write_bytes(b"code")
+    recipe, machine = backends.load("cpu").recipe_path, fingerprint(probe(), ["cpu"])
+    first = kept_code.place("cpu", recipe, SMALL, machine)
+    others = [
+        kept_code.place("cpu", recipe, replace(SMALL, context=128), machine),
+        kept_code.place("cpu", recipe, SMALL, replace(machine, software={"torch": "1.0"})),
+        kept_code.place("mlx", backends.load("mlx").recipe_path, SMALL, machine),
+    ]
+    assert len({first, *others}) == 4 and kept_code.place("cpu", recipe, SMALL, replace(machine, code="")) == first
+    kept_code.keep(first, made, 1.9, "2026-01-01")  # compiled sooner than copied
+    assert kept_code.find(first) is None
+    kept_code.keep(first, made, 30.0, "2026-01-01")
+    kept_code.keep(first, made, 31.0, "2026-01-02")
+    found = kept_code.find(first)
+    assert found is not None and (found.seconds, found.day) == (31.0, "2026-01-02")
+    assert (found.code / "mlx" / "kernel.so").read_bytes() == b"code"
+    (first / kept_code.FACTS).write_text("{")
+    assert kept_code.find(first) is None
+    for number in range(kept_code.MOST + 1):
+        kept_code.keep(kept_code.root() / f"cpu-{number}", made, 30.0, "2026-01-03")
+        os.utime(kept_code.root() / f"cpu-{number}" / kept_code.FACTS, (number, number))
+    kept_code.keep(others[0], made, 30.0, "2026-01-03")
+    assert len(list(kept_code.root().iterdir())) == kept_code.MOST and kept_code.find(others[0]) is not None
 
 
 @pytest.mark.parametrize(
