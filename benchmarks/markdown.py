@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 
 from benchmarks import shown
 from benchmarks.results import Result
 from console.words import duration
 
-_ESCAPES = str.maketrans({s: f"\\{s}" for s in "\\`*_[]#"} | {s: f"&#{ord(s)};" for s in "<>|&"})
+_ESCAPES = str.maketrans({s: f"\\{s}" for s in "\\`*[]"} | {s: f"&#{ord(s)};" for s in "<>|&"})
+# Within a word an underscore is one, and a number sign only begins a heading at the start.
+_WHERE = re.compile(r"(?<![^\W_])_|_(?![^\W_])|^#")
 TABLES = (
     ("Speed and memory", shown.SPEED),
     ("What was learnt", shown.LEARNT),
@@ -58,7 +61,7 @@ def rows(heads: Sequence[str], lines: Sequence[Sequence[str]], numbers: Sequence
 
 def escaped(text: str) -> str:
     """A file that somebody sent may hold anything: nothing of it becomes markup."""
-    return " ".join(text.split()).translate(_ESCAPES)
+    return _WHERE.sub(lambda found: f"\\{found.group()}", " ".join(text.split()).translate(_ESCAPES))
 
 
 def work_line(result: Result) -> str:

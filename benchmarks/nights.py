@@ -50,6 +50,9 @@ WORLDS: tuple[World, ...] = (
     World("a fifth better by 1 sd, others equal, seeds correlate by 0.7", better=0.2, gain=1.0, correlation=0.7),
     World("a fifth better by 2 sds, others equal, machine creeps by 2 sds", better=0.2, gain=2.0, creep=2.0),
     World("a fifth better by 2 sds, others equal, machine moves by 3 sds", better=0.2, gain=2.0, step=3.0),
+    World("a fifth better by 1 sd, every fourth of them by 6, others equal", better=0.2, gains=(1.0, 1.0, 1.0, 6.0)),
+    World("a fifth better by 2 sds, every fourth of them by 10, others equal", better=0.2, gains=(2.0, 2.0, 2.0, 10.0)),
+    World("a fifth better by 1, 2, 3 or 4 sds, others equal", better=0.2, gains=(1.0, 2.0, 3.0, 4.0)),
     World(
         "a fifth better by 2 sds, others equal, candidates twice as noisy", better=0.2, gain=2.0, candidate_noise=2.0
     ),
@@ -161,7 +164,8 @@ class Players:
         if world.better and (margin := self._margin(world)) is not None:
             name = f"naive, honest ({margin:g} sds)"
             yield summary(world, name, self.play(world, Simple(margin=margin), many))
-        if world.better and not (world.creep or world.step) and world.candidate_noise == 1.0 and not world.correlation:
+        odd = world.creep or world.step or world.candidate_noise != 1.0 or world.correlation or world.gains
+        if world.better and not odd:  # the clairvoyant knows none of these
             yield summary(world, "clairvoyant", self.play(world, self._clairvoyant(world), many))
 
     def _margin(self, world: World) -> float | None:

@@ -32,6 +32,7 @@ class World:
     name: str
     better: float = 0.0  # share of candidates with a true gain
     gain: float = 2.0  # sds, of those
+    gains: tuple[float, ...] = ()  # the same where they differ, each as likely
     worse: float = 0.0  # share of the others that is worse, by |N(0, spread)| sds; the rest of them changes nothing
     spread: float = 3.0
     loses: tuple[float, ...] = (0.0,)  # sds, of the others that are not worse by `spread`: each as likely
@@ -94,11 +95,15 @@ class Machine:
         """The next candidate: (true gain in sds, recipe)."""
         self.candidate += 1
         world, dice = self.world, self.random
-        gain = world.gain if dice.random() < world.better else 0.0
+        gain = self._gain() if dice.random() < world.better else 0.0
         if not gain:
             worse = dice.random() < world.worse
             gain = -abs(float(dice.normal(0, world.spread))) if worse else 0.0 - self._loss()
         return gain, Recipe(incumbent.level - SD * gain, world.candidate_noise)
+
+    def _gain(self) -> float:
+        gains = self.world.gains
+        return gains[int(self.random.integers(len(gains)))] if gains else self.world.gain
 
     def _loss(self) -> float:
         losses = self.world.loses

@@ -46,16 +46,27 @@ class Evidence:
         return self.gain - half, self.gain + half
 
 
-def looks(incumbent: Sequence[Run], candidate: Sequence[Run], noise: Noise) -> list[Evidence]:
-    """The evidence after each run since the candidate's first, of either, by the noise that is known now."""
+@dataclass(frozen=True)
+class Prior:
+    """What was known of a recipe before it ran: as much as so many `runs` with a mean of `bpb`."""
+
+    bpb: float
+    runs: float
+
+
+def looks(
+    incumbent: Sequence[Run], candidate: Sequence[Run], noise: Noise, prior: Prior | None = None
+) -> list[Evidence]:
+    """The evidence after each run since the candidate's first, of either, by the noise that is known now. `prior`: of
+    the incumbent."""
     known, new = (sorted(arm, key=lambda run: run.order) for arm in (incumbent, candidate))
     orders = [[run.order for run in arm] for arm in (known, new)]
     later = sorted({order for arm in orders for order in arm if order >= orders[1][0]})
     parts = [(bisect_right(orders[0], at), bisect_right(orders[1], at)) for at in later]
     if noise.trusted_correlation():
-        return list(_rising(compare(known[:m], new[:n], noise) for m, n in parts if m))
+        return list(_rising(compare(known[:m], new[:n], noise, prior) for m, n in parts if m))
     x, y = ([run.bpb for run in arm] for arm in (known, new))
-    return list(_rising(_unpaired(x[:m], y[:n], noise) for m, n in parts if m))
+    return list(_rising(_unpaired(x[:m], y[:n], noise, prior) for m, n in parts if m))
 
 
 def _rising(found: Iterator[Evidence]) -> Iterator[Evidence]:
@@ -67,14 +78,14 @@ def _rising(found: Iterator[Evidence]) -> Iterator[Evidence]:
             yield one
 
 
-def compare(incumbent: Sequence[Run], candidate: Sequence[Run], noise: Noise) -> Evidence:
+def compare(incumbent: Sequence[Run], candidate: Sequence[Run], noise: Noise, prior: Prior | None = None) -> Evidence:
     """The best linear unbiased estimate of the gain. Without trusted correlation the difference of the means; with it,
     runs at one seed are weighed as the pairs that they are, the incumbent's other seeds too (generalised least squares,
     Aitken 1935: the control-variate estimate where the candidate's seeds are among the incumbent's). A seed that an arm
-    has run twice is a pair once."""
+    has run twice is a pair once. The incumbent's `prior` counts as runs of it at seeds of their own."""
     sd, rho = max(noise.sd, RESOLUTION), noise.trusted_correlation()
     if not rho:
-        return _unpaired([run.bpb for run in incumbent], [run.bpb for run in candidate], noise)
+        return _unpaired([run.bpb for run in incumbent], [run.bpb for run in candidate], noise, prior)
     n, m = len(candidate), len(incumbent)
     centre = min(run.bpb for run in incumbent)  # what is summed up is small, and in any order the same
     x, y = ([run.bpb - centre for run in arm] for arm in (incumbent, candidate))
@@ -83,16 +94,25 @@ def compare(incumbent: Sequence[Run], candidate: Sequence[Run], noise: Noise) ->
     both = [math.fsum(arm[seed] for seed in pairs) for arm in (mine, theirs)]
     # The normal equations of the two means: a pair's inverse covariance is ((1, -rho), (-rho, 1)) / (1 - rho²).
     weight = len(pairs) / (1 - rho**2)
-    a, b, off = m - len(pairs) + weight, n - len(pairs) + weight, -rho * weight
-    u = math.fsum(x) - both[0] + (both[0] - rho * both[1]) / (1 - rho**2)
+    more = prior.runs if prior else 0.0
+    a, b, off = m + more - len(pairs) + weight, n - len(pairs) + weight, -rho * weight
+    u = (
+        (more * (prior.bpb - centre) if prior else 0.0)
+        + math.fsum(x)
+        - both[0]
+        + (both[0] - rho * both[1]) / (1 - rho**2)
+    )
     v = math.fsum(y) - both[1] + (both[1] - rho * both[0]) / (1 - rho**2)
     determinant, total = a * b - off**2, a + b + 2 * off
     gain = ((b + off) * u - (a + off) * v) / determinant
     return Evidence(gain, sd, noise.df, determinant / total, (a + off) / total)
 
 
-def _unpaired(incumbent: Sequence[float], candidate: Sequence[float], noise: Noise) -> Evidence:
+def _unpaired(incumbent: Sequence[float], candidate: Sequence[float], noise: Noise, prior: Prior | None) -> Evidence:
     """The difference of the means of these scores. Their sums are exact, so the same in any order."""
-    m, n = len(incumbent), len(candidate)
-    gain = math.fsum(incumbent) / m - math.fsum(candidate) / n
+    m, n = float(len(incumbent)), len(candidate)
+    total = math.fsum(incumbent)
+    if prior:
+        m, total = m + prior.runs, total + prior.runs * prior.bpb
+    gain = total / m - math.fsum(candidate) / n
     return Evidence(gain, max(noise.sd, RESOLUTION), noise.df, 1 / (1 / n + 1 / m), m / (m + n))

@@ -8,6 +8,7 @@ disturbed. Scores are validation bits per byte: lower is better, and a gain is p
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
@@ -15,12 +16,14 @@ from typing import Any
 
 from core.apple import departure
 from core.discovery import Tested, expected_effect, level
-from core.evidence import Evidence, compare, looks
+from core.evidence import Evidence, Prior, compare, looks
 from core.noise import Noise, Run
 from core.sequential import Design, Look, bounds, luck
 
 TAINTING_SHARE = 0.25  # of our own cores' time, taken by other processes: steps and so the score suffer
 LARGEST = 4.0  # sds: no test looks for a larger gain, which two runs show
+LEAST_GAINS = 3  # keeps before their gains tell of the next one's
+AWAY = 2.0  # standard errors by which a gain may lie beside the mean of those before it and still be one of them
 LEAST_DF = 2  # degrees of freedom below which an estimated noise is none
 
 
@@ -33,15 +36,18 @@ class Rule:
     baseline_runs: int = 5  # seeds of the baseline at the start of a lab
     cap: int = 36  # runs of one candidate, at most
     control_cap: int = 50  # runs of the incumbent up to which a candidate may ask for more
-    reach: float = 36.0  # information (1/sds²) at which the test for a gain of one sd ends; less for larger gains
+    # Information (1/sds²) at which the test for a gain of one sd ends, looking for `effect` and for `most_effect`; for
+    # one of d sds it is divided by d².
+    reach: tuple[float, float] = (33.0, 29.0)
     simplify_reach: float = 12.0  # the same for a simplification
-    sharing: float = 1.2  # verdicts that a run of the incumbent serves; it gets sqrt(sharing) as many (Dunnett)
+    sharing: float = 1.4  # verdicts that a run of the incumbent serves; it gets sqrt(sharing) as many (Dunnett)
     effect: float = 1.0  # sds: the gain that is looked for before anything is known of gains
     most_effect: float = 2.0  # sds: what is looked for after large gains, at most
-    shrink: float = 0.75  # of the mean of what was kept: such estimates are too high
-    patience: tuple[float, float] = (1.2, 1.75)  # log of Wald's lower ratio, looking for `effect` and for `most_effect`
-    first_patience: tuple[float, float] = (0.6, 1.0)  # the same at the first look
-    spending: float = 0.6  # power of the information's share that is the share of error spent
+    spread: float = 0.25  # sds: by how much gains differ at least, where earlier ones tell of the next; 0: they do not
+    shrink: float = 0.84  # of the mean of what was kept: such estimates are too high
+    patience: tuple[float, float] = (1.3, 1.95)  # log of Wald's lower ratio, looking for `effect` and for `most_effect`
+    first_patience: tuple[float, float] = (0.72, 1.1)  # the same at the first look
+    spending: float = 0.75  # power of the information's share that is the share of error spent
     wealth: float = 0.8  # of alpha: the most that a night of pure noise keeps anything with
     decay: float = 1.6  # of SAFFRON's charges
     lambda_: float = 0.15  # of SAFFRON
@@ -57,13 +63,15 @@ class Rule:
 class Night:
     """The candidates that were tested before this one, oldest first, since the lab began: for being better, and for
     being no worse (the simplifications). `luck` (bpb): by how much the runs with the orders `lucky` are too good on
-    average: those that the last keep was kept for. `upstream` (bpb): what upstream's rule would have as its best by
-    now, had it seen one run of each of these candidates; None before it has kept anything that is known."""
+    average: those that the last keep was kept for. `prior`: what was known of it before it ran. `upstream` (bpb):
+    what upstream's rule would have as its best by now, had it seen one run of each of these candidates; None before it
+    has kept anything that is known."""
 
     tested: Sequence[Tested] = ()
     simplified: Sequence[Tested] = ()
     luck: float = 0.0
     lucky: frozenset[int] = frozenset()
+    prior: Prior | None = None
     upstream: float | None = None
 
     @classmethod
@@ -80,6 +88,7 @@ class Night:
             (*self.simplified, Tested(**simplified)) if simplified else self.simplified,
             float(kept["luck"]) if kept else self.luck,
             frozenset(kept["orders"]) if kept else self.lucky,
+            (Prior(**kept["prior"]) if kept.get("prior") else None) if kept else self.prior,
             record.get("first", self.upstream) if record.get("simple") == "keep" else self.upstream,
         )
 
@@ -92,6 +101,10 @@ class Night:
     def fair(self, incumbent: Sequence[Run]) -> list[Run]:
         """The incumbent's runs without the luck that it was kept for: what candidates and drift are judged against."""
         return [Run(r.seed, r.bpb + self.luck, r.order) if r.order in self.lucky else r for r in incumbent]
+
+    def before(self, incumbent: Sequence[Run]) -> Prior | None:
+        """What was known of it before it ran: nothing where it is a simplification, or the machine has moved since."""
+        return self.prior if self.lucky <= {run.order for run in incumbent} else None
 
     def luck_of(self, incumbent: Sequence[Run]) -> float:
         """By how much (bpb) the mean of these runs is too good."""
@@ -182,7 +195,7 @@ def decide(
         reason = f"the noise is not known yet: {noise.df:g} degrees of freedom, {LEAST_DF} are needed"
         return Step("control", reason, _unused_seed(incumbent, candidate))
     fair, kept = tuple(night.fair(incumbent)), tuple(night.fair(anchor))
-    return _Case(fair, tuple(candidate), noise, night, rule, smaller_by, kept).step()
+    return _Case(fair, tuple(candidate), noise, night, rule, smaller_by, kept, night.before(incumbent)).step()
 
 
 @dataclass(frozen=True)
@@ -196,9 +209,10 @@ class _Case:
     rule: Rule
     smaller_by: int
     anchor: tuple[Run, ...]
+    prior: Prior | None
 
     def step(self) -> Step:
-        seen = looks(self.incumbent, self.candidate, self.noise)
+        seen = looks(self.incumbent, self.candidate, self.noise, self.prior)
         better = self._better(seen[-1].sd)
         answer, look = better.answer(seen)
         simplifies = self.smaller_by >= self.rule.min_tokens
@@ -221,8 +235,10 @@ class _Case:
         least, most = (min(max(effect, worth), LARGEST) for effect in (rule.effect, rule.most_effect))
         effect = expected_effect(tested, least, most, rule.shrink)
         share = (effect - least) / (most - least) if most > least else 0.0
-        patience, first = (low + share * (high - low) for low, high in (rule.patience, rule.first_patience))
-        design = Design(effect, patience, first, rule.information(effect, rule.reach), rule.spending)
+        patience, first, reach = (
+            low + share * (high - low) for low, high in (rule.patience, rule.first_patience, rule.reach)
+        )
+        design = Design(effect, patience, first, rule.information(effect, reach), rule.spending)
         return _Question(design, self._level(tested))
 
     def _level(self, tested: Sequence[Tested]) -> float:
@@ -236,8 +252,24 @@ class _Case:
         if max(r.order for r in self.incumbent) < min(r.order for r in self.candidate):  # the machine may have moved
             reason = f"{what}; the best has not been run since, and is run again before this is kept"
             return Step("control", reason, _unused_seed(self.incumbent, self.candidate), record)
-        record["kept"] = {"luck": better.luck(seen) * now.share, "orders": sorted(run.order for run in self.candidate)}
+        orders = sorted(run.order for run in self.candidate)
+        record["kept"] = {"luck": better.luck(seen) * now.share, "orders": orders, "prior": self._foreseen(now)}
         return Step("keep", f"{what}, more than noise", record=record)
+
+    def _foreseen(self, now: Evidence) -> dict[str, float] | None:
+        """What the best and the gains of earlier keeps say of the candidate without its own runs: the best's score less
+        the mean gain, as uncertain as that score and as gains are wide (empirical Bayes: Efron and Morris 1975). Next
+        to nothing where this gain is like no other: it would be drawn to them, and what equals it be kept."""
+        gains = [one.effect for one in self.night.tested if one.found]
+        if len(gains) < LEAST_GAINS or not self.rule.spread:
+            return None
+        m = len(self.incumbent) + (self.prior.runs if self.prior else 0.0)
+        best = math.fsum(run.bpb for run in self.incumbent)
+        best = (best + (self.prior.runs * self.prior.bpb if self.prior else 0.0)) / m
+        mean = self.rule.shrink * math.fsum(gains) / len(gains)
+        away = (now.gain / now.sd - mean) ** 2 - AWAY**2 / now.information
+        spread = math.sqrt(max(self.rule.spread**2, statistics.variance(gains), away))
+        return {"bpb": best - mean * now.sd, "runs": 1 / (1 / m + spread**2)}
 
     def _simplify(self, seen: Sequence[Evidence], record: dict[str, Any]) -> Step:
         """Not better, or not seen to be; but it is smaller, so no worse than by the margin is enough."""
@@ -275,8 +307,9 @@ class _Case:
 
     def _ask(self, now: Evidence, record: dict[str, Any]) -> Step | None:
         """The run that helps most, None when no more are allowed. One of the incumbent serves later verdicts too."""
-        n, m, rule = len(self.candidate), len(self.incumbent), self.rule
-        may_control = m < rule.control_cap
+        n, rule = len(self.candidate), self.rule
+        may_control = len(self.incumbent) < rule.control_cap
+        m = len(self.incumbent) + (self.prior.runs if self.prior else 0.0)
         if n >= rule.cap and not may_control:
             return None
         reason = f"{self._compared(now)}: not yet to be told from noise"

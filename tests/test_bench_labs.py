@@ -142,7 +142,7 @@ def test_two_labs_in_a_terminal_as_json_and_as_a_page(
     (depth,) = [c for c in document["changes"] if c["what"] == "DEPTH"]
     assert depth["labs"]["beta"] == {"start": "4", "end": "4", "kept": [], "gain": None, "in_vain": 1}
     assert run(*given_, "--markdown") == 0
-    assert "| MATRIX\\_LR | 0.04 -&#62; 0.06 (\\#2, -0.1000) |" in capsys.readouterr().out
+    assert "| MATRIX_LR | 0.04 -&#62; 0.06 (#2, -0.1000) |" in capsys.readouterr().out
 
 
 def test_a_lab_travels_as_a_file_without_paths(

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from core.discovery import Tested, expected_effect, level
-from core.evidence import compare, looks
+from core.evidence import Prior, compare, looks
 from core.noise import Noise, NoisePool, Run, by_seed, drift, estimate_noise
 from core.sequential import Design, bounds, luck
 from core.size import syntax_tokens
@@ -156,18 +156,23 @@ ARM = st.dictionaries(st.integers(0, 9), st.floats(2.9, 3.1), min_size=1, max_si
 
 
 @settings(deadline=None)
-@given(ARM, ARM, st.sampled_from([0.3, 0.7, 0.95]))
-def test_pairs_are_weighed_by_generalised_least_squares(mine, theirs, correlation):
-    """Against the textbook's matrices: (X' V^-1 X)^-1 X' V^-1 y, with V (n + m, n + m) and X (n + m, 2)."""
+@given(ARM, ARM, st.sampled_from([0.0, 0.3, 0.7, 0.95]), st.none() | st.builds(Prior, st.just(2.95), st.floats(0.1, 5)))
+def test_pairs_are_weighed_by_generalised_least_squares(mine, theirs, correlation, prior):
+    """Against the textbook's matrices: (X' V^-1 X)^-1 X' V^-1 y, with V (n + m, n + m) and X (n + m, 2); what was known
+    of the incumbent before is one score more, at no seed, of a variance of its own."""
     known, new = ([Run(seed, score) for seed, score in arm.items()] for arm in (mine, theirs))
     noise = Noise(0.01, 30, correlation, 40)
     rho, seeds = noise.trusted_correlation(), np.array([*mine, *theirs])
     arm = np.repeat([0, 1], [len(mine), len(theirs)])
     covariance = rho * ((seeds[:, None] == seeds) & (arm[:, None] != arm)) + np.eye(len(seeds))
     design, scores = np.eye(2)[arm], np.array([run.bpb for run in (*known, *new)])
+    if prior:
+        covariance = np.pad(covariance, (0, 1))
+        covariance[-1, -1] = 1 / prior.runs
+        design, scores = np.vstack([design, [1, 0]]), np.append(scores, prior.bpb)
     variance = np.linalg.inv(design.T @ np.linalg.solve(covariance, design))
     means = variance @ design.T @ np.linalg.solve(covariance, scores)
-    seen = compare(known, new, noise)
+    seen = compare(known, new, noise, prior)
     assert seen.gain == pytest.approx(means[0] - means[1], abs=1e-9)
     assert 1 / seen.information == pytest.approx(variance[0, 0] + variance[1, 1] - 2 * variance[0, 1])
     assert seen.share == pytest.approx((variance[1, 1] - variance[0, 1]) * seen.information)  # regression on the gain

@@ -220,6 +220,30 @@ def test_a_keep_makes_the_next_test_easier_and_its_luck_is_taken_from_the_next_c
     assert said([1.99, 1.99], night=night).record["level"] > said([1.99, 1.99]).record["level"]
 
 
+def test_from_three_keeps_on_the_predecessor_tells_of_the_next_best_too():
+    """With gains of 2 sds (noise of 0.01) so far, something kept over 2.0 is expected at 2.0 less most of 0.02."""
+    twice = {"tested": {"passed": True, "promising": True, "found": True, "effect": 2.0}}
+    best = [*BEST, Run(5, 2.0, 8)]
+    first = said([1.97, 1.97, 1.97], best=best, night=Night.from_records([twice] * 2)).record["kept"]
+    assert first["prior"] is None
+    night = Night.from_records([twice] * 3)
+    kept = said([1.97, 1.97, 1.97], best=best, night=night).record
+    mean = math.fsum(run.bpb for run in best) / len(best)
+    assert kept["kept"]["prior"]["bpb"] == pytest.approx(mean - 0.02 * RULE.shrink)
+    assert kept["kept"]["prior"]["runs"] == pytest.approx(1 / (1 / 6 + RULE.spread**2)), "they have spread by nothing"
+    night = night.after(kept)
+    new = [Run(9 + k, 1.95, 20 + k) for k in range(2)]
+    own = candidate(1.97, 1.97, 1.97)
+    told, alone = (decide(own, new, QUIET, n, RULE).record for n in (night, replace(night, prior=None)))
+    assert told["error"] < alone["error"] and told["gain"] > alone["gain"], "the best was foreseen at 1.983"
+    assert decide(own[-1:], new, QUIET, night, RULE).record["error"] > alone["error"], "the machine has moved since"
+    apart = [{**twice, "tested": {**twice["tested"], "effect": effect}} for effect in (1.0, 2.0, 4.5)]
+    wide = said([1.97, 1.97, 1.97], best=best, night=Night.from_records(apart)).record["kept"]["prior"]
+    jackpot = said([1.9, 1.9, 1.9], best=best, night=Night.from_records([twice] * 3)).record["kept"]["prior"]
+    assert jackpot["runs"] < 0.05, "a gain of 10 sds is like none of 2"
+    assert wide["runs"] < 0.5 < kept["kept"]["prior"]["runs"], "gains that differ tell less of the next one"
+
+
 def test_the_record_says_what_the_simple_rule_would_have_said():
     assert said([1.999]).record["simple"] == "keep"  # the best's first run was 2.004
     assert said([2.0035]).record["simple"] == "keep", "upstream asks for no least gain"
