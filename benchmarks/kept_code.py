@@ -12,9 +12,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import shutil
 import tempfile
-from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,7 +20,7 @@ from pathlib import Path
 from benchmarks.machine import code
 from benchmarks.results import Machine
 from benchmarks.work import BenchProfile
-from core import caches, paths
+from core import caches, files, paths
 from core.recipe import replace
 
 LEAST_SECONDS = 2.0  # what is compiled in less is compiled each time
@@ -65,14 +63,13 @@ def keep(folder: Path, compiled: Path, seconds: float, day: str) -> None:
     """Keep what lies in `compiled`, if it took long enough. A disk that is full keeps nothing, and that is all."""
     if seconds < LEAST_SECONDS or not compiled.is_dir():
         return
-    facts: Mapping[str, float | str] = {"seconds": seconds, "day": day}
     with suppress(OSError):
         root().mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".making-", dir=root()) as made:
             new = Path(made) / folder.name
             caches.copy(compiled, new / CODE)
-            (new / FACTS).write_text(json.dumps(facts), encoding="utf-8")
-            shutil.rmtree(folder, ignore_errors=True)
+            (new / FACTS).write_text(json.dumps({"seconds": seconds, "day": day}), encoding="utf-8")
+            files.remove(folder)
             new.rename(folder)
         _tidy()
 
@@ -81,4 +78,4 @@ def _tidy() -> None:
     """Only the newest few stay."""
     known = [f for f in root().iterdir() if (f / FACTS).is_file()]
     for old in sorted(known, key=lambda f: (f / FACTS).stat().st_mtime)[:-MOST]:
-        shutil.rmtree(old, ignore_errors=True)
+        files.remove(old)

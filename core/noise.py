@@ -10,7 +10,6 @@ import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 
 import numpy as np
 from scipy.special import ndtri, stdtr
@@ -50,15 +49,10 @@ class Noise:
     def trusted_correlation(self) -> float:
         """The correlation that a verdict counts on: the lower end of its one-sided 95 % interval by Fisher's z, and 0
         where that is below 0 or too few pairs are known. So pairing is used only where it has been seen to pay."""
-        return _lower_end(self.correlation, self.pairs)
-
-
-@lru_cache(maxsize=256)  # one verdict asks for it once per look
-def _lower_end(correlation: float, pairs: int) -> float:
-    if pairs < MIN_PAIRS:
-        return 0.0
-    z = math.atanh(min(max(correlation, -0.999), 0.999))
-    return max(0.0, math.tanh(z - float(ndtri(0.95)) / math.sqrt(pairs - 2)))
+        if self.pairs < MIN_PAIRS:
+            return 0.0
+        z = math.atanh(min(max(self.correlation, -0.999), 0.999))
+        return max(0.0, math.tanh(z - float(ndtri(0.95)) / math.sqrt(self.pairs - 2)))
 
 
 def estimate_noise(groups: Sequence[Sequence[Run]], repeats: Sequence[Sequence[float]] = ()) -> Noise:

@@ -22,6 +22,7 @@ from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.optimize import brentq
 from scipy.special import ndtr, ndtri
 
 NODES = 40  # of the Gauss-Legendre rule: crossing probabilities are exact to 1e-6 relative to the level
@@ -150,18 +151,7 @@ def _upper(before: _State, step: float, may_spend: float, now: float) -> float:
         return math.inf
     if may_spend >= _crossing(before, step, least):
         return least
-    bound = least
-    while most - least > 1e-6 * math.sqrt(now):
-        far = (before.values - bound) / math.sqrt(step)
-        crossing = float(before.weights @ ndtr(far))
-        least, most = (bound, most) if crossing > may_spend else (least, bound)
-        slope = float(before.weights @ np.exp(-far * far / 2)) / math.sqrt(2 * math.pi * step)
-        change = math.log(crossing / may_spend) * crossing / slope if crossing and slope else math.inf
-        if abs(change) < 1e-6 * math.sqrt(now):
-            break
-        # Newton's step on the logarithm, which is nearly straight; halving where that leaves what is possible.
-        bound = bound + change if least < bound + change < most else (least + most) / 2
-    return bound
+    return float(brentq(lambda b: _crossing(before, step, b) - may_spend, least, most, xtol=1e-6 * math.sqrt(now)))
 
 
 def _crossing(before: _State, step: float, bound: float) -> float:

@@ -263,13 +263,16 @@ class _Case:
         gains = [one.effect for one in self.night.tested if one.found]
         if len(gains) < LEAST_GAINS or not self.rule.spread:
             return None
-        m = len(self.incumbent) + (self.prior.runs if self.prior else 0.0)
-        best = math.fsum(run.bpb for run in self.incumbent)
+        m, best = self._known_runs(), math.fsum(run.bpb for run in self.incumbent)
         best = (best + (self.prior.runs * self.prior.bpb if self.prior else 0.0)) / m
         mean = self.rule.shrink * math.fsum(gains) / len(gains)
         away = (now.gain / now.sd - mean) ** 2 - AWAY**2 / now.information
         spread = math.sqrt(max(self.rule.spread**2, statistics.variance(gains), away))
         return {"bpb": best - mean * now.sd, "runs": 1 / (1 / m + spread**2)}
+
+    def _known_runs(self) -> float:
+        """As many as the incumbent's own and what was known of it before are worth."""
+        return len(self.incumbent) + (self.prior.runs if self.prior else 0.0)
 
     def _simplify(self, seen: Sequence[Evidence], record: dict[str, Any]) -> Step:
         """Not better, or not seen to be; but it is smaller, so no worse than by the margin is enough."""
@@ -308,8 +311,7 @@ class _Case:
     def _ask(self, now: Evidence, record: dict[str, Any]) -> Step | None:
         """The run that helps most, None when no more are allowed. One of the incumbent serves later verdicts too."""
         n, rule = len(self.candidate), self.rule
-        may_control = len(self.incumbent) < rule.control_cap
-        m = len(self.incumbent) + (self.prior.runs if self.prior else 0.0)
+        m, may_control = self._known_runs(), len(self.incumbent) < rule.control_cap
         if n >= rule.cap and not may_control:
             return None
         reason = f"{self._compared(now)}: not yet to be told from noise"

@@ -3,8 +3,8 @@
 from common import F, Honest, torch
 
 KIND = "two passes over validation"
-EXPECT = {"invalid", "timeout"}  # eight steps for each answer also take long
-CAUGHT_BY = ["was scored", "pure function", "uses the future", "remembers earlier calls", "for the audit took"]
+EXPECT = {"invalid"}
+CAUGHT_BY = ["was scored", "pure function", "uses the future", "remembers earlier calls"]
 LINT = ""
 
 
