@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 CONFIDENCE = 0.95
 
@@ -35,3 +36,13 @@ def unsure(values: Sequence[float]) -> float:
     """Half the width of that interval, as a share of the median; infinite where there is none."""
     found = interval(values)
     return (found[1] - found[0]) / 2 / statistics.median(values) if found else float("inf")
+
+
+def unsure_sides(turns: Mapping[str, Mapping[int, Mapping[str, Any]]], figure: str) -> list[tuple[str, float]]:
+    """(name, `unsure` of its ratio) of every side but the first; of a single side that of its own figures. `turns`: of
+    each side what it told in each round. One that does not tell `figure` (upstream does not score) is left out."""
+    told = {name: {n: turn[figure] for n, turn in of.items() if figure in turn} for name, of in turns.items()}
+    first, *others = [one for one in told.items() if one[1]] or [("", {})]
+    if not others:
+        return [(first[0], unsure(list(first[1].values())))]
+    return [(name, unsure(ratios(first[1], found))) for name, found in others]

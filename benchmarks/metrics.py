@@ -50,11 +50,6 @@ def _rounds(b: BackendResult) -> Sequence[int]:
     return b.speed.rounds if b.speed else ()
 
 
-def _starts(b: BackendResult) -> Sequence[int]:
-    """They alternate between backends, so those of one number belong together."""
-    return range(len(b.speed.startup_seconds)) if b.speed else ()
-
-
 def _flops(b: BackendResult) -> Sequence[float]:
     return (b.peak.flops_rounds or [b.peak.flops]) if b.peak else ()
 
@@ -86,7 +81,8 @@ METRICS: Sequence[Metric] = (
     Metric("step", _speed(lambda b: b.speed.step_seconds if b.speed else ()), _seconds, False, rounds=_rounds),
     Metric("share of peak (MFU)", _mfu, lambda x: f"{x:.1%}", True, rounds=_rounds),
     Metric("peak memory", _speed(lambda b: b.speed.peak_memory if b.speed else ()), size, False),
-    Metric("start-up", _speed(lambda b: b.speed.startup_seconds if b.speed else ()), _seconds, False, rounds=_starts),
+    # Whatever else goes on only adds to a start, up to half of it: the fastest tells most (as of `timeit`).
+    Metric("start-up", _speed(lambda b: b.speed.startup_seconds if b.speed else ()), _seconds, False, middle=min),
     Metric(
         "compile, first time",
         _speed(lambda b: b.speed.compile_seconds[:1] if b.speed else ()),

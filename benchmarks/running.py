@@ -1,10 +1,10 @@
 """`autoresearch bench`: first steps and parity, then rounds in which every backend takes a turn, and scores.
 
-In a round all take one turn of a second or two, in one order and in the next round in the other (ABBA); between their
-turns they stay alive and wait. So a ratio of one round is of one state of the machine. One half of the rounds comes
-before the scored experiments, in the processes that took the first steps; the other half after them, in new ones, since
-where a process's memory happens to lie costs it a few per cent too. What is measured is kept at once: a backend that
-ends in the middle, or a Ctrl-C, costs nothing that was there before it.
+In a round all take one turn of two seconds at most (of one in a quick bench, which needs many), in one order and in the
+next round in the other (ABBA); between their turns they stay alive and wait. So a ratio of one round is of one state of
+the machine. One half of the rounds comes before the scored experiments, in the processes that took the first steps; the
+other half after them, in new ones, since where a process's memory happens to lie costs it a few per cent too. What is
+measured is kept at once: a backend that ends in the middle, or a Ctrl-C, costs nothing that was there before it.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ from core.errors import UserError
 from core.hardware import Hardware
 
 SAME_LOSS = 0.02  # share by which losses after equal steps from equal weights may differ between backends
-TURN_SECONDS = 0.7  # of timed steps in a turn
-LEAST_STEPS, MOST_STEPS = 2, 64  # of a turn
+TURN_SECONDS, QUICK_TURN_SECONDS = 0.7, 0.3  # of timed steps in a turn
+MOST_STEPS = 64  # of a turn
 START_SECONDS = 0.5  # of starts in a turn, at least one: a start of a few hundredths of a second needs several
 STARTS = 3  # such turns before the experiments, each with a round, and as many after
 KNOWN = 0.03  # a ratio whose 95 % interval reaches no further than this needs no more rounds
-QUICK_ROUNDS = (3, 2, 20)  # before the experiments; after them at least, at most
+QUICK_ROUNDS = (6, 3, 60)  # before the experiments; after them at least, at most
 ROUNDS = (6, 6, 30)
 QUICK_SECONDS = 109.0  # of the bench: later than this a quick one begins no round that it need not
 ROUNDS_SECONDS = 240.0  # of the rounds after the experiments
@@ -63,6 +63,9 @@ class Plan:
     quick: bool
     together: bool  # all sides may be alive at once
     fresh: bool = True  # compile from nothing, whatever an earlier bench has kept
+
+    def turn_seconds(self) -> float:
+        return QUICK_TURN_SECONDS if self.quick else TURN_SECONDS
 
     def before(self) -> int:
         """Rounds before the experiments."""
@@ -225,7 +228,7 @@ class Run:
         taken.opened.append(found)
         if not taken.steps:
             step = statistics.median(found["seconds"][profile.warm_steps :])
-            taken.steps = whole_groups(min(MOST_STEPS, max(LEAST_STEPS, round(TURN_SECONDS / step))))
+            taken.steps = whole_groups(min(MOST_STEPS, max(1, round(self.plan.turn_seconds() / step))))
         return side
 
     def _prove_all(self) -> None:
@@ -328,16 +331,11 @@ class Run:
             yield f"{taken.contender.name} {self.plan.profile.batch_tokens / step:,.0f} tokens/s"
 
     def known(self) -> bool:
-        """Whether every ratio of step times to the first side's is; of a single side its step time."""
-        return all(found <= KNOWN for _, found in self.unsure())
+        """Whether every ratio to the first side's is, of steps and of scoring; of a single side its own figures."""
+        return all(share <= KNOWN for figure in ("seconds", "scored") for _, share in self.unsure(figure))
 
-    def unsure(self) -> list[tuple[str, float]]:
-        """(name, how far the interval of its ratio reaches, as a share) of every side but the first."""
-        times = {t.contender.name: {n: turn["seconds"] for n, turn in t.turns.items()} for t in self.running()}
-        first, *others = times.items() or [("", {})]
-        if not others:
-            return [(first[0], agreeing.unsure(list(first[1].values())))]
-        return [(name, agreeing.unsure(agreeing.ratios(first[1], found))) for name, found in others]
+    def unsure(self, figure: str = "seconds") -> list[tuple[str, float]]:
+        return agreeing.unsure_sides({t.contender.name: t.turns for t in self.running()}, figure)
 
     def kept(self) -> Iterator[str]:
         """What was not measured in this bench."""
@@ -439,6 +437,7 @@ class Run:
             warm_steps=profile.warm_steps,
             first_steps=first_steps,
             micro_rows=profile.micro_rows,
+            brief=self.plan.quick,
         )
 
     def _ended(self, text: str) -> None:

@@ -3,7 +3,7 @@
     start    opens the device, and that is all: how long that takes is what is asked
     parity   computes the reference checkpoint
     turns    trains the bench's first steps, then waits: for each line on standard input it takes a turn, in which
-             steps, scoring, products and passes over memory are timed within a second or two of each other
+             steps, scoring, products and passes over memory are timed within two seconds of each other
 
 Sides of one bench take turns and stay alive between them. So what they are compared by was measured in the same state
 of the machine, whose speed changes by a quarter from one half minute to the next on some virtual machines.
@@ -35,10 +35,24 @@ from core.recipe import replace
 
 PASS_BYTES = {"cpu": 2**28, "gpu": 2**29}  # of the block that a bandwidth is measured with, at least
 CACHES = 4  # times the last-level cache, at least
-PASSES, PASS_SECONDS = 5, 0.15  # at least; of which the fastest counts
 SETTLE = 0.1  # seconds: threads of the side before spin on for a while when its turn is over
 GROUPS = 8  # of the timed steps of a turn, at most; each ends with a fence
-SCORES, SCORE_SECONDS = 3, 0.4  # batches that are scored in a turn, and seconds of it, at least
+
+
+@dataclass(frozen=True)
+class Least:
+    """What a turn does at least beside its steps: batches that are scored and seconds of it; passes over memory, of
+    which the fastest counts, and seconds of them."""
+
+    scores: int
+    score_seconds: float
+    passes: int
+    pass_seconds: float
+
+
+WHOLE = Least(3, 0.4, 5, 0.15)
+# The speed of a virtual machine changes from one second to the next: many brief turns tell more than a few long ones.
+BRIEF = Least(2, 0.12, 5, 0.06)
 
 
 @dataclass(frozen=True)
@@ -60,6 +74,7 @@ class Order:
     warm_steps: int = 0  # of the first steps; not timed, they compile
     first_steps: int = 0  # 0: as many as there are batches
     micro_rows: int = 0
+    brief: bool = False  # turns are short, and there are more of them
 
 
 def tell(kind: str, **facts: Any) -> None:
@@ -146,7 +161,7 @@ class Taker:
             self.training.load_weights({name: weights[name] for name in weights.files})
         device.fence()
         self.build = time.perf_counter() - began
-        self.order, self.device = order, device
+        self.order, self.device, self.least = order, device, BRIEF if order.brief else WHOLE
         self.tokens = np.load(order.batches)
         self.batches, self.done = Batches(self.tokens, device), 0
         from benchmarks.energy import Meter  # not at the top: a start is timed until the device is there
@@ -217,7 +232,7 @@ class Taker:
 
         score()
         found: list[float] = []
-        while len(found) < SCORES or sum(found) < SCORE_SECONDS:
+        while len(found) < self.least.scores or sum(found) < self.least.score_seconds:
             began = time.perf_counter()
             score()
             found.append(time.perf_counter() - began)
@@ -236,7 +251,7 @@ class Taker:
         self.memory_pass()  # it brings the block into whatever cache there is
         self.device.fence()
         found: list[float] = []
-        while len(found) < PASSES or sum(found) < PASS_SECONDS:
+        while len(found) < self.least.passes or sum(found) < self.least.pass_seconds:
             start = time.perf_counter()
             self.memory_pass()
             self.device.fence()

@@ -239,6 +239,14 @@ def test_of_products_the_best_counts_and_of_bandwidth_what_is_sustained():
     assert told("memory bandwidth", a, apart, together=True).ratio == pytest.approx(1.0)
 
 
+def test_of_starts_the_fastest_counts():
+    """Something else was started beside all of b's but one."""
+    a, b = backend("a", 0.1), backend("b", 0.1)
+    disturbed = replace(b, speed=replace(b.speed, startup_seconds=[1.9, 1.6, 1.0, 1.5, 1.7]))
+    found = told("start-up", a, disturbed, together=True)
+    assert found.value == 1.0 and found.ratio == pytest.approx(1.0 / min(a.speed.startup_seconds))
+
+
 def test_the_interval_of_a_median_covers_it_as_often_as_it_says():
     """Of ratios with outliers on one side: rounds in which the machine grew slower."""
     rng = random.Random(5)
@@ -250,6 +258,20 @@ def test_the_interval_of_a_median_covers_it_as_often_as_it_says():
     assert 0.94 < held / 2000 < 0.985
     assert agreeing.interval([1.0] * 5) is None and agreeing.unsure([1.0] * 5) == math.inf
     assert agreeing.unsure([1.0] * 6) == 0.0
+
+
+def test_steps_and_scoring_are_each_known_or_not_and_who_tells_nothing_is_left_out():
+    def turns(*rates: float) -> dict[int, dict[str, float]]:
+        return {n: {"seconds": 0.1, "scored": rate} for n, rate in enumerate(rates)}
+
+    steady, wild = [1000.0] * 9, [1000.0, 1300.0, 900.0, 1000.0, 1250.0, 800.0, 1000.0, 1100.0, 950.0]
+    both = {"cpu": turns(*steady), "mlx": turns(*wild), "upstream": {n: {"seconds": 0.2} for n in range(9)}}
+    assert agreeing.unsure_sides(both, "seconds") == [("mlx", 0.0), ("upstream", 0.0)]
+    ((name, share),) = agreeing.unsure_sides(both, "scored")
+    assert name == "mlx" and 0.1 < share < 0.3
+    ((name, alone),) = agreeing.unsure_sides({"mlx": turns(*wild)}, "scored")
+    assert name == "mlx" and alone == pytest.approx(agreeing.unsure(wild))
+    assert agreeing.unsure_sides({"cpu": {}}, "seconds") == [("", math.inf)], "nothing is known yet"
 
 
 @settings(deadline=None)
