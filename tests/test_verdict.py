@@ -220,13 +220,13 @@ def test_a_keep_makes_the_next_test_easier_and_its_luck_is_taken_from_the_next_c
     assert said([1.99, 1.99], night=night).record["level"] > said([1.99, 1.99]).record["level"]
 
 
-def test_from_three_keeps_on_the_predecessor_tells_of_the_next_best_too():
+def test_from_two_keeps_on_the_predecessor_tells_of_the_next_best_too():
     """With gains of 2 sds (noise of 0.01) so far, something kept over 2.0 is expected at 2.0 less most of 0.02."""
     twice = {"tested": {"passed": True, "promising": True, "found": True, "effect": 2.0}}
     best = [*BEST, Run(5, 2.0, 8)]
-    first = said([1.97, 1.97, 1.97], best=best, night=Night.from_records([twice] * 2)).record["kept"]
+    first = said([1.97, 1.97, 1.97], best=best, night=Night.from_records([twice])).record["kept"]
     assert first["prior"] is None
-    night = Night.from_records([twice] * 3)
+    night = Night.from_records([twice] * 2)
     kept = said([1.97, 1.97, 1.97], best=best, night=night).record
     mean = math.fsum(run.bpb for run in best) / len(best)
     assert kept["kept"]["prior"]["bpb"] == pytest.approx(mean - 0.02 * RULE.shrink)
