@@ -45,7 +45,7 @@ class Rule:
     most_effect: float = 2.0  # sds: what is looked for after large gains, at most
     spread: float = 0.25  # sds: by how much gains differ at least, where earlier ones tell of the next; 0: they do not
     shrink: float = 0.84  # of the mean of what was kept: such estimates are too high
-    patience: tuple[float, float] = (1.38, 1.95)  # log of Wald's lower ratio, looking for `effect` and for `most_effect`
+    patience: tuple[float, float] = (1.38, 1.95)  # log of Wald's lower ratio, for `effect` and `most_effect`
     first_patience: tuple[float, float] = (0.72, 1.1)  # the same at the first look
     spending: float = 0.75  # power of the information's share that is the share of error spent
     wealth: float = 0.8  # of alpha: the most that a night of pure noise keeps anything with
