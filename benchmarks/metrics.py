@@ -81,7 +81,7 @@ METRICS: Sequence[Metric] = (
     Metric("step", _speed(lambda b: b.speed.step_seconds if b.speed else ()), _seconds, False, rounds=_rounds),
     Metric("share of peak (MFU)", _mfu, lambda x: f"{x:.1%}", True, rounds=_rounds),
     Metric("peak memory", _speed(lambda b: b.speed.peak_memory if b.speed else ()), size, False),
-    # Whatever else goes on only adds to a start, up to half of it: the fastest tells most (as of `timeit`).
+    # Whatever else goes on only adds to a start: the fastest tells most (as of `timeit`).
     Metric("start-up", _speed(lambda b: b.speed.startup_seconds if b.speed else ()), _seconds, False, middle=min),
     Metric(
         "compile, first time",

@@ -39,7 +39,7 @@ from core.errors import UserError
 from core.hardware import Hardware
 
 SAME_LOSS = 0.02  # share by which losses after equal steps from equal weights may differ between backends
-TURN_SECONDS, QUICK_TURN_SECONDS = 0.7, 0.3  # of timed steps in a turn
+QUICK_TURN, TURN = (0.3, 1), (0.7, 2)  # seconds of timed steps in a turn; steps at least
 MOST_STEPS = 64  # of a turn
 START_SECONDS = 0.5  # of starts in a turn, at least one: a start of a few hundredths of a second needs several
 STARTS = 3  # such turns before the experiments, each with a round, and as many after
@@ -64,8 +64,10 @@ class Plan:
     together: bool  # all sides may be alive at once
     fresh: bool = True  # compile from nothing, whatever an earlier bench has kept
 
-    def turn_seconds(self) -> float:
-        return QUICK_TURN_SECONDS if self.quick else TURN_SECONDS
+    def steps(self, seconds: float) -> int:
+        """Timed in a turn, where one takes so many seconds."""
+        turn, least = QUICK_TURN if self.quick else TURN
+        return whole_groups(min(MOST_STEPS, max(least, round(turn / seconds))))
 
     def before(self) -> int:
         """Rounds before the experiments."""
@@ -227,8 +229,7 @@ class Run:
         taken.facts = dict(side.facts)
         taken.opened.append(found)
         if not taken.steps:
-            step = statistics.median(found["seconds"][profile.warm_steps :])
-            taken.steps = whole_groups(min(MOST_STEPS, max(1, round(self.plan.turn_seconds() / step))))
+            taken.steps = self.plan.steps(statistics.median(found["seconds"][profile.warm_steps :]))
         return side
 
     def _prove_all(self) -> None:
@@ -335,6 +336,7 @@ class Run:
         return all(share <= KNOWN for figure in ("seconds", "scored") for _, share in self.unsure(figure))
 
     def unsure(self, figure: str = "seconds") -> list[tuple[str, float]]:
+        """By default of step times: (name, how far the interval of its ratio reaches) of every side but the first."""
         return agreeing.unsure_sides({t.contender.name: t.turns for t in self.running()}, figure)
 
     def kept(self) -> Iterator[str]:
