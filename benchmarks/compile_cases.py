@@ -8,7 +8,7 @@ import triton.language as tl
 
 from benchmarks import compile_attention
 from benchmarks.compiled import Case, Compiled
-from kernels import linear_relu2, muon, residual_norm, softcapped_loss
+from kernels import embedded_norm, gated_embedding, linear_relu2, muon, residual_norm, softcapped_loss
 
 ACC = {"ACC": tl.float32}
 WARPS, STAGES = 4, 3  # Triton's own, where a launch says nothing
@@ -81,6 +81,43 @@ def norm(target: int, stream: str) -> Iterator[Case]:
             )  # fmt: skip
 
 
+def norm_again(target: int, dtype: str) -> Iterator[Case]:
+    """The norm alone, as a backward makes it again: of the weighted sum, and of one tensor."""
+    for channels in (128, 768, residual_norm.WIDEST):
+        options = residual_norm.constants(channels, residual_norm.FORWARD[target])
+        warps = options.pop("num_warps")
+        for scaled in (True, False):
+            types = {"X": f"*{dtype}", "Y": f"*{dtype}", "N": "i32", "C": "i32", "eps": "fp32"}
+            types |= {"X0": f"*{dtype}", "A": "*fp32", "B": "*fp32"} if scaled else {}
+            constants = {"OUT": None, "SCALED": scaled, **ACC, **options}
+            constants |= {} if scaled else dict.fromkeys(("X0", "A", "B"))
+            label = f"{'weighted' if scaled else 'plain'} norm of {channels} {dtype} again"
+            yield Case(label, residual_norm._forward, target, types, constants, warps, STAGES, ("C",))
+
+
+def embeddings(target: int, dtype: str) -> Iterator[Case]:
+    """The norm of an embedding and the gated value embeddings, forward and backward."""
+    numbers = {"TOKENS": "*i64", "N": "i32", "C": "i32", "eps": "fp32"}
+    for channels in (128, 768, residual_norm.WIDEST):
+        options = residual_norm.constants(channels, residual_norm.FORWARD[target])
+        warps = options.pop("num_warps")
+        for kernel, arrays in (
+            (embedded_norm._forward, {"TABLE": "*fp32", "OUT": f"*{dtype}"}),
+            (embedded_norm._backward, {"DN": f"*{dtype}", "TABLE": "*fp32", "DTABLE": "*fp32"}),
+        ):
+            label = f"embedded norm{kernel.__name__} of {channels} {dtype}"
+            yield Case(label, kernel, target, arrays | numbers, {**ACC, **options}, warps, STAGES, ("C",))
+    for head in (32, 48, 64, 128):
+        constants = {"H": 6, "D": head, "DP": max(64, head) if head > 32 else 32, "ROWS": gated_embedding.ROWS, **ACC}
+        arrays = {"GATES": f"*{dtype}", "TABLE": "*fp32", "TOKENS": "*i64", "N": "i32", "stride": "i32"}
+        for kernel, more in (
+            (gated_embedding._add, {"V": f"*{dtype}"}),
+            (gated_embedding._backward, {"DV": f"*{dtype}", "DG": "*fp32", "DTABLE": "*fp32"}),
+        ):
+            label = f"gated embedding{kernel.__name__} of {head} {dtype}"
+            yield Case(label, kernel, target, more | arrays, constants, WARPS, STAGES, ("stride",))
+
+
 def symmetric(target: int, dtype: str, tiles: muon.Tiles, odd: bool) -> Iterator[Case]:
     """X X^T of a wide and of a tall matrix, and b A + c A A. A stride of 1 is a constant to Triton."""
     sizes = dict.fromkeys(("m", "n", "stride_l"), "i32") | {"alpha": "fp32", "beta": "fp32"}
@@ -132,6 +169,7 @@ def cases(target: int) -> list[Case]:
     found = [*mlp(target, narrow), *loss(target, narrow), *norm(target, narrow), *optimizer(target, narrow)]
     if narrow == "bf16":
         found += mlp(target, "fp16")
+    found += [*norm_again(target, narrow), *norm_again(target, "fp32"), *embeddings(target, narrow)]
     return found + list(norm(target, "fp32")) + list(attention(target))
 
 

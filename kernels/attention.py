@@ -34,7 +34,7 @@ from kernels.attention_reference import reference
 from kernels.attention_tiles import FORWARD, padded, tile
 from kernels.rotated_norm import halves, rotated
 
-__all__ = ["attention", "obstacle", "reference"]
+__all__ = ["attention", "obstacle", "packed", "reference"]
 
 HEADROOM = 11.0  # log of the largest exp(s - c): e^11 = 59,874, fp16 ends at 65,504
 # Largest bound = scale * D per dtype, by the smallest exp(s - c) that must still be told from 0. fp16: e^-13, half a
@@ -191,6 +191,61 @@ def _differentiate(ctx: Any, dy: Tensor, _: Tensor | None) -> tuple[Tensor | Non
 attention_forward.register_autograd(_differentiate, setup_context=_keep)
 
 
+# --- the same where q, k and v lie in one tensor, which the gradients then do too: none of them is copied ----------
+
+
+@torch.library.custom_op("autoresearch::packed_attention_forward", mutates_args=())
+def packed_forward(
+    qkv: Tensor, heads: int, cos: Tensor, sin: Tensor, window: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    return attention_forward(*apart(qkv, heads), cos, sin, window, scale)
+
+
+@packed_forward.register_fake
+def _(qkv: Tensor, heads: int, cos: Tensor, sin: Tensor, window: int, scale: float) -> tuple[Tensor, Tensor]:
+    B, T, _, D = qkv.shape
+    return qkv.new_empty(B, T, heads, D), qkv.new_empty((B, heads, T), dtype=torch.float32)
+
+
+@torch.library.custom_op("autoresearch::packed_attention_backward", mutates_args=())
+def packed_backward(
+    dy: Tensor, qkv: Tensor, heads: int, cos: Tensor, sin: Tensor, y: Tensor, lse: Tensor, window: int, scale: float
+) -> Tensor:
+    dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
+    q, k, v = (rows_of(x) for x in apart(qkv, heads))
+    with torch.cuda.device_of(qkv):
+        gradients(rows_of(dy), q, k, v, cos, sin, y, lse, window, scale, apart(dqkv, heads))
+    return dqkv
+
+
+@packed_backward.register_fake
+def _(
+    dy: Tensor, qkv: Tensor, heads: int, cos: Tensor, sin: Tensor, y: Tensor, lse: Tensor, window: int, scale: float
+) -> Tensor:
+    return qkv.new_empty(qkv.shape)
+
+
+def _keep_packed(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    qkv, ctx.heads, cos, sin, ctx.window, ctx.scale = inputs
+    ctx.save_for_backward(qkv, cos, sin, *output)
+
+
+def _differentiate_packed(ctx: Any, dy: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    qkv, cos, sin, y, lse = ctx.saved_tensors
+    dqkv = packed_backward(dy, qkv, ctx.heads, cos, sin, y, lse, ctx.window, ctx.scale)
+    return dqkv, None, None, None, None, None
+
+
+packed_forward.register_autograd(_differentiate_packed, setup_context=_keep_packed)
+
+
+def apart(qkv: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(B, T, H + 2 Hkv, D) -> views q (B, T, H, D), k and v (B, T, Hkv, D)."""
+    key_heads = (qkv.size(2) - heads) // 2
+    q, k, v = qkv.split([heads, key_heads, key_heads], dim=2)
+    return q, k, v
+
+
 def rows_of(x: Tensor) -> Tensor:
     """x, copied if the channels of a head do not lie side by side."""
     return x if x.stride(-1) == 1 else x.contiguous()
@@ -206,14 +261,36 @@ def attention(
     scale: float | None = None,  # of the scores; D^-0.5 if not given
 ) -> Tensor:
     """y (B, T, H, D) in q's dtype. Gradients for q, k and v."""
+    window, scale, cos, sin = _checked(q, k, v, cos, sin, window, scale)
+    y: Tensor = attention_forward(q, k, v, cos, sin, window, scale)[0]
+    return y
+
+
+def packed(
+    qkv: Tensor,  # (B, T, H + 2 Hkv, D): the query heads, the key heads, those of the values
+    heads: int,  # H
+    cos: Tensor,
+    sin: Tensor,
+    window: int,
+    scale: float | None = None,
+) -> Tensor:
+    """`attention` of what lies in one tensor, whose gradient is one tensor too."""
+    window, scale, cos, sin = _checked(*apart(qkv, heads), cos, sin, window, scale)
+    y: Tensor = packed_forward(qkv, heads, cos, sin, window, scale)[0]
+    return y
+
+
+def _checked(
+    q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, window: int, scale: float | None
+) -> tuple[int, float, Tensor, Tensor]:
+    """window, scale, cos and sin as the kernels take them; ValueError where something is wrong."""
     check(q, k, v, cos, sin, window)
     T, D = q.size(1), q.size(3)
     scale = D**-0.5 if scale is None else float(scale)
     limit = BOUND_LIMIT[q.dtype]
     if not 0 < scale * D <= limit:
         raise ValueError(f"scale x head size is {scale * D:g}; in {q.dtype} it must lie within 0..{limit:g}")
-    y: Tensor = attention_forward(q, k, v, cos[:T].contiguous(), sin[:T].contiguous(), min(window, T), scale)[0]
-    return y
+    return min(window, T), scale, cos[:T].contiguous(), sin[:T].contiguous()
 
 
 def check(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, window: int) -> None:

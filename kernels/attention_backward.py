@@ -178,8 +178,10 @@ def gradients(
     lse: Tensor,  # (B, H, T) float32: log2 of the sum of exp(scores)
     window: int,
     scale: float,
+    into: tuple[Tensor, Tensor, Tensor] | None = None,  # where dq, dk and dv go, the last two equally strided
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk, dv in the inputs' dtype, contiguous. Of the forward only y and lse are kept: q^ and k^ are made again."""
+    """dq, dk, dv in the inputs' dtype, contiguous unless given. Of the forward only y and lse are kept: q^ and k^ are
+    made again."""
     B, T, H, D = q.shape
     G, DP = H // k.size(2), padded(D)
     shape = tile(BACKWARD, q.device, q.dtype, D)
@@ -188,7 +190,7 @@ def gradients(
     grid = (triton.cdiv(T, ROWS), B * H)
     delta_kernel[grid](y, dy, delta, *y.stride()[:3], *dy.stride()[:3], T, H, D, DP, ROWS, num_warps=4)
     sums = torch.zeros(B, H, T, DP, dtype=torch.float32, device=q.device)
-    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    dq, dk, dv = into or (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     backward_kernel[(triton.cdiv(T, shape.keys), B * k.size(2))](
         turned_q, turned_k, k, v, dy, cos, sin, lse, delta, sums, dk, dv,
         *k.stride()[:3], *v.stride()[:3], dy.stride(0), dy.stride(2), *dk.stride()[:3],

@@ -49,6 +49,15 @@ class Choice:
     milliseconds: dict[str, float] = field(default_factory=dict)  # forward and backward, of all that were timed
     refused: dict[str, str] = field(default_factory=dict)  # name -> why it cannot do the case, or was not timed
 
+    def packed(self, qkv: Tensor, cos: Tensor, sin: Tensor, window: int) -> Tensor:
+        """(B, T, 3, H, D) -> y (B, T, H, D). Triton's kernels write the three gradients into one tensor; for the
+        others torch copies them together."""
+        if self.name != "triton":
+            return self.run(*qkv.unbind(2), cos, sin, window)
+        from kernels.attention import packed
+
+        return packed(qkv.flatten(2, 3), qkv.size(3), cos, sin, window)
+
     @property
     def whole(self) -> bool:
         """Whether torch.compile takes it into one graph with what stands around it."""

@@ -38,7 +38,7 @@ class _Project(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, d: Tensor, dqkv: Tensor) -> tuple[Tensor | None, ...]:
         x, x0, a, b, w, gate, table, tokens = ctx.saved_tensors
-        n = portable.norm(x, x0, a, b)[1]
+        n = portable.normed(x, x0, a, b, x.dtype)
         dn, dw, dgate, dtable = dqkv @ w, dqkv.T @ n, None, None
         if table is not None:
             g, rows = _gated(n, gate, table, tokens)
@@ -112,8 +112,7 @@ def feed(x: Tensor, branch: Tensor, w1: Tensor, w2: Tensor, keep_hidden: bool) -
 
 def normed(z: Tensor) -> Tensor:
     """norm(z), (N, C). Without gradients."""
-    one, zero = z.new_ones((), dtype=plain.wide(z[:0]).dtype), z.new_zeros((), dtype=plain.wide(z[:0]).dtype)
-    return portable.norm(z, z, one, zero)[1]
+    return portable.normed(z, None, None, None, z.dtype)
 
 
 class _Normed(torch.autograd.Function):
@@ -138,21 +137,11 @@ class _Embed(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tokens: Tensor, table: Tensor, dtype: torch.dtype) -> Tensor:
         ctx.save_for_backward(tokens, table)
-        out = torch.empty(len(tokens), table.size(1), dtype=dtype, device=table.device)
-        for part in plain.parts(out.shape, plain.ROW_ELEMENTS):
-            rows = F.embedding(tokens[part], table)
-            out[part] = rows * plain.inverse_rms(rows)
-        return out
+        return portable.embedded_norm(tokens, table, dtype)
 
     @staticmethod
     def backward(ctx: Any, dn: Tensor) -> tuple[None, Tensor, None]:
-        tokens, table = ctx.saved_tensors
-        total = torch.zeros_like(table)
-        for part in plain.parts(dn.shape, plain.ROW_ELEMENTS):
-            rows = F.embedding(tokens[part], table)
-            d = plain.norm_backward(torch.zeros_like(rows), dn[part], rows, None, None, None)[0]
-            total += torch.ops.aten.embedding_dense_backward(d, tokens[part], len(table), -1, False)
-        return None, total, None
+        return None, portable.embedded_norm_backward(dn, *ctx.saved_tensors), None
 
 
 def embed(tokens: Tensor, table: Tensor, dtype: torch.dtype) -> Tensor:

@@ -25,7 +25,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from kernels.recomputed import norm
+from kernels.residual_norm import normed
 from kernels.targets import choose, dot, interpreted, processors
 
 
@@ -176,56 +176,63 @@ def launch(a: Tensor, b: Tensor, y: Tensor | None, tiles: Tiles | None) -> Tenso
 
 
 @torch.library.custom_op("autoresearch::mlp", mutates_args=())
-def _mlp(x: Tensor, w1: Tensor, w2: Tensor, source: Tensor | None) -> tuple[Tensor, Tensor]:
+def _mlp(x: Tensor, w1: Tensor, w2: Tensor, source: Tensor | None, add: bool) -> tuple[Tensor, Tensor]:
     y = launch(x, w1, None, choose(FORWARD, x))
-    return y @ w2.T, y
+    return y @ w2.T if source is None or not add else torch.addmm(source, y, w2.T), y
 
 
 @_mlp.register_fake
-def _(x: Tensor, w1: Tensor, w2: Tensor, source: Tensor | None) -> tuple[Tensor, Tensor]:
+def _(x: Tensor, w1: Tensor, w2: Tensor, source: Tensor | None, add: bool) -> tuple[Tensor, Tensor]:
     return x.new_empty(len(x), len(w2)), x.new_empty(len(x), len(w1))
 
 
-@torch.library.custom_op("autoresearch::mlp_dh", mutates_args=())
-def _dh(dout: Tensor, w2: Tensor, y: Tensor) -> Tensor:
-    return launch(dout, w2, y, choose(BACKWARD, dout))
+@torch.library.custom_op("autoresearch::mlp_backward", mutates_args=())
+def _mlp_backward(
+    dout: Tensor, x: Tensor, w1: Tensor, w2: Tensor, y: Tensor, again: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dx, dw1, dw2. again: x is what the MLP's input is the norm of.
+
+    One operation, so that dh, four times as wide as the stream, is gone when it ends: torch.compile puts the products
+    of the weights' gradients off when it sees them, and would keep dh and y of several layers for them.
+    """
+    dw2 = dout.T @ y
+    dh = launch(dout, w2, y, choose(BACKWARD, dout))
+    return dh @ w1, dh.T @ (normed(x, None, None, None, w1.dtype) if again else x), dw2
 
 
-@_dh.register_fake
-def _(dout: Tensor, w2: Tensor, y: Tensor) -> Tensor:
-    return torch.empty_like(y)
+@_mlp_backward.register_fake
+def _(dout: Tensor, x: Tensor, w1: Tensor, w2: Tensor, y: Tensor, again: bool) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(dout), torch.empty_like(w1), torch.empty_like(w2)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, w1, w2, source = inputs
+    x, w1, w2, source, ctx.add = inputs
     ctx.again = source is not None
     ctx.save_for_backward(x if source is None else source, w1, w2, output[1])
 
 
 def _gradients(ctx: Any, dout: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-    x, w1, w2, y = ctx.saved_tensors
-    x = norm(x, w1.dtype) if ctx.again else x
-    dout = dout.contiguous()
-    dh = _dh(dout, w2, y)
-    needs = ctx.needs_input_grad
-    return dh @ w1 if needs[0] else None, dh.T @ x if needs[1] else None, dout.T @ y if needs[2] else None, None
+    return *_mlp_backward(dout.contiguous(), *ctx.saved_tensors, ctx.again), dout if ctx.add else None, None
 
 
 _mlp.register_autograd(_gradients, setup_context=_keep)
 
 
-def mlp(x: Tensor, w1: Tensor, w2: Tensor, source: Tensor | None = None) -> Tensor:
+def mlp(x: Tensor, w1: Tensor, w2: Tensor, source: Tensor | None = None, add: bool = False) -> Tensor:
     """(..., C) -> (..., C) through F hidden units. w1 (F, C), w2 (C, F); all bfloat16 or all float16.
 
     source: where x is the RMS norm of it, it is kept in the place of x, which the backward computes again.
+    add: to the source, within the last product: source + max(x w1^T, 0)^2 w2^T.
 
     The interpreter also takes float32 and float64, for tests.
     """
-    found = {x.dtype, w1.dtype, w2.dtype}
+    found = {x.dtype, w1.dtype, w2.dtype} | ({source.dtype} if add and source is not None else set())
     if len(found) > 1 or not (x.dtype in (torch.bfloat16, torch.float16) or interpreted()):
         raise TypeError(f"mlp takes x, w1 and w2 all in bfloat16 or all in float16, not {found}")
-    kept = None if source is None else source.detach().reshape(-1, x.shape[-1])
-    out, _ = _mlp(x.reshape(-1, x.shape[-1]).contiguous(), w1.contiguous(), w2.contiguous(), kept)
+    if add and source is None:
+        raise ValueError("mlp adds to its source, and got none")
+    kept = None if source is None else (source if add else source.detach()).reshape(-1, x.shape[-1])
+    out, _ = _mlp(x.reshape(-1, x.shape[-1]).contiguous(), w1.contiguous(), w2.contiguous(), kept, add)
     return out.view(x.shape)
 
 

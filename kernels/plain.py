@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 EPSILON = 2.0**-23  # float32's machine epsilon, added to the mean square
@@ -47,6 +48,17 @@ def norm(x: Tensor, x0: Tensor, a: Tensor | None, b: Tensor | None) -> tuple[Ten
     return out, y
 
 
+def normed(x: Tensor, x0: Tensor | None, a: Tensor | None, b: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """(N, C) rows -> the RMS norm of a x + b x0, or of x alone, in `dtype`."""
+    y = torch.empty(x.shape, dtype=dtype, device=x.device)
+    for part in parts(x.shape, ROW_ELEMENTS):
+        z = wide(x[part])
+        if x0 is not None and a is not None and b is not None:
+            z = a * z + b * wide(x0[part])
+        y[part] = z * inverse_rms(z)
+    return y
+
+
 def inverse_rms(z: Tensor) -> Tensor:
     """(N, C) -> (N, 1): 1 / sqrt(mean(z^2) + EPSILON)."""
     length = torch.linalg.vector_norm(z, dim=-1, keepdim=True)
@@ -76,6 +88,41 @@ def norm_backward(
             g = g.mul_(a)
         dx[part] = g
     return dx, dx0, sums
+
+
+def embedded_norm(tokens: Tensor, table: Tensor, dtype: torch.dtype) -> Tensor:
+    """(N,), (V, C): kernels/embedded_norm.py."""
+    out = torch.empty(len(tokens), table.size(1), dtype=dtype, device=table.device)
+    for part in parts(out.shape, ROW_ELEMENTS):
+        rows = F.embedding(tokens[part], table)
+        out[part] = rows * inverse_rms(rows)
+    return out
+
+
+def embedded_norm_backward(dn: Tensor, tokens: Tensor, table: Tensor) -> Tensor:
+    total = torch.zeros_like(table)
+    for part in parts(dn.shape, ROW_ELEMENTS):
+        rows = F.embedding(tokens[part], table)
+        d = norm_backward(torch.zeros_like(rows), dn[part], rows, None, None, None)[0]
+        total += torch.ops.aten.embedding_dense_backward(d, tokens[part], len(table), -1, False)
+    return total
+
+
+def add_gated(v: Tensor, gates: Tensor, table: Tensor, tokens: Tensor) -> None:
+    """(N, H, D), (N, H), (V, H D), (N,): kernels/gated_embedding.py, in place."""
+    for part in parts((len(v), v[0].numel()), ROW_ELEMENTS):
+        rows = F.embedding(tokens[part], table).view(v[part].shape)
+        v[part] = wide(v[part]).addcmul(wide(gates[part]).unsqueeze(-1), rows)
+
+
+def add_gated_backward(dv: Tensor, gates: Tensor, table: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    dg, dtable = table.new_empty(gates.shape), torch.zeros_like(table)
+    for part in parts((len(dv), dv[0].numel()), ROW_ELEMENTS):
+        d, rows = wide(dv[part]), F.embedding(tokens[part], table)
+        dg[part] = torch.linalg.vecdot(d, rows.view(d.shape))
+        drows = (d * wide(gates[part]).unsqueeze(-1)).view(rows.shape)
+        dtable += torch.ops.aten.embedding_dense_backward(drows, tokens[part], len(table), -1, False)
+    return dg, dtable
 
 
 def relu2(x: Tensor, w: Tensor) -> Tensor:

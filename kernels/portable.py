@@ -86,6 +86,15 @@ def norm(x: Tensor, x0: Tensor, a: Tensor | None, b: Tensor | None) -> tuple[Ten
     return found
 
 
+def normed(x: Tensor, x0: Tensor | None, a: Tensor | None, b: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """(N, C) rows -> the norm alone of a x + b x0, or of x where there is no x0, in `dtype`. Without gradients."""
+    if not fused(x.device):
+        return plain.normed(x, x0, a, b, dtype)
+    from kernels.residual_norm import normed as by_triton
+
+    return by_triton(x.contiguous(), x0 if x0 is None else x0.contiguous(), a, b, dtype)
+
+
 def norm_backward(
     d: Tensor, dy: Tensor, x: Tensor, x0: Tensor | None, a: Tensor | None, b: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -99,6 +108,42 @@ def norm_backward(
 
     found: tuple[Tensor, Tensor, Tensor] = _residual_norm_backward(d, dy, x.contiguous(), x0, a, b, x.dtype)
     return found
+
+
+def embedded_norm(tokens: Tensor, table: Tensor, dtype: torch.dtype) -> Tensor:
+    """(N,), (V, C) float32 -> norm(table[token]), (N, C) in `dtype`. Without gradients."""
+    if not fused(table.device):
+        return plain.embedded_norm(tokens, table, dtype)
+    from kernels.embedded_norm import embedded_norm as by_triton
+
+    return by_triton(tokens, table, dtype)
+
+
+def embedded_norm_backward(dn: Tensor, tokens: Tensor, table: Tensor) -> Tensor:
+    """The table's gradient (V, C) from that of `embedded_norm`, (N, C)."""
+    if not fused(table.device):
+        return plain.embedded_norm_backward(dn, tokens, table)
+    from kernels.embedded_norm import embedded_norm_backward as by_triton
+
+    return by_triton(dn, tokens, table)
+
+
+def add_gated(v: Tensor, gates: Tensor, table: Tensor, tokens: Tensor) -> None:
+    """v (N, H, D) += gates (N, H) times the tokens' (N,) rows of the table (V, H D), in place. Without gradients."""
+    if not fused(v.device):
+        return plain.add_gated(v, gates, table, tokens)
+    from kernels.gated_embedding import add_gated as by_triton
+
+    return by_triton(v, gates, table, tokens)
+
+
+def add_gated_backward(dv: Tensor, gates: Tensor, table: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients for `add_gated`: of the gates (N, H) and of the table (V, H D), in the table's dtype."""
+    if not fused(dv.device):
+        return plain.add_gated_backward(dv, gates, table, tokens)
+    from kernels.gated_embedding import add_gated_backward as by_triton
+
+    return by_triton(dv, gates, table, tokens)
 
 
 def relu2(x: Tensor, w: Tensor) -> Tensor:

@@ -1,13 +1,16 @@
-"""Layers that keep less for their backward than they read, and compute the rest again. Plain torch, which
-torch.compile takes whole; no kernel is launched here.
+"""The parts of a layer that keep less for their backward than they read, and compute the rest again.
 
-    linear_of_norm    z = y w^T      with y = norm(a x + b x0): keeps x and x0, which the norm keeps anyway, and not y
-    gated_embedding   v + g table[tokens]: keeps g and the tokens, and not the rows of the table
+    embedded_norm    norm(table[token]) - keeps the tokens
+    qkv_of_norm      z = y w^T, its last third plus 2 sigmoid(y[:G] gate^T) table[token] head by head, in one tensor,
+                     with y = norm(a x + b x0) - keeps x and x0, which the norm keeps anyway, and not y
 
-A recipe's norms and value embeddings are a fifth of what a step would hold otherwise (python -m benchmarks.memory);
-computing them again is one pass over memory each.
+norm(x) = x / sqrt(mean(x^2) + 2^-23), as in kernels/residual_norm.py. Each is one operation each way for torch.compile,
+its temporaries gone when it ends: the compiler would find that what is made again was there before, and keep it, and
+would put the product of dw off, and keep for it what the next layers no longer need. q, k and v stay one tensor through
+attention (`attention_choice.Choice.packed`), where the compiler would copy all three together in each backward. Value
+embeddings: Zhou et al. 2024, gated as in nanochat.
 
-Shapes: N tokens, C channels, O outputs, H heads of D channels, V table entries.
+Shapes: N tokens, C channels, O = 3 C outputs, H heads of D channels, G channels of the gate, V table entries.
 """
 
 from __future__ import annotations
@@ -15,59 +18,127 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-EPSILON = 2.0**-23  # added to the mean square, as everywhere here
+from kernels import portable
 
 
-def norm(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """RMS norm over the last dimension, computed in float32 (float64 for float64)."""
-    wide = _wide(x)
-    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + EPSILON)).to(dtype)
+@torch.library.custom_op("autoresearch::embedded_norm", mutates_args=())
+def _embedded_norm(tokens: Tensor, table: Tensor, dtype: torch.dtype) -> Tensor:
+    return portable.embedded_norm(tokens, table, dtype)
 
 
-def _wide(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
+@_embedded_norm.register_fake
+def _(tokens: Tensor, table: Tensor, dtype: torch.dtype) -> Tensor:
+    return table.new_empty(len(tokens), table.size(1), dtype=dtype)
 
 
-class _LinearOfNorm(torch.autograd.Function):
+@torch.library.custom_op("autoresearch::embedded_norm_backward", mutates_args=())
+def _embedded_norm_backward(dn: Tensor, tokens: Tensor, table: Tensor) -> Tensor:
+    return portable.embedded_norm_backward(dn, tokens, table)
+
+
+@_embedded_norm_backward.register_fake
+def _(dn: Tensor, tokens: Tensor, table: Tensor) -> Tensor:
+    return torch.empty_like(table)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:2])
+
+
+def _gradient(ctx: Any, dn: Tensor) -> tuple[Tensor | None, ...]:
+    return None, _embedded_norm_backward(dn, *ctx.saved_tensors), None
+
+
+_embedded_norm.register_autograd(_gradient, setup_context=_keep)
+
+
+def embedded_norm(tokens: Tensor, table: Tensor, dtype: torch.dtype) -> Tensor:
+    """(...) tokens, (V, C) float32 -> norm(table[token]), (..., C) in `dtype`."""
+    found: Tensor = _embedded_norm(tokens.flatten(), table, dtype)
+    return found.view(*tokens.shape, -1)
+
+
+class _QkvOfNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, y: Tensor, w: Tensor, x: Tensor, x0: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        ctx.save_for_backward(w, x, x0, a, b)
-        ctx.dtype = y.dtype
-        return F.linear(y, w)
+    def forward(
+        ctx: Any, y: Tensor, w: Tensor, gate: Any, table: Any, tokens: Tensor, x: Tensor, x0: Tensor, a: Tensor,
+        b: Tensor,
+    ) -> Tensor:  # fmt: skip
+        ctx.save_for_backward(w, gate, table, tokens, x, x0, a, b)
+        return _qkv(y, w, gate, table, tokens)
 
     @staticmethod
     def backward(ctx: Any, dz: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        w, x, x0, a, b = ctx.saved_tensors
-        y = norm(a * _wide(x) + b * _wide(x0), ctx.dtype)  # a scalar's own float32 would not widen a bfloat16 row
-        dw = dz.reshape(-1, dz.shape[-1]).T @ y.reshape(-1, y.shape[-1])
-        return dz @ w, dw, None, None, None, None
+        dy, dw, dgate, dtable = _qkv_backward(dz.contiguous(), *ctx.saved_tensors)
+        rest = (None, None) if ctx.saved_tensors[2] is None else (dgate, dtable)
+        return dy, dw, *rest, None, None, None, None, None
 
 
-def linear_of_norm(y: Tensor, w: Tensor, x: Tensor, x0: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """(..., C), (O, C) -> (..., O). y must be norm(a x + b x0); its own gradient goes to y as ever."""
-    z: Tensor = _LinearOfNorm.apply(y, w, x.detach(), x0.detach(), a.detach(), b.detach())
+def qkv_of_norm(
+    y: Tensor,  # (..., C) norm(a x + b x0), whose gradient goes to it as ever
+    w: Tensor,  # (3C, C) in y's dtype: c_q, c_k, c_v
+    gate: Tensor | None,  # (H, G) in y's dtype
+    table: Tensor | None,  # (V, C) float32 value embeddings; None for a layer without, then no gate either
+    tokens: Tensor,  # (...) integers
+    x: Tensor,  # (..., C)
+    x0: Tensor,
+    a: Tensor,  # one element
+    b: Tensor,
+) -> Tensor:
+    """-> q, k and v side by side, (..., 3C)."""
+    if (gate is None) != (table is None):
+        raise ValueError("qkv_of_norm takes both a gate and a table of value embeddings, or neither")
+    rows = [t.reshape(-1, t.shape[-1]) for t in (y, x.detach(), x0.detach())]
+    z: Tensor = _QkvOfNorm.apply(rows[0], w, gate, table, tokens.flatten(), *rows[1:], a.detach(), b.detach())
+    return z.view(*y.shape[:-1], -1)
+
+
+@torch.library.custom_op("autoresearch::qkv", mutates_args=())
+def _qkv(y: Tensor, w: Tensor, gate: Tensor | None, table: Tensor | None, tokens: Tensor) -> Tensor:
+    z = y @ w.T
+    if gate is not None and table is not None:
+        portable.add_gated(_values(z, len(gate)), _gates(y, gate), table, tokens)
     return z
 
 
-class _GatedEmbedding(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, v: Tensor, gate: Tensor, table: Tensor, tokens: Tensor) -> Tensor:
-        ctx.save_for_backward(gate, table, tokens)
-        return v + gate.unsqueeze(-1) * F.embedding(tokens, table).to(v.dtype).view(v.shape)
-
-    @staticmethod
-    def backward(ctx: Any, dv: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        gate, table, tokens = ctx.saved_tensors
-        rows = F.embedding(tokens, table).to(dv.dtype).view(dv.shape)
-        dgate = (dv * rows).sum(-1)
-        drows = (dv * gate.unsqueeze(-1)).reshape(*tokens.shape, -1).to(table.dtype)
-        return dv, dgate, torch.ops.aten.embedding_dense_backward(drows, tokens, len(table), -1, False), None
+@_qkv.register_fake
+def _(y: Tensor, w: Tensor, gate: Tensor | None, table: Tensor | None, tokens: Tensor) -> Tensor:
+    return y.new_empty(len(y), len(w))
 
 
-def gated_embedding(v: Tensor, gate: Tensor, table: Tensor, tokens: Tensor) -> Tensor:
-    """(B, T, H, D), (B, T, H), (V, H D) of any width, (B, T) integers -> (B, T, H, D) in v's dtype."""
-    out: Tensor = _GatedEmbedding.apply(v, gate, table, tokens)
-    return out
+@torch.library.custom_op("autoresearch::qkv_backward", mutates_args=())
+def _qkv_backward(
+    dz: Tensor, w: Tensor, gate: Tensor | None, table: Tensor | None, tokens: Tensor, x: Tensor, x0: Tensor,
+    a: Tensor, b: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """dy, dw, and the gradients of gate and table, which are empty where there are none."""
+    y = portable.normed(x, x0, a, b, w.dtype)
+    dy, dw = dz @ w, dz.T @ y
+    if gate is None or table is None:
+        return dy, dw, w.new_empty(0), w.new_empty(0)
+    g = _gates(y, gate)
+    dg, dtable = portable.add_gated_backward(_values(dz, len(gate)), g, table, tokens)
+    du = (dg * g * (1 - g / 2)).to(y.dtype)  # of what the sigmoid got
+    dy[:, : gate.size(1)].addmm_(du, gate)
+    return dy, dw, du.T @ y[:, : gate.size(1)], dtable
+
+
+@_qkv_backward.register_fake
+def _(
+    dz: Tensor, w: Tensor, gate: Tensor | None, table: Tensor | None, tokens: Tensor, x: Tensor, x0: Tensor,
+    a: Tensor, b: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    dgate, dtable = (w.new_empty(0) if t is None else torch.empty_like(t) for t in (gate, table))
+    return dz.new_empty(x.shape), torch.empty_like(w), dgate, dtable
+
+
+def _values(z: Tensor, heads: int) -> Tensor:
+    """(N, 3C) -> v, (N, H, D), a view."""
+    return z[:, -(z.size(1) // 3) :].unflatten(1, (heads, -1))
+
+
+def _gates(y: Tensor, gate: Tensor) -> Tensor:
+    """(N, C), (H, G) -> (N, H) within 0..2."""
+    return 2 * torch.sigmoid(y[:, : gate.size(1)] @ gate.T)

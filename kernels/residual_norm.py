@@ -45,12 +45,16 @@ BACKWARD = {target: Tile(1024, warps=4) for target in (75, 80, 86, 89, 90, 100, 
 
 @triton.jit
 def _sum_of(X, X0, A, B, at, inside, SCALED: tl.constexpr, ACC: tl.constexpr):
-    """x, x0 and a x + b x0 at the places `at`."""
+    """x, x0 and a x + b x0 at the places `at`; x alone where there is no X0."""
     x = tl.load(X + at, mask=inside, other=0.0).to(ACC)
-    x0 = tl.load(X0 + at, mask=inside, other=0.0).to(ACC)
-    total = x + x0
-    if SCALED:
-        total = tl.load(A).to(ACC) * x + tl.load(B).to(ACC) * x0
+    if X0 is None:
+        x0 = x
+        total = x
+    else:
+        x0 = tl.load(X0 + at, mask=inside, other=0.0).to(ACC)
+        total = x + x0
+        if SCALED:
+            total = tl.load(A).to(ACC) * x + tl.load(B).to(ACC) * x0
     return x, x0, total
 
 
@@ -59,14 +63,15 @@ def _forward(
     X, X0, A, B, OUT, Y, N, C, eps,
     SCALED: tl.constexpr, ACC: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """All (N, C). One program per ROWS rows."""
+    """All (N, C). One program per ROWS rows. Without OUT the norm alone is stored."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     columns = tl.arange(0, BLOCK)
     inside = (rows < N)[:, None] & (columns < C)[None, :]
     at = rows.to(tl.int64)[:, None] * C + columns[None, :]
     _, _, total = _sum_of(X, X0, A, B, at, inside, SCALED, ACC)
     r = tl.rsqrt(tl.sum(total * total, 1) / C + eps)
-    tl.store(OUT + at, total.to(OUT.dtype.element_ty), mask=inside)
+    if OUT is not None:
+        tl.store(OUT + at, total.to(OUT.dtype.element_ty), mask=inside)
     tl.store(Y + at, (total * r[:, None]).to(Y.dtype.element_ty), mask=inside)
 
 
@@ -126,12 +131,25 @@ def _residual_norm(
 ) -> tuple[Tensor, Tensor]:
     N, C = x.shape
     out, y = torch.empty_like(x), torch.empty(N, C, dtype=dtype, device=x.device)
-    options = constants(C, choose(FORWARD, x) or FORWARD[75])
+    _launch(x, x0, a, b, out, y)
+    return out, y
+
+
+def _launch(x: Tensor, x0: Tensor | None, a: Tensor | None, b: Tensor | None, out: Tensor | None, y: Tensor) -> None:
+    N, C = x.shape
     if N:
+        options = constants(C, choose(FORWARD, x) or FORWARD[75])
         grid = (triton.cdiv(N, options["ROWS"]),)
         acc, _ = _accumulator(x)
         _forward[grid](x, x0, a, b, out, y, N, C, EPSILON, SCALED=a is not None, ACC=acc, **options)
-    return out, y
+
+
+def normed(x: Tensor, x0: Tensor | None, a: Tensor | None, b: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """(N, C), contiguous -> the norm alone of a x + b x0, or of x, in `dtype`. Without gradients: for a backward that
+    makes it again, outside of what torch.compile sees."""
+    y = torch.empty(x.shape, dtype=dtype, device=x.device)
+    _launch(x, x0, a, b, None, y)
+    return y
 
 
 @_residual_norm.register_fake

@@ -34,7 +34,7 @@ from kernels.attention_choice import Case, Choice, settled
 from kernels.linear_relu2 import mlp
 from kernels.memory import fitted_rows
 from kernels.muon import muon_
-from kernels.recomputed import gated_embedding, linear_of_norm
+from kernels.recomputed import embedded_norm, qkv_of_norm
 from kernels.residual_norm import residual_norm
 from kernels.softcapped_loss import softcapped_loss
 
@@ -80,6 +80,11 @@ def rotations(length: int, device: torch.device) -> tuple[Tensor, Tensor]:
     frequency = 10000.0 ** (-torch.arange(0, HEAD_DIM, 2, dtype=torch.float32, device=device) / HEAD_DIM)
     angle = torch.outer(torch.arange(length, dtype=torch.float32, device=device), frequency)
     return angle.cos(), angle.sin()
+
+
+def scalars(vector: Tensor) -> tuple[Tensor, ...]:
+    """(L,) -> L scalars, 16 bytes apart: what the compiler makes with an unaligned tensor it takes for unaligned."""
+    return F.pad(vector[:, None], (0, 3))[:, 0].unbind()
 
 
 def has_value_embedding(layer: int) -> bool:
@@ -182,30 +187,27 @@ class GPT:
         B, T, C = x.shape
         name = f"transformer.h.{layer}.attn."
         matrices = torch.cat([w[f"{name}{n}.weight"] for n in ("c_q", "c_k", "c_v")])
-        qkv = linear_of_norm(x, matrices.to(x.dtype), *of)
-        q, k, v = qkv.view(B, T, 3, self.heads, HEAD_DIM).unbind(2)
-        if has_value_embedding(layer):  # value residual: the token's own vector, gated per head by the stream
-            first = x[..., :VE_GATE_CHANNELS].contiguous()  # else all of x would be kept for the gate's sake
-            gate = 2 * torch.sigmoid(linear(first, w[f"{name}ve_gate.weight"]))
-            v = gated_embedding(v, gate, w[f"value_embeds.{layer}.weight"], tokens)
+        gate = table = None
+        if has_value_embedding(layer):  # value residual: v + 2 sigmoid(gate x[:32]) table[token], per head
+            gate, table = w[f"{name}ve_gate.weight"].to(x.dtype), w[f"value_embeds.{layer}.weight"]
+        qkv = qkv_of_norm(x, matrices.to(x.dtype), gate, table, tokens, *of)
         window = self.windows[layer]
-        y = self.chosen[window].run(q, k, v, self.cos, self.sin, window)
+        y = self.chosen[window].packed(qkv.view(B, T, 3, self.heads, HEAD_DIM), self.cos, self.sin, window)
         return linear(y.reshape(B, T, C), w[f"{name}c_proj.weight"])
 
     def stream(self, tokens: Tensor) -> Tensor:
         """(B, T) integers -> (B, T, C): the norm of each position's last state, in the compute dtype."""
         w = self.weights.by_name()
-        resid, skip = w["resid_lambdas"].unbind(), w["x0_lambdas"].unbind()
-        embedded = F.embedding(tokens, w["transformer.wte.weight"])
-        x = x0 = F.rms_norm(embedded, (self.dim,), eps=2.0**-23).to(self.dtype)
+        resid, skip = scalars(w["resid_lambdas"]), scalars(w["x0_lambdas"])
+        x = x0 = embedded_norm(tokens, w["transformer.wte.weight"], self.dtype)
         for i in range(DEPTH):
             of = (x, x0, resid[i], skip[i])
             x, y = residual_norm(*of)
             x, y = residual_norm(x, self.attention(w, y, of, i, tokens))
             up, down = (w[f"transformer.h.{i}.mlp.{n}.weight"].to(y.dtype) for n in ("c_fc", "c_proj"))
-            out = mlp(y, up, down, source=x)
-            x = x + out if i < DEPTH - 1 else residual_norm(x, out)[1]  # the last state is read by its norm only
-        return x
+            if i < DEPTH - 1:
+                x = mlp(y, up, down, source=x, add=True)
+        return residual_norm(x, mlp(y, up, down, source=x))[1]  # the last state is read by its norm only
 
     def logits(self, tokens: Tensor) -> Tensor:
         """(B, T) -> (B, T, V) float32 logits within -SOFTCAP..SOFTCAP."""

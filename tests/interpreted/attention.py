@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from triton.runtime.interpreter import InterpreterBuilder
 
 from kernels import attention_tiles
-from kernels.attention import attention
+from kernels.attention import attention, packed
 from kernels.attention_reference import reference
 from kernels.attention_tiles import Tile
 
@@ -96,6 +96,18 @@ def test_every_window_of_one_sequence():
         assert max(worst(found, wanted)) < 2e-6, window
 
 
+@pytest.mark.parametrize(("H", "G", "D"), [(2, 1, 32), (4, 2, 48)])
+def test_what_lies_in_one_tensor_is_read_and_differentiated_there(H, G, D):
+    q, k, v, cos, sin, dy = inputs(7, 2, 50, H, G, D, torch.float32, packed=True)
+    qkv = torch.cat((q, k, v), dim=2).requires_grad_()
+    y = packed(qkv, H, cos, sin, 20)
+    wanted = run(attention, q, k, v, cos, sin, dy, 20)
+    assert torch.equal(y, wanted[0])
+    found = torch.autograd.grad(y, qkv, dy)[0].split([H, H // G, H // G], dim=2)
+    for ours, theirs in zip(found, wanted[1:]):
+        torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-5)  # atomics add dq in any order
+
+
 def test_directional_derivative():
     """Of the kernel itself, by central differences: 1e-3 apart in float32."""
     q, k, v, cos, sin, dy = inputs(torch.seed() % 2**32, 1, 20, 2, 2, 32, torch.float32)
@@ -154,6 +166,12 @@ def test_zeros_and_neighbours_in_memory_do_no_harm():
     found, wanted = run(attention, *given_, 9), run(reference, *(x.double() for x in given_), 9)
     assert all(x.isfinite().all() for x in found)
     assert worst(found[:1], wanted[:1])[0] < 2e-6 and worst(found[3:], wanted[3:])[0] < 2e-6
+
+
+def test_the_packed_operator_is_sound_for_torch_compile():
+    q, k, v, cos, sin, _ = inputs(3, 1, 20, 2, 2, 32, torch.float32)
+    qkv = torch.cat((q, k, v), dim=2).requires_grad_()
+    torch.library.opcheck(torch.ops.autoresearch.packed_attention_forward.default, (qkv, 2, cos, sin, 7, 0.2))
 
 
 def test_the_operator_is_sound_for_torch_compile():

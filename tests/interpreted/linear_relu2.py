@@ -69,10 +69,13 @@ def test_gradients_are_those_of_finite_differences(sizes, tiles, monkeypatch):
 
 def test_the_operator_keeps_torchs_rules():
     leaves = [t.requires_grad_(True) for t in inputs(0, 5, 8, 16, torch.float32)[:3]]
-    torch.library.opcheck(torch.ops.autoresearch.mlp.default, (*leaves, None))
-    torch.library.opcheck(
-        torch.ops.autoresearch.mlp_dh.default, [leaves[0].detach(), leaves[2].detach(), torch.rand(5, 16)]
-    )
+    torch.library.opcheck(torch.ops.autoresearch.mlp.default, (*leaves, None, False))
+    torch.library.opcheck(torch.ops.autoresearch.mlp.default, (*leaves, leaves[0].detach().requires_grad_(), True))
+    x, w1, w2 = (leaf.detach() for leaf in leaves)
+    for again in (False, True):
+        torch.library.opcheck(
+            torch.ops.autoresearch.mlp_backward.default, [torch.rand(5, 8), x, w1, w2, torch.rand(5, 16), again]
+        )
 
 
 def test_leading_dimensions_and_no_rows():

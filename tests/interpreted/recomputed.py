@@ -8,12 +8,17 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels import linear_relu2, recomputed
+from kernels import linear_relu2, portable, recomputed
+from kernels.residual_norm import EPSILON, residual_norm
 
 
 def leaves(seed, *shapes):
     rng = torch.Generator().manual_seed(seed)
     return [torch.randn(s, generator=rng, dtype=torch.float64).requires_grad_() for s in shapes]
+
+
+def some_tokens(seed, entries, *shape):
+    return torch.randint(entries, shape, generator=torch.Generator().manual_seed(seed))
 
 
 def same(found, wanted, inputs):
@@ -25,68 +30,131 @@ def same(found, wanted, inputs):
 
 
 def norm(x):
-    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + recomputed.EPSILON)
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + EPSILON)
 
 
+def plain_qkv(y, w, gate, table, tokens):
+    """(N, C) -> (N, 3C): three products, the value embeddings as tensors of their own."""
+    q, k, v = F.linear(y, w).chunk(3, dim=-1)
+    if gate is not None:
+        g = 2 * torch.sigmoid(F.linear(y[:, : gate.size(1)], gate))
+        v = v + (g.unsqueeze(-1) * F.embedding(tokens, table).unflatten(-1, (len(gate), -1))).flatten(1)
+    return torch.cat((q, k, v), dim=-1)
+
+
+@pytest.mark.parametrize("with_triton", [True, False], ids=["triton", "torch"])
 @settings(deadline=None, max_examples=20)
-@given(st.integers(0, 2**32), st.integers(1, 9), st.integers(1, 20), st.integers(1, 12))
-def test_a_linear_layer_of_a_norm(seed, N, C, O):  # noqa: E741 - as in the module's shapes
-    x, x0, w, a, b = leaves(seed, (N, C), (N, C), (O, C), (1,), (1,))
-    y = norm(a * x + b * x0)
-    same(recomputed.linear_of_norm(y, w, x, x0, a, b), F.linear(y, w), (x, x0, w, a, b))
+@given(
+    st.integers(0, 2**32), st.integers(1, 40), st.integers(1, 3), st.integers(1, 9), st.integers(1, 4),
+    st.integers(1, 9), st.booleans(),
+)  # fmt: skip
+def test_q_k_and_v_of_a_norm(with_triton, seed, N, H, D, G, V, gated):
+    C = H * D
+    x, x0, w, a, b = leaves(seed, (N, C), (N, C), (3 * C, C), (1,), (1,))
+    gate, table = leaves(seed + 1, (H, min(G, C)), (V, C)) if gated else (None, None)
+    tokens, y = some_tokens(seed, V, N), norm(a * x + b * x0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(portable, "fused", lambda device: with_triton)
+        found = recomputed.qkv_of_norm(y, w, gate, table, tokens, x, x0, a, b)
+        inputs = (x, x0, w, a, b, *((gate, table) if gated else ()))
+        same(found, plain_qkv(y, w, gate, table, tokens), inputs)
 
 
+@pytest.mark.parametrize("with_triton", [True, False], ids=["triton", "torch"])
 @settings(deadline=None, max_examples=20)
-@given(st.integers(0, 2**32), st.integers(1, 3), st.integers(1, 9), st.integers(1, 3), st.integers(1, 9))
-def test_a_gated_embedding(seed, B, T, H, V):
-    v, gate, table = leaves(seed, (B, T, H, 4), (B, T, H), (V, 4 * H))
-    tokens = torch.randint(V, (B, T), generator=torch.Generator().manual_seed(seed))
-    wanted = v + gate.unsqueeze(-1) * F.embedding(tokens, table).view(v.shape)
-    same(recomputed.gated_embedding(v, gate, table, tokens), wanted, (v, gate, table))
+@given(st.integers(0, 2**32), st.integers(1, 40), st.integers(1, 40), st.integers(1, 9))
+def test_the_norm_of_an_embedding(with_triton, seed, N, C, V):
+    (table,) = leaves(seed, (V, C))
+    tokens = some_tokens(seed, V, N)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(portable, "fused", lambda device: with_triton)
+        found = recomputed.embedded_norm(tokens, table, torch.float64)
+        same(found, norm(F.embedding(tokens, table)), (table,))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_value_embeddings_in_the_compute_dtype(dtype):
+    """Within a rounding of it; the table and its gradient are float32."""
+    rng = torch.Generator().manual_seed(3)
+    v, dv = (torch.randn(50, 3, 24, generator=rng).to(dtype) for _ in range(2))
+    gates, table = torch.rand(50, 3, generator=rng).to(dtype), torch.randn(7, 72, generator=rng)
+    tokens = some_tokens(3, 7, 50)
+    wide = [t.double().requires_grad_() for t in (gates, table)]
+    added = wide[0].unsqueeze(-1) * F.embedding(tokens, wide[1]).view(v.shape)
+    wanted, close = v.double() + added.detach(), {"atol": 1e-5, "rtol": torch.finfo(dtype).eps}
+    dg, dtable = torch.autograd.grad(added, wide, dv.double())
+    packed = torch.cat((torch.zeros(50, 144, dtype=dtype), v.flatten(1)), dim=1)  # as v lies beside q and k
+    portable.add_gated(packed[:, 144:].unflatten(1, (3, 24)), gates, table, tokens)
+    torch.testing.assert_close(packed[:, 144:].double(), wanted.flatten(1), **close)
+    assert not packed[:, :144].any()
+    found = portable.add_gated_backward(dv, gates, table, tokens)
+    assert [t.dtype for t in found] == [torch.float32, torch.float32]
+    for ours, theirs in zip(found, (dg, dtable)):
+        torch.testing.assert_close(ours.double(), theirs, atol=1e-4, rtol=1e-5)
 
 
 @settings(deadline=None, max_examples=10)
-@given(st.integers(0, 2**32), st.integers(1, 40), st.sampled_from([16, 48]))
-def test_an_mlp_of_a_norm_keeps_what_was_normalised(seed, N, C):
+@given(st.integers(0, 2**32), st.integers(1, 40), st.sampled_from([16, 48]), st.booleans())
+def test_an_mlp_of_a_norm_keeps_what_was_normalised(seed, N, C, add):
     x, w1, w2 = leaves(seed, (N, C), (2 * C, C), (C, 2 * C))
-    kept = []
     with pytest.MonkeyPatch.context() as patch:
         for table in ("FORWARD", "BACKWARD"):  # in plain torch: the kernels have tests of their own
             patch.setattr(linear_relu2, table, {})
-        check_kept(x, w1, w2, kept)
+        check_kept(x, w1, w2, add)
 
 
-def check_kept(x, w1, w2, kept):
+def check_kept(x, w1, w2, add):
+    kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.data_ptr()) or t, lambda t: t):
         y = norm(x)
         kept.clear()
-        found = linear_relu2.mlp(y, w1, w2, source=x)
+        found = linear_relu2.mlp(y, w1, w2, source=x, add=add)
     assert x.data_ptr() in kept and y.data_ptr() not in kept
-    same(found, linear_relu2.reference(y, w1, w2), (x, w1, w2))
+    same(found, linear_relu2.reference(y, w1, w2) + (x if add else 0), (x, w1, w2))
 
 
 def test_rows_in_bfloat16_are_summed_in_float32():
     """As the forward's kernel does. A scalar without a dimension, as a recipe has it, widens nothing by itself."""
     rng = torch.Generator().manual_seed(1)
-    x, x0, dz = (torch.randn(64, 32, generator=rng).bfloat16() for _ in range(3))
+    x, x0 = (torch.randn(64, 32, generator=rng).bfloat16() for _ in range(2))
+    dz = torch.randn(64, 96, generator=rng).bfloat16()
     a, b = torch.tensor(1.1), torch.tensor(0.3)
-    y = recomputed.norm(a * x.float() + b * x0.float(), torch.bfloat16)
-    w = torch.randn(32, 32, generator=rng).bfloat16().requires_grad_()
-    recomputed.linear_of_norm(y, w, x, x0, a, b).backward(dz)
+    _, y = residual_norm(x, x0, a, b)
+    w = torch.randn(96, 32, generator=rng).bfloat16().requires_grad_()
+    recomputed.qkv_of_norm(y, w, None, None, torch.zeros(64, dtype=torch.int64), x, x0, a, b).backward(dz)
     assert torch.equal(w.grad, dz.T @ y)
 
 
+def test_a_gate_without_a_table_is_refused():
+    x, w, gate, a = leaves(1, (3, 4), (12, 4), (2, 4), (1,))
+    with pytest.raises(ValueError, match="both a gate and a table"):
+        recomputed.qkv_of_norm(x, w, gate, None, torch.zeros(3, dtype=torch.int64), x, x, a, a)
+
+
+@pytest.mark.parametrize("gated", [True, False])
+def test_the_operators_keep_torchs_rules(gated):
+    x, x0, w, a, b, dz = (t.detach() for t in leaves(1, (6, 8), (6, 8), (24, 8), (1,), (1,), (6, 24)))
+    gate, table = leaves(2, (2, 3), (5, 8)) if gated else (None, None)
+    tokens, ops = some_tokens(1, 5, 6), torch.ops.autoresearch
+    (free,) = leaves(3, (5, 8))
+    torch.library.opcheck(ops.qkv.default, (x, w, gate, table, tokens), test_utils=("test_schema", "test_faketensor"))
+    torch.library.opcheck(ops.qkv_backward.default, (dz, w, *(None if t is None else t.detach() for t in (gate, table)),
+                                                     tokens, x, x0, a, b))  # fmt: skip
+    torch.library.opcheck(ops.embedded_norm.default, (tokens, free, torch.float64))
+    torch.library.opcheck(ops.embedded_norm_backward.default, (x, tokens, free.detach()))
+
+
 def test_all_of_it_is_one_graph():
-    x, x0, w, a, b = (t.detach().float().requires_grad_() for t in leaves(1, (2, 6, 8), (2, 6, 8), (8, 8), (1,), (1,)))
-    table = torch.randn(5, 8).requires_grad_()
-    tokens = torch.randint(5, (2, 6))
+    x0, w, a, b = (t.detach().float().requires_grad_() for t in leaves(1, (2, 6, 8), (24, 8), (1,), (1,)))
+    table, values, gate = (t.detach().float().requires_grad_() for t in leaves(2, (5, 8), (5, 8), (2, 3)))
+    tokens = some_tokens(1, 5, 2, 6)
 
-    def loss(x, x0, w, a, b, table):
-        z = recomputed.linear_of_norm(norm(a * x + b * x0), w, x, x0, a, b)
-        gate = torch.sigmoid(z[..., :2])
-        return recomputed.gated_embedding(z.view(2, 6, 2, 4), gate, table, tokens).square().mean()
+    def loss(x0, w, a, b, table, values, gate):
+        x = recomputed.embedded_norm(tokens, table, torch.float32)
+        z = recomputed.qkv_of_norm(norm(a * x + b * x0), w, gate, values, tokens, x, x0, a, b)
+        return z.square().mean()
 
-    inputs = (x, x0, w, a, b, table)
+    inputs = (x0, w, a, b, table, values, gate)
     whole = torch.compile(loss, backend="aot_eager", fullgraph=True)
     for ours, theirs in zip(torch.autograd.grad(whole(*inputs), inputs), torch.autograd.grad(loss(*inputs), inputs)):
         torch.testing.assert_close(ours, theirs)

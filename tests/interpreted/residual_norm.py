@@ -97,3 +97,18 @@ def test_leading_dimensions_and_what_is_refused():
         kernel.residual_norm(x, x0[:1])
     with pytest.raises(ValueError, match="or neither"):
         kernel.residual_norm(x, x0, scalars[0].float())
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    st.integers(0, 2**32), st.integers(0, 50), st.integers(8, 200),
+    st.sampled_from(DTYPES), st.sampled_from(DTYPES), st.booleans(),
+)  # fmt: skip
+def test_the_norm_alone_is_the_one_that_the_forward_stores(seed, N, C, dtype, dtype_y, scaled):
+    """To the bit: a backward makes it again and takes it for what the forward used."""
+    x, x0, scalars, _, _ = inputs(seed, N, C, dtype, dtype)
+    a, b = scalars.float().split(1) if scaled else (None, None)
+    total, y = kernel.residual_norm(x, x0, a, b, dtype_y)
+    assert torch.equal(kernel.normed(x, x0, a, b, dtype_y) if scaled else y, y)
+    if dtype == torch.float32:  # else the sum was rounded in between
+        assert torch.equal(kernel.normed(total, None, None, None, dtype_y), y)
