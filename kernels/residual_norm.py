@@ -60,14 +60,15 @@ def _forward(
     SCALED: tl.constexpr, ACC: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """All (N, C). One program per ROWS rows."""
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    columns = tl.arange(0, BLOCK)
-    inside = (rows < N)[:, None] & (columns < C)[None, :]
-    at = rows.to(tl.int64)[:, None] * C + columns[None, :]
-    _, _, total = _sum_of(X, X0, A, B, at, inside, SCALED, ACC)
+    first = tl.program_id(0) * ROWS
+    rows, columns = tl.arange(0, ROWS), tl.arange(0, BLOCK)
+    inside = (rows < N - first)[:, None] & (columns < C)[None, :]
+    start = first.to(tl.int64) * C  # what may pass 2^31 is one number; the places within the tile are short
+    at = rows[:, None] * C + columns[None, :]
+    _, _, total = _sum_of(X + start, X0 + start, A, B, at, inside, SCALED, ACC)
     r = tl.rsqrt(tl.sum(total * total, 1) / C + eps)
-    tl.store(OUT + at, total.to(OUT.dtype.element_ty), mask=inside)
-    tl.store(Y + at, (total * r[:, None]).to(Y.dtype.element_ty), mask=inside)
+    tl.store(OUT + start + at, total.to(OUT.dtype.element_ty), mask=inside)
+    tl.store(Y + start + at, (total * r[:, None]).to(Y.dtype.element_ty), mask=inside)
 
 
 @triton.jit
