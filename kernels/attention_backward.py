@@ -53,7 +53,7 @@ def delta_kernel(
 def over_queries(
     dk, dv, k, v, keys,  # (N, DP) float32 twice, (N, DP) twice, (N,)
     Q, Dy, Dq, Lse, Delta,  # of this head: (T, DP), (T, D), (T, DP) float32, (T,), (T,)
-    first, last, whole, gap, T, window, scale2,
+    first, last, whole, gap, T, window, scale2, unscale2,
     gt: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, M: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Add what the queries first..last (in steps of M) bring to dk and dv, and this block's part to dq.
@@ -64,8 +64,9 @@ def over_queries(
     # Registers decide here. A tile's address is a scalar that moves and offsets known when compiling; and what does
     # not change is computed again in each step, as else the offsets of all loops are kept at once, and spilled.
     for i in tl.range(first, last, M, disable_licm=True):
-        if MASKED:
-            i = tl.where(i < whole, i, i + gap)
+        # The minimum changes nothing. It hides that i moves by a constant, for which LLVM may keep a 64-bit pointer to
+        # each number of lse and delta, 60 registers, and move them all (with Triton 3.9 it does).
+        i = tl.where(i < whole, i, i + gap) if MASKED else tl.minimum(i, T - M)
         i = tl.multiple_of(i, M)
         steps, columns = tl.arange(0, M), tl.arange(0, DP)
         here = steps[:, None] * DP + columns[None, :]
@@ -83,7 +84,7 @@ def over_queries(
             lse = tl.load(Lse + i + steps)
             delta = tl.load(Delta + i + steps)
         # lse and delta are subtracted by starting the sums from them, which frees their registers
-        start = tl.broadcast_to(lse[None, :] * (-1.0 / scale2), (N, M))
+        start = tl.broadcast_to(lse[None, :] * unscale2, (N, M))
         p = tl.exp2(tl.dot(k, q.T, start, input_precision="ieee") * scale2)  # (N, M)
         if MASKED:
             distance = (i + steps)[None, :] - keys[:, None]
@@ -131,16 +132,17 @@ def backward_kernel(
     last = tl.minimum(T, start + N + window)
     whole = tl.cdiv(start + N - 1, M) * M
     gap = tl.maximum(0, (tl.minimum(start + window, T - 1) + 1) // M * M - whole)
+    unscale2 = -1.0 / scale2  # here, as the loops compute anew what does not change
     for g in tl.range(0, G, num_stages=1, disable_licm=True):
         row = (b * H + hk * G + g) * T
         q, dq, lse, delta = Q + row * DP, Dq + row * DP, Lse + row, Delta + row
         dy = Dy + b * gb + (hk * G + g) * gh
         dk, dv = over_queries(
-            dk, dv, k, v, keys, q, dy, dq, lse, delta, first, last - gap, whole, gap, T, window, scale2,
+            dk, dv, k, v, keys, q, dy, dq, lse, delta, first, last - gap, whole, gap, T, window, scale2, unscale2,
             gt, D, DP, M, True,
         )  # fmt: skip
         dk, dv = over_queries(
-            dk, dv, k, v, keys, q, dy, dq, lse, delta, whole, whole + gap, whole, gap, T, window, scale2,
+            dk, dv, k, v, keys, q, dy, dq, lse, delta, whole, whole + gap, whole, gap, T, window, scale2, unscale2,
             gt, D, DP, M, False,
         )  # fmt: skip
     out = b * ob + hk * oh

@@ -44,14 +44,14 @@ BACKWARD = {target: Tile(1024, warps=4) for target in (75, 80, 86, 89, 90, 100, 
 
 
 @triton.jit
-def _sum_of(X, X0, A, B, at, inside, SCALED: tl.constexpr, ACC: tl.constexpr):
-    """x, x0 and a x + b x0 at the places `at`; x alone where there is no X0."""
-    x = tl.load(X + at, mask=inside, other=0.0).to(ACC)
+def _sum_of(X, X0, A, B, start, at, inside, SCALED: tl.constexpr, ACC: tl.constexpr):
+    """x, x0 and a x + b x0 at the places `at` after `start`; x alone where there is no X0."""
+    x = tl.load(X + start + at, mask=inside, other=0.0).to(ACC)
     if X0 is None:
         x0 = x
         total = x
     else:
-        x0 = tl.load(X0 + at, mask=inside, other=0.0).to(ACC)
+        x0 = tl.load(X0 + start + at, mask=inside, other=0.0).to(ACC)
         total = x + x0
         if SCALED:
             total = tl.load(A).to(ACC) * x + tl.load(B).to(ACC) * x0
@@ -64,15 +64,16 @@ def _forward(
     SCALED: tl.constexpr, ACC: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """All (N, C). One program per ROWS rows. Without OUT the norm alone is stored."""
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    columns = tl.arange(0, BLOCK)
-    inside = (rows < N)[:, None] & (columns < C)[None, :]
-    at = rows.to(tl.int64)[:, None] * C + columns[None, :]
-    _, _, total = _sum_of(X, X0, A, B, at, inside, SCALED, ACC)
+    first = tl.program_id(0) * ROWS
+    rows, columns = tl.arange(0, ROWS), tl.arange(0, BLOCK)
+    inside = (rows < N - first)[:, None] & (columns < C)[None, :]
+    start = first.to(tl.int64) * C  # what may pass 2^31 is one number; the places within the tile are short
+    at = rows[:, None] * C + columns[None, :]
+    _, _, total = _sum_of(X, X0, A, B, start, at, inside, SCALED, ACC)
     r = tl.rsqrt(tl.sum(total * total, 1) / C + eps)
     if OUT is not None:
-        tl.store(OUT + at, total.to(OUT.dtype.element_ty), mask=inside)
-    tl.store(Y + at, (total * r[:, None]).to(Y.dtype.element_ty), mask=inside)
+        tl.store(OUT + start + at, total.to(OUT.dtype.element_ty), mask=inside)
+    tl.store(Y + start + at, (total * r[:, None]).to(Y.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -89,7 +90,7 @@ def _backward(
         inside = (rows < N)[:, None] & (columns < C)[None, :]
         at = rows.to(tl.int64)[:, None] * C + columns[None, :]
         if SCALED:
-            x, x0, total = _sum_of(X, X0, A, B, at, inside, SCALED, ACC)
+            x, x0, total = _sum_of(X, X0, A, B, 0, at, inside, SCALED, ACC)
         else:
             total = tl.load(X + at, mask=inside, other=0.0).to(ACC)
         d = tl.load(D + at, mask=inside, other=0.0).to(ACC)

@@ -79,7 +79,7 @@ def _chunk(
         q, e = _bounded(tl.load(z + columns, mask=inside, other=0.0).to(ACC), cap)
         total = tl.sum(tl.where(inside, e, 0.0))
         inverse = 1.0 / total
-        hit = columns == target
+        hit = columns == target.to(tl.int32)  # as int64 the columns would take registers twice
         picked = tl.sum(tl.where(hit, q, 0.0))
         g = (e * inverse - tl.where(hit, 1.0, 0.0)) * (4.0 * SCALE) * q * (1.0 - q)
         tl.store(z + columns, g.to(Z.dtype.element_ty), mask=inside)
