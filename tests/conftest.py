@@ -144,6 +144,7 @@ BESIDE = {
         "test_the_shipped_recipe_in_seconds",
         "test_where_a_card_would_wait_nothing_is_compiled_as_a_whole",
     },
+    "test_mlx_referee": {"test_two_experiments_of_the_search"},
     "test_sandbox": {"test_torch_compiles"},
 }
 
