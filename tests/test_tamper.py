@@ -38,6 +38,7 @@ RECIPES = sorted(p.stem for p in FOLDER.glob("*.py") if p.stem not in SHARED)
 # a fixed number of steps, so two honest runs end equal; this much a harmless change of one of them can make.
 NOISE = 0.01
 LEARNS_FOR = 40  # STEPS of tests/tamper/common.py
+MOST_SECONDS = 10.0  # of training, for a machine under load
 SECRET = "PLANTED-SECRET"
 WORKED = "CHEAT WORKED"
 
@@ -134,15 +135,21 @@ def judge(dataset: Dataset, settings: Settings, tmp_path_factory: pytest.TempPat
             probe=LOOKS if looks else None,
             **given,  # type: ignore[arg-type]
         )
-        outcome = execute(request)
-        if (
-            outcome.status == "scored" and outcome.steps < LEARNS_FOR
-        ):  # a machine under load; it has to learn to the end
-            outcome = execute(replace(request, budget=10.0))
+        outcome = learnt(request, LEARNS_FOR)
         look_at_logs(workdir)
         return outcome
 
     return run
+
+
+def learnt(request: Request, steps: int) -> Outcome:
+    """A score counts only of a recipe that has learnt to its end. Under load it is given twice as long as that takes at
+    the pace it had; where this was not enough, more, up to MOST_SECONDS."""
+    outcome, budget = execute(request), request.settings.budget
+    while outcome.status == "scored" and outcome.steps < steps and budget < MOST_SECONDS:
+        budget = min(MOST_SECONDS, 2 * budget * steps / max(1, outcome.steps))
+        outcome = execute(replace(request, budget=budget))
+    return outcome
 
 
 @pytest.fixture(scope="module")

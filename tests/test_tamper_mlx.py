@@ -22,12 +22,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_tamper import FOLDER, KNOWN, RECIPES, SECRET, commonest_successors, look_at_logs, must_hold
+from test_tamper import FOLDER, KNOWN, RECIPES, SECRET, commonest_successors, learnt, look_at_logs, must_hold
 
 from core import guard
 from core.data import Dataset
 from core.outcome import Outcome, Request
-from core.referee import execute
 from core.settings import Settings
 
 pytest.importorskip("mlx.core")
@@ -102,9 +101,7 @@ def judge(dataset: Dataset, settings: Settings, tmp_path_factory: pytest.TempPat
             source=source.encode(), settings=replace(limits, **(changed or {})), dataset=dataset, seed=settings.seed,
             experiment="1", workdir=workdir, **fields,
         )  # fmt: skip
-        outcome = execute(request)
-        if outcome.status == "scored" and outcome.steps < LEARNS_FOR:  # a machine under load: let it learn to the end
-            outcome = execute(replace(request, budget=6.0))
+        outcome = learnt(request, LEARNS_FOR)
         look_at_logs(workdir)
         return outcome
 
