@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 OWN_PROGRAM = "program.md"
 DRIVING = "## For an agent that drives this lab"  # where the second part of it begins
 FEW_STEPS = 200
+AMPERE = (8, 0)  # the first compute capability that multiplies bfloat16
 
 
 @dataclass(frozen=True)
@@ -140,10 +141,7 @@ def _fitted(screen: Screen, chosen: Plan, dataset: Dataset, recipe: bytes, keep_
 
     backend = backends.load(chosen.choice.value)
     profile = replace(chosen.profile, budget=chosen.budget, vocab_size=dataset.vocab_size)
-    fast = {"avx512_bf16", "amx_bf16"} & set(chosen.hardware.flags)  # a guess that the device then confirms
-    on_cpu = backends.device_name(backend.name, chosen.hardware) == "cpu"
-    guess = "bfloat16" if not on_cpu or (fast and backend.name == "cpu") else "float32"
-    settings = _lock(chosen, dataset, guess)
+    settings = _lock(chosen, dataset, _first_dtype(chosen))
     screen.say("fitting: timing the recipe on this machine ...")
     facts = _measure(screen, recipe, settings)
     if facts["dtype"] != settings.dtype:
@@ -165,6 +163,19 @@ def _fitted(screen: Screen, chosen: Plan, dataset: Dataset, recipe: bytes, keep_
     if by := computed_by(facts["describe"]):
         screen.say("  " + "; ".join(f"{what}: {name}" for what, name in by.items()))
     return recipe, settings
+
+
+def _first_dtype(chosen: Plan) -> str:
+    """What the first timing computes in; the device then says what is best. It has to run: without Triton's products
+    PyTorch has no attention in bfloat16 for a card before Ampere."""
+    import backends
+
+    hardware, name = chosen.hardware, chosen.choice.value
+    if backends.device_name(name, hardware) != "cpu":
+        old_card = bool(hardware.gpus) and hardware.gpus[0].capability < AMPERE
+        return "float16" if old_card else "bfloat16"
+    fast = {"avx512_bf16", "amx_bf16"} & set(hardware.flags)
+    return "bfloat16" if fast and name == "cpu" else "float32"
 
 
 def _way(

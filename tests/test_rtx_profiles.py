@@ -256,17 +256,40 @@ def test_profiles_load_no_torch():
     assert Path(backends.load("rtx").recipe_path).is_file()
 
 
-@pytest.mark.parametrize("described", [{"kernels": "torch: triton is not installed", "depth": 8}, {"depth": 8}])
-def test_fitting_tells_which_kernels_the_night_will_have(monkeypatch, tmp_path, described):
+@pytest.fixture
+def fitted(monkeypatch, tmp_path):
+    """The fitting for a card that is not here: what it said, and the settings of each timing."""
     from console import making
 
-    monkeypatch.setattr("core.hardware.probe", lambda: probe(Machine(gpus=[rtx("3060", 11.76, (8, 6))])))
-    monkeypatch.chdir(tmp_path)
-    chosen = making.plan(None, making.Wishes(backend="rtx", tag="x"))
-    facts = {"dtype": "bfloat16", "dtype_reason": "sm_86", "seconds_per_step": 0.1, "params": 10**7}
-    monkeypatch.setattr(making, "_measure", lambda screen, recipe, settings: {**facts, "describe": described})
-    data = SimpleNamespace(path=Path("text"), sha256="0" * 64, vocab_size=8192, bos_id=0)
-    said = []
-    recipe = backends.fit(backends.load("rtx").recipe(), chosen.profile)
-    making._fitted(SimpleNamespace(say=said.append), chosen, data, recipe, keep_shape=True)
+    def fit(card, facts, keep_shape=True):
+        here = probe(Machine(gpus=[card]))
+        monkeypatch.setattr("core.hardware.probe", lambda: here)
+        monkeypatch.chdir(tmp_path)
+        chosen = making.plan(None, making.Wishes(backend="rtx", tag="x"))
+        said, timed = [], []
+
+        def measure(screen, recipe, settings):
+            timed.append(settings)
+            usual = {"dtype": device.choose_dtype(here.gpus[0].capability).value, "dtype_reason": here.gpus[0].arch}
+            return {**usual, "seconds_per_step": 0.1, "params": 10**7, "describe": {}, "health": {}, **facts}
+
+        monkeypatch.setattr(making, "_measure", measure)
+        data = SimpleNamespace(path=Path("text"), sha256="0" * 64, vocab_size=8192, bos_id=0)
+        recipe = backends.fit(backends.load("rtx").recipe(), chosen.profile)
+        _, settings = making._fitted(SimpleNamespace(say=said.append), chosen, data, recipe, keep_shape)
+        return said, [s.dtype for s in timed], settings
+
+    return fit
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("2080 Ti", "float16"), ("3060", "bfloat16"), ("5090", "bfloat16")])
+def test_the_first_timing_computes_in_what_the_card_can(fitted, name, dtype):
+    """On a Turing card without Triton's products bfloat16 crashes, and no lab would be made."""
+    _, timed, settings = fitted(MATRIX[name][0].gpus[0], {})
+    assert timed == [dtype] and settings.dtype == dtype
+
+
+@pytest.mark.parametrize("described", [{"kernels": "torch: triton is not installed", "depth": 8}, {"depth": 8}])
+def test_fitting_tells_which_kernels_the_night_will_have(fitted, described):
+    said, _, _ = fitted(rtx("3060", 11.76, (8, 6)), {"describe": described})
     assert ("  kernels: torch: triton is not installed" in said) == ("kernels" in described)
