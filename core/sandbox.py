@@ -312,6 +312,7 @@ def command(argv: list[str], policy: Policy) -> list[str]:
         root = paths.project_root()
         setup = {
             "root": str(root),
+            "prefix": sys.prefix,
             "folders": readable.package_folders(),
             "names": readable.package_names(policy.backend),
             "abi": min(abilities().landlock, policy.layers.landlock),
