@@ -220,6 +220,18 @@ def test_a_gpu_childs_memory_is_watched_and_not_limited_by_the_job(tmp_path: Pat
     assert sandbox_windows.hard_limit(dataclasses.replace(policy, backend="rtx")) == 0
 
 
+@pytest.mark.parametrize(("backend", "told"), [("cpu", True), ("rtx", False)])
+def test_what_a_driver_commits_for_its_card_is_no_memory_that_was_taken(
+    jobs: StandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backend: str, told: bool
+) -> None:
+    monkeypatch.setattr(jobs, "peak", lambda job: 2**40)
+    policy = dataclasses.replace(sandbox.standard_policy(tmp_path / "scratch", "cpu"), backend=backend)
+    child = sandbox.launch([sys.executable, "-c", ""], policy, cwd=tmp_path / "scratch", log=tmp_path / "log")
+    child.wait(60.0)
+    assert (child.peak_memory() == 2**40) is told and child.peak_memory() > 2**20
+    child.channel.close()
+
+
 def test_what_a_child_on_windows_finds_in_its_environment(jobs: StandIn, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv("SYSTEMROOT", r"C:\WINDOWS")
     monkeypatch.setenv("ANTHROPIC_API_KEY", "secret")
