@@ -202,6 +202,8 @@ def _gpu_check(hardware: Hardware) -> Check:
     gpu = hardware.gpus[0]
     detail = f"{gpu.name}, {gpu.memory / GIB:.1f} GiB, {gpu.arch}, driver {gpu.driver}"
     detail += f", and {len(hardware.gpus) - 1} more" if len(hardware.gpus) > 1 else ""
+    if gpu.lost:
+        return Check("gpu", None, f"{detail}; {', '.join(gpu.lost)} does not answer", "plug it in again, or restart")
     if gpu.processes:
         return Check("gpu", None, f"{detail}; {gpu.processes} other process(es) on it", "end them: they distort scores")
     return Check("gpu", True, detail)

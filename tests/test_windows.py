@@ -9,10 +9,14 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from types import SimpleNamespace
 
 import pytest
+from test_hardware import Machine
 
-from core import child, facts, files, sandbox_windows, versions, windows
-from core.doctor import DISTRIBUTIONS
+from backends.rtx.profiles import remarks
+from core import child, facts, files, sandbox_windows, trainer, versions, windows, wire
+from core.doctor import DISTRIBUTIONS, _gpu_check
+from core.hardware import probe
 from core.interruptions import Interruptions
+from core.outcome import Outcome
 from core.places import synced_by
 from core.steady import Steady, departure
 
@@ -142,6 +146,63 @@ def test_nvml_tells_the_drivers_version(monkeypatch, answer, told):
     assert facts.nvidia_driver() == told
     monkeypatch.setitem(sys.modules, "pynvml", None)
     assert facts.nvidia_driver() is None
+
+
+def cards(count, lost, monkeypatch):
+    """A pynvml that counts so many cards, of which these are lost: an eGPU that was pulled out."""
+
+    class Lost(Exception):
+        pass
+
+    def handle(index):
+        if index in lost:
+            raise Lost("GPU is lost")
+        return index
+
+    def refuse(*arguments):
+        raise Lost("Not Supported")
+
+    memory = SimpleNamespace(total=8 * 2**30, free=7 * 2**30)
+    answers = {"Count": count, "MemoryInfo": memory, "CudaComputeCapability": (8, 9), "UUID": "GPU-a"}
+    answers |= {"Name": b"NVIDIA GeForce RTX 4060"}
+    nvml = SimpleNamespace(NVMLError=Lost, nvmlDeviceGetHandleByIndex=handle)
+    nvml.nvmlSystemGetDriverVersion = lambda: "581.29"
+    nvml.nvmlInit = nvml.nvmlShutdown = lambda: None
+    for name, answer in answers.items():
+        setattr(nvml, f"nvmlDeviceGet{name}", lambda *a, answer=answer: answer)
+    for name in ("ComputeRunningProcesses", "DisplayActive", "MigMode"):
+        setattr(nvml, f"nvmlDeviceGet{name}", refuse)
+    monkeypatch.setitem(sys.modules, "pynvml", nvml)
+    return facts.LocalFacts().nvidia()
+
+
+def test_a_card_that_is_lost_hides_no_other_and_is_named(monkeypatch):
+    (left,) = cards(2, {1}, monkeypatch)
+    assert left.name == "NVIDIA GeForce RTX 4060" and left.lost == ("card 1 of 2 (GPU is lost)",)
+    here = probe(Machine(gpus=[left]))
+    assert any("card 1 of 2 (GPU is lost) does not answer" in remark for remark in remarks(here))
+    check = _gpu_check(here)
+    assert check.ok is None and "card 1 of 2 (GPU is lost) does not answer" in check.detail and check.action
+    assert [gpu.lost for gpu in cards(2, set(), monkeypatch)] == [(), ()]
+    with pytest.raises(facts.GpuProblem, match=r"card 0 of 1 \(GPU is lost\)"):
+        cards(1, {0}, monkeypatch)
+
+
+@pytest.mark.parametrize(
+    ("device", "reported", "peak"),
+    [("cuda:0", 3 * 2**30, 3 * 2**30), ("cuda:0", 0, 9 * 2**30), ("cpu", 3 * 2**30, 9 * 2**30)],
+)
+def test_the_peak_of_a_card_is_what_the_card_says(monkeypatch, tmp_path, device, reported, peak):
+    """The process has much of the computer's memory too, on Windows as much as the driver commits for the card."""
+    handed = wire.Message("handed", {"peak_memory": reported, "describe": {}})
+    process = SimpleNamespace(peak_memory=lambda: 9 * 2**30)
+    worker = SimpleNamespace(scratch=tmp_path, expect=lambda *given: handed, kill=lambda: None, child=process)
+    request, settings = SimpleNamespace(seconds=lambda: 1.0), SimpleNamespace(device=device)
+    run = SimpleNamespace(request=request, settings=settings, outcome=Outcome())
+    training = trainer.Trainer(run, worker, None, None)
+    monkeypatch.setattr(training, "_open", lambda took: 0)
+    training.hand_over()
+    assert run.outcome.peak_memory == peak
 
 
 def test_tritons_build_for_windows_is_a_library_too():
