@@ -19,7 +19,7 @@ import psutil
 
 from core import caches, files, sandbox, wire
 from core.contract import Spec
-from core.errors import UserError
+from core.errors import DeviceFull, UserError
 from core.outcome import Status
 from core.settings import Settings
 from core.wire import ChannelClosed, ChannelTimeout, Message, ProtocolError
@@ -226,6 +226,8 @@ class Worker:
         except ProtocolError as error:
             return self.broke(error)
         if status == "backend" and not self._opened:
+            if "needed" in message.fields:
+                raise DeviceFull(reason, message.text("action", 600), message.integer("needed"))
             raise BackendFailed(reason, message.text("action", 600))
         if status not in ("crash", "invalid", "memory"):
             return self.broke(f"status {status!r}")

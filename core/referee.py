@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from core import caches, files, guard, scoring
+from core import caches, files, gpuwatch, guard, scoring
 from core import weights as weight_files
 from core.child import Ended, OutOfMemory, Place, Worker
 from core.health import Watch
@@ -38,6 +38,7 @@ __all__ = ["Event", "Outcome", "Request", "Status", "dry_build", "execute", "ign
 
 LOG_LINES = 50
 REHEARSED = ("mlx",)  # backends whose trainer finds what a warm-up in another process has compiled
+LOOKS = 4  # at the card during the shortest timing
 EAGER = ("cuda", "rtx")  # backends on which torch.compile does nothing where a recipe is only tried out
 
 
@@ -55,6 +56,8 @@ def execute(
         run.go()
     except Ended as end:
         run.outcome.status, run.outcome.reason = end.status, end.reason
+        own_limit = any(worker.child.exceeded() for worker in run.workers.values())
+        run.outcome.out_of_memory = isinstance(end, OutOfMemory) and not own_limit
         run.outcome.val_bpb, run.outcome.weights = None, None
     finally:
         run.close()
@@ -252,7 +255,7 @@ def measure(
     peak_flops, peak_source, describe, health (of `core.health.Watch`). Random tokens, no data. `RecipeFailed` when it
     does not get that far."""
     place = Place(settings, workdir, stop or threading.Event())
-    return _ask(source, place, "measure", "measured", None, seconds=seconds)
+    return _ask(source, place, "measure", "measured", None, seconds=seconds, watched=True)
 
 
 def dry_build(
@@ -281,13 +284,26 @@ class RecipeFailed(Exception):
         super().__init__(end.reason)
 
 
-def _ask(source: bytes, place: Place, role: str, answer: str, compiled: Path | None, **fields: Any) -> dict[str, Any]:
+def _ask(
+    source: bytes,
+    place: Place,
+    role: str,
+    answer: str,
+    compiled: Path | None,
+    seconds: float = 0.0,
+    watched: bool = False,
+) -> dict[str, Any]:
+    """The child's answer. `watched`: it says when it is warm, and from then on the card is looked at; before that our
+    own part of its memory grows."""
     settings = place.settings
     place.workdir.mkdir(parents=True, exist_ok=True)
     worker = Worker(role, place)
     try:
-        worker.begin(source, settings.seed, compiled, **fields)
-        watch = Watch(worker.child.pid)
+        worker.begin(source, settings.seed, compiled, seconds=seconds)
+        if watched:
+            worker.expect("warm", settings.warmup_cap + 30.0, "import, build and warm-up")
+        every = min(gpuwatch.EVERY, seconds / LOOKS) if watched else gpuwatch.EVERY
+        watch = Watch(worker.child.pid, settings.device if watched else "", every=every)
         message = worker.expect(answer, settings.warmup_cap + 30.0, "import, build and steps")
         found = {k: v for k, v in message.fields.items() if k not in ("describe", "health")}
         return found | {"describe": plain(message), "health": watch.report()}
