@@ -20,6 +20,7 @@ from core.paths import home, project_root
 from core.torchbuild import Problem as TorchProblem
 from core.torchbuild import TorchBuild
 from core.torchbuild import problem as torch_problem
+from core.windows import under_wsl
 
 GIB = 2**30
 
@@ -103,7 +104,7 @@ def probe(source: Facts | None = None) -> Hardware:
         chip=chip,
         apple=identify(chip, facts) if chip and not emulated else Apple(),
         emulated=emulated,
-        wsl="microsoft" in release.lower(),
+        wsl=under_wsl(release),
         container=_in_container(facts),
         mlx=facts.installed("mlx"),
         torch=facts.torch(),
