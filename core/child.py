@@ -11,13 +11,14 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import psutil
 
-from core import caches, files, sandbox, wire
+from core import caches, files, locks, sandbox, wire
 from core.contract import Spec
 from core.errors import DeviceFull, UserError
 from core.outcome import Status
@@ -82,6 +83,13 @@ class Place:
         """Bytes that one child and its processes may take."""
         return self.settings.memory_limit or int(MEMORY_SHARE * psutil.virtual_memory().total)
 
+    @cached_property
+    def card(self) -> dict[str, str]:
+        """What shows children the card that is locked and watched, and no other: CUDA would count the cards by its own
+        idea of their speed. By UUID one is meant, or a part of one (MIG), whatever order the user has set."""
+        uuid = locks.cuda_uuid(0) if locks.cuda_index(self.settings.device) == 0 else ""
+        return {"CUDA_VISIBLE_DEVICES": uuid} if uuid else {}
+
     def spec(self, seed: int) -> Spec:
         s = self.settings
         return Spec(s.vocab_size, s.sequence_len, s.bos_id, s.device, s.dtype, seed, self.memory())
@@ -115,7 +123,7 @@ class Worker:
             memory_bytes=place.memory(),
             caches=self.caches,
             nice=place.nice,
-            env=place.env,
+            env={**place.card, **place.env},
         )
         argv = [sys.executable, "-m", "backends.worker", role, settings.backend]
         self.child = sandbox.launch(argv, policy, cwd=self.scratch, log=place.workdir / f"{self.name}.log")
