@@ -164,6 +164,8 @@ def _fitted(screen: Screen, chosen: Plan, dataset: Dataset, recipe: bytes, keep_
             f"  about {count(steps)} steps in {duration(chosen.budget)}, {count(facts['params'])} parameters{few}"
         )
     screen.say(f"  compute in {settings.dtype}: {facts['dtype_reason']}")
+    if chosen.verdict == "statistical" and not settings.probe:
+        screen.say("  hopeless candidates train to their end: Windows cannot stop a process and let it go on")
     if by := computed_by(facts["describe"]):
         screen.say("  " + "; ".join(f"{what}: {name}" for what, name in by.items()))
     return recipe, settings
@@ -248,6 +250,7 @@ def _wait_for_card(screen: Screen, device: str) -> None:
 
 def _lock(chosen: Plan, dataset: Dataset, dtype: str) -> Settings:
     import backends
+    from core import freezing
     from core.settings import Settings
 
     return Settings(
@@ -266,7 +269,7 @@ def _lock(chosen: Plan, dataset: Dataset, dtype: str) -> Settings:
         logits_bytes=chosen.profile.logits_bytes,
         verdict=chosen.verdict,
         min_delta=chosen.min_delta,
-        probe=chosen.verdict == "statistical",
+        probe=chosen.verdict == "statistical" and freezing.possible(),
     )
 
 

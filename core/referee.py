@@ -7,14 +7,15 @@
 
 Where looks on the way are wanted (`Request.probe`), a *prober* scores the weights so far while the trainer's processes
 are stopped (core/pausing.py). The recipe never computes in two of them at once. The processes of prober, scorer and
-auditor are started together with the trainer, so that loading the backend's library overlaps; they get the recipe
-when it is their turn.
+auditor are started together with the trainer, so that loading the backend's library overlaps (but see `_roles`); they
+get the recipe when it is their turn.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -23,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from core import caches, files, gpuwatch, guard, scoring
+from core import caches, files, freezing, gpuwatch, guard, scoring
 from core import weights as weight_files
 from core.child import Ended, OutOfMemory, Place, Worker
 from core.health import Watch
@@ -112,13 +113,18 @@ class _Experiment:
         return ["val", "holdout"] if self.request.holdout else ["val"]
 
     def _roles(self) -> list[str]:
-        roles = ["trainer", "scorer"]
-        if self.settings.backend in REHEARSED:
-            roles.insert(0, "warm-up")
-        return roles if self.request.audit == "never" else [*roles, "auditor"]
+        """Of the processes that are started before the training.
+
+        On Windows loading torch for a card commits gigabytes in each process, and what is committed cannot exceed
+        memory and page file: with three at once a machine of 16 GB fails to load them. There scorer and auditor begin
+        when the trainer has gone, which costs the seconds in which they load; one that is not needed never does."""
+        roles = ["warm-up", "trainer"] if self.settings.backend in REHEARSED else ["trainer"]
+        if sys.platform == "win32" and self.settings.device.startswith("cuda"):
+            return roles
+        return [*roles, "scorer"] if self.request.audit == "never" else [*roles, "scorer", "auditor"]
 
     def _prober(self) -> Prober | None:
-        if self.request.probe is None:
+        if self.request.probe is None or not freezing.possible():  # its lab was told so once, when it was made
             return None
         prober = Prober(self.request, self.place, self.outcome, lambda: self.compiled)
         self.workers |= prober.workers
@@ -161,6 +167,12 @@ class _Experiment:
             self._audit(text, score)
         return score
 
+    def _worker(self, role: str) -> Worker:
+        """The process of this role, started now where it was not before the training."""
+        if role not in self.workers:
+            self.workers[role] = Worker(role, self.place)
+        return self.workers[role]
+
     def _anew(self, role: str) -> None:
         """A new process in the place of one that was used."""
         if role in self.workers:
@@ -183,7 +195,7 @@ class _Experiment:
 
     def _score(self, text: scoring.Text) -> scoring.Score:
         self.phase("score" if text.part == "val" else "score the holdout")
-        worker = self.workers["scorer"]
+        worker = self._worker("scorer")
         self._begin(worker, text)
         scoring.give_weights(worker, self.weights)
         seconds = scoring.limit(self.place)
@@ -198,7 +210,7 @@ class _Experiment:
 
     def _audit(self, text: scoring.Text, score: scoring.Score) -> None:
         self.phase("audit" if text.part == "val" else "audit of the holdout")
-        worker = self.workers["auditor"]
+        worker = self._worker("auditor")
         self._begin(worker, text)
         seconds = scoring.limit(self.place)
         facts = scoring.audit(worker, text, self.weights, score, seconds, self.rng)

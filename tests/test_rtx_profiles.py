@@ -355,6 +355,14 @@ def test_fitting_tells_which_kernels_the_night_will_have(fitted, described):
     assert ("  kernels: torch: triton is not installed" in said) == ("kernels" in described)
 
 
+@pytest.mark.parametrize("platform", ["linux", "win32"])
+def test_a_lab_on_windows_is_told_once_that_nothing_is_looked_at_on_its_way(fitted, monkeypatch, platform):
+    monkeypatch.setattr("core.freezing.sys", SimpleNamespace(platform=platform))
+    said, _, settings = fitted(rtx("3060", 11.76, (8, 6)), {})
+    assert settings.probe == (platform == "linux")
+    assert sum("hopeless candidates train to their end" in line for line in said) == (platform == "win32")
+
+
 GAME = {
     "card": {"tainted": "other programs kept the card 80% busy"},
     "tainted": "other programs kept the card 80% busy",
