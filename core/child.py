@@ -291,7 +291,7 @@ class Worker:
     def close(self) -> None:
         """End the tree and remove its folder."""
         self.kill()
-        _remove(self.folder)
+        files.remove(self.folder)
 
 
 def _status(code: int) -> str:
@@ -301,28 +301,3 @@ def _status(code: int) -> str:
 
 def _exceeded(reason: str) -> Ended:
     return OutOfMemory(reason) if reason.startswith(OUT_OF_MEMORY) else Ended("crash", reason)
-
-
-def _remove(folder: Path) -> None:
-    """Remove a folder that a child could write to, whatever it did to the permissions in it."""
-    if not folder.exists():
-        return
-
-    def open_up(function: Callable[..., Any], path: str, _: Any) -> None:
-        parent = Path(path).parent
-        for place in (parent, Path(path)):
-            # Windows removes no read-only file; elsewhere a file may be one of ours by another name.
-            if not files.is_link(place) and (place.is_dir() or sys.platform == "win32"):
-                place.chmod(0o700)
-        try:
-            function(path)
-        except OSError:
-            pass  # reported by the next look at the disk; the folder lies in a work folder that is removed later
-
-    if sys.version_info >= (3, 12):
-        shutil.rmtree(folder, onexc=open_up)
-    else:
-        shutil.rmtree(folder, onerror=open_up)
-    if folder.exists():
-        folder.chmod(0o700)
-        shutil.rmtree(folder, ignore_errors=True)

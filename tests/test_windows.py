@@ -296,7 +296,8 @@ def test_the_status_of_a_fault_is_said_as_it_is_looked_up(status, said):
     assert child._status(status) == said
 
 
-def test_a_read_only_file_and_a_junction_are_no_obstacle_to_removing_a_scratch_folder(win32, tmp_path):
+def test_a_read_only_file_is_no_obstacle_to_removing_a_folder(win32, tmp_path):
+    """Of a recipe's scratch folder, or of the repository of a half-made lab, whose objects git makes read-only."""
     (tmp_path / "scratch").mkdir()
     file = tmp_path / "scratch" / "file"
     file.write_text("x")
@@ -311,8 +312,24 @@ def test_a_read_only_file_and_a_junction_are_no_obstacle_to_removing_a_scratch_f
         real(path, **more)
 
     win32.setattr(os, "unlink", unlink)
-    child._remove(tmp_path / "scratch")
+    files.remove(tmp_path / "scratch")
     assert refusals and not (tmp_path / "scratch").exists()
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write everywhere")
+def test_what_a_recipe_closed_is_removed_and_nothing_around_it_is_opened(tmp_path):
+    work = tmp_path / "work"
+    (work / "a" / "b").mkdir(parents=True)
+    (work / "a" / "b" / "file").write_text("x")
+    for folder in (work / "a" / "b", work / "a", work):
+        folder.chmod(0)
+    files.remove(work)
+    assert not work.exists()
+    work.mkdir()
+    tmp_path.chmod(0o500)
+    files.remove(work)
+    assert tmp_path.stat().st_mode & 0o777 == 0o500
+    tmp_path.chmod(0o700)
 
 
 def test_what_only_windows_calls_a_link():
