@@ -28,7 +28,7 @@ import numpy as np
 from core import weights as weight_files
 from core.clock import Budget, StepTimes
 from core.contract import Device, Spec, Training
-from core.errors import UserError
+from core.errors import DeviceFull, UserError
 from core.wire import Channel, ChannelClosed, Message, close_all, own_channel
 
 PROGRESS_EVERY = 1.0  # seconds between two messages of progress
@@ -74,7 +74,8 @@ def opened(channel: Channel, device_module: ModuleType) -> Device:
     try:
         device: Device = device_module.open_device()
     except UserError as error:
-        channel.send("failed", {"status": "backend", "reason": error.fact[:400], "action": error.action[:400]})
+        told = {"status": "backend", "reason": error.fact[:400], "action": error.action[:400]}
+        channel.send("failed", told | ({"needed": error.needed} if isinstance(error, DeviceFull) else {}))
         raise ChannelClosed("no device") from None
     channel.send("opened")
     return device
@@ -476,6 +477,7 @@ def measure(channel: Channel, device: Device, begin: Message) -> None:
     batches = RandomBatches(device, spec)
     warm_up(device, training, batches)
     warm = time.monotonic() - began
+    channel.send("warm")  # from here on the card is watched
     batches.served = 0
     seconds, steps = begin.number("seconds"), 0
     start = time.perf_counter()

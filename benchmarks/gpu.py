@@ -4,6 +4,7 @@ beside `--upstream` in ten and a half.
     python -m benchmarks.gpu --out results
     python -m benchmarks.gpu --out results --upstream ~/autoresearch --data FOLDER    # a clone; what `prepare` made
     python -m benchmarks.gpu --out results --only attention --only mlp
+    python -m benchmarks.gpu --out results --only rtx --limit-gb 6    # as on a smaller card
 
 Each section runs in a process of its own, so that a fault of one leaves the others; what it found is written to
 `results.json` and `results.md` as it goes. `--smoke` runs small shapes on a CPU by Triton's interpreter: it shows that
@@ -26,6 +27,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
+
+from core import allocator
 
 ROOT = Path(__file__).resolve().parent.parent
 TOTAL = 540.0  # seconds, whatever sections there are; and those of `upstream` where it is one of them
@@ -61,6 +64,7 @@ class Order:
     data: str = ""  # folder of a prepared data set; else random tokens
     caches: str = ""  # folder of what the sections have compiled and chosen, laid out as that of a referee's child
     limit: float = 0.0  # seconds that the section has
+    limit_gb: float = 8.0  # of 10^9 bytes, to which the section `rtx` holds the card's allocator; more really fails
 
     @property
     def dim(self) -> int:
@@ -78,7 +82,7 @@ def run_section(name: str, order: Order, limit: float, caches: Path | None = Non
     """
     given = os.environ.get("PYTHONPATH")  # where packages may lie that were brought along
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{given}" if given else str(ROOT)}
-    environment["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+    environment |= allocator.settings(environment)
     order = replace(order, limit=limit)
     if caches:
         caches = caches.resolve()
@@ -164,13 +168,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--upstream", type=Path, help="a clone of karpathy/autoresearch")
     parser.add_argument("--data", type=Path, help="a data set that `prepare` made")
     parser.add_argument("--only", action="append", choices=list(LIMITS), help="default: all sections")
+    parser.add_argument(
+        "--limit-gb",
+        type=float,
+        default=Order.limit_gb,
+        help="GB (10^9 bytes) that the section rtx may take; default 8",
+    )
     parser.add_argument("--smoke", action="store_true", help="small shapes on a CPU by Triton's interpreter")
     given = parser.parse_args(arguments)
     for folder in (given.upstream, given.data):
         if folder and not folder.is_dir():
             sys.exit(f"there is no folder {folder}; give another, or leave the option out")
-    places = {"upstream": str(given.upstream or ""), "data": str(given.data or "")}
-    order = Order(**{**asdict(SMOKE if given.smoke else Order()), **places})
+    if given.limit_gb <= 0:
+        sys.exit(f"--limit-gb {given.limit_gb:g} leaves no memory; give a positive number of GB")
+    wishes = {"upstream": str(given.upstream or ""), "data": str(given.data or ""), "limit_gb": given.limit_gb}
+    order = Order(**{**asdict(SMOKE if given.smoke else Order()), **wishes})
     names = [n for n in LIMITS if (not given.only or n in given.only) and (n != "upstream" or given.upstream)]
     sys.exit(measure(order, names, given.out))
 

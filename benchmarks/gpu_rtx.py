@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from core.allocator import cap, margin
 from core.contract import Spec
 from core.paths import project_root
 from core.recipe import replace
@@ -154,13 +155,16 @@ def compare(shape: Shape, device: str, dtype: str) -> list[Row]:
 
 
 def on_card(limit_gb: float | None) -> list[Row]:
-    """Both sides on the first card, its allocator held to so many GB (10^9 bytes); then what card it was."""
-    if limit_gb:
-        total = torch.cuda.get_device_properties(0).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, limit_gb * 1e9 / total))
+    """Both sides on the first card, its allocator held to so many GB (10^9 bytes), and to what the backend's own device
+    would allow: beyond that Windows' driver swaps, and does not fail. Then what card it was."""
+    free, total = torch.cuda.mem_get_info()
+    allowed = cap(free, total, margin())
+    held = min(allowed, int(limit_gb * 1e9)) if limit_gb else allowed
+    torch.cuda.set_per_process_memory_fraction(held / total)
     dtype = "bfloat16" if torch.cuda.get_device_capability() >= (8, 0) else "float16"
     rows = compare(Shape(), "cuda:0", dtype)
-    return [*rows, {"side": "card", "name": torch.cuda.get_device_name(), "dtype": dtype, "limit_gb": limit_gb}]
+    card = {"side": "card", "name": torch.cuda.get_device_name(), "dtype": dtype}
+    return [*rows, {**card, "limit_gb": limit_gb, "held_gb": held / 1e9}]
 
 
 def small() -> list[Row]:

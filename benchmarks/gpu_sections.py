@@ -28,7 +28,6 @@ from core.contract import Spec
 from core.recipe import replace
 from kernels.pinned import PinnedSlots, later
 
-RTX_GB = 8.0  # of 10^9 bytes; more really fails
 REPEATS, WARMUP = (15, 3) if torch.cuda.is_available() else (1, 1)
 LAST_LEVEL_CACHE = 128 * 2**20  # bytes, more than any card has: inputs are rotated so that none lies in it
 
@@ -259,7 +258,7 @@ def step(order: Order) -> Iterator[Row]:
 
 def rtx(order: Order) -> Iterator[Row]:
     """The recipe for gaming cards, held to the memory of a small one, against the usual path of ports."""
-    yield from gpu_rtx.small() if order.device == "cpu" else gpu_rtx.on_card(RTX_GB)
+    yield from gpu_rtx.small() if order.device == "cpu" else gpu_rtx.on_card(order.limit_gb)
 
 
 def upstream(order: Order) -> Iterator[Row]:

@@ -11,6 +11,7 @@ from core.errors import UserError
 from core.files import replace_file
 from core.hardware import Hardware
 from core.paths import home
+from core.verdict import taint
 
 TRIED = 3  # plans that are timed; the likeliest to be fast come first
 REMEMBERED = 64  # choices
@@ -34,7 +35,8 @@ def choose(
 ) -> dict[str, Any]:
     """The constants of the fastest of the first plans. `measure`: what a trial with these constants found.
 
-    A plan under which the recipe ran out of memory and went on with fewer rows counts as what it went on with.
+    A plan under which the recipe ran out of memory and went on with fewer rows counts as what it went on with. Nothing
+    is remembered of a choice for which a trial was disturbed.
     """
     remembered = _remembered()
     found = remembered.get(known_as)
@@ -44,6 +46,7 @@ def choose(
     times: dict[str, float] = {}
     real: dict[str, dict[str, Any]] = {}
     failed: UserError | None = None
+    disturbed = False
     for plan in plans[:TRIED]:
         try:
             facts = measure(plan)
@@ -51,6 +54,7 @@ def choose(
             failed = error
             say(f"  {told(plan)} does not run: {error.fact[:120]}")
             continue
+        disturbed = disturbed or bool(taint(facts.get("health") or {}))
         went = _went_on_with(plan, facts.get("describe") or {})
         if went != dict(plan):
             say(f"  out of memory with {told(plan)}; it went on with {told(went)}")
@@ -62,9 +66,16 @@ def choose(
     best = min(times, key=times.__getitem__)
     others = ", ".join(f"{t * 1e3:.0f} ms with {told(real[n])}" for n, t in times.items() if n != best)
     say(f"  {told(real[best])}: {times[best] * 1e3:.0f} ms a step" + (f"; {others}" if others else ""))
+    if disturbed:
+        return real[best]
     remembered = {**dict(list(remembered.items())[-REMEMBERED + 1 :]), known_as: real[best]}
     replace_file(_place(), json.dumps(remembered, indent=1).encode())
     return real[best]
+
+
+def shared(facts: Mapping[str, Any]) -> str:
+    """Why a timing says nothing of this machine, as others used its card; "" where none did."""
+    return str(((facts.get("health") or {}).get("card") or {}).get("tainted") or "")
 
 
 def told(plan: Constants) -> str:

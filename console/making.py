@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 OWN_PROGRAM = "program.md"
 DRIVING = "## For an agent that drives this lab"  # where the second part of it begins
 FEW_STEPS = 200
+READINGS = 3  # timings of one recipe, beside others on the card, before the last is taken for what it is
+AMPERE = (8, 0)  # the first compute capability that multiplies bfloat16
 
 
 @dataclass(frozen=True)
@@ -137,19 +140,18 @@ def _fitted(screen: Screen, chosen: Plan, dataset: Dataset, recipe: bytes, keep_
     `keep_shape`: the constants were asked for, so that they are only told about.
     """
     import backends
+    from console import fitting
 
     backend = backends.load(chosen.choice.value)
     profile = replace(chosen.profile, budget=chosen.budget, vocab_size=dataset.vocab_size)
-    fast = {"avx512_bf16", "amx_bf16"} & set(chosen.hardware.flags)  # a guess that the device then confirms
-    on_cpu = backends.device_name(backend.name, chosen.hardware) == "cpu"
-    guess = "bfloat16" if not on_cpu or (fast and backend.name == "cpu") else "float32"
-    settings = _lock(chosen, dataset, guess)
+    settings = _lock(chosen, dataset, _first_dtype(chosen))
     screen.say("fitting: timing the recipe on this machine ...")
     facts = _measure(screen, recipe, settings)
     if facts["dtype"] != settings.dtype:
         settings = replace(settings, dtype=facts["dtype"])
         facts = _measure(screen, recipe, settings)
-    fitted = profile if keep_shape else backend.scale(profile, facts["seconds_per_step"])
+    fits = not keep_shape and not fitting.shared(facts)
+    fitted = backend.scale(profile, facts["seconds_per_step"]) if fits else profile
     if not keep_shape and (ways := backend.plans(fitted, chosen.hardware)):
         fitted = replace(fitted, constants={**fitted.constants, **_way(screen, chosen, fitted, ways, settings)})
     steps = chosen.budget / facts["seconds_per_step"]
@@ -162,9 +164,24 @@ def _fitted(screen: Screen, chosen: Plan, dataset: Dataset, recipe: bytes, keep_
             f"  about {count(steps)} steps in {duration(chosen.budget)}, {count(facts['params'])} parameters{few}"
         )
     screen.say(f"  compute in {settings.dtype}: {facts['dtype_reason']}")
+    if chosen.verdict == "statistical" and not settings.probe:
+        screen.say("  hopeless candidates train to their end: Windows cannot stop a process and let it go on")
     if by := computed_by(facts["describe"]):
         screen.say("  " + "; ".join(f"{what}: {name}" for what, name in by.items()))
     return recipe, settings
+
+
+def _first_dtype(chosen: Plan) -> str:
+    """What the first timing computes in; the device then says what is best. It has to run: without Triton's products
+    PyTorch has no attention in bfloat16 for a card before Ampere."""
+    import backends
+
+    hardware, name = chosen.hardware, chosen.choice.value
+    if backends.device_name(name, hardware) != "cpu":
+        old_card = bool(hardware.gpus) and hardware.gpus[0].capability < AMPERE
+        return "float16" if old_card else "bfloat16"
+    fast = {"avx512_bf16", "amx_bf16"} & set(hardware.flags)
+    return "bfloat16" if fast and name == "cpu" else "float32"
 
 
 def _way(
@@ -189,25 +206,51 @@ def _way(
 
 
 def _measure(screen: Screen, recipe: bytes, settings: Settings) -> dict[str, Any]:
-    from core import locks, paths, referee, verdict
+    """The recipe timed, again where others used the card meanwhile; the last reading may be disturbed all the same."""
+    from console import fitting
+    from core import locks, verdict
+
+    with locks.hold_device(settings.device):
+        for reading in range(1, READINGS + 1):
+            _wait_for_card(screen, settings.device)
+            facts = _timed(recipe, settings)
+            if not (shared := fitting.shared(facts)) or reading == READINGS:
+                break
+            screen.say(f"  {shared}: timed again")
+    if shared:
+        screen.say(f"  {shared}, in each of {READINGS} timings: the model is not fitted by them;")
+        screen.say("  end what else uses the card and make the lab again, or choose the constants yourself")
+    elif disturbed := verdict.taint(facts["health"]):
+        screen.say(f"  {disturbed}: this machine is measured slower than it is, and the model may be too small;")
+        screen.say("  end what else is running and make the lab again, or choose the constants yourself")
+    return facts
+
+
+def _timed(recipe: bytes, settings: Settings) -> dict[str, Any]:
+    from core import paths, referee
 
     folder = paths.home() / "tmp"
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="fit-", dir=folder) as workdir, locks.hold_device(settings.device):
+    with tempfile.TemporaryDirectory(prefix="fit-", dir=folder) as workdir:
         try:
-            facts = referee.measure(recipe, settings, Path(workdir), seconds=1.0)
+            return referee.measure(recipe, settings, Path(workdir), seconds=1.0)
         except referee.RecipeFailed as failed:
             raise UserError(
                 f"the recipe does not run on this machine ({failed.status}): {failed.reason}", "autoresearch doctor"
             ) from None
-        if disturbed := verdict.taint(facts["health"]):
-            screen.say(f"  {disturbed}: this machine is measured slower than it is, and the model may be too small;")
-            screen.say("  end what else is running and make the lab again, or choose the constants yourself")
-    return facts
+
+
+def _wait_for_card(screen: Screen, device: str) -> None:
+    """As before an experiment: what is timed beside a game makes every later budget too small."""
+    if device.startswith("cuda"):
+        from core import gpuwatch, nvml
+
+        gpuwatch.require_free(device, nvml.Nvml(), lambda text: screen.say(f"  {text}"), threading.Event())
 
 
 def _lock(chosen: Plan, dataset: Dataset, dtype: str) -> Settings:
     import backends
+    from core import freezing
     from core.settings import Settings
 
     return Settings(
@@ -226,7 +269,7 @@ def _lock(chosen: Plan, dataset: Dataset, dtype: str) -> Settings:
         logits_bytes=chosen.profile.logits_bytes,
         verdict=chosen.verdict,
         min_delta=chosen.min_delta,
-        probe=chosen.verdict == "statistical",
+        probe=chosen.verdict == "statistical" and freezing.possible(),
     )
 
 

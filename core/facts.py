@@ -12,7 +12,7 @@ import re
 import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -40,6 +40,7 @@ class Gpu:
     processes: int = 0  # compute processes of others on it; 0 also where the driver does not tell
     display: bool = False  # a monitor hangs on it; False also where the driver does not tell
     parts: tuple[Gpu, ...] = field(default=())  # MIG instances, if MIG is on
+    lost: tuple[str, ...] = ()  # cards beside it that the driver counts and that do not answer: "card 1 of 2 (why)"
 
     @property
     def arch(self) -> str:
@@ -180,7 +181,7 @@ def nvidia_driver() -> str | None:
     except pynvml.NVMLError:
         return None
     try:
-        return _text(pynvml.nvmlSystemGetDriverVersion())
+        return text_of(pynvml.nvmlSystemGetDriverVersion())
     except pynvml.NVMLError:
         return None
     finally:
@@ -197,12 +198,27 @@ def _nvml() -> list[Gpu]:
     except pynvml.NVMLError as error:
         raise GpuProblem(str(error)) from None
     try:
-        driver = _text(pynvml.nvmlSystemGetDriverVersion())
-        return [_device(pynvml, i, driver) for i in range(pynvml.nvmlDeviceGetCount())]
+        driver = text_of(pynvml.nvmlSystemGetDriverVersion())
+        return _devices(pynvml, driver)
     except pynvml.NVMLError as error:
         raise GpuProblem(str(error)) from None
     finally:
         pynvml.nvmlShutdown()
+
+
+def _devices(nvml: Any, driver: str) -> list[Gpu]:
+    """Those that answer, each naming the others: an eGPU that was pulled out must not hide the card in the machine."""
+    found: list[Gpu] = []
+    lost: list[str] = []
+    count = nvml.nvmlDeviceGetCount()
+    for index in range(count):
+        try:
+            found.append(_device(nvml, index, driver))
+        except nvml.NVMLError as error:
+            lost.append(f"card {index} of {count} ({error})")
+    if lost and not found:
+        raise GpuProblem(", ".join(lost))
+    return [replace(gpu, lost=tuple(lost)) for gpu in found]
 
 
 def _device(nvml: Any, index: int, driver: str) -> Gpu:
@@ -212,8 +228,8 @@ def _device(nvml: Any, index: int, driver: str) -> Gpu:
     capability = (int(major), int(minor))
     return Gpu(
         index=index,
-        name=_text(nvml.nvmlDeviceGetName(handle)),
-        uuid=_text(nvml.nvmlDeviceGetUUID(handle)),
+        name=text_of(nvml.nvmlDeviceGetName(handle)),
+        uuid=text_of(nvml.nvmlDeviceGetUUID(handle)),
         memory=int(memory.total),
         memory_free=int(memory.free),
         capability=capability,
@@ -249,12 +265,13 @@ def _parts(nvml: Any, handle: Any, index: int, capability: tuple[int, int], driv
         try:
             part = nvml.nvmlDeviceGetMigDeviceHandleByIndex(handle, i)
             memory = nvml.nvmlDeviceGetMemoryInfo(part)
-            name, uuid = _text(nvml.nvmlDeviceGetName(part)), _text(nvml.nvmlDeviceGetUUID(part))
+            name, uuid = text_of(nvml.nvmlDeviceGetName(part)), text_of(nvml.nvmlDeviceGetUUID(part))
         except nvml.NVMLError:  # a slot that holds no instance
             continue
         found.append(Gpu(index, name, uuid, int(memory.total), int(memory.free), capability, driver))
     return tuple(found)
 
 
-def _text(value: str | bytes) -> str:
+def text_of(value: str | bytes) -> str:
+    """Of NVML's answers, which are bytes in some versions."""
     return value.decode(errors="replace") if isinstance(value, bytes) else value

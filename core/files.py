@@ -7,7 +7,11 @@ import shutil
 import stat
 import sys
 import time
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 REPARSE_POINT = 0x400  # FILE_ATTRIBUTE_REPARSE_POINT
 
@@ -60,11 +64,32 @@ def sync_folder(folder: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """A file, a link or a whole folder; nothing where nothing is."""
-    if path.is_dir() and not is_link(path):
-        shutil.rmtree(path, ignore_errors=True)
-    else:
+    """A file, a link or a whole folder, whatever its permissions are; nothing where nothing is. What cannot be removed
+    from a folder stays there unsaid."""
+    if not path.is_dir() or is_link(path):
         path.unlink(missing_ok=True)
+        return
+    open_up = partial(_open_up, path)
+    if sys.version_info >= (3, 12):
+        shutil.rmtree(path, onexc=open_up)
+    else:
+        shutil.rmtree(path, onerror=open_up)
+
+
+def _open_up(root: Path, function: Callable[..., Any], name: str, _: Any) -> None:
+    """Once more, with the right to do it: a recipe may take that from its folders, and git from its objects. What lies
+    outside of `root` is not ours to change."""
+    path = Path(name)
+    for place in (path.parent, path):
+        # Windows removes no read-only file; elsewhere a file may be one of ours by another name.
+        if root in (place, *place.parents) and not is_link(place) and (place.is_dir() or sys.platform == "win32"):
+            with suppress(OSError):
+                place.chmod(0o700)
+    with suppress(OSError):
+        if function in (os.unlink, os.rmdir):
+            function(name)
+        elif path.is_dir() and os.access(path, os.R_OK | os.X_OK):  # now it can be looked into
+            remove(path)
 
 
 def is_link(path: Path) -> bool:

@@ -65,10 +65,15 @@ class Frozen:
             _signal(pid, "SIGCONT")
 
 
+def possible() -> bool:
+    """Whether this system can stop a process and let it go on at all."""
+    return sys.platform != "win32"
+
+
 def freeze(pids: Callable[[], Sequence[int]], patience: float = PATIENCE) -> Frozen:
     """Stop the processes that `pids` lists, asked again until no new one appears. `FreezeError` says why not; then
     none of them is left stopped."""
-    if sys.platform == "win32":
+    if not possible():
         raise FreezeError("Windows cannot stop a process and let it go on")
     deadline = time.monotonic() + patience
     before: Snapshot = {}

@@ -5,6 +5,9 @@ share of the card is read from it. Under Windows' driver model (WDDM) it does no
 keeps the card busy (core/wddm.py). Under WSL2 and in some containers nobody does. Whose the memory is stays unknown in
 all three, so there all that is taken may not grow by more than our own training could. Heat, a power brake and the
 power limit speak everywhere. Everything comes through `Source`, so that tests can present a card. Imports no torch.
+
+A laptop's power limit moves with its load (Dynamic Boost), so there a lower one is none of others' doing unless the
+lab's steady state was better (core/steady.py).
 """
 
 from __future__ import annotations
@@ -13,20 +16,28 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from statistics import fmean
+from statistics import fmean, median
 from typing import Any, Protocol
+
+from core.errors import UserError
 
 EVERY = 2.0  # seconds between two looks during a training
 BUSY = 0.20  # share of the card that others may use on average before a score is worthless
+MUCH = 0.50  # share of the card that others may use for as much of the time as the next line says: a game near the end
+MUCH_OF_TIME = 0.10  # half of the card for a tenth of the time is a twentieth of the steps, as core/steady.py has it
+BLIPS = 1  # looks that find more than MUCH and say nothing: a desktop draws for a moment
 TAKEN = 512 * 2**20  # bytes that others may take or give back during a training
 OUR_GROWTH = 1 / 8  # of what is taken after the warm-up: our allocator's gaps may grow by that
 SLOWED = 0.25  # share of the looks at which the card was held back by heat or a power brake
-HOT = 90  # degrees Celsius
+FELL = 0.95  # of the power limit that there was: what lasts to the end below that counts
 WAIT_EVERY = 15.0  # seconds between two looks at a card that is waited for
 LINGERS = 1.5  # seconds after which a driver's figure, of the last second at most, no longer contains what has ended
 SLICE = 0.2  # seconds: on Windows a longer wait of the main thread would hold Ctrl-C up
 QUIET_LOOKS = 2  # in a row, before it counts as free
 WAIT_MOST = 6 * 3600.0  # seconds
+CLEARLY = 0.9  # of the memory that is needed: what an allocator keeps is not all in use
+LAPTOP = ("laptop", "max-q", "mobile", "notebook")  # in the names of cards
+GIB = 2**30
 
 
 @dataclass(frozen=True)
@@ -42,6 +53,7 @@ class Look:
     clock_most: int | None = None  # MHz that they could have
     temperature: int | None = None  # degrees Celsius
     power_limit: float | None = None  # watts
+    laptop: bool = False
     slowed: bool = False  # held back by heat or a power brake
     untold: str = ""  # why others' share is not known, where there is a way to know it
     error: str = ""  # why nothing is known
@@ -98,16 +110,39 @@ def summary(looks: Sequence[Look]) -> dict[str, Any]:
     found = {
         "looks": len(known),
         "others_busy": round(fmean(others), 3) if others else None,
+        "others_much": _much(others),
         "others_bytes": [theirs[0], min(theirs), max(theirs)] if theirs else None,
         "all_bytes": None if theirs else _all_bytes(known),
         "free": min((look.free for look in known if look.free is not None), default=None),
         "clock_mhz": [min(clocks), max(clocks)] if clocks else None,
         "temperature_c": max(hot, default=None),
         "power_limit_w": [min(limits), max(limits)] if limits else None,
+        "power_limit_late_w": max(_late(limits), default=None),
+        "power_fell": _fell(limits),
+        "laptop": any(look.laptop for look in known),
         "slowed": round(sum(look.slowed for look in known) / len(known), 3),
     }
     untold = next((look.untold for look in known if look.untold), "")
     return found | ({"untold": untold} if untold else {}) | {"tainted": _why(found)}
+
+
+def _much(others: Sequence[float]) -> float | None:
+    """Share of the looks at which others used more than MUCH of the card."""
+    much = sum(share > MUCH for share in others)
+    return (round(much / len(others), 3) if much > BLIPS else 0.0) if others else None
+
+
+def _late(values: Sequence[float]) -> Sequence[float]:
+    """The last quarter, the last one at least."""
+    return values[-max(1, len(values) // 4) :] if values else []
+
+
+def _fell(limits: Sequence[float]) -> list[float] | None:
+    """[before, after] of a power limit that was lowered and stayed so: what swings with the load comes up again."""
+    if len(limits) < 2:
+        return None
+    before, after = median(limits[: len(limits) // 2]), max(_late(limits))
+    return [before, after] if after < FELL * before else None
 
 
 def _all_bytes(looks: Sequence[Look]) -> list[int] | None:
@@ -127,6 +162,8 @@ def _why(found: dict[str, Any]) -> str:
     """Why a score beside this cannot be trusted, "" if it can."""
     if (found["others_busy"] or 0) > BUSY:
         return f"other programs kept the card {found['others_busy']:.0%} busy"
+    if (found["others_much"] or 0) > MUCH_OF_TIME:
+        return f"other programs kept the card more than {MUCH:.0%} busy for {found['others_much']:.0%} of the time"
     if found["others_bytes"]:
         start, least, most = found["others_bytes"]
         if max(most - start, start - least) > TAKEN:
@@ -136,14 +173,30 @@ def _why(found: dict[str, Any]) -> str:
         if most - start > growth:
             grown = f"{start >> 20} to {most >> 20} MiB"
             return f"memory taken on the card went from {grown}, more than this training's own could grow"
-    if found["power_limit_w"]:
-        least, most = found["power_limit_w"]
-        if least < 0.95 * most:
-            return f"the card's power limit changed from {most:.0f} to {least:.0f} W"
+    if found["power_fell"] and not found["laptop"]:
+        return "the card's power limit changed from {:.0f} to {:.0f} W".format(*found["power_fell"])
     if found["slowed"] > SLOWED:
         heat = f" at {found['temperature_c']} °C" if found["temperature_c"] else ""
         return f"the card was held back by heat or its power supply{heat} for {found['slowed']:.0%} of the time"
     return ""
+
+
+def require_free(
+    device: str,
+    source: Source,
+    say: Callable[[str], None],
+    stop: threading.Event,
+    most: float = WAIT_MOST,
+    every: float = WAIT_EVERY,
+    needed: int = 0,
+) -> None:
+    """`wait_until_free`, and `UserError` where that was in vain."""
+    if not wait_until_free(device, source, say, stop, most, every, needed=needed):
+        why = in_use(source.look(device, ()), needed)
+        raise UserError(
+            f"other programs have kept the card busy or full for {most / 3600:.1f} h" + (f": {why}" if why else ""),
+            "end them (nvidia-smi lists them), then `autoresearch run`: nothing is lost",
+        )
 
 
 def wait_until_free(
@@ -154,32 +207,53 @@ def wait_until_free(
     most: float = WAIT_MOST,
     every: float = WAIT_EVERY,
     lingers: float = LINGERS,
+    needed: int = 0,
 ) -> bool:
-    """Wait until nothing but the desktop uses the card. False when it was still in use after `most` seconds.
-
-    Nothing of ours runs meanwhile, so that here all that is busy is others', on every system. But our last child may
-    have ended just now, and its work is in the driver's figure for a second more: a busy card is looked at twice.
-    """
+    """Wait until nothing but the desktop uses the card, and `needed` bytes of it are as good as free (0: not known).
+    False when it was still in use after `most` seconds."""
     began, told, quiet = time.monotonic(), "", 0
-    share = used_by_others(source.look(device, ()))
-    if share > BUSY:
-        _wait(stop, lingers)
-        share = used_by_others(source.look(device, ()))
+    why = in_use_now(device, source, stop, lingers, needed)
     while not stop.is_set():
-        if share <= BUSY:
+        if not why:
             quiet += 1
             if quiet >= (QUIET_LOOKS if told else 1):
                 return True
         else:
             quiet = 0
             if not told:
-                told = f"the card is {share:.0%} busy with other programs: waits until it is free"
+                told = f"{why}: waits until it is free"
                 say(told)
             if time.monotonic() - began >= most:
                 return False
-        _wait(stop, every)
-        share = used_by_others(source.look(device, ()))
+        wait(stop, every)
+        why = in_use(source.look(device, ()), needed)
     return True
+
+
+def in_use_now(device: str, source: Source, stop: threading.Event, lingers: float = LINGERS, needed: int = 0) -> str:
+    """Why the card is not free, "" if it is; for a moment at which nothing of ours runs.
+
+    So here all that is busy is others', on every system. But our last child may have ended just now, and its work is in
+    the driver's figure for a second more: a card in use is looked at twice.
+    """
+    if in_use(source.look(device, ()), needed):
+        wait(stop, lingers)
+        return in_use(source.look(device, ()), needed)
+    return ""
+
+
+def in_use(look: Look, needed: int = 0) -> str:
+    """What others do with the card that is seen at this moment, "" where they leave it alone or nothing is known."""
+    if (share := used_by_others(look)) > BUSY:
+        return f"the card is {share:.0%} busy with other programs"
+    if not look.error and look.free is not None and look.free < CLEARLY * needed:
+        return f"other programs leave {look.free / GIB:.1f} GiB of the card, and {needed / GIB:.1f} GiB are needed"
+    return ""
+
+
+def is_laptop(card: str) -> bool:
+    """By the card's name: "NVIDIA GeForce RTX 4060 Laptop GPU", "NVIDIA GeForce RTX 2080 with Max-Q Design"."""
+    return any(word in card.lower() for word in LAPTOP)
 
 
 def used_by_others(look: Look) -> float:
@@ -195,7 +269,8 @@ def used_by_others(look: Look) -> float:
     return share * min(1.0, slow)
 
 
-def _wait(stop: threading.Event, seconds: float) -> None:
+def wait(stop: threading.Event, seconds: float) -> None:
+    """Until a stop, for so many seconds at most, and never for long at once: Ctrl-C has to get through."""
     until = time.monotonic() + seconds
     while (left := until - time.monotonic()) > 0 and not stop.wait(min(SLICE, left)):
         pass

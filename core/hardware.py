@@ -17,8 +17,10 @@ from core.contract import Choice
 from core.errors import UserError
 from core.facts import Facts, Gpu, GpuProblem, LocalFacts, Power
 from core.paths import home, project_root
+from core.torchbuild import Problem as TorchProblem
 from core.torchbuild import TorchBuild
 from core.torchbuild import problem as torch_problem
+from core.windows import under_wsl
 
 GIB = 2**30
 
@@ -102,7 +104,7 @@ def probe(source: Facts | None = None) -> Hardware:
         chip=chip,
         apple=identify(chip, facts) if chip and not emulated else Apple(),
         emulated=emulated,
-        wsl="microsoft" in release.lower(),
+        wsl=under_wsl(release),
         container=_in_container(facts),
         mlx=facts.installed("mlx"),
         torch=facts.torch(),
@@ -346,7 +348,7 @@ def suits(hardware: Hardware, name: str) -> tuple[bool, str]:
         return False, f"{gpu.name} has {_gib(gpu.memory)}, below {_gib(_MIN_GPU_MEMORY)}"
     if name == "cuda" and gpu.capability not in _DATACENTRE:
         return False, f"{what} is no data-centre GPU"
-    if wrong := torch_problem(hardware.torch, gpu.driver):
+    if wrong := _wrong_torch(hardware):
         return False, f"{what}: {wrong.fact}"
     return True, what
 
@@ -364,13 +366,19 @@ def remedy(hardware: Hardware) -> str:
         return "restart the machine"
     if problem:
         return "run nvidia-smi; if it fails too, install NVIDIA's driver"
-    wrong = torch_problem(hardware.torch, hardware.gpus[0].driver) if hardware.gpus else None
+    wrong = _wrong_torch(hardware)
     return wrong.action if wrong else ""
+
+
+def _wrong_torch(hardware: Hardware) -> TorchProblem | None:
+    """Why the installed torch cannot use the first card."""
+    gpu = hardware.gpus[0] if hardware.gpus else None
+    return torch_problem(hardware.torch, gpu.driver, gpu.capability) if gpu else None
 
 
 def _mend(hardware: Hardware, fact: str) -> str:
     """The remedy where `fact` is what it mends; another torch makes no card of another kind."""
-    wrong = torch_problem(hardware.torch, hardware.gpus[0].driver) if hardware.gpus else None
+    wrong = _wrong_torch(hardware)
     mendable = fact == hardware.gpu_problem or (wrong is not None and fact.endswith(wrong.fact))
     return remedy(hardware) if mendable else ""
 

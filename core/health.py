@@ -21,9 +21,11 @@ from core.nvml import Nvml
 class Watch:
     """From its making to `report()`: processor time of everybody else, clock, temperature, load."""
 
-    def __init__(self, pid: int, device: str = "", card: gpuwatch.Source | None = None) -> None:
+    def __init__(
+        self, pid: int, device: str = "", card: gpuwatch.Source | None = None, every: float = gpuwatch.EVERY
+    ) -> None:
         """`pid`: root of the process tree that is ours. `device`: as the settings name it; an NVIDIA card is watched
-        too, through `card`, by default the driver."""
+        too, `every` so many seconds, through `card`, by default the driver."""
         self._pid = pid
         self._started = time.monotonic()
         self._ours = _tree_seconds(pid) or 0.0
@@ -33,7 +35,8 @@ class Watch:
         self._interruptions = Interruptions()
         self._card: gpuwatch.Watch | None = None
         if device.startswith("cuda"):
-            self._card = gpuwatch.Watch(device, lambda: [p.pid for p in _tree(pid)] or [pid], card or Nvml())
+            ours = lambda: [p.pid for p in _tree(pid)] or [pid]  # noqa: E731
+            self._card = gpuwatch.Watch(device, ours, card or Nvml(), every)
 
     def pause(self) -> None:
         """What happens from now on is none of the training's: a look at it."""

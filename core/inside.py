@@ -86,6 +86,9 @@ def copy_across_folders() -> None:
 
 def main() -> None:
     setup = json.loads(sys.argv[1])
+    # Before Python 3.14 it is `site` that finds a virtual environment, and `-S` keeps it from that. What asks sysconfig
+    # where packages lie has to hear it all the same: on Windows Triton's compiler is looked for there.
+    sys.prefix = sys.exec_prefix = setup["prefix"]
     # `-S` on a system Python, or PYTHONPATH, may have put package folders there already.
     sys.path[:] = [p for p in sys.path if p and not p.endswith("-packages") and p != setup["root"]]
     sys.meta_path.insert(0, Project(setup["root"]))  # type: ignore[arg-type]

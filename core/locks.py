@@ -46,6 +46,7 @@ else:
         return True
 
 
+_held: dict[int, str] = {}  # CUDA devices that this process holds, by number
 LETTING_GO = 2.0  # seconds: a child that was just forked has its dead parent's lock until it executes its program
 
 
@@ -86,13 +87,22 @@ def device_lock(device: str) -> Path:
     A CUDA device is known by its UUID: "cuda:0" is another card for each CUDA_VISIBLE_DEVICES. What has no name of
     its own is named by the host, as homes on network disks are shared by many machines.
     """
-    kind, _, index = device.partition(":")
-    name = cuda_uuid(int(index or 0)) if kind == "cuda" and (index or "0").isdecimal() else ""
+    index = cuda_index(device)
+    name = "" if index is None else cuda_uuid(index)
     return locks_root() / f"device-{re.sub(r'[^A-Za-z0-9._-]', '_', name or f'{device}-{platform.node()}')}.lock"
 
 
+def cuda_index(device: str) -> int | None:
+    """1 of "cuda:1", 0 of "cuda"; None for what is no CUDA device."""
+    kind, _, index = device.partition(":")
+    return int(index or 0) if kind == "cuda" and (index or "0").isdecimal() else None
+
+
 def cuda_uuid(index: int) -> str:
-    """ "" where the driver does not tell."""
+    """The card of that number as CUDA counts; "" where the driver does not tell. A card that is held keeps its number,
+    though another be lost or come: what is watched and shown to children is what was locked."""
+    if index in _held:
+        return _held[index]
     from core import hardware  # here, because most locks are not of CUDA devices and probing takes a while
 
     gpus = hardware.probe().gpus
@@ -103,8 +113,16 @@ def cuda_uuid(index: int) -> str:
 def hold_device(device: str, wait: float = 0.0) -> Iterator[None]:
     """Hold a device, so that nothing else is measured on it at the same time. Raises `Busy`."""
     action = "wait for it or stop it there: two experiments on one device would slow each other down"
+    index = cuda_index(device)
+    uuid = "" if index is None else cuda_uuid(index)
     with hold(device_lock(device), f"the device {device}", action, wait):
-        yield
+        if index is not None and uuid:
+            _held[index] = uuid
+        try:
+            yield
+        finally:
+            if index is not None:
+                _held.pop(index, None)
 
 
 def _open(path: Path) -> int:

@@ -283,7 +283,19 @@ class Measuring:
             experiment=f"{lab.tag}-{e.number}",
             workdir=workdir,
             caches=lab.best_caches(),
+            card_bytes=self._card_bytes(e),
         )
+
+    def _card_bytes(self, e: Experiment) -> int:
+        """What the best's runs took of a graphics card (before there is a best, this one's), never more than was free
+        for them; 0 where none is known."""
+        best = self._session.lab.best()
+        return max((_of_card(s.outcome or {}) for s in self._session.ledger.samples((best or e).number)), default=0)
+
+
+def _of_card(outcome: Mapping[str, Any]) -> int:
+    free = ((outcome.get("health") or {}).get("card") or {}).get("free_before")
+    return min(int(outcome.get("peak_memory") or 0), int(free or 0))
 
 
 def slim(outcome: Outcome) -> Mapping[str, Any]:

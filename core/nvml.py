@@ -10,7 +10,8 @@ from typing import Any
 
 import psutil
 
-from core.gpuwatch import Look
+from core.facts import text_of
+from core.gpuwatch import Look, is_laptop
 from core.locks import cuda_uuid
 from core.wddm import Users
 
@@ -63,10 +64,7 @@ class Nvml:
 
         rates, memory = ask("nvmlDeviceGetUtilizationRates"), ask("nvmlDeviceGetMemoryInfo")
         limit, reasons = ask("nvmlDeviceGetEnforcedPowerLimit"), ask("nvmlDeviceGetCurrentClocksThrottleReasons")
-        others, untold = self._others(ask, ours), ""
-        if others is None and ours and self._users is not None:
-            others = self._users.others_busy({os.getpid(), *ours})
-            untold = self._users.problem
+        others, untold = self._others_share(ask, ours)
         return Look(
             busy=rates.gpu / 100 if rates else None,
             others_busy=others,
@@ -77,9 +75,22 @@ class Nvml:
             clock_most=ask("nvmlDeviceGetMaxClockInfo", nvml.NVML_CLOCK_SM),
             temperature=ask("nvmlDeviceGetTemperature", nvml.NVML_TEMPERATURE_GPU),
             power_limit=limit / 1000 if limit else None,
+            laptop=is_laptop(text_of(ask("nvmlDeviceGetName") or "")),
             slowed=bool(reasons and reasons & _HELD_BACK),
             untold=untold,
         )
+
+    def _others_share(self, ask: Callable[..., Any], ours: Sequence[int]) -> tuple[float | None, str]:
+        """What others use of the card (None: not told), and why Windows did not tell it.
+
+        Windows schedules the card itself, so it is asked before NVML, which may answer there and know of some programs
+        only. Without a process of ours it cannot say which card is meant: then all that is busy is others'."""
+        if self._users is None:
+            return self._others(ask, ours), ""
+        if not ours:
+            return None, ""
+        share = self._users.others_busy({os.getpid(), *ours})
+        return (self._others(ask, ours) if share is None else share), self._users.problem
 
     def _others(self, ask: Callable[..., Any], ours: Sequence[int]) -> float | None:
         """Share of the card that other processes used since the last look; None where processes are not told apart."""

@@ -51,6 +51,7 @@ class Request:
     audit: Literal["auto", "always", "never"] = "auto"
     holdout: bool = False  # whether the part of the data that decisions never see is scored as well
     probe: Probe | None = None  # looks at the training on its way; None: none
+    card_bytes: int = 0  # of a graphics card's memory that runs like this one take; 0: not known yet
 
     def seconds(self) -> float:
         return self.settings.budget if self.budget is None else self.budget
@@ -62,6 +63,9 @@ class Outcome:
 
     status: Status = "stopped"
     reason: str = ""
+    out_of_memory: bool = (
+        False  # a crash for want of memory that others may have taken: the lab's own limit is not meant
+    )
     val_bpb: float | None = None
     holdout_bpb: float | None = None
     audited: bool = False

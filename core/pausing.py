@@ -32,6 +32,7 @@ from core import apple, gpuwatch, probing, scoring
 from core import weights as weight_files
 from core.child import BackendFailed, Ended, Place, Worker
 from core.clock import SCHEDULING_SLACK, Stopwatch
+from core.errors import DeviceFull
 from core.facts import LocalFacts
 from core.freezing import RAN_AT_MOST, FreezeError, Frozen
 from core.health import Watch
@@ -161,7 +162,7 @@ class Prober:
             return self._ask(worker, fd)
         except WeightsError as error:
             self._leave_out(index, str(error))
-        except BackendFailed as error:
+        except (BackendFailed, DeviceFull) as error:
             self._leave_out(index, error.fact)
         except Ended as end:
             if end.status == "stopped":

@@ -7,14 +7,15 @@
 
 Where looks on the way are wanted (`Request.probe`), a *prober* scores the weights so far while the trainer's processes
 are stopped (core/pausing.py). The recipe never computes in two of them at once. The processes of prober, scorer and
-auditor are started together with the trainer, so that loading the backend's library overlaps; they get the recipe
-when it is their turn.
+auditor are started together with the trainer, so that loading the backend's library overlaps (but see `_roles`); they
+get the recipe when it is their turn.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -23,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from core import caches, files, guard, scoring
+from core import caches, files, freezing, gpuwatch, guard, scoring
 from core import weights as weight_files
 from core.child import Ended, OutOfMemory, Place, Worker
 from core.health import Watch
@@ -38,6 +39,7 @@ __all__ = ["Event", "Outcome", "Request", "Status", "dry_build", "execute", "ign
 
 LOG_LINES = 50
 REHEARSED = ("mlx",)  # backends whose trainer finds what a warm-up in another process has compiled
+LOOKS = 4  # at the card during the shortest timing
 EAGER = ("cuda", "rtx")  # backends on which torch.compile does nothing where a recipe is only tried out
 
 
@@ -55,6 +57,8 @@ def execute(
         run.go()
     except Ended as end:
         run.outcome.status, run.outcome.reason = end.status, end.reason
+        own_limit = any(worker.child.exceeded() for worker in run.workers.values())
+        run.outcome.out_of_memory = isinstance(end, OutOfMemory) and not own_limit
         run.outcome.val_bpb, run.outcome.weights = None, None
     finally:
         run.close()
@@ -109,13 +113,18 @@ class _Experiment:
         return ["val", "holdout"] if self.request.holdout else ["val"]
 
     def _roles(self) -> list[str]:
-        roles = ["trainer", "scorer"]
-        if self.settings.backend in REHEARSED:
-            roles.insert(0, "warm-up")
-        return roles if self.request.audit == "never" else [*roles, "auditor"]
+        """Of the processes that are started before the training.
+
+        On Windows loading torch for a card commits gigabytes in each process, and what is committed cannot exceed
+        memory and page file: with three at once a machine of 16 GB fails to load them. There scorer and auditor begin
+        when the trainer has gone, which costs the seconds in which they load; one that is not needed never does."""
+        roles = ["warm-up", "trainer"] if self.settings.backend in REHEARSED else ["trainer"]
+        if sys.platform == "win32" and self.settings.device.startswith("cuda"):
+            return roles
+        return [*roles, "scorer"] if self.request.audit == "never" else [*roles, "scorer", "auditor"]
 
     def _prober(self) -> Prober | None:
-        if self.request.probe is None:
+        if self.request.probe is None or not freezing.possible():  # its lab was told so once, when it was made
             return None
         prober = Prober(self.request, self.place, self.outcome, lambda: self.compiled)
         self.workers |= prober.workers
@@ -158,6 +167,12 @@ class _Experiment:
             self._audit(text, score)
         return score
 
+    def _worker(self, role: str) -> Worker:
+        """The process of this role, started now where it was not before the training."""
+        if role not in self.workers:
+            self.workers[role] = Worker(role, self.place)
+        return self.workers[role]
+
     def _anew(self, role: str) -> None:
         """A new process in the place of one that was used."""
         if role in self.workers:
@@ -180,7 +195,7 @@ class _Experiment:
 
     def _score(self, text: scoring.Text) -> scoring.Score:
         self.phase("score" if text.part == "val" else "score the holdout")
-        worker = self.workers["scorer"]
+        worker = self._worker("scorer")
         self._begin(worker, text)
         scoring.give_weights(worker, self.weights)
         seconds = scoring.limit(self.place)
@@ -195,7 +210,7 @@ class _Experiment:
 
     def _audit(self, text: scoring.Text, score: scoring.Score) -> None:
         self.phase("audit" if text.part == "val" else "audit of the holdout")
-        worker = self.workers["auditor"]
+        worker = self._worker("auditor")
         self._begin(worker, text)
         seconds = scoring.limit(self.place)
         facts = scoring.audit(worker, text, self.weights, score, seconds, self.rng)
@@ -252,7 +267,7 @@ def measure(
     peak_flops, peak_source, describe, health (of `core.health.Watch`). Random tokens, no data. `RecipeFailed` when it
     does not get that far."""
     place = Place(settings, workdir, stop or threading.Event())
-    return _ask(source, place, "measure", "measured", None, seconds=seconds)
+    return _ask(source, place, "measure", "measured", None, seconds=seconds, watched=True)
 
 
 def dry_build(
@@ -281,13 +296,26 @@ class RecipeFailed(Exception):
         super().__init__(end.reason)
 
 
-def _ask(source: bytes, place: Place, role: str, answer: str, compiled: Path | None, **fields: Any) -> dict[str, Any]:
+def _ask(
+    source: bytes,
+    place: Place,
+    role: str,
+    answer: str,
+    compiled: Path | None,
+    seconds: float = 0.0,
+    watched: bool = False,
+) -> dict[str, Any]:
+    """The child's answer. `watched`: it says when it is warm, and from then on the card is looked at; before that our
+    own part of its memory grows."""
     settings = place.settings
     place.workdir.mkdir(parents=True, exist_ok=True)
     worker = Worker(role, place)
     try:
-        worker.begin(source, settings.seed, compiled, **fields)
-        watch = Watch(worker.child.pid)
+        worker.begin(source, settings.seed, compiled, seconds=seconds)
+        if watched:
+            worker.expect("warm", settings.warmup_cap + 30.0, "import, build and warm-up")
+        every = min(gpuwatch.EVERY, seconds / LOOKS) if watched else gpuwatch.EVERY
+        watch = Watch(worker.child.pid, settings.device if watched else "", every=every)
         message = worker.expect(answer, settings.warmup_cap + 30.0, "import, build and steps")
         found = {k: v for k, v in message.fields.items() if k not in ("describe", "health")}
         return found | {"describe": plain(message), "health": watch.report()}

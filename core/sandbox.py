@@ -22,8 +22,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+from core import allocator, cgroups, freezing, landlock, paths, readable, trees
 from core import caches as compile_caches
-from core import cgroups, freezing, landlock, paths, readable, trees
 from core.childlog import CappedLog
 from core.handles import Giver
 
@@ -156,7 +156,7 @@ def environment(home: Path, temporary: Path, caches: Path) -> dict[str, str]:
         "TORCHINDUCTOR_CACHE_DIR": str(caches / "inductor"),
         "TRITON_CACHE_DIR": str(caches / "triton"),
         "CUDA_CACHE_PATH": str(caches / "cuda"),
-        "PYTORCH_ALLOC_CONF": "expandable_segments:True",  # read once, when torch is loaded; nothing without CUDA
+        **allocator.settings(os.environ),
         # Compiled in the process itself: a pool of compilers needs /dev/shm, and two cores gain nothing by it.
         "TORCHINDUCTOR_COMPILE_THREADS": "1",
         # A graph with its backward is found again also where a layer has a backward of its own.
@@ -174,7 +174,6 @@ def environment(home: Path, temporary: Path, caches: Path) -> dict[str, str]:
     if sys.platform == "win32":
         from core import sandbox_windows
 
-        del made["PYTORCH_ALLOC_CONF"]  # segments that grow are not built for Windows
         made |= sandbox_windows.environment(home, caches)
     return {**made, **{name: os.environ[name] for name in PASSED_ON if name in os.environ}}
 
@@ -312,6 +311,7 @@ def command(argv: list[str], policy: Policy) -> list[str]:
         root = paths.project_root()
         setup = {
             "root": str(root),
+            "prefix": sys.prefix,
             "folders": readable.package_folders(),
             "names": readable.package_names(policy.backend),
             "abi": min(abilities().landlock, policy.layers.landlock),

@@ -269,8 +269,9 @@ class WindowsChild(sandbox.Child):
             job, self._job = self._job, None
         try:
             if job is not None:
-                with contextlib.suppress(OSError):  # then the largest that was seen counts
-                    self._peak = max(self._peak, self._system.peak(job))
+                if self._policy.backend == "cpu":  # else the job's figure holds what a driver commits for the card
+                    with contextlib.suppress(OSError):  # then the largest that was seen counts
+                        self._peak = max(self._peak, self._system.peak(job))
                 self._system.close(job)
         finally:
             self._log.close()

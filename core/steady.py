@@ -21,6 +21,7 @@ CLOCK_SET = 2.0  # seconds by which the time of day may be corrected meanwhile
 STALLED = 0.05  # of the time that some process waits for memory, more than in the steady state
 SLOWER = 0.05  # of the steps per second of the same recipe
 QUARTILE = 2.2219  # standard deviation of a normal distribution over that quartile
+POWER = 0.9  # of the power limit that a laptop's card ends with in the steady state
 SPREADS = 4.0  # the same in relative standard deviations of step rates, where those are wider
 
 
@@ -88,7 +89,17 @@ def _changed(now: Mapping[str, Any], before: Mapping[str, Any]) -> str:
         return f"processes waited for memory {stalled:.0%} of the time, and {usually:.0%} in this lab's steady state"
     if now.get("on_battery") and before.get("on_battery") is False:
         return "the machine runs on its battery, unlike in this lab's steady state"
-    return apple_departure(now.get("conditions") or {}, before.get("conditions") or {})
+    return _power(now.get("card") or {}, before.get("card") or {}) or apple_departure(
+        now.get("conditions") or {}, before.get("conditions") or {}
+    )
+
+
+def _power(now: Mapping[str, Any], before: Mapping[str, Any]) -> str:
+    """A laptop's card: its limit swings within every run, and what it ends with is compared."""
+    found, usual = (float(card.get("power_limit_late_w") or 0.0) for card in (now, before))
+    if not now.get("laptop") or not found or found >= POWER * usual:
+        return ""
+    return f"the card's power limit was {found:.0f} W at the end, and {usual:.0f} W in this lab's steady state"
 
 
 def _rate(found: float | None, steady: Steady) -> str:

@@ -10,7 +10,11 @@ from core.commands import pip_install
 
 # CUDA's major version -> the oldest driver branch that runs it (NVIDIA, "CUDA Compatibility", table of minor versions).
 OLDEST_DRIVER = {11: 450, 12: 525, 13: 580}
-WHEELS = ((580, "cu130"), (570, "cu128"), (525, "cu126"))  # oldest driver -> PyTorch's index for it, newest first
+BLACKWELL = (10, 0)  # compute capability for which CUDA before 12.8 makes no code
+BLACKWELL_CUDA = (12, 8)
+# Oldest driver -> PyTorch's index for it, and whether its builds have code for Blackwell; newest first. None lies
+# between the two: cu128 has no torch since 2.12.
+WHEELS = ((580, "cu130", True), (525, "cu126", False))
 INDEX = "https://download.pytorch.org/whl"
 WINDOWS_TORCH = "torch>=2.14,<2.15"  # what the triton-windows of pyproject.toml's [rtx] is built for
 
@@ -29,28 +33,37 @@ class Problem:
     action: str
 
 
-def problem(build: TorchBuild, driver: str) -> Problem | None:
-    """Why this build cannot use a card with this driver ("570.133.20"), and the command that mends it."""
+def problem(build: TorchBuild, driver: str, capability: tuple[int, int] = (0, 0)) -> Problem | None:
+    """Why this build cannot use a card of this compute capability (0.0: unknown) with this driver ("570.133.20"), and
+    the command that mends it."""
     branch = int(found.group()) if (found := re.match(r"\d+", driver)) else 0
+    mend = install(branch, capability)
     if not build.version:
-        return Problem("torch is not installed", install(branch))
+        return Problem("torch is not installed", mend)
     if not build.cuda:
-        return Problem(f"torch {build.version} is a build without CUDA", install(branch))
-    needed = OLDEST_DRIVER.get(int(build.cuda.split(".")[0]), 0)
+        return Problem(f"torch {build.version} is a build without CUDA", mend)
+    cuda = tuple(int(n) for n in re.findall(r"\d+", build.cuda)[:2])
+    needed = OLDEST_DRIVER.get(cuda[0], 0)
     if branch and branch < needed:
         fact = f"driver {driver} is too old for torch {build.version}, whose CUDA {build.cuda} needs {needed} or newer"
-        return Problem(fact, f"update the driver, or {install(branch)}" if _wheel(branch) else install(branch))
+        return Problem(fact, f"update the driver, or {mend}" if _wheel(branch, capability) else mend)
+    if capability >= BLACKWELL and cuda < BLACKWELL_CUDA:
+        named = f"compute capability {capability[0]}.{capability[1]}"
+        return Problem(f"torch {build.version} has no code for {named}: its CUDA {build.cuda} is older", mend)
     return None
 
 
-def install(branch: int) -> str:
-    """The command that installs the newest build for a driver branch (0: unknown)."""
-    wheel = _wheel(branch) if branch else WHEELS[0][1]
+def install(branch: int, capability: tuple[int, int] = (0, 0)) -> str:
+    """The command that installs the newest build for a driver branch (0: unknown) and a card."""
+    wheel = _wheel(branch, capability) if branch else WHEELS[0][1]
     if not wheel:
-        return f"update the driver to {WHEELS[-1][0]} or newer: driver {branch} runs no build of torch that works here"
+        oldest = min(driver for driver, _, blackwell in WHEELS if blackwell or capability < BLACKWELL)
+        card = "with this card " if capability >= BLACKWELL else ""
+        return f"update the driver to {oldest} or newer: {card}driver {branch} runs no build of torch that works here"
     torch = WINDOWS_TORCH if sys.platform == "win32" else "torch"
     return pip_install("--force-reinstall", torch, "--index-url", f"{INDEX}/{wheel}")
 
 
-def _wheel(branch: int) -> str:
-    return next((wheel for oldest, wheel in WHEELS if branch >= oldest), "")
+def _wheel(branch: int, capability: tuple[int, int]) -> str:
+    fitting = (w for oldest, w, blackwell in WHEELS if branch >= oldest and (blackwell or capability < BLACKWELL))
+    return next(fitting, "")

@@ -179,7 +179,9 @@ class Trainer:
         self.outcome.describe |= plain(message) | known
         peak = message.fields.get("peak_memory")
         reported = peak if isinstance(peak, int) and not isinstance(peak, bool) and 0 < peak < 2**50 else 0
-        self.outcome.peak_memory = max(reported, self.worker.child.peak_memory())
+        # A card's memory is its own: what the process took of the computer's says nothing of it.
+        on_card = reported > 0 and self.run.settings.device.startswith("cuda")
+        self.outcome.peak_memory = reported if on_card else max(reported, self.worker.child.peak_memory())
         try:
             return self._open(took)
         except WeightsError as error:

@@ -4,6 +4,7 @@ restart for an update, or let a cloud's client work on the lab's files."""
 from __future__ import annotations
 
 import ctypes
+import platform
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +16,11 @@ _RESTART_KEYS = (  # each exists only while a restart is due
     r"SOFTWARE\Microsoft\Windows\CurrentVersion\WindowsUpdate\Auto Update\RebootRequired",
     r"SOFTWARE\Microsoft\Windows\CurrentVersion\Component Based Servicing\RebootPending",
 )
+
+
+def under_wsl(release: str | None = None) -> bool:
+    """Whether this is Linux inside Windows (WSL2), by the kernel's release, by default the one that runs."""
+    return "microsoft" in (platform.release() if release is None else release).lower()
 
 
 def restart_pending() -> bool:

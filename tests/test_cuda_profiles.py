@@ -16,6 +16,8 @@ import backends
 from backends import scaling
 from backends.cuda import profiles as cuda
 from console import making
+from core import locks
+from core.child import Place, Worker
 from core.errors import UserError
 from core.facts import Gpu
 from core.hardware import GIB, Hardware, choose, probe
@@ -208,3 +210,65 @@ def test_a_part_of_a_card_has_not_the_peak_of_the_whole():
     whole = device.known_peak("NVIDIA H100 80GB HBM3")
     assert whole is not None and whole.flops_per_second == 989.4e12
     assert device.known_peak("NVIDIA H100 80GB HBM3 MIG 1g.10gb") is None
+
+
+# --- which card children run on ------------------------------------------------------------------
+
+FIRST = replace(H100, uuid="GPU-first", index=1)
+OTHER = replace(H100, name="NVIDIA A100-SXM4-80GB", uuid="GPU-other", index=0, capability=(8, 0))
+SLICED = replace(H100, uuid="GPU-sliced", parts=(replace(H100, uuid="MIG-part"),))
+
+
+class NoChild(Exception):
+    """Nothing is started; the environment is what is looked at."""
+
+
+@pytest.fixture
+def shown(monkeypatch, settings, tmp_path):
+    """CUDA_VISIBLE_DEVICES of a child, with these cards in the machine and the user's own choice."""
+
+    def child(gpus, device="cuda:0", env=None):
+        policies = []
+
+        def launch(argv, policy, **more):
+            policies.append(policy)
+            raise NoChild
+
+        monkeypatch.setattr("core.sandbox.launch", launch)
+        monkeypatch.setattr("core.hardware.LocalFacts", lambda: Machine(gpus=gpus, env=env or {}))
+        for name, value in (env or {}).items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(NoChild):
+            Worker("scorer", Place(replace(settings, backend="cuda", device=device), tmp_path))
+        return policies[0].env.get("CUDA_VISIBLE_DEVICES")
+
+    return child
+
+
+@pytest.mark.parametrize(
+    ("gpus", "env", "card"),
+    [
+        ([OTHER, FIRST], {}, "GPU-first"),  # CUDA's own idea of the fastest may be another
+        ([OTHER, FIRST], {"CUDA_VISIBLE_DEVICES": "1"}, "GPU-other"),  # the second in CUDA's order
+        ([OTHER, FIRST], {"CUDA_VISIBLE_DEVICES": "0", "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}, "GPU-other"),
+        ([OTHER, FIRST], {"CUDA_VISIBLE_DEVICES": "GPU-oth"}, "GPU-other"),
+        ([SLICED], {}, "MIG-part"),
+        ("NVML Shared Library Not Found", {"CUDA_VISIBLE_DEVICES": "1"}, "1"),  # nobody tells: the user's word stays
+    ],
+)
+def test_children_see_the_card_that_is_locked_and_watched(shown, monkeypatch, gpus, env, card):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert shown(gpus, env=env) == card
+
+
+def test_children_without_a_card_are_shown_none(shown, monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert shown([FIRST], device="cpu") is None
+
+
+def test_a_card_that_is_held_stays_what_it_is_when_another_comes_or_goes(shown, monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr("core.hardware.LocalFacts", lambda: Machine(gpus=[OTHER, FIRST]))
+    with locks.hold_device("cuda:0"):
+        assert shown([OTHER]) == "GPU-first" and locks.cuda_uuid(0) == "GPU-first"
+    assert shown([OTHER]) == "GPU-other"

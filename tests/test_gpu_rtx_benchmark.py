@@ -10,7 +10,12 @@ import pytest
 
 from core.paths import project_root
 
-pytest.importorskip("torch")
+torch = pytest.importorskip("torch")
+pytest.importorskip("triton")
+
+from benchmarks import gpu, gpu_rtx, gpu_sections  # noqa: E402 - after the skips
+
+GIB = 2**30
 
 COMMAND = [sys.executable, "-m", "benchmarks.gpu_rtx"]
 
@@ -21,6 +26,34 @@ def test_both_sides_start_from_one_loss():
     ours, peer, ratio = (json.loads(line) for line in done.stdout.splitlines())
     assert (ours["side"], peer["side"]) == ("ours", "peer") and ours["rows_at_once"] == 2
     assert ratio["passed"] and ratio["losses_apart"] < 1e-5 and ratio["speed"] > 0
+
+
+@pytest.mark.parametrize(
+    ("free", "wish", "held"), [(12, 8.0, 8e9), (12, 6.0, 6e9), (5, 8.0, 5 * GIB - 2**28), (12, None, 12 * GIB - 2**28)]
+)
+def test_a_card_is_held_to_the_wish_and_to_what_the_backend_allows(monkeypatch, free, wish, held):
+    """Beyond that Windows' driver swaps, and does not fail."""
+    fractions = []
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free * GIB, 16 * GIB))
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", fractions.append)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 6))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA GeForce RTX 4060")
+    monkeypatch.setattr(gpu_rtx, "margin", lambda: 2**28)
+    monkeypatch.setattr(gpu_rtx, "compare", lambda *given: [])
+    (card,) = gpu_rtx.on_card(wish)
+    assert fractions == [pytest.approx(held / (16 * GIB))] and card["held_gb"] == pytest.approx(held / 1e9)
+
+
+@pytest.mark.parametrize(("given", "limit"), [([], 8.0), (["--limit-gb", "6"], 6.0)])
+def test_the_command_for_everything_hands_the_limit_on(monkeypatch, tmp_path, given, limit):
+    orders = []
+    monkeypatch.setattr(gpu, "measure", lambda order, names, out: orders.append(order) or 0)
+    with pytest.raises(SystemExit):
+        gpu.main(["--out", str(tmp_path), "--only", "rtx", *given])
+    held = []
+    monkeypatch.setattr(gpu_rtx, "on_card", lambda limit_gb: held.append(limit_gb) or [])
+    list(gpu_sections.rtx(orders[0]))
+    assert held == [limit]
 
 
 @pytest.mark.skipif(__import__("torch").cuda.is_available(), reason="there is a card")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import sys
 import threading
 from types import SimpleNamespace
@@ -12,12 +13,14 @@ from scripted import Scripted, recipe
 from test_loop import check, loop_of, night  # noqa: F401 - the fixture
 
 from core import gpuwatch
-from core.errors import UserError
+from core.errors import DeviceFull, UserError
 from core.executor import LocalExecutor
 from core.gpuwatch import Look
 from core.health import Watch
 from core.loop import Limits
 from core.nvml import Nvml
+from core.outcome import Outcome
+from core.steady import Steady, departure
 from core.verdict import taint
 
 MIB = 2**20
@@ -72,6 +75,51 @@ def test_what_makes_a_score_worthless(looks, why):
     assert why in said and bool(said) == bool(why)
 
 
+def swings(watts, laptop, looks=150):
+    """A power limit that moves with the load, at random but the same in each test."""
+    dice = random.Random(1)
+    return [changed(power_limit=float(dice.choice(watts)), laptop=laptop) for _ in range(looks)]
+
+
+@pytest.mark.parametrize(
+    ("looks", "why"),
+    [
+        (swings((80, 90, 105), True), ""),  # Dynamic Boost
+        (swings((80, 90, 105), False), ""),
+        ([changed(power_limit=105.0)] * 40 + [changed(power_limit=80.0, laptop=True)] * 40, ""),  # warm by then
+        ([changed(power_limit=105.0)] * 40 + [changed(power_limit=80.0)] + [changed(power_limit=105.0)] * 40, ""),
+        ([changed(power_limit=300.0)] * 100 + [changed(power_limit=200.0)] * 50, "limit changed from 300 to 200 W"),
+    ],
+)
+def test_a_power_limit_counts_where_it_was_lowered_for_good(looks, why):
+    said = gpuwatch.summary(looks)["tainted"]
+    assert why in said and bool(said) == bool(why)
+
+
+def test_a_laptops_power_limit_is_compared_with_that_of_the_steady_state():
+    cards = [gpuwatch.summary([changed(power_limit=w, laptop=True)] * 8) for w in (85.0, 82.0, 45.0)]
+    steady = Steady(health={"card": cards[0]}, is_good=True)
+    said = [departure({"health": {"card": card}}, steady) for card in cards]
+    assert said == ["", "", "the card's power limit was 45 W at the end, and 85 W in this lab's steady state"]
+
+
+@pytest.mark.parametrize(
+    ("busy", "looks", "why"),
+    [
+        (0.9, 30, "more than 50% busy for 20% of the time"),  # a game in the last fifth: 18 % of the whole
+        (0.9, 8, ""),  # somebody moved a window
+        (0.4, 30, ""),
+    ],
+)
+def test_a_game_that_starts_near_the_end_is_seen(busy, looks, why):
+    said = gpuwatch.summary([CALM] * (150 - looks) + [changed(others_busy=busy)] * looks)["tainted"]
+    assert why in said and bool(said) == bool(why)
+
+
+def test_one_blip_in_a_short_timing_is_no_game():
+    assert gpuwatch.summary([CALM, CALM, CALM, CALM, changed(others_busy=0.9)])["tainted"] == ""
+
+
 def test_a_training_is_watched_from_its_start_to_its_end():
     card = Card(CALM, changed(others_busy=0.9))
     watch = Watch(os.getpid(), "cuda:0", card)
@@ -100,9 +148,9 @@ def test_a_cpu_training_asks_no_card():
 # --- waiting ---------------------------------------------------------------------------------------
 
 
-def wait(card, most=60.0):
-    said = []
-    done = gpuwatch.wait_until_free("cuda:0", card, said.append, threading.Event(), most, every=0.001, lingers=0.001)
+def wait(card, most=60.0, needed=0):
+    said, stop = [], threading.Event()
+    done = gpuwatch.wait_until_free("cuda:0", card, said.append, stop, most, every=0.001, lingers=0.001, needed=needed)
     return done, said
 
 
@@ -116,7 +164,7 @@ def test_what_our_own_last_child_did_is_not_waited_out(monkeypatch):
     """Where processes are not told apart, a driver's figure of a second ago is of our own training."""
     ours, desktop = changed(others_busy=None, busy=0.97), changed(others_busy=None, busy=0.04)
     waited = []
-    monkeypatch.setattr(gpuwatch, "_wait", lambda stop, seconds: waited.append(seconds))
+    monkeypatch.setattr(gpuwatch, "wait", lambda stop, seconds: waited.append(seconds))
     card, said = Card(ours, desktop), []
     assert gpuwatch.wait_until_free("cuda:0", card, said.append, threading.Event())
     assert (said, waited, len(card.asked)) == ([], [gpuwatch.LINGERS], 2)
@@ -148,7 +196,7 @@ def test_a_wait_lets_ctrl_c_through():
             waits.append(timeout)
             return super().wait(timeout)
 
-    gpuwatch._wait(Stop(), 0.5)
+    gpuwatch.wait(Stop(), 0.5)
     assert len(waits) >= 3 and max(waits) <= 0.25
 
 
@@ -160,6 +208,17 @@ def test_a_busy_card_is_waited_for_until_it_was_quiet_twice():
     assert said == ["the card is 97% busy with other programs: waits until it is free"]
 
 
+def test_memory_that_another_program_only_holds_is_waited_for():
+    """A paused game, a language model that is kept loaded: 0 % busy, and the card is full."""
+    full, free = (changed(busy=0.0, others_busy=0.0, free=gib * 2**30) for gib in (1, 5))
+    done, said = wait(Card(full, full, full, free), needed=4 * 2**30)
+    assert done and said == ["other programs leave 1.0 GiB of the card, and 4.0 GiB are needed: waits until it is free"]
+    assert wait(Card(full), most=0.0, needed=4 * 2**30)[0] is False
+    assert wait(Card(full)) == (True, []), "what is needed is not known"
+    nearly = changed(busy=0.0, others_busy=0.0, free=int(3.7 * 2**30))
+    assert wait(Card(nearly), needed=4 * 2**30) == (True, []), "an allocator keeps more than it uses"
+
+
 def test_waiting_ends_with_its_limit_or_a_stop():
     assert wait(Card(changed(others_busy=0.9)), most=0.0)[0] is False
     stop = threading.Event()
@@ -168,12 +227,80 @@ def test_waiting_ends_with_its_limit_or_a_stop():
 
 
 def test_the_executor_waits_and_then_says_what_to_do():
-    request = SimpleNamespace(settings=SimpleNamespace(device="cuda:0"), experiment="night-1")
+    request = SimpleNamespace(settings=SimpleNamespace(device="cuda:0"), experiment="night-1", card_bytes=0)
     executor = LocalExecutor(card=Card(changed(others_busy=0.9)), card_wait=0.0, card_every=0.001)
     said = []
     with pytest.raises(UserError, match="other programs have kept the card busy"):
         executor.execute(request, said.append, threading.Event())
     assert "waits until it is free" in said[0].data["phase"]
+
+
+class Runs:
+    """`core.referee.execute` whose runs end so, one after another."""
+
+    def __init__(self, *ends):
+        self.ends, self.made = list(ends), 0
+
+    def __call__(self, request, on_event, stop):
+        self.made += 1
+        end = self.ends.pop(0)
+        if isinstance(end, Exception):
+            raise end
+        return end
+
+
+@pytest.fixture
+def on_card(monkeypatch, tmp_path):
+    """An executor before a presented card, and what it said."""
+
+    def execute(card, *ends, needed=0, card_wait=60.0):
+        runs, said = Runs(*ends), []
+        monkeypatch.setattr("core.referee.execute", runs)
+        monkeypatch.setattr(gpuwatch, "LINGERS", 0.001)
+        settings = SimpleNamespace(device="cuda:0")
+        request = SimpleNamespace(settings=settings, experiment="night-1", card_bytes=needed, workdir=tmp_path / "work")
+        executor = LocalExecutor(card=card, card_wait=card_wait, card_every=0.001)
+        tell = lambda event: said.append(event.data["phase"])  # noqa: E731
+        return executor.execute(request, tell, threading.Event()), runs.made, said
+
+    return execute
+
+
+FULL = DeviceFull("only 0.2 of 8.0 GiB of the card are free", "close what else uses it", 2**30)
+
+
+def test_a_card_that_is_full_when_it_is_opened_ends_no_night(on_card):
+    taken, free = (changed(busy=0.0, others_busy=0.0, free=mib * MIB) for mib in (200, 7000))
+    outcome, made, said = on_card(Card(free, free, taken, taken, free), FULL, Outcome(status="scored"))
+    assert (outcome.status, made) == ("scored", 2) and outcome.health["card"]["free_before"] == 7000 * MIB
+    assert said[0] == "only 0.2 of 8.0 GiB of the card are free: waits until it is free"
+    assert "other programs leave 0.2 GiB" in said[1]
+    with pytest.raises(UserError, match=r"only 0\.2 of 8\.0 GiB"):
+        on_card(Card(free), FULL, card_wait=0.0)
+
+
+def test_what_the_best_took_is_waited_for_before_a_run(on_card):
+    taken, free = (changed(busy=0.0, others_busy=0.0, free=gib * 2**30) for gib in (1, 6))
+    _, made, said = on_card(Card(taken, taken, free), Outcome(status="scored"), needed=4 * 2**30)
+    assert made == 1 and "4.0 GiB are needed" in said[0]
+
+
+def test_a_run_without_memory_is_others_doing_where_they_have_the_card_after_it(on_card):
+    free, game = changed(busy=0.0, others_busy=0.0), changed(others_busy=0.9)
+    outcome, _, _ = on_card(Card(free, free, game), Outcome(status="crash", out_of_memory=True))
+    assert "90% busy" in departure(outcome.to_dict(), Steady())
+    outcome, _, _ = on_card(Card(free), Outcome(status="crash", out_of_memory=True))
+    assert departure(outcome.to_dict(), Steady()) == "", "it asked for too much by itself"
+    outcome, _, _ = on_card(Card(free, free, game), Outcome(status="crash"))
+    assert departure(outcome.to_dict(), Steady()) == "", "what is broken is broken beside a game too"
+
+
+def test_what_runs_took_of_a_card_is_what_the_next_ones_need(night):  # noqa: F811
+    executor = Scripted(health={"card": {"free_before": 2**27, "tainted": ""}})
+    asked, execute = [], executor.execute
+    executor.execute = lambda request, *rest: asked.append(request.card_bytes) or execute(request, *rest)
+    loop_of(night, executor).run(Limits(experiments=2))
+    assert asked == [0, 2**27], "2**28 were taken, but no more than was free is believed"
 
 
 # --- the loop --------------------------------------------------------------------------------------
@@ -189,6 +316,24 @@ def test_a_score_of_a_shared_card_never_decides_and_is_measured_again(night):  #
     assert (e.status, e.val_bpb) == ("invalid", None) and "80% busy" in e.reason
     assert len(executor.runs) == 3 and night.best_bpb() == before
     check(night)
+
+
+@pytest.mark.parametrize(
+    ("status", "out_of_memory", "runs"), [("crash", True, 3), ("crash", False, 1), ("invalid", False, 1)]
+)
+def test_only_a_crash_for_want_of_memory_is_repeated_beside_others(night, status, out_of_memory, runs):  # noqa: F811
+    loop_of(night).run(Limits(experiments=1))
+    executor = Scripted(health=SHARED, out_of_memory=out_of_memory)
+    e = loop_of(night, executor).judge(recipe(status=status), "beside a game")
+    assert (e.status, len(executor.runs)) == (status, runs)
+    check(night)
+
+
+def test_a_crash_for_want_of_memory_on_a_quiet_card_is_final(night):  # noqa: F811
+    loop_of(night).run(Limits(experiments=1))
+    executor = Scripted(out_of_memory=True)
+    assert loop_of(night, executor).judge(recipe(status="crash"), "too large").status == "crash"
+    assert len(executor.runs) == 1
 
 
 # --- NVML ------------------------------------------------------------------------------------------
@@ -208,7 +353,7 @@ def nvml(**answers):
         raise Error("Not Supported")
 
     for name in ("UtilizationRates", "MemoryInfo", "EnforcedPowerLimit", "CurrentClocksThrottleReasons",
-                 "ComputeRunningProcesses", "ClockInfo", "MaxClockInfo", "Temperature",
+                 "ComputeRunningProcesses", "ClockInfo", "MaxClockInfo", "Temperature", "Name",
                  "ProcessUtilization"):  # fmt: skip
         value = answers.get(name)
         setattr(module, f"nvmlDeviceGet{name}", refuse if value is None else lambda *a, v=value: v)

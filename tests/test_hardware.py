@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import re
 import subprocess
 import sys
 import zipfile
@@ -391,6 +393,41 @@ def test_doctor_says_what_tritons_launcher_lacks(monkeypatch, tmp_path, card, wa
     for check in found:
         assert said in check.detail
         assert ("gcc" in check.action, "-dev" in check.action) == (not programs, not headers) or check.ok
+
+
+RTX_3060_ON_WINDOWS = Machine(os=WINDOWS, gpus=[RTX_3060])
+
+
+@pytest.mark.parametrize(
+    ("machine", "wanted", "said", "ok", "detail"),
+    [
+        (RTX_3060_ON_WINDOWS, None, None, None, "not installed: the rtx recipe goes by plain PyTorch"),
+        (RTX_3060_ON_WINDOWS, "rtx", "triton", True, "compiles and runs"),
+        (RTX_3060_ON_WINDOWS, None, "triton for norms and loss, torch for products: sm_75", True, "sm_75"),
+        (RTX_3060_ON_WINDOWS, None, "torch: triton failed when tried: RuntimeError: no compiler", None, "no compiler"),
+        (RTX_3060_ON_WINDOWS, "cpu", None, "no check", ""),
+        (Machine(gpus=[RTX_3060]), None, None, "no check", ""),
+        (Machine(os=WINDOWS), None, None, "no check", ""),
+    ],
+)
+def test_doctor_says_on_windows_whether_triton_is_there_and_works(monkeypatch, machine, wanted, said, ok, detail):
+    """PyPI's torch brings none there, and without it nothing but the speed of a whole night tells."""
+    there, real = ("json" if said else "no_such_module"), importlib.util.find_spec
+    monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: real(there if name == "triton" else name))
+    monkeypatch.setattr(doctor, "_said_by_child", lambda code, backend, seconds: said)
+    monkeypatch.setattr(sys, "platform", "win32")
+    found = list(doctor._triton_check(probe(machine), wanted))
+    assert [check.ok for check in found] == ([] if ok == "no check" else [ok])
+    for check in found:
+        assert detail in check.detail
+        assert check.ok or re.search(r'-m pip install -e "?[^"]+\[rtx\]"', check.action)
+
+
+def test_what_is_tried_for_triton_is_tried_where_experiments_run():
+    """Here without a card: the child's own word for it comes back."""
+    said = doctor._said_by_child(doctor.TRIED_AS_CHILDREN_DO, "rtx", 120.0)
+    assert said.startswith(("torch: triton", "triton")), said
+    assert doctor._said_by_child("import time; time.sleep(60)", "cpu", 0.2) == "not done within 0.2 s"
 
 
 def test_doctor_takes_the_compiler_that_triton_takes(monkeypatch):

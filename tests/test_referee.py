@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -34,12 +35,15 @@ from edits import (
 )
 
 from core import weights
+from core.child import BackendFailed, Place, Worker
 from core.data import Dataset
-from core.errors import UserError
+from core.errors import DeviceFull, UserError
+from core.health import Watch
 from core.outcome import Event, Outcome, Request
 from core.paths import project_root
 from core.referee import RecipeFailed, dry_build, execute, measure, sample
 from core.settings import Settings
+from core.wire import Message
 
 Run = Callable[..., Outcome]
 
@@ -341,6 +345,42 @@ def test_measure(tiny_recipe: str, settings: Settings, tmp_path: Path) -> None:
     with pytest.raises(RecipeFailed, match="KeyError"):
         measure(changed(tiny_recipe, before(STEP, "{}[0]")).encode(), settings, tmp_path)
     assert left_behind() == []
+
+
+def test_a_timing_watches_its_card_from_the_end_of_the_warm_up(
+    tiny_recipe: str, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before, what we take of it ourselves would look like somebody else's where nobody tells them apart."""
+    begun: list[tuple[str, float, bool]] = []
+
+    class Card(Watch):
+        def __init__(self, pid: int, device: str = "", every: float = 2.0) -> None:
+            super().__init__(pid, device)
+            begun.append((device, every, any(tmp_path.glob("*/scratch/built"))))
+
+        def report(self) -> dict[str, Any]:
+            return {"card": {"tainted": "a game"}, "tainted": "a game"}
+
+    monkeypatch.setattr("core.referee.Watch", Card)
+    recipe = changed(tiny_recipe, (BUILD, f"{BUILD}    open('built', 'w').close()\n"))
+    found = measure(recipe.encode(), settings, tmp_path, seconds=0.4)
+    assert begun == [("cpu", 0.1, True)] and found["health"]["tainted"] == "a game"
+    dry_build(tiny_recipe.encode(), settings, tmp_path)
+    assert begun[1][:2] == ("", 2.0)
+
+
+def test_a_card_that_is_full_is_told_apart_from_one_that_does_not_work(settings: Settings, tmp_path: Path) -> None:
+    worker = Worker("scorer", Place(settings, tmp_path))
+    try:
+        worker.get_ready()
+        fields = {"status": "backend", "reason": "only 0.2 GiB are free", "action": "close it"}
+        with pytest.raises(DeviceFull) as full:
+            raise worker._failed(Message("failed", {**fields, "needed": 2**30}))
+        with pytest.raises(BackendFailed):
+            raise worker._failed(Message("failed", fields))
+        assert full.value.needed == 2**30
+    finally:
+        worker.close()
 
 
 def test_dry_build(tiny_recipe: str, settings: Settings, tmp_path: Path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,10 +19,12 @@ import backends  # noqa: E402 - after the skip
 from backends.rtx import device, profiles  # noqa: E402
 from backends.rtx.cards import known  # noqa: E402
 from backends.rtx.memory import Shape, peak  # noqa: E402
+from benchmarks import gpu  # noqa: E402
 from console import fitting  # noqa: E402
-from core import guard  # noqa: E402
-from core.errors import UserError  # noqa: E402
+from core import allocator, guard, sandbox  # noqa: E402
+from core.errors import DeviceFull, UserError  # noqa: E402
 from core.facts import Gpu, Power  # noqa: E402
+from core.gpuwatch import Look  # noqa: E402
 from core.hardware import GIB, choose, probe  # noqa: E402
 from core.recipe import constants  # noqa: E402
 from core.settings import Settings  # noqa: E402
@@ -146,9 +150,54 @@ def test_unusable_cards_and_builds_are_named(monkeypatch):
 
 
 def test_the_cap_leaves_room_below_what_is_free():
-    assert device.cap(8 * GIB, 12 * GIB, "linux") == 8 * GIB - 2**28
-    assert device.cap(8 * GIB, 12 * GIB, "win32") == 8 * GIB - 3 * 2**28
-    assert device.cap(GIB // 8, 12 * GIB, "linux") == 0
+    for platform, wsl, left in (("linux", False, 2**28), ("linux", True, 3 * 2**28), ("win32", False, 3 * 2**28)):
+        assert device.cap(8 * GIB, 12 * GIB, device.margin(platform, wsl)) == 8 * GIB - left
+    assert device.cap(GIB // 8, 12 * GIB, device.margin("linux", False)) == 0
+
+
+@pytest.mark.parametrize("backend", ["rtx", "cuda"])
+def test_a_card_without_free_memory_is_told_as_such(monkeypatch, backend):
+    """So that it can be waited for: a card that cannot be used at all is another error."""
+    opened = importlib.import_module(f"backends.{backend}.device")
+    answers = {"is_available": True, "init": None, "set_device": None, "get_device_capability": (8, 6)}
+    answers |= {"mem_get_info": (GIB // 8, 8 * GIB), "get_device_name": "NVIDIA GeForce RTX 4060"}
+    for name, answer in answers.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *a, answer=answer: answer)
+    with pytest.raises(DeviceFull, match=r"0\.1 of 8\.0 GiB") as caught:
+        opened.open_device()
+    assert caught.value.needed >= 2**28 + 2**29
+
+
+@pytest.mark.parametrize(
+    ("environ", "platform", "release", "grows"),
+    [
+        ({}, "linux", "6.8.0-45-generic", True),
+        ({}, "linux", "5.15.153.1-microsoft-standard-WSL2", False),  # the first allocation may fail there
+        ({}, "win32", "11", False),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:128"}, "linux", "6.8.0", False),
+        ({"PYTORCH_ALLOC_CONF": "expandable_segments:False"}, "linux", "6.8.0", False),
+    ],
+)
+def test_memory_grows_in_segments_where_that_works_and_nobody_has_set_it(environ, platform, release, grows):
+    found = allocator.settings(environ, platform, release)
+    assert found == ({"PYTORCH_ALLOC_CONF": "expandable_segments:True"} if grows else {})
+
+
+def test_children_devices_and_benchmarks_set_the_allocator_alike(monkeypatch, tmp_path):
+    for name in allocator.NAMES:
+        monkeypatch.delenv(name, raising=False)
+    names = set(allocator.NAMES)
+    assert names & set(sandbox.environment(tmp_path, tmp_path, tmp_path)) == {"PYTORCH_ALLOC_CONF"}
+    monkeypatch.setattr("platform.release", lambda: WSL[1])
+    assert not names & set(sandbox.environment(tmp_path, tmp_path, tmp_path))
+    given = []
+    monkeypatch.setattr("subprocess.Popen", lambda command, env, **more: given.append(env) or SimpleNamespace(wait=int))
+    list(gpu.run_section("rtx", gpu.SMOKE, 1.0))
+    for backend in ("rtx", "cuda"):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        with pytest.raises(UserError):
+            importlib.import_module(f"backends.{backend}.device").open_device()
+    assert not names & set(given[0]) and not names & set(os.environ)
 
 
 def test_every_tier_makes_500_steps_on_its_slowest_card():
@@ -204,10 +253,11 @@ def trial(tmp_path, monkeypatch):
     ways = [{"DEVICE_BATCH_SIZE": n, "RECOMPUTE": "nothing"} for n in (32, 16)]
     tried, said = [], []
 
-    def run(seconds, known_as="card", describe=lambda way: {}):
+    def run(seconds, known_as="card", describe=lambda way: {}, health=None):
         def measure(way):
             tried.append(way["DEVICE_BATCH_SIZE"])
-            return {"seconds_per_step": seconds[way["DEVICE_BATCH_SIZE"]], "describe": describe(way)}
+            facts = {"seconds_per_step": seconds[way["DEVICE_BATCH_SIZE"]], "describe": describe(way)}
+            return {**facts, "health": health or {}}
 
         return fitting.choose(ways, measure, said.append, known_as)
 
@@ -227,6 +277,16 @@ def test_a_plan_that_ran_out_of_memory_counts_as_what_it_went_on_with(trial):
     half = lambda way: {"rows_at_once": 8, "recompute": "nothing"} if way["DEVICE_BATCH_SIZE"] == 32 else {}  # noqa: E731
     assert run({32: 0.1, 16: 0.2}, describe=half)["DEVICE_BATCH_SIZE"] == 8
     assert "out of memory with 32 rows" in said[0]
+
+
+def test_a_choice_beside_a_game_is_not_remembered(trial):
+    run, tried, _ = trial
+    game = {
+        "card": {"tainted": "other programs kept the card 80% busy"},
+        "tainted": "other programs kept the card busy",
+    }
+    assert run({32: 0.1, 16: 0.2}, health=game)["DEVICE_BATCH_SIZE"] == 32
+    assert run({32: 0.2, 16: 0.1})["DEVICE_BATCH_SIZE"] == 16 and tried == [32, 16, 32, 16]
 
 
 def test_a_damaged_memory_of_choices_is_made_again(trial, tmp_path):
@@ -256,17 +316,87 @@ def test_profiles_load_no_torch():
     assert Path(backends.load("rtx").recipe_path).is_file()
 
 
-@pytest.mark.parametrize("described", [{"kernels": "torch: triton is not installed", "depth": 8}, {"depth": 8}])
-def test_fitting_tells_which_kernels_the_night_will_have(monkeypatch, tmp_path, described):
+@pytest.fixture
+def fitted(monkeypatch, tmp_path):
+    """The fitting for a card that is not here: what it said, and the settings of each timing."""
     from console import making
 
-    monkeypatch.setattr("core.hardware.probe", lambda: probe(Machine(gpus=[rtx("3060", 11.76, (8, 6))])))
-    monkeypatch.chdir(tmp_path)
-    chosen = making.plan(None, making.Wishes(backend="rtx", tag="x"))
-    facts = {"dtype": "bfloat16", "dtype_reason": "sm_86", "seconds_per_step": 0.1, "params": 10**7}
-    monkeypatch.setattr(making, "_measure", lambda screen, recipe, settings: {**facts, "describe": described})
-    data = SimpleNamespace(path=Path("text"), sha256="0" * 64, vocab_size=8192, bos_id=0)
-    said = []
-    recipe = backends.fit(backends.load("rtx").recipe(), chosen.profile)
-    making._fitted(SimpleNamespace(say=said.append), chosen, data, recipe, keep_shape=True)
+    def fit(card, facts, keep_shape=True):
+        here = probe(Machine(gpus=[card]))
+        monkeypatch.setattr("core.hardware.probe", lambda: here)
+        monkeypatch.chdir(tmp_path)
+        chosen = making.plan(None, making.Wishes(backend="rtx", tag="x"))
+        said, timed = [], []
+
+        def measure(screen, recipe, settings):
+            timed.append(settings)
+            usual = {"dtype": device.choose_dtype(here.gpus[0].capability).value, "dtype_reason": here.gpus[0].arch}
+            return {**usual, "seconds_per_step": 0.1, "params": 10**7, "describe": {}, "health": {}, **facts}
+
+        monkeypatch.setattr(making, "_measure", measure)
+        data = SimpleNamespace(path=Path("text"), sha256="0" * 64, vocab_size=8192, bos_id=0)
+        recipe = backends.fit(backends.load("rtx").recipe(), chosen.profile)
+        _, settings = making._fitted(SimpleNamespace(say=said.append), chosen, data, recipe, keep_shape)
+        return said, [s.dtype for s in timed], settings
+
+    return fit
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("2080 Ti", "float16"), ("3060", "bfloat16"), ("5090", "bfloat16")])
+def test_the_first_timing_computes_in_what_the_card_can(fitted, name, dtype):
+    """On a Turing card without Triton's products bfloat16 crashes, and no lab would be made."""
+    _, timed, settings = fitted(MATRIX[name][0].gpus[0], {})
+    assert timed == [dtype] and settings.dtype == dtype
+
+
+@pytest.mark.parametrize("described", [{"kernels": "torch: triton is not installed", "depth": 8}, {"depth": 8}])
+def test_fitting_tells_which_kernels_the_night_will_have(fitted, described):
+    said, _, _ = fitted(rtx("3060", 11.76, (8, 6)), {"describe": described})
     assert ("  kernels: torch: triton is not installed" in said) == ("kernels" in described)
+
+
+@pytest.mark.parametrize("platform", ["linux", "win32"])
+def test_a_lab_on_windows_is_told_once_that_nothing_is_looked_at_on_its_way(fitted, monkeypatch, platform):
+    monkeypatch.setattr("core.freezing.sys", SimpleNamespace(platform=platform))
+    said, _, settings = fitted(rtx("3060", 11.76, (8, 6)), {})
+    assert settings.probe == (platform == "linux")
+    assert sum("hopeless candidates train to their end" in line for line in said) == (platform == "win32")
+
+
+GAME = {
+    "card": {"tainted": "other programs kept the card 80% busy"},
+    "tainted": "other programs kept the card 80% busy",
+}
+
+
+def test_what_was_timed_beside_a_game_does_not_shrink_the_model(fitted):
+    three_seconds = {"seconds_per_step": 3.0}  # far too few steps
+    shrunk, _, _ = fitted(rtx("3060", 11.76, (8, 6)), three_seconds, keep_shape=False)
+    as_it_was, _, _ = fitted(rtx("3060", 11.76, (8, 6)), {**three_seconds, "health": GAME}, keep_shape=False)
+    assert any("3 s a step" in line or "steps" in line for line in shrunk)
+    assert shrunk[1] != as_it_was[1] and "about 100 steps" in " ".join(as_it_was)
+
+
+@pytest.mark.parametrize(
+    ("games", "timings", "said"), [(0, 1, []), (1, 2, ["timed again"]), (9, 3, ["timed again"] * 2)]
+)
+def test_a_timing_beside_a_game_is_taken_again(monkeypatch, tmp_path, games, timings, said):
+    from console import making
+
+    monkeypatch.setenv("AUTORESEARCH_HOME", str(tmp_path))
+    busy, free = Look(busy=0.9, others_busy=0.9), Look(busy=0.0, others_busy=0.0)
+    looks, made, lines = [busy, busy] + [free] * 9, [], []
+    nvml = SimpleNamespace(look=lambda device, ours: looks.pop(0))
+    monkeypatch.setattr("core.nvml.Nvml", lambda: nvml)
+    monkeypatch.setattr("core.gpuwatch.wait", lambda stop, seconds: None)
+
+    def measure(*given, **more):
+        made.append(len(looks))
+        return {"seconds_per_step": 0.1, "health": GAME if len(made) <= games else {"card": {"tainted": ""}}}
+
+    monkeypatch.setattr("core.referee.measure", measure)
+    facts = making._measure(SimpleNamespace(say=lines.append), b"", SimpleNamespace(device="cuda:0"))
+    assert len(made) == timings and made[0] == 7, "the card was waited for until it was quiet twice"
+    assert "90% busy with other programs: waits until it is free" in lines[0]
+    assert [line.split(": ")[-1] for line in lines[1:] if "timed again" in line] == said
+    assert bool(fitting.shared(facts)) == any("the model is not fitted" in line for line in lines) == (games > 2)

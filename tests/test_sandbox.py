@@ -10,6 +10,7 @@ import socket
 import struct
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import time
 from dataclasses import replace
@@ -237,6 +238,12 @@ channel.sendall(answer)
     assert child.channel.recv(10) == b""  # closed with the child
     assert child.wait(10) == 0
     child.channel.close()
+
+
+def test_a_child_knows_where_packages_lie(scratch: Path) -> None:
+    """Before Python 3.14 `-S` leaves a virtual environment out, in which Triton for Windows has its compiler."""
+    told = output(scratch, "import sys, sysconfig; print(sysconfig.get_path('platlib'), sys.prefix, sys.exec_prefix)")
+    assert told.split() == [sysconfig.get_path("platlib"), sys.prefix, sys.prefix]
 
 
 def test_exit_status_signal_and_traceback(scratch: Path) -> None:

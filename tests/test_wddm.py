@@ -142,11 +142,19 @@ def test_windows_is_asked_where_nvml_tells_no_process(monkeypatch):
     assert "kept the card 90% busy" in gpuwatch.summary(looks)["tainted"]
 
 
-def test_windows_is_not_asked_where_nvml_tells_or_nothing_of_ours_runs(monkeypatch):
+def test_windows_is_asked_before_nvml_and_nvml_where_windows_does_not_tell(monkeypatch):
+    """NVML may know of the programs that compute only, and not of a game."""
+    game = ({busy(GAME, 0, "3D"): 90.0}, MEMORY)
+    samples = [SimpleNamespace(pid=pid, smUtil=share, timeStamp=5) for pid, share in ((OURS, 50), (os.getppid(), 20))]
+    looks = look(monkeypatch, Users(Readings(game, game, OSError("refused")).begin), ProcessUtilization=samples)
+    assert [one.others_busy for one in looks] == [0.2, 0.9, 0.2]
+
+
+def test_without_a_process_of_ours_all_that_is_busy_is_others(monkeypatch):
     users = Users(Readings().begin)  # a reading would be an error
     sample = SimpleNamespace(pid=GONE, smUtil=20, timeStamp=5)
-    assert look(monkeypatch, users, ProcessUtilization=[sample], ours=())[0].others_busy == 0.0
-    assert look(monkeypatch, users, ours=())[0].others_busy is None
+    (seen, *_) = look(monkeypatch, users, ProcessUtilization=[sample], ours=())
+    assert seen.others_busy is None and gpuwatch.used_by_others(seen) == 0.99
 
 
 def test_a_failure_leaves_the_rule_for_memory_and_its_reason_in_the_record(monkeypatch):

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import sys
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from types import SimpleNamespace
 
 import pytest
+from test_hardware import Machine
 
-from core import child, facts, files, sandbox_windows, versions, windows
-from core.doctor import DISTRIBUTIONS
+from backends.rtx.profiles import remarks
+from core import child, facts, files, sandbox_windows, trainer, versions, windows, wire
+from core.doctor import DISTRIBUTIONS, MAX_PYTHON, MIN_PYTHON, _gpu_check
+from core.hardware import probe
 from core.interruptions import Interruptions
+from core.outcome import Outcome
 from core.places import synced_by
 from core.steady import Steady, departure
 
@@ -144,6 +149,63 @@ def test_nvml_tells_the_drivers_version(monkeypatch, answer, told):
     assert facts.nvidia_driver() is None
 
 
+def cards(count, lost, monkeypatch):
+    """A pynvml that counts so many cards, of which these are lost: an eGPU that was pulled out."""
+
+    class Lost(Exception):
+        pass
+
+    def handle(index):
+        if index in lost:
+            raise Lost("GPU is lost")
+        return index
+
+    def refuse(*arguments):
+        raise Lost("Not Supported")
+
+    memory = SimpleNamespace(total=8 * 2**30, free=7 * 2**30)
+    answers = {"Count": count, "MemoryInfo": memory, "CudaComputeCapability": (8, 9), "UUID": "GPU-a"}
+    answers |= {"Name": b"NVIDIA GeForce RTX 4060"}
+    nvml = SimpleNamespace(NVMLError=Lost, nvmlDeviceGetHandleByIndex=handle)
+    nvml.nvmlSystemGetDriverVersion = lambda: "581.29"
+    nvml.nvmlInit = nvml.nvmlShutdown = lambda: None
+    for name, answer in answers.items():
+        setattr(nvml, f"nvmlDeviceGet{name}", lambda *a, answer=answer: answer)
+    for name in ("ComputeRunningProcesses", "DisplayActive", "MigMode"):
+        setattr(nvml, f"nvmlDeviceGet{name}", refuse)
+    monkeypatch.setitem(sys.modules, "pynvml", nvml)
+    return facts.LocalFacts().nvidia()
+
+
+def test_a_card_that_is_lost_hides_no_other_and_is_named(monkeypatch):
+    (left,) = cards(2, {1}, monkeypatch)
+    assert left.name == "NVIDIA GeForce RTX 4060" and left.lost == ("card 1 of 2 (GPU is lost)",)
+    here = probe(Machine(gpus=[left]))
+    assert any("card 1 of 2 (GPU is lost) does not answer" in remark for remark in remarks(here))
+    check = _gpu_check(here)
+    assert check.ok is None and "card 1 of 2 (GPU is lost) does not answer" in check.detail and check.action
+    assert [gpu.lost for gpu in cards(2, set(), monkeypatch)] == [(), ()]
+    with pytest.raises(facts.GpuProblem, match=r"card 0 of 1 \(GPU is lost\)"):
+        cards(1, {0}, monkeypatch)
+
+
+@pytest.mark.parametrize(
+    ("device", "reported", "peak"),
+    [("cuda:0", 3 * 2**30, 3 * 2**30), ("cuda:0", 0, 9 * 2**30), ("cpu", 3 * 2**30, 9 * 2**30)],
+)
+def test_the_peak_of_a_card_is_what_the_card_says(monkeypatch, tmp_path, device, reported, peak):
+    """The process has much of the computer's memory too, on Windows as much as the driver commits for the card."""
+    handed = wire.Message("handed", {"peak_memory": reported, "describe": {}})
+    process = SimpleNamespace(peak_memory=lambda: 9 * 2**30)
+    worker = SimpleNamespace(scratch=tmp_path, expect=lambda *given: handed, kill=lambda: None, child=process)
+    request, settings = SimpleNamespace(seconds=lambda: 1.0), SimpleNamespace(device=device)
+    run = SimpleNamespace(request=request, settings=settings, outcome=Outcome())
+    training = trainer.Trainer(run, worker, None, None)
+    monkeypatch.setattr(training, "_open", lambda took: 0)
+    training.hand_over()
+    assert run.outcome.peak_memory == peak
+
+
 def test_tritons_build_for_windows_is_a_library_too():
     assert "triton-windows" in versions.LIBRARIES and "triton-windows" in DISTRIBUTIONS
 
@@ -235,7 +297,8 @@ def test_the_status_of_a_fault_is_said_as_it_is_looked_up(status, said):
     assert child._status(status) == said
 
 
-def test_a_read_only_file_and_a_junction_are_no_obstacle_to_removing_a_scratch_folder(win32, tmp_path):
+def test_a_read_only_file_is_no_obstacle_to_removing_a_folder(win32, tmp_path):
+    """Of a recipe's scratch folder, or of the repository of a half-made lab, whose objects git makes read-only."""
     (tmp_path / "scratch").mkdir()
     file = tmp_path / "scratch" / "file"
     file.write_text("x")
@@ -250,8 +313,24 @@ def test_a_read_only_file_and_a_junction_are_no_obstacle_to_removing_a_scratch_f
         real(path, **more)
 
     win32.setattr(os, "unlink", unlink)
-    child._remove(tmp_path / "scratch")
+    files.remove(tmp_path / "scratch")
     assert refusals and not (tmp_path / "scratch").exists()
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write everywhere")
+def test_what_a_recipe_closed_is_removed_and_nothing_around_it_is_opened(tmp_path):
+    work = tmp_path / "work"
+    (work / "a" / "b").mkdir(parents=True)
+    (work / "a" / "b" / "file").write_text("x")
+    for folder in (work / "a" / "b", work / "a", work):
+        folder.chmod(0)
+    files.remove(work)
+    assert not work.exists()
+    work.mkdir()
+    tmp_path.chmod(0o500)
+    files.remove(work)
+    assert tmp_path.stat().st_mode & 0o777 == 0o500
+    tmp_path.chmod(0o700)
 
 
 def test_what_only_windows_calls_a_link():
@@ -267,6 +346,16 @@ def test_the_readmes_powershell_lines_use_nothing_that_powershell_5_lacks():
     blocks = [part.split("```", 1)[0] for part in text.split("```powershell\n")[1:]]
     assert blocks and any("--index-url https://download.pytorch.org" in b and "[rtx]" in b for b in blocks)
     assert not any(word in block for block in blocks for word in ("&&", "||", "source ", "export ", "bin/"))
+    # Its usual policy runs no script, and pip.exe cannot replace itself; `py` alone may be a Python without a Triton.
+    assert not any(word in block for block in blocks for word in ("Activate", "Scripts\\pip ", "py -m "))
+    assert all(re.search(r"^py -3\.1[0-4] -m venv", block, re.M) for block in blocks)
+
+
+def test_the_pythons_that_are_named_are_those_that_pip_takes():
+    least, most = (".".join(map(str, numbers)) for numbers in (MIN_PYTHON, MAX_PYTHON))
+    asked = f'requires-python = ">={least},<{MAX_PYTHON[0]}.{MAX_PYTHON[1] + 1}"'
+    assert asked in (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    assert f"Python {least} to {most}" in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_no_module_that_windows_loads_forks_or_renames_over_open_files():

@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,10 +23,12 @@ from windows_stand_in import StandIn, members, refuse_open_files
 from console.output import Screen
 from console.running import run_verb
 from core import handles, interruptions, processes, sandbox, sandbox_windows, selfcheck_windows, wire
+from core.child import Worker
 from core.data import Dataset
 from core.errors import UserError
 from core.lab import Lab
 from core.outcome import Request
+from core.probing import Probe
 from core.referee import execute
 from core.settings import Settings
 
@@ -82,6 +85,43 @@ def test_an_experiment_is_scored_and_audited(
     assert any("network" in lack for lack in outcome.sandbox["abilities"]["missing"])
     assert len(jobs.limits) == 3 and all(memory > 2**30 and processes == 64 for memory, processes in jobs.limits)
     assert {p.name for p in work.iterdir()} == {"weights.safetensors", "trainer.log", "scorer.log", "auditor.log"}
+
+
+@pytest.mark.parametrize(
+    ("device", "audit", "begun"),
+    [
+        ("cpu", "always", [("trainer", 0), ("scorer", 1), ("auditor", 2)]),
+        # Each process that loads torch for a card commits gigabytes: never two beside the training.
+        ("cuda:0", "always", [("trainer", 0), ("scorer", 0), ("auditor", 0)]),
+        ("cuda:0", "auto", [("trainer", 0), ("scorer", 0)]),
+    ],
+)
+def test_what_runs_beside_a_training(
+    jobs: StandIn,
+    settings: Settings,
+    dataset: Dataset,
+    tiny_recipe: str,
+    tmp_path: Path,
+    monkeypatch,
+    device,
+    audit,
+    begun,
+) -> None:
+    """No prober, which would wait for looks that cannot be taken; on a card no scorer and no auditor."""
+    started: list[tuple[str, int]] = []
+
+    class Started(Worker):
+        def __init__(self, role: str, *place: Any) -> None:
+            started.append((role, len(jobs.jobs)))
+            super().__init__(role, *place)
+
+    monkeypatch.setattr("core.referee.Worker", Started)
+    monkeypatch.setattr("core.pausing.Worker", Started)
+    here = dataclasses.replace(settings, device=device)
+    request = Request(tiny_recipe.encode(), here, dataset, settings.seed, "1", tmp_path / "work", audit=audit)
+    outcome = execute(dataclasses.replace(request, probe=Probe((0.3, 0.6), 2048), would_keep=lambda bpb: False))
+    assert (outcome.status, outcome.reason, outcome.audited) == ("scored", "", audit == "always")
+    assert started == begun and outcome.unprobed == outcome.probes == []
 
 
 def test_a_night_moves_no_open_file(settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -218,6 +258,18 @@ def test_a_gpu_childs_memory_is_watched_and_not_limited_by_the_job(tmp_path: Pat
     policy = sandbox.standard_policy(tmp_path, "cpu", memory_bytes=2**30)
     assert sandbox_windows.hard_limit(policy) == 2**30
     assert sandbox_windows.hard_limit(dataclasses.replace(policy, backend="rtx")) == 0
+
+
+@pytest.mark.parametrize(("backend", "told"), [("cpu", True), ("rtx", False)])
+def test_what_a_driver_commits_for_its_card_is_no_memory_that_was_taken(
+    jobs: StandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backend: str, told: bool
+) -> None:
+    monkeypatch.setattr(jobs, "peak", lambda job: 2**40)
+    policy = dataclasses.replace(sandbox.standard_policy(tmp_path / "scratch", "cpu"), backend=backend)
+    child = sandbox.launch([sys.executable, "-c", ""], policy, cwd=tmp_path / "scratch", log=tmp_path / "log")
+    child.wait(60.0)
+    assert (child.peak_memory() == 2**40) is told and child.peak_memory() > 2**20
+    child.channel.close()
 
 
 def test_what_a_child_on_windows_finds_in_its_environment(jobs: StandIn, tmp_path: Path, monkeypatch) -> None:

@@ -198,11 +198,37 @@ def test_torch_is_told_by_one_command_that_powershell_runs(win32: pytest.MonkeyP
     win32.setattr(sys, "executable", r"C:\Users\Jane Doe\.venv\Scripts\python.exe")
     told = torchbuild.install(570)
     assert told.startswith(r'& "C:\Users\Jane Doe\.venv\Scripts\python.exe" -m pip install --force-reinstall "torch>=')
-    assert told.endswith(" --index-url https://download.pytorch.org/whl/cu128")
+    assert told.endswith(" --index-url https://download.pytorch.org/whl/cu126")  # cu128 has no torch since 2.12
     assert f'"{torchbuild.WINDOWS_TORCH}; sys_platform' in (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     assert f'"{torchbuild.WINDOWS_TORCH}"' in (ROOT / "README.md").read_text(encoding="utf-8")
     win32.setattr(sys, "executable", r"C:\venv\Scripts\python.exe")
     assert torchbuild.install(0).startswith(r"C:\venv\Scripts\python.exe -m pip")
+
+
+@pytest.mark.parametrize(
+    ("driver", "capability", "action"),
+    [
+        ("572.83", (8, 9), "whl/cu126"),
+        ("581.29", (8, 9), "whl/cu130"),
+        ("581.29", (12, 0), "whl/cu130"),
+        ("572.83", (12, 0), "update the driver to 580 or newer"),
+        ("572.83", (10, 0), "update the driver to 580 or newer"),
+        ("472.12", (8, 6), "update the driver to 525 or newer"),
+    ],
+)
+def test_the_index_that_is_named_has_a_torch_for_driver_and_card(
+    driver: str, capability: tuple[int, int], action: str
+) -> None:
+    wrong = torchbuild.problem(torchbuild.TorchBuild("2.15.0", ""), driver, capability)
+    assert wrong and action in wrong.action and ("pip" in wrong.action) == ("whl" in action)
+
+
+def test_a_build_that_has_no_code_for_the_card_is_told() -> None:
+    build = torchbuild.TorchBuild("2.14.1+cu126", "12.6")
+    wrong = torchbuild.problem(build, "581.29", (12, 0))
+    assert wrong and "no code for compute capability 12.0" in wrong.fact and "whl/cu130" in wrong.action
+    assert torchbuild.problem(build, "581.29", (8, 9)) is None
+    assert torchbuild.problem(torchbuild.TorchBuild("2.11.0+cu128", "12.8"), "572.83", (12, 0)) is None
 
 
 # --- Ctrl-C, windows, sleep ---------------------------------------------------------------------------

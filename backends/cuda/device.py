@@ -11,9 +11,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from core import torchbuild
+from core import allocator, torchbuild
 from core.contract import Choice, Memory, Peak
-from core.errors import UserError
+from core.errors import DeviceFull, UserError
 from kernels.pinned import PinnedSlots, later
 
 NATS_BYTES = 2**28  # memory of the float32 logits that are turned into nats at a time
@@ -125,12 +125,9 @@ def choose_dtype(capability: tuple[int, int]) -> Choice:
 
 
 def open_device() -> CudaDevice:
-    """Sets this process up for work on the card; UserError where the card cannot be worked on.
-
-    Memory grows in segments, so that changing shapes do not strew it.
-    """
+    """Sets this process up for work on the card; UserError where the card cannot be worked on."""
     _require_driver()
-    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # children have it from their start
+    os.environ.update(allocator.settings(os.environ))  # children have it from their start
     torch.cuda.set_device(0)
     name, capability = torch.cuda.get_device_name(), torch.cuda.get_device_capability()
     if capability < LEAST_CAPABILITY:
@@ -139,7 +136,8 @@ def open_device() -> CudaDevice:
     free, total = torch.cuda.mem_get_info()
     if free < LEAST_FREE:
         fact = f"{name} has {free / 2**30:.1f} of {total / 2**30:.1f} GiB free, {LEAST_FREE / 2**30:.0f} are needed"
-        raise UserError(fact, "end what uses it (nvidia-smi lists it), or choose another card by CUDA_VISIBLE_DEVICES")
+        action = "end what uses it (nvidia-smi lists it), or choose another card by CUDA_VISIBLE_DEVICES"
+        raise DeviceFull(fact, action, LEAST_FREE)
     torch.set_float32_matmul_precision("high")
     return CudaDevice(choose_dtype(capability))
 

@@ -11,9 +11,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from core.gpuwatch import is_laptop
+
 FLOPS_PER_CLOCK = 512  # of one streaming multiprocessor
 SOURCE = "NVIDIA's white papers: 512 dense operations a clock and processor, float32 sums, at the boost clock"
-LAPTOP = ("laptop", "max-q", "mobile", "notebook")
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,3 @@ def known(name: str, memory: int = 0) -> Card | None:
     if wanted == "3050" and 0 < memory < 7 * 2**30:
         return SMALL_3050
     return CARDS.get(wanted)
-
-
-def is_laptop(name: str) -> bool:
-    return any(word in name.lower() for word in LAPTOP)

@@ -10,14 +10,15 @@ import torch
 
 from backends.cuda.device import CudaDevice
 from backends.rtx.cards import SOURCE, known
+from core import allocator
+from core.allocator import cap, margin
 from core.contract import Choice, Memory, Peak
-from core.errors import UserError
+from core.errors import DeviceFull, UserError
 from core.torchbuild import install
 
 OLDEST = (7, 5)
 AMPERE = (8, 0)
-DESKTOP = 3 * 2**28  # bytes that are left to the desktop on Windows: beyond the card's end its driver swaps, not fails
-LEFT = 2**28  # elsewhere
+LEAST = 2**29  # bytes beyond what is left to others, with which a training can begin
 
 
 class RtxDevice(CudaDevice):
@@ -48,12 +49,6 @@ def choose_dtype(capability: tuple[int, int]) -> Choice:
     return Choice("float16", f"{named} (Turing) only emulates bfloat16; the loss is scaled so that float16 suffices")
 
 
-def cap(free: int, total: int, platform: str = sys.platform) -> int:
-    """Bytes that the allocator may take: less than what is free, so that it fails rather than spills."""
-    left = DESKTOP if platform == "win32" else LEFT
-    return max(0, min(free, total) - left)
-
-
 def no_cuda(platform: str = sys.platform) -> UserError:
     """Why torch does not reach the card, with the next command."""
     if torch.version.cuda is None:
@@ -69,19 +64,17 @@ def no_cuda(platform: str = sys.platform) -> UserError:
 
 def open_device() -> RtxDevice:
     """Sets this process up for work on the card: memory capped below what is free, float16 sums in float32."""
-    if sys.platform != "win32":  # segments that grow are not built for Windows
-        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    os.environ.update(allocator.settings(os.environ))
     if not torch.cuda.is_available():
         raise no_cuda()
     torch.cuda.set_device(0)
     dtype = choose_dtype(torch.cuda.get_device_capability())
     free, total = torch.cuda.mem_get_info()
-    limit = cap(free, total)
+    limit = cap(free, total, margin())
     if limit <= 0:
-        raise UserError(
-            f"only {free / 2**30:.1f} of {total / 2**30:.1f} GiB of the card are free",
-            "close what else uses it (nvidia-smi lists it), or use --backend cpu",
-        )
+        fact = f"only {free / 2**30:.1f} of {total / 2**30:.1f} GiB of the card are free"
+        action = "close what else uses it (nvidia-smi lists it), or use --backend cpu"
+        raise DeviceFull(fact, action, margin() + LEAST)
     torch.cuda.set_per_process_memory_fraction(limit / total)
     torch.set_float32_matmul_precision("high")
     torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False

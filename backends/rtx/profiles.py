@@ -12,11 +12,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from backends.rtx.cards import SMALL_3050, Card, is_laptop, known
+from backends.rtx.cards import SMALL_3050, Card, known
 from backends.rtx.memory import RECOMPUTES, Plan, Shape, peak
 from backends.scaling import COMPILING_CAP, Range, refit
 from core.errors import UserError
 from core.facts import Gpu
+from core.gpuwatch import is_laptop
 from core.hardware import GIB, Hardware
 from core.settings import Profile
 
@@ -203,6 +204,7 @@ def remarks(hardware: Hardware) -> Sequence[str]:
     if len(hardware.gpus) > 1:
         others = ", ".join(g.name for g in hardware.gpus[1:])
         found.append(f"{len(hardware.gpus)} cards: {gpu.name} is used, not {others}; CUDA_VISIBLE_DEVICES chooses")
+    found += [f"{lost} does not answer the driver and is left out" for lost in gpu.lost]
     if gpu.name.startswith("MIG") or "MIG " in gpu.name:
         found.append("a MIG slice: its neighbours on the same card are not seen from here")
     if hardware.wsl:
