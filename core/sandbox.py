@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from core import caches as compile_caches
-from core import cgroups, freezing, landlock, paths, readable, trees
+from core import cgroups, freezing, landlock, nvidia_nodes, paths, processes, readable, trees
 from core.childlog import CappedLog
 from core.handles import Giver
 
@@ -43,6 +43,7 @@ PASSED_ON = readable.words(
     "LANG LC_ALL LC_CTYPE TZ OMP_NUM_THREADS OMP_PROC_BIND OMP_WAIT_POLICY MKL_NUM_THREADS OPENBLAS_NUM_THREADS "
     "GOMP_SPINCOUNT KMP_BLOCKTIME ATEN_CPU_CAPABILITY ONEDNN_MAX_CPU_ISA "
     "CUDA_VISIBLE_DEVICES CUDA_DEVICE_ORDER CUDA_HOME CUDA_PATH HIP_VISIBLE_DEVICES ROCM_PATH TRITON_PTXAS_PATH "
+    "TRITON_LIBCUDA_PATH "
     "PYTORCH_CUDA_ALLOC_CONF PYTORCH_ALLOC_CONF LD_LIBRARY_PATH CC CXX SDKROOT SYSTEMROOT SYSTEMDRIVE WINDIR PATHEXT "
     "COMSPEC PROGRAMDATA PROGRAMFILES PROGRAMFILES(X86) PROCESSOR_ARCHITECTURE PROCESSOR_IDENTIFIER "
     "NUMBER_OF_PROCESSORS"
@@ -257,12 +258,15 @@ def launch(argv: list[str], policy: Policy, *, cwd: Path, log: Path) -> Child:
     or that a note on standard input tells (see `core.wire.own_channel`).
 
     A Python command (`argv[0]` is `sys.executable`) gets its import path from `core/inside.py`: project, standard
-    library, listed packages; never the working directory. Raises OSError when no process can be started.
+    library, listed packages; never the working directory. Raises OSError when no process can be started, UserError
+    when a card lacks what only its user can make.
     """
     if sys.platform == "win32":
         from core import sandbox_windows
 
         return sandbox_windows.launch(argv, policy, cwd=cwd, log=log)
+    if policy.backend in readable.NVIDIA:
+        nvidia_nodes.make()
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
     group = make_group(policy)
     ends: list[int] = [theirs.detach()]
@@ -278,8 +282,7 @@ def launch(argv: list[str], policy: Policy, *, cwd: Path, log: Path) -> Child:
             "rules": policy.rules(),
             "abi": policy.layers.landlock,
             "filter": policy.layers.seccomp,
-            # nobody has tried whether CUDA's driver does without
-            "memory_files": policy.backend in ("cuda", "rtx"),
+            "cuda": policy.backend in readable.NVIDIA,
             "namespaces": policy.layers.namespaces and abilities().namespaces,
             "groups": group.doors() if group else [],
             "limits": resource_limits(policy),
@@ -474,6 +477,8 @@ class Child:
         self._peak = max(self._peak, used, *(trees.peak(pid) for pid in tree[:1]))
         if limit and used > limit:
             self._end(over("memory", used, limit))
+        elif lowered := self._lowered(tree):
+            self._end(lowered)
         elif refused := self._refused():
             self._end(refused)
         elif time.monotonic() - self._disk_seen > DISK_EVERY:
@@ -481,6 +486,16 @@ class Child:
             written = trees.disk_usage(self._policy.writable)
             if written > self._policy.disk_bytes:
                 self._end(over("disk", written, self._policy.disk_bytes))
+
+    def _lowered(self, tree: list[int]) -> str | None:
+        """Where NVIDIA's driver names its threads a recipe can write what lies beside the name, too, and with it leave
+        its place in front of the referee when the machine's memory runs out. Nothing honest does."""
+        if self._policy.backend not in readable.NVIDIA or not self.enforced:
+            return None
+        rank = min((processes.oom_rank(pid) for pid in tree), default=processes.FIRST_TO_GO)
+        if rank >= processes.FIRST_TO_GO:
+            return None
+        return f"its oom_score_adj was lowered from {processes.FIRST_TO_GO} to {rank}: others would be ended before it"
 
     def _tree(self) -> list[int]:
         """The recipe's process and all below it, launcher and init not counted."""
