@@ -153,21 +153,15 @@ def environment(home: Path, temporary: Path, caches: Path) -> dict[str, str]:
         "TMPDIR": str(temporary),
         "TMP": str(temporary),
         "TEMP": str(temporary),
-        "XDG_CACHE_HOME": str(caches / "xdg"),
-        "TORCHINDUCTOR_CACHE_DIR": str(caches / "inductor"),
-        "TRITON_CACHE_DIR": str(caches / "triton"),
+        **compile_caches.environment(caches),
         "CUDA_CACHE_PATH": str(caches / "cuda"),
         "PYTORCH_ALLOC_CONF": "expandable_segments:True",  # read once, when torch is loaded; nothing without CUDA
         # Compiled in the process itself: a pool of compilers needs /dev/shm, and two cores gain nothing by it.
         "TORCHINDUCTOR_COMPILE_THREADS": "1",
-        # A graph with its backward is found again also where a layer has a backward of its own.
-        "TORCHINDUCTOR_AUTOGRAD_CACHE_ALLOW_CUSTOM_AUTOGRAD": "1",
-        "TORCH_COMPILE_CACHE_KEY_TAG": compile_caches.kernels_tag(),
         # A GNU OpenMP thread that waits at a barrier spins before it sleeps. Beside one busy process the default of
         # 300,000 rounds makes steps 4 times as long; 6,000 make them 3 times as long there, and 1 % longer on an idle
         # machine (docs/verified.md).
         "GOMP_SPINCOUNT": "6000",
-        "PYTHONHASHSEED": "0",  # equal code from equal recipes, so that caches are found again
         "PYTHONSAFEPATH": "1",
         "PYTHONDONTWRITEBYTECODE": "1",
         "PYTHONNOUSERSITE": "1",
