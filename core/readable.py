@@ -58,6 +58,9 @@ GPU_KERNEL = words("/sys/module/nvidia /sys/bus/pci /sys/class/drm /sys/class/kf
 # /proc/modules it takes the driver for one that is not loaded and tries to load it (NVIDIA/nvidia-modprobe). That list
 # names no data of anybody's, and its addresses are zeros to all who lack the privilege.
 NVIDIA_PROC = ("driver/nvidia*", "sys/vm/mmap_min_addr", "modules")
+# The daemon itself is never reached (core/seccomp.py); where its folder is there and may not be looked into, NVML takes
+# that for a lack of permissions and gives up (NVIDIA/OpenShell #710). It holds a socket and a process's number.
+PERSISTENCED = "/run/nvidia-persistenced"
 # The driver's libraries where a container brings them: Colab; Apptainer's --nv
 NVIDIA_LIBRARIES = ("/usr/lib64-nvidia", "/.singularity.d/libs")
 GPU_DEVICES = ("nvidia*", "nvidia-caps/*", "dri/renderD*", "kfd", "dxg")
@@ -169,7 +172,8 @@ def devices(backend: str) -> Rules:
     found = [(path, landlock.DEVICE) for path in ("/dev/null",)]
     if backend != "cpu":  # also for `mlx[cuda]`; elsewhere there are none
         told = [str(path) for pattern in NVIDIA_PROC for path in sorted(Path("/proc").glob(pattern))]
-        found += [(path, landlock.READ) for path in (*GPU_KERNEL, *told, *pci_roots(), *cards_elsewhere())]
+        told += [PERSISTENCED, *pci_roots(), *cards_elsewhere()]
+        found += [(path, landlock.READ) for path in (*GPU_KERNEL, *told)]
         found += [(str(p), landlock.DEVICE) for pattern in GPU_DEVICES for p in Path("/dev").glob(pattern)]
         found += [(path, landlock.RUN) for path in NVIDIA_LIBRARIES]
         found += driver_named()

@@ -119,7 +119,8 @@ waiting.set()
 print(json.dumps(found))
 """
 READ = readable.words(
-    """/proc/self/maps /proc/self/status /proc/self/stat /proc/self/cgroup /proc/self/mountinfo /proc/self/numa_maps
+    """/run/nvidia-persistenced
+/proc/self/maps /proc/self/status /proc/self/stat /proc/self/cgroup /proc/self/mountinfo /proc/self/numa_maps
 /proc/cpuinfo /proc/meminfo /proc/devices /proc/modules /proc/version /proc/filesystems
 /proc/sys/vm/mmap_min_addr /proc/sys/vm/overcommit_memory /proc/driver/nvidia/params
 /proc/driver/nvidia/version /proc/driver/nvidia/capabilities /proc/driver/nvidia-uvm /proc/driver/nvidia-caps
@@ -200,7 +201,9 @@ def test_a_child_without_a_card_gets_none_of_it(tmp_path: Path) -> None:
     names = {"name of a thread", "name, truncated", "name by the pid", "name by thread-self", "name by pthreads"}
     assert refused == names | {"socket of descriptors", "memory file"}
     closed = {f"/proc/{path}" for path in ("modules", "sys/vm/mmap_min_addr", "driver/nvidia")}
+    closed.add("/run/nvidia-persistenced")
     assert not closed & dict(readable.basics("cpu")).keys()
+    assert "/run/nvidia-persistenced" in dict(readable.basics("cuda"))
 
 
 @pytest.mark.parametrize("name", LAYERS)
