@@ -30,6 +30,7 @@ from core.clock import Budget, StepTimes
 from core.contract import Device, Spec, Training
 from core.errors import DeviceFull, UserError
 from core.wire import Channel, ChannelClosed, Message, close_all, own_channel
+from kernels.errors import out_of_memory
 
 PROGRESS_EVERY = 1.0  # seconds between two messages of progress
 WARMUP = (0.0, 0.5, 1.0)  # progress at which a step is tried before the clock starts
@@ -96,13 +97,6 @@ def call(doing: str, function: Callable[..., Any], *arguments: Any) -> Any:
         print(_recipe_traceback(error), file=sys.stderr, flush=True)
         status = "memory" if out_of_memory(error) else "crash"
         raise RecipeError(status, f"{doing}: {describe_error(error)}") from None
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Whether this is how Python, numpy, torch (on a CPU or a card) or MLX say that no memory is left."""
-    text = str(error).lower()
-    said = any(w in text for w in ("out of memory", "can't allocate memory", "unable to allocate", "alloc_failed"))
-    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and said)
 
 
 def describe_error(error: BaseException) -> str:

@@ -24,11 +24,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from core import allocator
+from core import caches as compile_caches
 
 ROOT = Path(__file__).resolve().parent.parent
 TOTAL = 540.0  # seconds, whatever sections there are; and those of `upstream` where it is one of them
@@ -72,6 +74,7 @@ class Order:
 
 
 SMOKE = Order(2, 64, 2, 32, 2, 97, 128, 3, "cpu")
+KILLED_WITHIN = 10.0  # seconds
 WHOLE = "stderr"  # of a section that failed: in the JSON only
 
 
@@ -88,7 +91,7 @@ def run_section(name: str, order: Order, limit: float, caches: Path | None = Non
         caches = caches.resolve()
         caches.mkdir(parents=True, exist_ok=True)
         order = replace(order, caches=str(caches))
-        environment |= cache_folders(caches)
+        environment |= compile_caches.environment(caches)  # a child of the section `run` finds it all again
     if order.device == "cpu" and name != "rtx":  # whose recipe takes torch where there is no card
         environment |= {"TRITON_INTERPRET": "1"}
     command = [sys.executable, "-m", "benchmarks.gpu_sections", name, json.dumps(asdict(order))]
@@ -100,23 +103,30 @@ def run_section(name: str, order: Order, limit: float, caches: Path | None = Non
             ended = "" if status == 0 else f"exit status {status}"
         except subprocess.TimeoutExpired:
             process.kill()
-            process.wait()
+            with suppress(subprocess.TimeoutExpired):  # one that is stuck in the driver stays; what it wrote is there
+                process.wait(KILLED_WITHIN)
             ended = f"not done within {limit:.0f} s"
         written.seek(0)
         complained.seek(0)
         out, errors = written.read(), complained.read()
     for line in out.splitlines():
-        if line.startswith("{") and line.endswith("}"):  # the last one may be cut off
-            yield {"section": name, **json.loads(line)}
+        row = _row(line)
+        if row is not None:
+            yield {"section": name, **row}
     if ended:
         last = next((line for line in reversed(errors.splitlines()) if line.strip()), "")
         yield {"section": name, "failed": ended, "error": last[:400], WHOLE: errors[-6000:]}
 
 
-def cache_folders(caches: Path) -> dict[str, str]:
-    """As `core.sandbox.environment` has them, so that a child of the section `run` finds what is in them again."""
-    names = {"XDG_CACHE_HOME": "xdg", "TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton"}
-    return {**{name: str(caches / folder) for name, folder in names.items()}, "PYTHONHASHSEED": "0"}
+def _row(line: str) -> dict[str, Any] | None:
+    """What a section has printed as a row; None for the rest: libraries print too, and the last line may be cut off."""
+    if not line.startswith("{"):
+        return None
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) else None
 
 
 def table(rows: list[dict[str, Any]]) -> str:

@@ -103,6 +103,19 @@ def listen(t: Targets) -> str:
     return "listening"
 
 
+def unix_serve(t: Targets) -> str:
+    """An abstract socket of its own, for others to come to. What would be served is told by accept: nobody waits."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as server:
+        server.bind(f"\0autoresearch-{os.getpid()}")
+        server.listen()
+        server.setblocking(False)
+        try:
+            server.accept()
+        except BlockingIOError:
+            pass
+    return "would let others in"
+
+
 def read_planted(t: Targets) -> str | None:
     return opened(t["readable"], t["secret"])
 
@@ -153,15 +166,16 @@ def own_environment(t: Targets) -> str | None:
 
 
 def open_descriptors(t: Targets) -> str | None:
-    """Anything inherited besides standard input, output, error, the channel and /proc/self."""
+    """Anything inherited besides standard input, output, error, the channel, /proc/self and its threads' folder."""
     expected = {0, 1, 2, int(os.environ["AUTORESEARCH_CHANNEL"])}
+    own = f"/proc/{os.getpid()}"
     found = []
     for name in listed("/proc/self/fd"):
         try:
             target = os.readlink(f"/proc/self/fd/{name}")
         except OSError:
             continue  # the one that listed
-        if int(name) not in expected and target != f"/proc/{os.getpid()}":
+        if int(name) not in expected and target not in (own, f"{own}/task"):
             found.append(f"{name} -> {target}")
     return ", ".join(found) or None
 
@@ -362,7 +376,7 @@ def embedded_corpus(t: Targets) -> str | None:
 ATTACKS: dict[str, Attack] = {
     attack.__name__: attack
     for attack in (
-        *(tcp, udp, ipv6, unix_path, unix_abstract, unix_datagram, netlink, listen),
+        *(tcp, udp, ipv6, unix_path, unix_abstract, unix_datagram, unix_serve, netlink, listen),
         *(read_planted, parent_in_proc, all_of_proc, own_environment, open_descriptors, everything_readable),
         *(embedded_corpus,),
         *(write_outside, mode_and_time, run_written, other_processes, kernel_calls, cached_pages, foreign_calls),

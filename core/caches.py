@@ -36,6 +36,20 @@ def kernels_tag(root: Path | None = None) -> str:
     return digest.hexdigest()[:16]
 
 
+def environment(caches: Path) -> dict[str, str]:
+    """What makes torch.compile and Triton keep beneath `caches` what they compile, and find it there again: all of it
+    counts in their keys, so whoever compiles for children has to have the same."""
+    return {
+        "XDG_CACHE_HOME": str(caches / "xdg"),
+        "TORCHINDUCTOR_CACHE_DIR": str(caches / "inductor"),
+        "TRITON_CACHE_DIR": str(caches / "triton"),
+        # A graph with its backward is found again also where a layer has a backward of its own.
+        "TORCHINDUCTOR_AUTOGRAD_CACHE_ALLOW_CUSTOM_AUTOGRAD": "1",
+        "TORCH_COMPILE_CACHE_KEY_TAG": kernels_tag(),
+        "PYTHONHASHSEED": "0",  # equal code from equal recipes
+    }
+
+
 def copy(source: Path, target: Path) -> int:
     """Copy the regular files below `source` into `target` (made if missing). Returns how many bytes.
 

@@ -25,6 +25,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from core import nvidia_nodes
 from core.commands import pip_install, python
 from core.errors import UserError
 from core.hardware import GIB, Hardware, choose, remedy, suits
@@ -189,6 +190,7 @@ def _machine_checks(hardware: Hardware) -> Iterator[Check]:
     enough = hardware.memory_free >= MIN_MEMORY
     yield Check("memory", enough, free, f"free at least {MIN_MEMORY / GIB:.0f} GiB: close other programs")
     yield _gpu_check(hardware)
+    yield from _node_check()
     if hardware.emulated:
         action = "install Python for arm64, from python.org or by `arch -arm64 brew install python`"
         yield Check("rosetta", None, f"an Intel Python on {hardware.chip or 'an Apple chip'}", action)
@@ -209,6 +211,16 @@ def _gpu_check(hardware: Hardware) -> Check:
     if gpu.processes:
         return Check("gpu", None, f"{detail}; {gpu.processes} other process(es) on it", "end them: they distort scores")
     return Check("gpu", True, detail)
+
+
+def _node_check() -> Iterator[Check]:
+    """What no child can make: on a bare machine nobody has used CUDA since its start."""
+    if not nvidia_nodes.missing():
+        return
+    found = shutil.which(nvidia_nodes.MODPROBE[0])
+    detail = "missing until somebody uses CUDA" + ("" if found else f", and {nvidia_nodes.MODPROBE[0]} was not found")
+    action = f"`run` makes it; where it cannot, {nvidia_nodes.BY_HAND}" if found else nvidia_nodes.BY_HAND
+    yield Check("/dev/nvidia-uvm", None if found else False, detail, action)
 
 
 def _git_check(hardware: Hardware) -> Check:

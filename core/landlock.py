@@ -25,6 +25,7 @@ LIST = READ_DIR
 # No sockets, fifos or device nodes are made, and nothing that was written is executed.
 WRITE = READ | WRITE_FILE | REMOVE_DIR | REMOVE_FILE | MAKE_DIR | MAKE_REG | MAKE_SYM | REFER | TRUNCATE
 DEVICE = READ | WRITE_FILE | IOCTL_DEV
+RENAME_THREADS = WRITE_FILE | TRUNCATE  # as the shell's `>` and fopen open a file
 ON_FILES = EXECUTE | WRITE_FILE | READ_FILE | TRUNCATE | IOCTL_DEV  # what a rule on a plain file may allow
 
 PR_SET_PDEATHSIG, PR_CAPBSET_READ, PR_CAPBSET_DROP = 1, 23, 24

@@ -42,7 +42,7 @@ class Orders(TypedDict):
     rules: list[tuple[str, int]]  # path, Landlock rights
     abi: int  # highest Landlock ABI to use
     filter: bool  # apply seccomp
-    memory_files: bool  # allow memfd_create
+    cuda: bool  # what NVIDIA's driver needs beside what all may do
     namespaces: bool  # give it namespaces of its own
     groups: list[str]  # cgroup.procs files to join
     limits: dict[str, int]  # name of an RLIMIT_ -> value
@@ -163,7 +163,7 @@ def confine(orders: Orders, namespaced: bool) -> dict[str, Any]:
     """Everything that Linux offers, in the order in which each step still may do its work."""
     for group in orders["groups"]:
         write(group, "0")
-    write("/proc/self/oom_score_adj", "500")  # when memory runs out, the recipe goes before the referee
+    write("/proc/self/oom_score_adj", str(processes.FIRST_TO_GO))
     landlock.no_new_privileges()
     landlock.drop_capabilities()
     abi = min(landlock.landlock_abi(), orders["abi"])
@@ -171,12 +171,18 @@ def confine(orders: Orders, namespaced: bool) -> dict[str, Any]:
     if abi:
         # Held open by the recipe: a rule on /proc/self lasts as long as that directory's entry stays in memory.
         os.set_inheritable(os.open("/proc/self", os.O_PATH), True)
-        shared = [("/dev/shm", landlock.WRITE)] if namespaced else []  # its own, gone with it
-        rules = landlock.restrict(orders["rules"] + shared, abi)
+        own = [("/dev/shm", landlock.WRITE)] if namespaced else []  # its own, gone with it
+        if orders["cuda"]:
+            # cuInit names its threads by /proc/self/task/TID/comm and gives up (304) where it cannot, since driver 570
+            # (nolabs-ai/nono #924, NVIDIA/OpenShell #1486). No rule can name the files of threads to come, so the rest
+            # of their folders is writable too: docs/sandbox.md lists it.
+            os.set_inheritable(os.open("/proc/self/task", os.O_PATH), True)
+            own.append(("/proc/self/task", landlock.RENAME_THREADS))
+        rules = landlock.restrict(orders["rules"] + own, abi)
     machine = os.uname().machine
     filtered = orders["filter"] and seccomp.available(machine)
     if filtered:
-        seccomp.install(machine, None if abi >= 6 else os.getpid(), orders["memory_files"])
+        seccomp.install(machine, None if abi >= 6 else os.getpid(), orders["cuda"])
     return {"landlock": abi, "rules": rules, "seccomp": filtered}
 
 

@@ -12,6 +12,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 
+FIRST_TO_GO = 500  # oom_score_adj of a recipe: when memory runs out, it goes before the referee
 PAGE = os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 4096
 
 
@@ -101,6 +102,12 @@ def peak(pid: int) -> int:
         if line.startswith(b"VmHWM:"):
             return int(line.split()[1]) * 1024
     return 0
+
+
+def oom_rank(pid: int) -> int:
+    """Its oom_score_adj; that of a recipe where the process is gone or does not tell."""
+    told = read(f"/proc/{pid}/oom_score_adj").strip()
+    return int(told) if told else FIRST_TO_GO
 
 
 def alive(pid: int) -> bool:

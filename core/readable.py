@@ -6,6 +6,7 @@ opened as a whole, but package by package; a folder that holds one is opened chi
 
 from __future__ import annotations
 
+import os
 import sys
 import sysconfig
 from collections.abc import Iterable
@@ -34,6 +35,7 @@ BACKENDS = {
     ),
     "mlx": words("mlx mlx.libs mlx_metal mlx_cpu mlx_cuda nvidia"),
 }
+NVIDIA = ("cuda", "rtx")  # backends whose children load NVIDIA's driver
 LIBRARIES = {"cpu": ("torch",), "cuda": ("torch",), "rtx": ("torch",), "mlx": ("mlx",)}
 
 SYSTEM = words(  # programs, libraries, headers: no user's data
@@ -51,7 +53,16 @@ KERNEL = words(  # facts about the machine; of processes only the child itself (
     "/sys/devices/system /sys/kernel/mm/transparent_hugepage /sys/kernel/mm/hugepages "
     "/dev/zero /dev/urandom /dev/random"
 )
-GPU_KERNEL = words("/proc/driver/nvidia /sys/module/nvidia /sys/bus/pci /sys/class/drm /sys/class/kfd /etc/OpenCL")
+GPU_KERNEL = words("/sys/module/nvidia /sys/bus/pci /sys/class/drm /sys/class/kfd /etc/OpenCL")
+# What CUDA reads at its start (canonical/snapd's interface `cuda-support`; nvidia-uvm: nolabs-ai/nono #673). Without
+# /proc/modules it takes the driver for one that is not loaded and tries to load it (NVIDIA/nvidia-modprobe). That list
+# names no data of anybody's, and its addresses are zeros to all who lack the privilege.
+NVIDIA_PROC = ("driver/nvidia*", "sys/vm/mmap_min_addr", "modules")
+# The daemon itself is never reached (core/seccomp.py); where its folder is there and may not be looked into, NVML takes
+# that for a lack of permissions and gives up (NVIDIA/OpenShell #710). It holds a socket and a process's number.
+PERSISTENCED = "/run/nvidia-persistenced"
+# The driver's libraries where a container brings them: Colab; Apptainer's --nv
+NVIDIA_LIBRARIES = ("/usr/lib64-nvidia", "/.singularity.d/libs")
 GPU_DEVICES = ("nvidia*", "nvidia-caps/*", "dri/renderD*", "kfd", "dxg")
 
 
@@ -135,11 +146,37 @@ def pci_roots(devices: Path = Path("/sys/devices")) -> list[str]:
     return sorted(str(path) for path in devices.glob("pci*"))
 
 
+def cards_elsewhere(bus: Path = Path("/sys/bus/pci/devices"), devices: Path = Path("/sys/devices")) -> list[str]:
+    """Folders of NVIDIA's cards outside these trees: under Hyper-V, a passed-through card hangs on the VMBus."""
+    found = []
+    for link in sorted(bus.glob("*")):
+        try:
+            vendor = (link / "vendor").read_text().strip()
+        except OSError:
+            continue
+        place = link.resolve()
+        if vendor == "0x10de" and not any(Path(root) in place.parents for root in pci_roots(devices)):
+            found.append(str(place))
+    return found
+
+
+def driver_named() -> Rules:
+    """libcuda where TRITON_LIBCUDA_PATH says: these files and the folder's list of names, nothing else in it. Who set
+    the variable is the user; a recipe gets it as it is."""
+    folder = os.environ.get("TRITON_LIBCUDA_PATH", "")
+    files = sorted(Path(folder).glob("libcuda.so*")) if folder else []
+    return [(folder, landlock.LIST), *((str(file.resolve()), landlock.RUN) for file in files)] if files else []
+
+
 def devices(backend: str) -> Rules:
     found = [(path, landlock.DEVICE) for path in ("/dev/null",)]
     if backend != "cpu":  # also for `mlx[cuda]`; elsewhere there are none
-        found += [(path, landlock.READ) for path in (*GPU_KERNEL, *pci_roots())]
+        told = [str(path) for pattern in NVIDIA_PROC for path in sorted(Path("/proc").glob(pattern))]
+        told += [PERSISTENCED, *pci_roots(), *cards_elsewhere()]
+        found += [(path, landlock.READ) for path in (*GPU_KERNEL, *told)]
         found += [(str(p), landlock.DEVICE) for pattern in GPU_DEVICES for p in Path("/dev").glob(pattern)]
+        found += [(path, landlock.RUN) for path in NVIDIA_LIBRARIES]
+        found += driver_named()
     return found
 
 

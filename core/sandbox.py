@@ -22,7 +22,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from core import allocator, cgroups, freezing, landlock, paths, readable, trees
+from core import allocator, cgroups, freezing, landlock, nvidia_nodes, paths, readable, trees
 from core import caches as compile_caches
 from core.childlog import CappedLog
 from core.handles import Giver
@@ -43,6 +43,7 @@ PASSED_ON = readable.words(
     "LANG LC_ALL LC_CTYPE TZ OMP_NUM_THREADS OMP_PROC_BIND OMP_WAIT_POLICY MKL_NUM_THREADS OPENBLAS_NUM_THREADS "
     "GOMP_SPINCOUNT KMP_BLOCKTIME ATEN_CPU_CAPABILITY ONEDNN_MAX_CPU_ISA "
     "CUDA_VISIBLE_DEVICES CUDA_DEVICE_ORDER CUDA_HOME CUDA_PATH HIP_VISIBLE_DEVICES ROCM_PATH TRITON_PTXAS_PATH "
+    "TRITON_LIBCUDA_PATH "
     "PYTORCH_CUDA_ALLOC_CONF PYTORCH_ALLOC_CONF LD_LIBRARY_PATH CC CXX SDKROOT SYSTEMROOT SYSTEMDRIVE WINDIR PATHEXT "
     "COMSPEC PROGRAMDATA PROGRAMFILES PROGRAMFILES(X86) PROCESSOR_ARCHITECTURE PROCESSOR_IDENTIFIER "
     "NUMBER_OF_PROCESSORS"
@@ -152,21 +153,15 @@ def environment(home: Path, temporary: Path, caches: Path) -> dict[str, str]:
         "TMPDIR": str(temporary),
         "TMP": str(temporary),
         "TEMP": str(temporary),
-        "XDG_CACHE_HOME": str(caches / "xdg"),
-        "TORCHINDUCTOR_CACHE_DIR": str(caches / "inductor"),
-        "TRITON_CACHE_DIR": str(caches / "triton"),
+        **compile_caches.environment(caches),
         "CUDA_CACHE_PATH": str(caches / "cuda"),
         **allocator.settings(os.environ),
         # Compiled in the process itself: a pool of compilers needs /dev/shm, and two cores gain nothing by it.
         "TORCHINDUCTOR_COMPILE_THREADS": "1",
-        # A graph with its backward is found again also where a layer has a backward of its own.
-        "TORCHINDUCTOR_AUTOGRAD_CACHE_ALLOW_CUSTOM_AUTOGRAD": "1",
-        "TORCH_COMPILE_CACHE_KEY_TAG": compile_caches.kernels_tag(),
         # A GNU OpenMP thread that waits at a barrier spins before it sleeps. Beside one busy process the default of
         # 300,000 rounds makes steps 4 times as long; 6,000 make them 3 times as long there, and 1 % longer on an idle
         # machine (docs/verified.md).
         "GOMP_SPINCOUNT": "6000",
-        "PYTHONHASHSEED": "0",  # equal code from equal recipes, so that caches are found again
         "PYTHONSAFEPATH": "1",
         "PYTHONDONTWRITEBYTECODE": "1",
         "PYTHONNOUSERSITE": "1",
@@ -256,12 +251,15 @@ def launch(argv: list[str], policy: Policy, *, cwd: Path, log: Path) -> Child:
     or that a note on standard input tells (see `core.wire.own_channel`).
 
     A Python command (`argv[0]` is `sys.executable`) gets its import path from `core/inside.py`: project, standard
-    library, listed packages; never the working directory. Raises OSError when no process can be started.
+    library, listed packages; never the working directory. Raises OSError when no process can be started, UserError
+    when a card lacks what only its user can make.
     """
     if sys.platform == "win32":
         from core import sandbox_windows
 
         return sandbox_windows.launch(argv, policy, cwd=cwd, log=log)
+    if policy.backend in readable.NVIDIA:
+        nvidia_nodes.make()
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
     group = make_group(policy)
     ends: list[int] = [theirs.detach()]
@@ -277,8 +275,7 @@ def launch(argv: list[str], policy: Policy, *, cwd: Path, log: Path) -> Child:
             "rules": policy.rules(),
             "abi": policy.layers.landlock,
             "filter": policy.layers.seccomp,
-            # nobody has tried whether CUDA's driver does without
-            "memory_files": policy.backend in ("cuda", "rtx"),
+            "cuda": policy.backend in readable.NVIDIA,
             "namespaces": policy.layers.namespaces and abilities().namespaces,
             "groups": group.doors() if group else [],
             "limits": resource_limits(policy),
@@ -474,6 +471,8 @@ class Child:
         self._peak = max(self._peak, used, *(trees.peak(pid) for pid in tree[:1]))
         if limit and used > limit:
             self._end(over("memory", used, limit))
+        elif lowered := self._lowered(tree):
+            self._end(lowered)
         elif refused := self._refused():
             self._end(refused)
         elif time.monotonic() - self._disk_seen > DISK_EVERY:
@@ -481,6 +480,16 @@ class Child:
             written = trees.disk_usage(self._policy.writable)
             if written > self._policy.disk_bytes:
                 self._end(over("disk", written, self._policy.disk_bytes))
+
+    def _lowered(self, tree: list[int]) -> str | None:
+        """Where NVIDIA's driver names its threads a recipe can write what lies beside the name, too, and with it leave
+        its place in front of the referee when the machine's memory runs out. Nothing honest does."""
+        if self._policy.backend not in readable.NVIDIA or not self.enforced:
+            return None
+        rank = min((processes.oom_rank(pid) for pid in tree), default=processes.FIRST_TO_GO)
+        if rank >= processes.FIRST_TO_GO:
+            return None
+        return f"its oom_score_adj was lowered from {processes.FIRST_TO_GO} to {rank}: others would be ended before it"
 
     def _tree(self) -> list[int]:
         """The recipe's process and all below it, launcher and init not counted."""

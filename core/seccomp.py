@@ -178,6 +178,11 @@ REFUSED = words(
 # could read what another, before it, has read or evicted, a bit for each page
 ABSENT = words("clone3 openat2 fchmodat2 mincore cachestat")
 MEMORY_FILES = ["memfd_create"]  # their pages show in no process's resident size: absent where memory is watched by it
+# CUDA's cuInit makes an abstract unix socket (@cuda-uvmfd-NAMESPACE-PID), binds it and listens, and fails where that is
+# refused (canonical/snapd's interface `cuda-support`). Nobody is ever let in: accept stays refused, and connect is
+# answered as by a socket that nobody serves, so that NVML does without nvidia-persistenced (NVIDIA/OpenShell #710).
+# By a path none is bound: Landlock allows no socket to be made.
+SERVED = words("socket bind listen connect")
 # Success without effect: compilers and copy functions call these on their own files and need not fail. (fadvise would
 # evict pages of any file that can be read.)
 PRETENDED = words("chmod fchmod fchmodat utime utimes futimesat utimensat fadvise64")
@@ -185,6 +190,7 @@ PRETENDED = words("chmod fchmod fchmodat utime utimes futimesat utimensat fadvis
 NAMESPACES = 0x7E020000  # CLONE_NEWNS, CGROUP, UTS, IPC, USER, PID, NET
 O_ACCMODE, O_TRUNC = 0o3, 0o1000
 PAIRS = (1, 5)  # SOCK_STREAM, SOCK_SEQPACKET: a datagram pair could still send to any address
+AF_UNIX = 1
 PR_SET_PDEATHSIG = 1
 MADV_COLD, MADV_PAGEOUT = 20, 21
 RWF_NOWAIT, RWF_DONTCACHE = 0x8, 0x80
@@ -200,12 +206,14 @@ TIOCSTI, TIOCLINUX, FS_IOC_SETFLAGS, FS_IOC_FSSETXATTR, FS_IOC_SETVERSION = (
 
 @dataclass(frozen=True)
 class Rule:
-    """Compare the low half of one argument with `values`; on a match return `action`, else `otherwise`."""
+    """Compare the low half of one argument with `values`; on a match return `action`, else `otherwise`.
+
+    `action` None: on a match the next rule of the same call decides."""
 
     call: str
     argument: int
     values: tuple[int, ...]
-    action: int
+    action: int | None
     otherwise: int = ALLOW
     mask: int | None = None  # applied before the comparison
     any_bit: bool = False  # match when any bit of the value is set
@@ -244,6 +252,16 @@ def rules(own_pid: int | None) -> list[Rule]:
     return found
 
 
+def rules_of_cuda() -> list[Rule]:
+    """What a child that uses an NVIDIA card may do beside that: see SERVED."""
+    denied = refuse(errno.EACCES)
+    return [
+        Rule("socket", 0, (AF_UNIX,), None, denied),
+        Rule("socket", 1, PAIRS, ALLOW, denied, mask=0xF),
+        Rule("connect", 0, (), ALLOW, refuse(errno.ECONNREFUSED)),
+    ]
+
+
 def statement(code: int, value: int) -> bytes:
     return struct.pack("=HBBI", code, 0, 0, value)
 
@@ -262,14 +280,19 @@ def compiled(rule: Rule, number: int) -> list[bytes]:
     if rule.mask is not None:
         body.append(statement(AND, rule.mask))
     code = JUMP_ANY_BIT if rule.any_bit else JUMP_EQUAL
+    if rule.action is None:
+        ahead = range(len(rule.values), 0, -1)  # beyond the other comparisons and the return
+        body += [jump(code, value, steps, 0) for value, steps in zip(rule.values, ahead)]
+        body += [statement(RETURN, rule.otherwise), statement(LOAD, NUMBER)]
+        return [jump(JUMP_EQUAL, number, 0, len(body)), *body]
     for value in rule.values:
         body += [jump(code, value, 0, 1), statement(RETURN, rule.action)]
     body.append(statement(RETURN, rule.otherwise))
     return [jump(JUMP_EQUAL, number, 0, len(body)), *body]
 
 
-def program(machine: str, own_pid: int | None = None, memory_files: bool = False) -> bytes:
-    """The whole filter for `x86_64` or `aarch64`, as an array of struct sock_filter."""
+def program(machine: str, own_pid: int | None = None, cuda: bool = False) -> bytes:
+    """The whole filter for `x86_64` or `aarch64`, as an array of struct sock_filter. `cuda`: for NVIDIA's driver."""
     column = list(ARCHITECTURES).index(machine)
 
     def number(name: str) -> int | None:
@@ -287,20 +310,20 @@ def program(machine: str, own_pid: int | None = None, memory_files: bool = False
     ]
     if machine == "x86_64":
         parts += [jump(JUMP_AT_LEAST, 0x40000000, 0, 1), statement(RETURN, KILL)]  # the x32 numbers
-    for rule in rules(own_pid):
+    for rule in [*rules(own_pid), *(rules_of_cuda() if cuda else [])]:
         call = number(rule.call)
         if call is not None:
             parts += compiled(rule, call)
-    parts += simple(REFUSED, refuse(errno.EACCES))
-    parts += simple(ABSENT if memory_files else ABSENT + MEMORY_FILES, refuse(errno.ENOSYS))
+    parts += simple([name for name in REFUSED if not cuda or name not in SERVED], refuse(errno.EACCES))
+    parts += simple(ABSENT if cuda else ABSENT + MEMORY_FILES, refuse(errno.ENOSYS))
     parts += simple(PRETENDED, ERRNO)
     parts.append(statement(RETURN, ALLOW))
     return b"".join(parts)
 
 
-def install(machine: str, own_pid: int | None = None, memory_files: bool = False) -> None:
+def install(machine: str, own_pid: int | None = None, cuda: bool = False) -> None:
     """Filter this thread and all that it starts, for good. Needs no_new_privs. Raises OSError."""
-    filters = program(machine, own_pid, memory_files)
+    filters = program(machine, own_pid, cuda)
     array = ctypes.create_string_buffer(filters, len(filters))
     # struct sock_fprog: unsigned short len, padding, pointer
     wrapped = struct.pack(

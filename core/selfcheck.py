@@ -33,7 +33,7 @@ time.sleep(60)
 """
 
 GROUPS = {  # what doctor shows: attacks of core/attacks.py that belong together
-    "network": "tcp udp ipv6 unix_path unix_abstract unix_datagram netlink listen",
+    "network": "tcp udp ipv6 unix_path unix_abstract unix_datagram unix_serve netlink listen",
     "files": "read_planted everything_readable embedded_corpus write_outside mode_and_time run_written",
     "other processes": "parent_in_proc all_of_proc own_environment open_descriptors other_processes",
     "kernel": "kernel_calls cached_pages foreign_calls privileges",

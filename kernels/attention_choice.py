@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from kernels.attention_peers import PEERS, Attention, Case, block_mask
+from kernels.errors import out_of_memory
 
 __all__ = ["Attention", "Case", "Choice", "available", "block_mask", "choose", "inputs", "milliseconds", "settled"]
 
@@ -121,9 +122,9 @@ def _timed(case: Case, names: list[str], patience: float) -> tuple[dict[str, flo
         began = time.monotonic()
         try:
             times[name] = milliseconds(PEERS[name].make(case), case)
-        except torch.OutOfMemoryError:
-            raise  # of the recipe's whole step, which is made smaller then; it says nothing about a peer
-        except Exception as error:  # noqa: BLE001 - Triton's, CUTLASS's and the packages' own share no base but this
+        except Exception as error:  # Triton's, CUTLASS's and the packages' own share no base but this
+            if out_of_memory(error):
+                raise  # of the recipe's whole step, which is made smaller then; it says nothing about a peer
             passed_by[name] = f"failed when timed: {type(error).__name__}: {_first_line(error)}"
         used += time.monotonic() - began if counts else 0.0
     return times, passed_by

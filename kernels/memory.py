@@ -11,6 +11,8 @@ from collections.abc import Callable
 
 import torch
 
+from kernels.errors import out_of_memory
+
 TRIALS = ((2, 4), (1, 2))  # rows; the second where the first ones find no room
 SPARE = 0.08  # of what is free: fragmentation, the optimizer's temporaries, what a compiled graph holds beyond ours
 
@@ -42,8 +44,8 @@ def fitted_rows(trial: Callable[[int], object], wanted: int, device: torch.devic
         try:
             trials = {rows: _most_bytes(trial, rows, device) for rows in pair}
             break
-        except torch.OutOfMemoryError:
-            if pair == TRIALS[-1]:
+        except RuntimeError as error:
+            if pair == TRIALS[-1] or not out_of_memory(error):
                 raise
     free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     rows = rows_within(wanted, free, trials)

@@ -27,7 +27,7 @@ time.sleep(120)
 
 
 def policy(orders: dict[str, Any], folder: Path, **limits: int) -> sandbox.Policy:
-    made = sandbox.standard_policy(folder / "scratch", "cpu")
+    made = sandbox.standard_policy(folder / "scratch", orders.get("backend", "cpu"))
     return replace(made, layers=sandbox.Layers(**orders["layers"]), **limits)  # type: ignore[arg-type]
 
 
@@ -59,6 +59,13 @@ def limits(orders: dict[str, Any], folder: Path) -> dict[str, Any]:
         child.kill()
         found[name] = child.exceeded()
     return found
+
+
+def code(orders: dict[str, Any], folder: Path) -> dict[str, Any]:
+    child = start(orders, folder, "-c", orders["code"])
+    status = child.wait(60)
+    child.kill()
+    return {"code": status, "log": child.log_tail(), "exceeded": child.exceeded()}
 
 
 def tree(orders: dict[str, Any], folder: Path) -> dict[str, Any]:

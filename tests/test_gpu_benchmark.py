@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -58,12 +59,45 @@ def test_what_a_section_leaves_over_is_for_the_others(tmp_path, monkeypatch):
     assert given[2] == ("step", pytest.approx(LIMITS["step"], abs=1))
 
 
-def test_a_child_of_the_run_finds_what_the_sections_compiled(tmp_path):
+def printer(folder: Path, code: str) -> str:
+    """A program that takes the place of a section's Python and does something else."""
+    made = folder / "python"
+    made.write_text(f"#!{sys.executable}\n{code}\n")
+    made.chmod(0o755)
+    return str(made)
+
+
+def test_lines_of_others_are_no_rows(tmp_path, monkeypatch):
+    code = 'print(\'{not json}\\n{1: 2}\\n[1]\\n{"time": 1}\\nnote\\n{"time": 2, "cut\')'
+    monkeypatch.setattr(gpu.sys, "executable", printer(tmp_path, code))
+    assert list(run_section("facts", SMOKE, 60)) == [{"section": "facts", "time": 1}]
+
+
+def test_a_section_that_cannot_be_killed_holds_nobody_up(tmp_path, monkeypatch):
+    """As one that is stuck in the driver: what it has printed counts."""
+    code = "import time; print('{\"time\": 1}', flush=True); time.sleep(60)"
+    monkeypatch.setattr(gpu.sys, "executable", printer(tmp_path, code))
+    monkeypatch.setattr(gpu, "KILLED_WITHIN", 0.2)
+    stuck = []
+    monkeypatch.setattr(subprocess.Popen, "kill", lambda process: stuck.append(process))
+    rows = list(run_section("facts", SMOKE, 3))
+    monkeypatch.undo()
+    for process in stuck:
+        process.kill()
+        process.wait()
+    assert rows[0] == {"section": "facts", "time": 1} and rows[1]["failed"] == "not done within 3 s" and stuck
+
+
+def test_a_child_of_the_run_finds_what_the_sections_compiled(tmp_path, monkeypatch):
     caches = tmp_path / "caches"
-    given = {k: v for k, v in sandbox.environment(tmp_path, tmp_path, caches).items() if str(caches) in v}
-    made = gpu.cache_folders(caches)
-    assert {k: v for k, v in given.items() if k in made} == {k: v for k, v in made.items() if str(caches) in v}
-    assert made["PYTHONHASHSEED"] == sandbox.environment(tmp_path, tmp_path, caches)["PYTHONHASHSEED"]
+    childs = sandbox.environment(tmp_path, tmp_path, caches)
+    counts = ("TORCH_COMPILE_CACHE_KEY_TAG", "TORCHINDUCTOR_AUTOGRAD_CACHE_ALLOW_CUSTOM_AUTOGRAD", "PYTHONHASHSEED")
+    wanted = {k: v for k, v in childs.items() if k in counts or (str(caches) in v and k != "CUDA_CACHE_PATH")}
+    assert len(wanted) == 6
+    code = "import json, os; print(json.dumps(dict(os.environ)))"
+    monkeypatch.setattr(gpu.sys, "executable", printer(tmp_path, code))
+    (row,) = run_section("facts", SMOKE, 60, caches)
+    assert {k: row.get(k) for k in wanted} == wanted
 
 
 def test_a_run_starts_from_them_and_its_warm_up_ends_before_its_section(tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
@@ -15,6 +16,7 @@ import torch
 
 from benchmarks import memory
 from benchmarks.gpu import Order
+from kernels.errors import out_of_memory
 from kernels.memory import SPARE, fitted_rows, rows_within
 
 SMALL = replace(Order(), rows=2, context=64, heads=2, head_dim=32, depth=2, vocab=128, tokens=128)
@@ -62,15 +64,16 @@ MIB = 2**20
 class Card:
     """What PyTorch says of a card's memory, for a model with a part per row and a buffer that is full at two rows."""
 
-    def __init__(self, room: float, each: float = 100 * MIB) -> None:
+    def __init__(self, room: float, each: float = 100 * MIB, error: Exception | None = None) -> None:
         self.room, self.each, self.most = room, each, 0.0
+        self.error = error or torch.OutOfMemoryError("CUDA out of memory")
         self.tried: list[int] = []
 
     def trial(self, rows: int) -> None:
         self.tried.append(rows)
         needed = 50 * MIB + rows * self.each + min(rows, 2) * 32 * MIB
         if needed > self.room:
-            raise torch.OutOfMemoryError("CUDA out of memory")
+            raise self.error
         self.most = max(self.most, needed)
 
     def rows(self, wanted: int, monkeypatch: pytest.MonkeyPatch) -> tuple[int, str]:
@@ -92,3 +95,54 @@ def test_where_four_rows_find_no_room_one_and_two_are_tried(monkeypatch):
     assert card.rows(8, monkeypatch)[0] == 2 and card.tried == [1, 2, 4, 1, 2]
     with pytest.raises(torch.OutOfMemoryError):
         Card(200 * MIB).rows(8, monkeypatch)
+
+
+ASSERTED = (
+    'NVML_SUCCESS == r INTERNAL ASSERT FAILED at "../c10/cuda/CUDACachingAllocator.cpp":1154, please report a bug to '
+    "PyTorch."
+)
+
+
+def test_an_assertion_about_nvml_is_a_card_without_memory(monkeypatch):
+    """All that PyTorch's allocator says where NVML does not answer."""
+    for error in (
+        *(RuntimeError(ASSERTED), torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), MemoryError()),
+        *(RuntimeError("CUBLAS_STATUS_ALLOC_FAILED"), RuntimeError("DefaultCPUAllocator: can't allocate memory")),
+    ):
+        assert out_of_memory(error), error
+    others = [
+        "INTERNAL ASSERT FAILED at CUDACachingAllocator.cpp",
+        "NVML_SUCCESS == r at Driver.cpp",
+        "a shape is wrong",
+    ]
+    assert not any(out_of_memory(RuntimeError(text)) for text in others)
+    assert not out_of_memory(ValueError(ASSERTED))
+
+    card = Card(400 * MIB, error=RuntimeError(ASSERTED))
+    assert card.rows(8, monkeypatch)[0] == 2 and card.tried == [1, 2, 4, 1, 2]
+    with pytest.raises(RuntimeError, match="NVML_SUCCESS"):
+        Card(200 * MIB, error=RuntimeError(ASSERTED)).rows(8, monkeypatch)
+    with pytest.raises(RuntimeError, match="wrong shape"):
+        Card(400 * MIB, error=RuntimeError("wrong shape")).rows(8, monkeypatch)
+
+
+def test_worker_and_rtx_recipe_know_it_too():
+    from backends import worker
+    from backends.rtx import train
+
+    assert worker.out_of_memory is train.out_of_memory is out_of_memory
+
+
+def test_no_kernel_is_given_up_for_want_of_memory(monkeypatch):
+    """A card that is full says nothing about what was tried on it just then."""
+    from kernels import attention_choice, portable
+
+    def full(*given: object, **options: object) -> None:
+        raise RuntimeError(ASSERTED)
+
+    monkeypatch.setattr(attention_choice, "PEERS", {"peer": SimpleNamespace(compiles=False, make=full)})
+    with pytest.raises(RuntimeError, match="NVML_SUCCESS"):
+        attention_choice._timed(None, ["peer"], 1.0)
+    monkeypatch.setattr(torch, "ones", full)
+    with pytest.raises(RuntimeError, match="NVML_SUCCESS"):
+        portable.obstacle(torch.device("cuda"))

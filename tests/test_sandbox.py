@@ -110,14 +110,16 @@ def test_attacks_are_refused(name: str, tmp_path: Path) -> None:
     assert {attack: how for attack, (held, how) in results.items() if not held} == {}
     assert said["enforced"]["landlock"] == min(ABI, layers.landlock)
     assert said["enforced"]["namespaced"] == layers.namespaces
-    for attack in ("tcp", "udp", "ipv6", "unix_path", "unix_abstract", "unix_datagram", "netlink", "listen"):
+    network = "tcp udp ipv6 unix_path unix_abstract unix_datagram unix_serve netlink listen"
+    for attack in network.split():
         assert results[attack][1] == "EACCES"
 
 
 def test_attacks_work_outside(tmp_path: Path) -> None:
     """The control: without the sandbox the same attacks succeed, so that their failure within it says something."""
     harmless = [
-        *("tcp", "udp", "unix_path", "unix_abstract", "netlink", "listen", "read_planted", "parent_in_proc"),
+        *("tcp", "udp", "unix_path", "unix_abstract", "unix_serve", "netlink", "listen", "read_planted"),
+        "parent_in_proc",
         *("all_of_proc", "own_environment", "mode_and_time", "write_outside", "run_written", "embedded_corpus"),
         "cached_pages",
     ]
@@ -326,12 +328,14 @@ def test_around_divides_only_what_it_must(tmp_path: Path) -> None:
     }
 
 
-def filtered(machine: str, call: str | int, *arguments: int, arch: int = 0, own: int | None = None) -> int:
+def filtered(
+    machine: str, call: str | int, *arguments: int, arch: int = 0, own: int | None = None, cuda: bool = False
+) -> int:
     """What the filter returns for a call: a small interpreter of the BPF that `seccomp` makes."""
     number = call if isinstance(call, int) else seccomp.CALLS[call][list(seccomp.ARCHITECTURES).index(machine)]
     padded = (*arguments, 0, 0, 0, 0, 0, 0)[:6]
     data = struct.pack("=iIQ6Q", number, arch or seccomp.ARCHITECTURES[machine], 0, *padded)
-    program = list(struct.iter_unpack("=HBBI", seccomp.program(machine, own)))
+    program = list(struct.iter_unpack("=HBBI", seccomp.program(machine, own, cuda)))
     at = accumulator = 0
     while True:
         code, yes, no, value = program[at]

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from test_sandbox_cuda import CUINIT, LOWERED, READ
 
 from core import attacks, landlock, paths, readable
 
@@ -112,6 +113,25 @@ def test_attacks_are_refused(namespaces: bool, abi: int, place: Path, able: dict
     results = json.loads(said["log"])
     assert set(results) == set(attacks.ATTACKS)
     assert {attack: how for attack, (held, how) in results.items() if not held} == {}
+
+
+@pytest.mark.parametrize("namespaces", [True, False])
+def test_cuda_can_start_and_attacks_are_refused(namespaces: bool, place: Path, able: dict[str, Any]) -> None:
+    if namespaces and not able["namespaces"]:
+        pytest.skip("namespaces are refused to this user")
+    orders = {"layers": {"namespaces": namespaces}, "backend": "cuda"}
+    said = as_user(place, {**orders, "do": "code", "code": f"PATHS = {READ!r}\n{CUINIT}"})
+    assert said["code"] == 0 and said["exceeded"] is None, said["log"]
+    found = json.loads(said["log"].splitlines()[-1])
+    refused = {step for step, how in found.items() if str(how).startswith("refused")}
+    assert refused == (set() if namespaces else {"shared memory"})
+    lowered = as_user(place, {**orders, "do": "code", "code": LOWERED})
+    assert "oom_score_adj was lowered" in (lowered["exceeded"] or "")
+    secret = secrets.token_hex(16)
+    said = as_user(place, {**orders, "do": "attacks", "secret": secret}, secret)
+    results = json.loads(said["log"])
+    assert set(results) == set(attacks.ATTACKS)
+    assert {a: how for a, (held, how) in results.items() if not held} == {"kernel_calls": "memory file"}
 
 
 def test_the_referees_environment_is_the_users_to_read_without_landlock(place: Path, able: dict[str, Any]) -> None:

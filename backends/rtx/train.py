@@ -35,6 +35,7 @@ from torch.utils.checkpoint import checkpoint
 
 from core.contract import Batches, Spec
 from kernels import portable
+from kernels.errors import out_of_memory
 from kernels.lean import embed, feed, last_norm, project
 
 # --- constants: `# search:` gives the range that the offline search may try --------------------
@@ -314,12 +315,6 @@ def muon_momentum(step: int) -> float:
 
 def weight_decay(progress: float) -> float:
     return WEIGHT_DECAY * (1.0 - progress)
-
-
-def out_of_memory(error: RuntimeError) -> bool:
-    """Whether memory ended: PyTorch's allocator's, or that of cuBLAS, Triton or the CPU, whose errors have no class."""
-    text = str(error).lower()
-    return any(said in text for said in ("out of memory", "can't allocate memory", "alloc_failed"))
 
 
 # --- training ---------------------------------------------------------------------------------
