@@ -115,7 +115,7 @@ def python(
 
 # --- the child's side -------------------------------------------------------------------------
 
-KINDS = ("launches", "invalid", "products", "waits", "to host", "to card", "on card", "absent")  # as in card.h
+KINDS = ("launches", "invalid", "products", "waits", "to host", "to card", "on card", "binaries", "absent")  # as in card.h
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ class Counts:
     """Kind -> name -> (how often, bytes), since the last `reset`.
 
     launches: kernels and memsets; invalid: those of them that a card would refuse; products: cuBLAS's; waits: where the
-    host waits for the card; the copies; absent: calls of what is not stood in for.
+    host waits for the card; the copies; binaries: what was loaded of Triton's; absent: calls of what is not stood in for.
     """
 
     found: Mapping[str, Mapping[str, tuple[int, int]]] = field(default_factory=dict)

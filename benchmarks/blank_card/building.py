@@ -16,7 +16,6 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from core.errors import UserError
-from core.facts import LocalFacts
 from core.paths import home
 
 SOURCES = Path(__file__).resolve().parent
@@ -64,17 +63,21 @@ def _needs() -> tuple[str, tuple[Path, ...], str]:
     """The compiler, the folders of CUDA's headers, torch's version."""
     if sys.platform != "linux" or platform.machine() != "x86_64":
         raise UserError(f"the blank card is for Linux on x86_64, not {sys.platform} on {platform.machine()}")
-    torch = LocalFacts().torch()
-    if not torch.cuda:
-        fact = f"torch {torch.version} is a build without CUDA" if torch.version else "torch is not installed"
+    said = dict(re.findall(r"^(__version__|cuda)\b[^=\n]*= *'([^']*)'", _version_file(), re.MULTILINE))
+    if "cuda" not in said:
+        fact = f"torch {said.get('__version__', '')} is a build without CUDA"
         raise UserError(fact, "install PyPI's torch for Linux (pip install torch), which is built with CUDA")
-    if importlib.util.find_spec("triton") is None:
-        raise UserError("triton is not installed", "pip install triton")
+    _triton()
     compiler = shutil.which("gcc")
     missing = [name for name in ("gcc", "nm") if not shutil.which(name)]
     if compiler is None or missing:
         raise UserError(f"{' and '.join(missing)} not found", "sudo apt install gcc (which brings binutils with nm)")
-    return compiler, _includes(torch.cuda), torch.version
+    return compiler, _includes(said["cuda"]), said["__version__"]
+
+
+def _version_file() -> str:
+    """torch's own, read: whoever starts the children need not load torch."""
+    return (_place("torch") / "version.py").read_text(encoding="utf-8")
 
 
 def _includes(cuda: str) -> tuple[Path, ...]:
@@ -110,14 +113,14 @@ def _triton() -> Path:
 
 def _build(folder: Path, compiler: str, includes: Iterable[Path]) -> None:
     options = ["-O1", "-fPIC", *(f"-I{place}" for place in includes)]
-    objects = []
+    objects: list[Path] = []
     for source in SOURCES.glob("*.c"):
         objects.append(folder / f"{source.stem}.o")
         _run(compiler, *options, "-c", source, "-o", objects[-1])
     rest = folder / "rest.c"
     rest.write_text(_rest(_symbols("--defined-only", *objects)))
-    link = ["-shared", f"-Wl,-soname,{NAME}", "-o", folder / NAME]
-    _run(compiler, "-O1", "-fPIC", *link, *objects, rest, "-ldl", "-lpthread")
+    link = ("-shared", f"-Wl,-soname,{NAME}", "-ldl", "-lpthread")
+    _run(compiler, "-O1", "-fPIC", *objects, rest, *link, "-o", folder / NAME)
     for name in ALIASES:
         (folder / name).symlink_to(NAME)
 

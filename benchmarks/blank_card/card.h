@@ -10,7 +10,7 @@
 /* --- counting.c: what card it is, and what was asked of it -------------------------------------------- */
 
 /* The names of these kinds stand in `__init__.py` in the same order. */
-enum { LAUNCH, INVALID, PRODUCT, WAIT, TO_HOST, TO_CARD, ON_CARD, ABSENT };
+enum { LAUNCH, INVALID, PRODUCT, WAIT, TO_HOST, TO_CARD, ON_CARD, BINARY, ABSENT };
 
 void blank_count(int kind, const char *name, long long bytes);
 int blank_product(const char *name); /* one of cuBLAS; returns success */
