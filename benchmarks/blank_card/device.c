@@ -95,6 +95,7 @@ const char *cudaGetErrorString(cudaError_t e) {
     case cudaErrorMemoryAllocation: return "out of memory";
     case cudaErrorInvalidConfiguration: return "invalid configuration argument";
     case cudaErrorNotSupported: return "not supported by the blank card";
+    case cudaErrorInvalidValue: return "invalid argument";
     default: return "an error of the blank card";
   }
 }
@@ -103,7 +104,7 @@ const char *cudaGetErrorName(cudaError_t e) {
 }
 
 CUresult cuGetErrorString(CUresult e, const char **text) {
-  *text = e == CUDA_ERROR_INVALID_VALUE ? "invalid argument" : cudaGetErrorString((cudaError_t)e);
+  *text = cudaGetErrorString((cudaError_t)e); /* the numbers that are returned here are the same in both */
   return CUDA_SUCCESS;
 }
 

@@ -148,11 +148,14 @@ CUresult cuOccupancyMaxActiveClusters(int *n, CUfunction f, const CUlaunchConfig
   return CUDA_SUCCESS;
 }
 
+/* PyTorch is not compiled for sm_89, which takes what was compiled for sm_86; CUB looks its kernels up by that. */
+static int binary_version(void) { return card_capability() == 89 ? 86 : card_capability(); }
+
 cudaError_t cudaFuncGetAttributes(struct cudaFuncAttributes *a, const void *host) {
   memset(a, 0, sizeof *a);
   a->maxThreadsPerBlock = 1024;
   a->numRegs = REGISTERS;
-  a->binaryVersion = a->ptxVersion = card_capability();
+  a->binaryVersion = a->ptxVersion = binary_version();
   a->maxDynamicSharedSizeBytes = card_shared();
   return cudaSuccess;
 }
