@@ -115,7 +115,17 @@ def python(
 
 # --- the child's side -------------------------------------------------------------------------
 
-KINDS = ("launches", "invalid", "products", "waits", "to host", "to card", "on card", "binaries", "absent")  # as in card.h
+KINDS = (
+    "launches",
+    "invalid",
+    "products",
+    "waits",
+    "to host",
+    "to card",
+    "on card",
+    "binaries",
+    "absent",
+)  # as in card.h
 
 
 @dataclass(frozen=True)
