@@ -241,8 +241,9 @@ class Tokens:
         return self.send(found)
 
 
-def recipe(order: Order) -> ModuleType:
-    source = replace((ROOT / "backends" / "cuda" / "train.py").read_text(encoding="utf-8"), shape(order))
+def recipe(order: Order, **constants: Any) -> ModuleType:
+    source = (ROOT / "backends" / "cuda" / "train.py").read_text(encoding="utf-8")
+    source = replace(source, shape(order) | constants)
     module = ModuleType("train")
     exec(compile(source, "train.py", "exec"), module.__dict__)
     return module
@@ -263,9 +264,14 @@ def rtx(order: Order) -> Iterator[Row]:
 
 def upstream(order: Order) -> Iterator[Row]:
     """Upstream's model and optimizer as they stand, compiled, with the best attention at hand in place of its own."""
+    yield from steps(order, upstream_step(order, flash(order)))
+
+
+def upstream_step(order: Order, attention: Callable[..., Tensor]) -> Callable[[Tokens, float], Tensor]:
+    """A whole optimizer step of upstream's training; `attention` has FlashAttention 3's signature."""
     peer = load_peer(
         Path(order.upstream) / "train.py",
-        {"fa3": SimpleNamespace(flash_attn_func=flash(order))},
+        {"fa3": SimpleNamespace(flash_attn_func=attention)},
         ("GPT", "GPTConfig", "get_lr_multiplier", "get_muon_momentum", "get_weight_decay", *PEER_NAMES),
     )
     heads = order.heads
@@ -297,7 +303,7 @@ def upstream(order: Order) -> Iterator[Row]:
         done[0] += 1
         return total
 
-    yield from steps(order, one)
+    return one
 
 
 def flash(order: Order) -> Callable[..., Tensor]:

@@ -1,95 +1,134 @@
-"""What one micro-batch of the CUDA recipe holds for its backward, counted without a card.
+"""The memory of whole training steps, ours and upstream's, as PyTorch's own allocator counts it; no card is needed.
 
-    python -m benchmarks.memory                              # the anchors' shapes: 128 rows of 2048, depth 8, dim 512
-    python -m benchmarks.memory --rows 64 --depth 9
+    python -m benchmarks.memory                     # upstream's shapes: 128 rows of 2048, depth 8, dim 512
+    python -m benchmarks.memory --rows 64 --depth 9 --card h200
+    python -m benchmarks.memory --upstream ~/autoresearch --upstream-python ~/autoresearch/.venv/bin/python
+    python -m benchmarks.memory --peak 20           # what is held when the most is held
 
-The recipe runs on PyTorch's meta device, where tensors have shapes and no memory; what autograd saves is summed up by
-storage, each storage once. What the optimizer and the weights hold is added. What this does not count: temporaries
-within an operation, what torch.compile keeps otherwise than eager autograd, the allocator's waste. So it is a count of
-what must be held and no measured peak.
+Each side runs in a child of its own on a blank card (benchmarks/blank_card): what torch.compile and Triton make for
+that card is launched and not run, and the allocator hands out what it would on a card, in the same order. Upstream's
+recipe at its published shapes, with the torch that it pins, comes within 0.1 % of the peak that its README publishes
+of an H100. A peak here is the allocator's, exactly; the figure of `nvidia-smi` has the driver's context in it, too.
+
+Of a step is told what the allocator held at most (allocated) and took from the card (reserved), the most of the second
+and third step; and what a step launches, copies and waits for. The loader's two waits are for its own earlier copies.
+Upstream's FlashAttention 3 is an operator that allocates what it does (benchmarks/memory_side.py). Upstream pins torch
+2.9.1; newer ones norm in float32 under autocast, which FlashAttention 3 does not take: `--upstream-python` names
+an interpreter that has the pinned one, with numpy.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
-from dataclasses import replace
-from types import ModuleType
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
+from benchmarks import blank_card
+from benchmarks.gpu import Order
+from core.errors import UserError
+from core.paths import home, project_root
 
-from benchmarks.gpu import ROOT, Order
-from benchmarks.gpu_run import shape
-from core.contract import Spec
-from core.recipe import replace as replace_constants
+PUBLISHED = 45_060.2  # MiB, `peak_vram_mb` of the run that upstream's README shows
+GOAL = 0.55  # share of it, at the same shapes
+LIMIT = 1200.0  # seconds of one side, which compiles for one or two minutes
+COLUMNS = ("allocated", "reserved", "launches", "products", "waits", "to card", "bytes to card", "to host")
 
-UPSTREAM = 45.0  # GB that upstream's recipe holds at its peak, as published
-GOAL = 0.55  # share of it
-
-
-def built(order: Order) -> Any:
-    """The shipped recipe on the meta device; its kernels' shapes come from their fake versions."""
-    source = (ROOT / "backends" / "cuda" / "train.py").read_text(encoding="utf-8")
-    module = ModuleType("train")
-    text = replace_constants(source, shape(order) | {"ATTENTION": "triton"})
-    exec(compile(text, "train.py", "exec"), module.__dict__)
-    return module.build(Spec(order.vocab, order.context, order.vocab - 1, "meta", "bfloat16", 42, 0))
+Row = dict[str, Any]
 
 
-def saved(training: Any, order: Order) -> dict[tuple[int, ...], tuple[int, int]]:
-    """Shape of a storage's first tensor -> (how many storages, bytes in all) that autograd holds after the forward."""
-    weights = {t.untyped_storage()._cdata for t in own_tensors(training)}
-    seen: dict[int, tuple[tuple[int, ...], int, Tensor]] = {}
-
-    def pack(x: Tensor) -> Tensor:
-        storage = x.untyped_storage()
-        if storage._cdata not in weights:
-            seen.setdefault(storage._cdata, (tuple(x.shape), storage.nbytes(), x))  # held, so that no name comes twice
-        return x
-
-    tokens = torch.zeros(order.rows, order.context + 1, dtype=torch.int64, device="meta")
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        loss = training.model.loss(tokens)
-    del loss
-    found: dict[tuple[int, ...], tuple[int, int]] = {}
-    for where, size, _ in seen.values():
-        count, total = found.get(where, (0, 0))
-        found[where] = (count + 1, total + size)
-    return found
+def side(name: str, order: Order, card: str, interpreter: str = sys.executable, top: int = 0) -> list[Row]:
+    """What `benchmarks.memory_side` printed; UserError where it failed, with its last line."""
+    module = [interpreter, "-m", "benchmarks.memory_side", name, json.dumps(asdict(order)), str(top)]
+    command = [interpreter, "-m", "benchmarks.blank_card", card, "--", *module]
+    environment = {**os.environ, "AUTORESEARCH_HOME": str(home()), "PYTHONPATH": str(project_root())}
+    done = subprocess.run(
+        command, cwd=project_root(), env=environment, capture_output=True, text=True, timeout=LIMIT, check=False
+    )
+    if done.returncode:
+        last = next((line for line in reversed(done.stderr.splitlines()) if line.strip()), "it printed nothing")
+        raise UserError(f"{name}: exit status {done.returncode}, {last.strip()[:400]}", f"{interpreter} was used")
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
 
 
-def own_tensors(training: Any) -> list[Tensor]:
-    weights = training.model.weights
-    return [*weights.singles.values(), *weights.stacks.values(), training.model.cos, training.model.sin]
+def step(rows: Sequence[Row]) -> Row:
+    """A step once all is compiled: the third, with the higher peaks of the second and third."""
+    second, third = (row for row in rows if row.get("step", 0) > 1)
+    return third | {what: max(second[what], third[what]) for what in ("allocated", "reserved")}
 
 
-def state_bytes(training: Any) -> int:
-    """Weights, their gradients, the optimizers' moments."""
-    weights = [*training.model.weights.singles.values(), *training.model.weights.stacks.values()]
-    moments = [m for group in training.adam.groups for found in group["moments"] for m in found[:2]]
-    moments += [t for muon in training.muons for t in (muon.momentum, muon.second)]
-    return sum(t.numel() * t.element_size() for t in (*weights, *weights, *moments))
+def table(sides: dict[str, Row]) -> Iterator[str]:
+    yield f"{'':22}" + "".join(f"{column:>15}" for column in COLUMNS)
+    for name, row in sides.items():
+        yield f"{name:22}" + "".join(f"{_cell(row[column]):>15}" for column in COLUMNS)
+
+
+def _cell(value: float) -> str:
+    return f"{value:,.1f}" if isinstance(value, float) else f"{value:,}"
+
+
+def ratios(sides: dict[str, Row], order: Order) -> Iterator[str]:
+    held = sides["ours"]["allocated"]
+    if "upstream" in sides:
+        yield f"ours / upstream: {held / sides['upstream']['allocated']:.3f} allocated, " + (
+            f"{sides['ours']['reserved'] / sides['upstream']['reserved']:.3f} reserved"
+        )
+    if order == published():
+        yield f"upstream as published, of a real H100: {PUBLISHED:,.1f} MiB; ours / published: {held / PUBLISHED:.3f}"
+        yield f"the goal is {GOAL:g} of it, {GOAL * PUBLISHED:,.0f} MiB"
+
+
+def published() -> Order:
+    """The shapes of upstream's published run."""
+    return replace(Order(), rows=128, tokens=2**19)
+
+
+def alive(rows: Sequence[Row]) -> Iterator[str]:
+    for row in rows:
+        if "held before the step" in row:
+            yield f"held before the step: {row['held before the step']:,.0f} MiB; beside it at the peak, in MiB:"
+        elif "mib" in row:
+            yield f"{row['mib']:9,.0f} {row['count']:4} x {row['each']:8,.1f}  {row['by']}"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.memory", description="What a micro-batch holds.")
-    parser.add_argument("--rows", type=int, default=128)
+    """The memory of whole training steps, as PyTorch's allocator counts it, without a card."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.memory", description=main.__doc__)
+    parser.add_argument("--rows", type=int, default=128, help="that go through the model at once")
     parser.add_argument("--depth", type=int, default=8)
-    parser.add_argument("--top", type=int, default=16, help="how many shapes are listed")
+    parser.add_argument("--tokens", type=int, default=2**19, help="of an optimizer step")
+    parser.add_argument("--card", choices=list(blank_card.CARDS), default="h100")
+    parser.add_argument("--upstream", type=Path, help="a clone of karpathy/autoresearch")
+    parser.add_argument("--upstream-python", default=sys.executable, help="an interpreter with the torch that it pins")
+    parser.add_argument("--peak", type=int, default=0, metavar="N", help="list the N largest of what is held then")
     given = parser.parse_args(arguments)
-    order = replace(Order(), rows=given.rows, depth=given.depth)
-    training = built(order)
-    found, state = saved(training, order), state_bytes(training)
-    model = f"depth {order.depth}, dim {training.model.dim}, vocabulary {order.vocab}"
-    print(f"{order.rows} rows of {order.context}, {model}")
-    for where, (count, size) in sorted(found.items(), key=lambda x: -x[1][1])[: given.top]:
-        print(f"  {size / 1e9:7.2f} GB  {count:3} x {where}")
-    held = sum(size for _, size in found.values())
-    total, goal = (held + state) / 1e9, GOAL * UPSTREAM
-    print(f"saved for backward {held / 1e9:.2f} GB, weights, gradients and moments {state / 1e9:.2f} GB")
-    print(f"held in all {total:.2f} GB; the goal is {goal:.2f} GB ({GOAL:g} of {UPSTREAM:g})")
+    order = replace(Order(), rows=given.rows, depth=given.depth, tokens=given.tokens)
+    if given.upstream:
+        order = replace(order, upstream=str(given.upstream.expanduser().resolve()))
+    try:
+        found = {"ours": side("ours", order, given.card, top=given.peak)}
+        if given.upstream:
+            found["upstream"] = side("upstream", order, given.card, given.upstream_python, given.peak)
+    except UserError as error:
+        sys.exit(str(error))
+    show(found, replace(order, upstream=""), blank_card.CARDS[given.card])
+
+
+def show(found: dict[str, list[Row]], order: Order, card: blank_card.Card) -> None:
+    sides = {name: step(rows) for name, rows in found.items()}
+    model = f"depth {order.depth}, dim {order.dim}, vocabulary {order.vocab}"
+    print(f"{order.rows} rows of {order.context}, {model}, {order.tokens:,} tokens a step; a blank {card.name}")
+    for line in (*table(sides), *ratios(sides, order)):
+        print(line)
+    for name, rows in found.items():
+        print(f"{name}: torch {sides[name]['torch']}; waits: {sides[name]['waited by'] or 'none'}")
+        for line in alive(rows):
+            print(line)
 
 
 if __name__ == "__main__":

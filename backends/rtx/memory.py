@@ -7,9 +7,12 @@ M = 12 L C^2 weights in matrices, E = (2 + layers with value embeddings) V C in 
 
 - float32 weights, AdamW's two moments and Muon's one, gradients: 4 (M + E) + 8 E + 4 M + 4 (M + E)
 - kept, per token: 10 C s a layer (x, q, k, v, attention's result, z, and y of 4 C); 6 C s without the MLP's y; C s when
-  whole layers are made again. Beside the layers x0, the last state, its gradient. tests/test_rtx_memory.py counts them.
-- the matrices in the compute dtype, s M, as they are kept with the layers
-- on its way, at most one of: gradients of one layer's tensors in backward, logits of a part of the rows, Muon's copies
+  whole layers are made again. Beside the layers the last state and its norm.
+- the matrices in the compute dtype, s M, as they are kept with the layers; one layer's where these are made again
+- on its way, at most one of: the logits of a part of the rows; the backward of a layer, with the gradients that the
+  layers behind it have left and those of earlier rows; the gradients that are put together; Muon's copies
+
+tests/test_blank_card.py holds it against what PyTorch's allocator hands out.
 """
 
 from __future__ import annotations
@@ -21,6 +24,10 @@ from typing import Any
 
 RECOMPUTES = ("nothing", "hidden", "layer")  # from the fastest to the leanest
 KEPT = {"nothing": 10, "hidden": 6, "layer": 1}  # channels a layer keeps per token, over C
+# Widths of the stream in the MLP's backward, beside what is kept: the gradients of its output, its norm and its input,
+# the norm and dh of 4 C. Where y is made again it is there beside dh, before the last two; with a whole layer q, k, v,
+# attention's result and z are, too.
+ON_THE_WAY = {"nothing": 8, "hidden": 10, "layer": 15}
 LOGITS = 64 * 2**20  # bytes of logits in both paths
 ROW_BYTES = 4 * 2**22  # of one float32 tensor of a part of the rows, without Triton
 MUON_COPIES = 7.0  # float32 tensors of the largest stack that Muon's step has beside it, without Triton
@@ -54,13 +61,12 @@ class Shape:
     def embeddings(self) -> int:
         return (2 + self.value_embeddings) * self.vocab * self.dim
 
-    def kept_per_token(self, recompute: str) -> float:
-        """Bytes that one token keeps from forward to backward."""
-        lse = 0 if recompute == "layer" else 4 * self.heads * self.depth
-        layers = KEPT[recompute] * self.depth * self.dim * self.itemsize
-        return (
-            layers + lse + 2 * self.dim * self.itemsize + 24
-        )  # x0 and the loss's gradient; tokens, targets, positions
+    def kept(self, tokens: int, recompute: str, layers: int) -> float:
+        """Bytes that this many layers keep from forward to backward. x0 is what the first of them keeps as its x."""
+        lse = 0 if recompute == "layer" else 4 * self.heads
+        each = tokens * (KEPT[recompute] * self.dim * self.itemsize + lse)
+        matrices = self.itemsize * 12 * self.dim**2
+        return layers * (each + (0 if recompute == "layer" else matrices)) + 24 * tokens  # tokens, targets, positions
 
 
 @dataclass(frozen=True)
@@ -81,22 +87,31 @@ def peak(shape: Shape, rows: int, recompute: str, batch: int, fused: bool = True
     always = 8 * (shape.matrices + shape.embeddings) + 4 * shape.embeddings
     gradients = 4 * (shape.matrices + shape.embeddings)
     held = gradients if batch > tokens else 0  # those of earlier rows
-    kept = tokens * shape.kept_per_token(recompute) + s * shape.matrices
     width = tokens * shape.dim * s  # one tensor of the stream
-    table = shape.vocab * shape.dim
-    logits = kept + held + (4 + s) * table + min(LOGITS, 16 * tokens * shape.vocab) + width
-    backward = kept + max(held, 4 * table) + tokens * on_the_way(shape, recompute)
-    first_layer = gradients + 3 * width + (tokens * on_the_way(shape, recompute) + s * shape.matrices / shape.depth)
-    first_layer += 8 * table + KEPT[recompute] * width + min(ROW_BYTES, 4 * tokens * shape.dim)
-    embedding = gradients + 8 * table + 5 * min(ROW_BYTES, 4 * tokens * shape.dim) + 4 * width
+    part = min(ROW_BYTES, 4 * tokens * shape.dim)
+    table = 4 * shape.vocab * shape.dim
+    kept = shape.kept(tokens, recompute, shape.depth)
+    logits = held + kept + 3 * width + (4 + s) * table / 4 + min(LOGITS, 16 * tokens * shape.vocab)
+    backward = held + max(_layer(shape, tokens, recompute, bool(held), behind) for behind in range(shape.depth))
+    # Each matrix has its gradient then, and those of one shape are copied into one stack: a third of all, if earlier
+    # rows have left theirs or not. The last embedding's is summed up in float32 by parts of the rows.
+    together = held + 4 * shape.matrices * 4 / 3 + (2 if held else 1 + shape.value_embeddings) * table + 2 * width
+    embedding = gradients + 2 * table + 5 * part + 4 * width
     optimizer = gradients + muon(shape, fused)
-    return int(always + max(logits, backward, first_layer, embedding, optimizer))
+    return int(always + max(logits, backward, together, embedding, optimizer))
 
 
-def on_the_way(shape: Shape, recompute: str) -> float:
-    """Bytes per token of one layer's backward beside what is kept: dh and dq, dk, dv with their sources."""
-    again = {"nothing": 0, "hidden": 4, "layer": 9}[recompute]
-    return (again + 9) * shape.dim * shape.itemsize
+def _layer(shape: Shape, tokens: int, recompute: str, held: bool, behind: int) -> float:
+    """Bytes of the backward of a layer with so many behind it: what it and those before it keep, and gradients.
+
+    The gradient of an embedding joins that of earlier rows at once, where there is one; those of matrices wait.
+    """
+    tables = 1 if held else 1 + (behind + 1) // 2  # of the head and the value embeddings
+    gradients = 4 * (behind + 1) * 12 * shape.dim**2 + 4 * tables * shape.vocab * shape.dim
+    width = tokens * shape.dim * shape.itemsize
+    on_the_way = ON_THE_WAY[recompute] + (1 if behind else 0)  # x0's gradient, once there is one
+    again = shape.itemsize * 12 * shape.dim**2 if recompute == "layer" else 0  # this layer's matrices
+    return shape.kept(tokens, recompute, shape.depth - behind) + gradients + width * on_the_way + again
 
 
 def muon(shape: Shape, fused: bool) -> float:

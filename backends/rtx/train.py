@@ -163,9 +163,10 @@ class GPT:
         self.cos, self.sin = rotations(spec.sequence_len, self.device)
         self.recompute = RECOMPUTE
 
-    def layer(self, i: int, x: Tensor, x0: Tensor, tokens: Tensor) -> Tensor:
-        """x, x0 (N, C), tokens (B, T) -> (N, C)."""
-        w, name = self.weights.by_name(), f"transformer.h.{i}."
+    def layer(self, w: Mapping[str, Tensor], i: int, x: Tensor, x0: Tensor, tokens: Tensor) -> Tensor:
+        """x, x0 (N, C), tokens (B, T) -> (N, C). `w` is one `by_name` for all layers: the gradient through a view is
+        as large as its whole stack, made once for all views that were taken together."""
+        name = f"transformer.h.{i}."
         matrix = {n: w[f"{name}{n}.weight"].to(x.dtype) for n in ("attn.c_proj", "mlp.c_fc", "mlp.c_proj")}
         qkv_weight = torch.cat([w[f"{name}attn.{n}.weight"].to(x.dtype) for n in ("c_q", "c_k", "c_v")])
         gate = table = None  # value residual: the token's own vector joins v, gated per head by the stream
@@ -181,11 +182,12 @@ class GPT:
     def stream(self, tokens: Tensor) -> Tensor:
         """(B, T) integers -> (N, C): the last state of each position, in the compute dtype."""
         x = x0 = embed(tokens.flatten(), self.weights.singles["transformer.wte.weight"], self.dtype)
+        w = self.weights.by_name()
         for i in range(DEPTH):
             if self.recompute == "layer" and torch.is_grad_enabled():
-                x = checkpoint(self.layer, i, x, x0, tokens, use_reentrant=False, preserve_rng_state=False)
+                x = checkpoint(self.layer, w, i, x, x0, tokens, use_reentrant=False, preserve_rng_state=False)
             else:
-                x = self.layer(i, x, x0, tokens)
+                x = self.layer(w, i, x, x0, tokens)
         return last_norm(x)
 
     def logits(self, tokens: Tensor) -> Tensor:

@@ -1,0 +1,26 @@
+/* What the parts of the blank card share. `__init__.py` says what it is and is not. */
+#ifndef BLANK_CARD_H
+#define BLANK_CARD_H
+
+#define _GNU_SOURCE
+#include <cuda.h>
+#include <cuda_runtime_api.h>
+#include <stddef.h>
+
+/* --- counting.c: what card it is, and what was asked of it -------------------------------------------- */
+
+/* The names of these kinds stand in `__init__.py` in the same order. */
+enum { LAUNCH, INVALID, PRODUCT, WAIT, TO_HOST, TO_CARD, ON_CARD, BINARY, ABSENT };
+
+void blank_count(int kind, const char *name, long long bytes);
+int blank_product(const char *name); /* one of cuBLAS; returns success */
+int blank_absent(const char *name);  /* notes a call of what is not stood in for; returns "not supported" */
+
+const char *card_name(void);
+size_t card_memory(void);  /* bytes, as sold */
+size_t card_context(void); /* bytes that the driver's own context takes of it */
+int card_capability(void); /* 90 for sm_90 */
+int card_shared(void);     /* bytes of shared memory that one block can have */
+int card_attribute(int which);
+
+#endif

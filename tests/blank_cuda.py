@@ -1,0 +1,73 @@
+"""What tests/test_blank_card.py looks at of the cuda recipe, in a child that has a blank H100: JSON, one line a fact.
+
+The order is a trainer's: a build and a warm-up that compiles, then a second build in the same process and its steps.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+from dataclasses import asdict, replace
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch._dynamo.utils import counters
+
+from backends.cuda.device import open_device
+from backends.worker import RandomBatches, warm_up
+from benchmarks import blank_card
+from benchmarks.gpu import Order
+from benchmarks.gpu_sections import recipe
+from core.contract import Spec
+
+UPSTREAMS = replace(Order(), rows=128, tokens=2**19)  # the shapes at which upstream publishes its memory
+STEPS = (0.0, 0.3, 0.6, 0.9)  # progress
+
+
+class OnCard:
+    """Batches that are on the card already: what a step waits for is its own."""
+
+    def next(self, rows: int, length: int) -> torch.Tensor:
+        return torch.zeros(rows, length + 1, dtype=torch.int64, device="cuda:0")
+
+
+def tell(what: str, **facts: Any) -> None:
+    print(json.dumps({"what": what, **facts}), flush=True)
+
+
+def compiled() -> dict[str, int]:
+    """How much was compiled so far: graphs by Dynamo, binaries loaded since the last reset."""
+    return {"graphs": counters["stats"]["unique_graphs"], "binaries": blank_card.counts().times("binaries")}
+
+
+def step(training: Any, progress: float) -> dict[str, Any]:
+    blank_card.reset()
+    torch.cuda.reset_peak_memory_stats()
+    training.step(OnCard(), progress)
+    counts = blank_card.counts()
+    return {
+        "peak": torch.cuda.max_memory_allocated() / 2**20,
+        "graphs": counters["stats"]["unique_graphs"],
+        **{kind: counts.names(kind) for kind in blank_card.KINDS},
+        "bytes to card": counts.bytes("to card"),
+    }
+
+
+def main() -> None:
+    device, spec = open_device(), Spec(8192, 2048, 8191, "cuda:0", "bfloat16", 42, 0)
+    module: ModuleType = recipe(UPSTREAMS, ATTENTION="triton")
+    training = module.build(spec)
+    warm_up(device, training, RandomBatches(device, spec))
+    tell("first", rows=training.rows, breaks=dict(counters["graph_break"]), **compiled())
+    del training
+    gc.collect()
+    blank_card.reset()
+    training = module.build(spec)
+    tell("second", rows=training.rows, **compiled(), spec=asdict(spec))
+    for progress in STEPS:
+        tell("step", **step(training, progress))
+
+
+if __name__ == "__main__":
+    main()
