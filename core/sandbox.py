@@ -22,7 +22,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from core import allocator, cgroups, freezing, landlock, nvidia_nodes, paths, readable, trees
+from core import allocator, cgroups, freezing, landlock, nvidia_nodes, paths, processes, readable, trees
 from core import caches as compile_caches
 from core.childlog import CappedLog
 from core.handles import Giver

@@ -133,7 +133,7 @@ class Counts:
     """Kind -> name -> (how often, bytes), since the last `reset`.
 
     launches: kernels and memsets; invalid: those of them that a card would refuse; products: cuBLAS's; waits: where the
-    host waits for the card; the copies; binaries: what was loaded of Triton's; absent: calls of what is not stood in for.
+    host waits for the card; the copies; binaries: what was loaded of Triton's; absent: calls that nothing stands in for.
     """
 
     found: Mapping[str, Mapping[str, tuple[int, int]]] = field(default_factory=dict)
