@@ -1,41 +1,17 @@
-"""What a micro-batch holds, counted on the meta device, and how many rows are taken for the memory that is free."""
+"""How many rows go through at once for the memory that is free, and what `benchmarks.memory` says of two sides."""
 
 from __future__ import annotations
-
-from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 pytest.importorskip("torch")
-pytest.importorskip("triton")
 
 import torch
 
 from benchmarks import memory
-from benchmarks.gpu import Order
 from kernels.memory import SPARE, fitted_rows, rows_within
-
-SMALL = replace(Order(), rows=2, context=64, heads=2, head_dim=32, depth=2, vocab=128, tokens=128)
-
-
-def held(order):
-    return sum(size for _, size in memory.saved(memory.built(order), order).values())
-
-
-def test_what_is_held_is_a_fixed_part_and_one_that_grows_with_the_rows():
-    one, two, four = (held(replace(SMALL, rows=rows)) for rows in (2, 4, 8))
-    assert four - two == 2 * (two - one) > 0
-
-
-def test_hidden_units_and_attention_are_counted_once():
-    order = replace(SMALL, depth=4)
-    found = memory.saved(memory.built(order), order)
-    tokens, dim = order.rows * order.context, order.dim
-    assert found[(tokens, 4 * dim)] == (4, 4 * tokens * 4 * dim * 2)  # bfloat16, one for each layer
-    wide = [size for shape, (_, size) in found.items() if shape == (order.rows, order.context, order.heads, 32)]
-    assert wide and wide[0] >= 4 * 4 * tokens * dim * 2  # q, k, v as one storage and y, for each layer
 
 
 @given(
@@ -92,3 +68,35 @@ def test_where_four_rows_find_no_room_one_and_two_are_tried(monkeypatch):
     assert card.rows(8, monkeypatch)[0] == 2 and card.tried == [1, 2, 4, 1, 2]
     with pytest.raises(torch.OutOfMemoryError):
         Card(200 * MIB).rows(8, monkeypatch)
+
+
+# --- the table of benchmarks.memory -------------------------------------------------------------
+
+
+def rows(*peaks: float) -> list[memory.Row]:
+    """What a side prints: a step for each peak, in MiB."""
+    same = dict.fromkeys(memory.COLUMNS, 1) | {"waited by": {}, "torch": "2.14.1"}
+    return [{**same, "step": i + 1, "allocated": peak, "reserved": peak + 100.0} for i, peak in enumerate(peaks)]
+
+
+def test_the_first_step_compiles_and_does_not_count(capsys):
+    found = {"ours": rows(40_000.0, 20_000.0, 21_000.0), "upstream": rows(50_000.0, 42_000.0, 41_000.0)}
+    memory.show(found, memory.published(), memory.blank_card.CARDS["h100"])
+    out = capsys.readouterr().out
+    assert "128 rows of 2048, depth 8, dim 512, vocabulary 8192, 524,288 tokens a step; a blank NVIDIA H100" in out
+    assert "ours / upstream: 0.500 allocated, 0.501 reserved" in out
+    assert f"ours / published: {21_000 / memory.PUBLISHED:.3f}" in out
+
+
+def test_other_shapes_are_not_held_against_the_published_run(capsys):
+    memory.show({"ours": rows(1.0, 2.0, 3.0)}, memory.Order(), memory.blank_card.CARDS["h100"])
+    assert "published" not in capsys.readouterr().out
+
+
+def test_a_side_that_fails_says_its_last_line(monkeypatch):
+    def failed(*_: object, **__: object) -> memory.subprocess.CompletedProcess[str]:
+        return memory.subprocess.CompletedProcess([], 1, "", "Traceback\nTypeError: FlashAttention 3 takes bfloat16\n")
+
+    monkeypatch.setattr(memory.subprocess, "run", failed)
+    with pytest.raises(memory.UserError, match="upstream: exit status 1, TypeError: FlashAttention 3 takes bfloat16"):
+        memory.side("upstream", memory.Order(), "h100")
