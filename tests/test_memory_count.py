@@ -1,43 +1,17 @@
-"""What a micro-batch holds, counted on the meta device, and how many rows are taken for the memory that is free."""
+"""How many rows go through at once for the memory that is free, and what `benchmarks.memory` says of two sides."""
 
 from __future__ import annotations
-
-from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 pytest.importorskip("torch")
-pytest.importorskip("triton")
 
 import torch
 
 from benchmarks import memory
-from benchmarks.gpu import Order
-from kernels.errors import out_of_memory
 from kernels.memory import SPARE, fitted_rows, rows_within
-
-SMALL = replace(Order(), rows=2, context=64, heads=2, head_dim=32, depth=2, vocab=128, tokens=128)
-
-
-def held(order):
-    return sum(size for _, size in memory.saved(memory.built(order), order).values())
-
-
-def test_what_is_held_is_a_fixed_part_and_one_that_grows_with_the_rows():
-    one, two, four = (held(replace(SMALL, rows=rows)) for rows in (2, 4, 8))
-    assert four - two == 2 * (two - one) > 0
-
-
-def test_hidden_units_and_attention_are_counted_once():
-    order = replace(SMALL, depth=4)
-    found = memory.saved(memory.built(order), order)
-    tokens, dim = order.rows * order.context, order.dim
-    assert found[(tokens, 4 * dim)] == (4, 4 * tokens * 4 * dim * 2)  # bfloat16, one for each layer
-    wide = [size for shape, (_, size) in found.items() if shape == (order.rows, order.context, order.heads, 32)]
-    assert wide and wide[0] >= 4 * 4 * tokens * dim * 2  # q, k, v as one storage and y, for each layer
 
 
 @given(
@@ -64,16 +38,15 @@ MIB = 2**20
 class Card:
     """What PyTorch says of a card's memory, for a model with a part per row and a buffer that is full at two rows."""
 
-    def __init__(self, room: float, each: float = 100 * MIB, error: Exception | None = None) -> None:
+    def __init__(self, room: float, each: float = 100 * MIB) -> None:
         self.room, self.each, self.most = room, each, 0.0
-        self.error = error or torch.OutOfMemoryError("CUDA out of memory")
         self.tried: list[int] = []
 
     def trial(self, rows: int) -> None:
         self.tried.append(rows)
         needed = 50 * MIB + rows * self.each + min(rows, 2) * 32 * MIB
         if needed > self.room:
-            raise self.error
+            raise torch.OutOfMemoryError("CUDA out of memory")
         self.most = max(self.most, needed)
 
     def rows(self, wanted: int, monkeypatch: pytest.MonkeyPatch) -> tuple[int, str]:
@@ -97,52 +70,33 @@ def test_where_four_rows_find_no_room_one_and_two_are_tried(monkeypatch):
         Card(200 * MIB).rows(8, monkeypatch)
 
 
-ASSERTED = (
-    'NVML_SUCCESS == r INTERNAL ASSERT FAILED at "../c10/cuda/CUDACachingAllocator.cpp":1154, please report a bug to '
-    "PyTorch."
-)
+# --- the table of benchmarks.memory -------------------------------------------------------------
 
 
-def test_an_assertion_about_nvml_is_a_card_without_memory(monkeypatch):
-    """All that PyTorch's allocator says where NVML does not answer."""
-    for error in (
-        *(RuntimeError(ASSERTED), torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), MemoryError()),
-        *(RuntimeError("CUBLAS_STATUS_ALLOC_FAILED"), RuntimeError("DefaultCPUAllocator: can't allocate memory")),
-    ):
-        assert out_of_memory(error), error
-    others = [
-        "INTERNAL ASSERT FAILED at CUDACachingAllocator.cpp",
-        "NVML_SUCCESS == r at Driver.cpp",
-        "a shape is wrong",
-    ]
-    assert not any(out_of_memory(RuntimeError(text)) for text in others)
-    assert not out_of_memory(ValueError(ASSERTED))
-
-    card = Card(400 * MIB, error=RuntimeError(ASSERTED))
-    assert card.rows(8, monkeypatch)[0] == 2 and card.tried == [1, 2, 4, 1, 2]
-    with pytest.raises(RuntimeError, match="NVML_SUCCESS"):
-        Card(200 * MIB, error=RuntimeError(ASSERTED)).rows(8, monkeypatch)
-    with pytest.raises(RuntimeError, match="wrong shape"):
-        Card(400 * MIB, error=RuntimeError("wrong shape")).rows(8, monkeypatch)
+def rows(*peaks: float) -> list[memory.Row]:
+    """What a side prints: a step for each peak, in MiB."""
+    same = dict.fromkeys(memory.COLUMNS, 1) | {"waited by": {}, "torch": "2.14.1"}
+    return [{**same, "step": i + 1, "allocated": peak, "reserved": peak + 100.0} for i, peak in enumerate(peaks)]
 
 
-def test_worker_and_rtx_recipe_know_it_too():
-    from backends import worker
-    from backends.rtx import train
+def test_the_first_step_compiles_and_does_not_count(capsys):
+    found = {"ours": rows(40_000.0, 20_000.0, 21_000.0), "upstream": rows(50_000.0, 42_000.0, 41_000.0)}
+    memory.show(found, memory.published(), memory.blank_card.CARDS["h100"])
+    out = capsys.readouterr().out
+    assert "128 rows of 2048, depth 8, dim 512, vocabulary 8192, 524,288 tokens a step; a blank NVIDIA H100" in out
+    assert "ours / upstream: 0.500 allocated, 0.501 reserved" in out
+    assert f"ours / published: {21_000 / memory.PUBLISHED:.3f}" in out
 
-    assert worker.out_of_memory is train.out_of_memory is out_of_memory
+
+def test_other_shapes_are_not_held_against_the_published_run(capsys):
+    memory.show({"ours": rows(1.0, 2.0, 3.0)}, memory.Order(), memory.blank_card.CARDS["h100"])
+    assert "published" not in capsys.readouterr().out
 
 
-def test_no_kernel_is_given_up_for_want_of_memory(monkeypatch):
-    """A card that is full says nothing about what was tried on it just then."""
-    from kernels import attention_choice, portable
+def test_a_side_that_fails_says_its_last_line(monkeypatch):
+    def failed(*_: object, **__: object) -> memory.subprocess.CompletedProcess[str]:
+        return memory.subprocess.CompletedProcess([], 1, "", "Traceback\nTypeError: FlashAttention 3 takes bfloat16\n")
 
-    def full(*given: object, **options: object) -> None:
-        raise RuntimeError(ASSERTED)
-
-    monkeypatch.setattr(attention_choice, "PEERS", {"peer": SimpleNamespace(compiles=False, make=full)})
-    with pytest.raises(RuntimeError, match="NVML_SUCCESS"):
-        attention_choice._timed(None, ["peer"], 1.0)
-    monkeypatch.setattr(torch, "ones", full)
-    with pytest.raises(RuntimeError, match="NVML_SUCCESS"):
-        portable.obstacle(torch.device("cuda"))
+    monkeypatch.setattr(memory.subprocess, "run", failed)
+    with pytest.raises(memory.UserError, match="upstream: exit status 1, TypeError: FlashAttention 3 takes bfloat16"):
+        memory.side("upstream", memory.Order(), "h100")

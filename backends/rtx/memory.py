@@ -28,6 +28,9 @@ KEPT = {"nothing": 10, "hidden": 6, "layer": 1}  # channels a layer keeps per to
 # the norm and dh of 4 C. Where y is made again it is there beside dh, before the last two; with a whole layer q, k, v,
 # attention's result and z are, too.
 ON_THE_WAY = {"nothing": 8, "hidden": 10, "layer": 15}
+# Without Triton's attention its backward takes more: dq, dk, dv, two gradients of the stream, the float32 steps of norm
+# and RoPE for one of q and k (13); y, z and attention's result are gone by then, where they were kept.
+ON_THE_WAY_SLICED = {"nothing": 12, "hidden": 16, "layer": 21}
 LOGITS = 64 * 2**20  # bytes of logits in both paths
 ROW_BYTES = 4 * 2**22  # of one float32 tensor of a part of the rows, without Triton
 MUON_COPIES = 7.0  # float32 tensors of the largest stack that Muon's step has beside it, without Triton
@@ -61,12 +64,22 @@ class Shape:
     def embeddings(self) -> int:
         return (2 + self.value_embeddings) * self.vocab * self.dim
 
+    def layer_per_token(self, recompute: str) -> float:
+        """Bytes that a token keeps from forward to backward in one layer. x0 is the first layer's x."""
+        return KEPT[recompute] * self.dim * self.itemsize + (0 if recompute == "layer" else 4 * self.heads)
+
+    def kept_per_token(self, recompute: str) -> float:
+        """In all layers; and the last state, the loss's gradient, tokens, targets and positions."""
+        return self.depth * self.layer_per_token(recompute) + 2 * self.dim * self.itemsize + 24
+
+    def matrices_of_layer(self) -> int:
+        """Bytes in the compute dtype."""
+        return self.itemsize * 12 * self.dim**2
+
     def kept(self, tokens: int, recompute: str, layers: int) -> float:
-        """Bytes that this many layers keep from forward to backward. x0 is what the first of them keeps as its x."""
-        lse = 0 if recompute == "layer" else 4 * self.heads
-        each = tokens * (KEPT[recompute] * self.dim * self.itemsize + lse)
-        matrices = self.itemsize * 12 * self.dim**2
-        return layers * (each + (0 if recompute == "layer" else matrices)) + 24 * tokens  # tokens, targets, positions
+        """Bytes that this many layers keep, and their matrices where these are not made again."""
+        matrices = 0 if recompute == "layer" else self.matrices_of_layer()
+        return layers * (tokens * self.layer_per_token(recompute) + matrices) + 24 * tokens
 
 
 @dataclass(frozen=True)
@@ -82,7 +95,8 @@ class Plan:
 
 
 def peak(shape: Shape, rows: int, recompute: str, batch: int, fused: bool = True) -> int:
-    """Bytes at the worst moment of a step of `batch` tokens. `fused`: with Triton's kernels."""
+    """Bytes at the worst moment of a step of `batch` tokens. `fused`: with Triton's kernels; where it has products for
+    no tensor core (Turing), `False` is near."""
     tokens, s = min(rows * shape.context, batch), shape.itemsize
     always = 8 * (shape.matrices + shape.embeddings) + 4 * shape.embeddings
     gradients = 4 * (shape.matrices + shape.embeddings)
@@ -92,16 +106,17 @@ def peak(shape: Shape, rows: int, recompute: str, batch: int, fused: bool = True
     table = 4 * shape.vocab * shape.dim
     kept = shape.kept(tokens, recompute, shape.depth)
     logits = held + kept + 3 * width + (4 + s) * table / 4 + min(LOGITS, 16 * tokens * shape.vocab)
-    backward = held + max(_layer(shape, tokens, recompute, bool(held), behind) for behind in range(shape.depth))
+    widths = (ON_THE_WAY if fused else ON_THE_WAY_SLICED)[recompute]
+    backward = max(_layer(shape, tokens, recompute, widths, bool(held), behind) for behind in range(shape.depth))
     # Each matrix has its gradient then, and those of one shape are copied into one stack: a third of all, if earlier
     # rows have left theirs or not. The last embedding's is summed up in float32 by parts of the rows.
     together = held + 4 * shape.matrices * 4 / 3 + (2 if held else 1 + shape.value_embeddings) * table + 2 * width
     embedding = gradients + 2 * table + 5 * part + 4 * width
     optimizer = gradients + muon(shape, fused)
-    return int(always + max(logits, backward, together, embedding, optimizer))
+    return int(always + max(logits, held + backward, together, embedding, optimizer))
 
 
-def _layer(shape: Shape, tokens: int, recompute: str, held: bool, behind: int) -> float:
+def _layer(shape: Shape, tokens: int, recompute: str, widths: int, held: bool, behind: int) -> float:
     """Bytes of the backward of a layer with so many behind it: what it and those before it keep, and gradients.
 
     The gradient of an embedding joins that of earlier rows at once, where there is one; those of matrices wait.
@@ -109,8 +124,8 @@ def _layer(shape: Shape, tokens: int, recompute: str, held: bool, behind: int) -
     tables = 1 if held else 1 + (behind + 1) // 2  # of the head and the value embeddings
     gradients = 4 * (behind + 1) * 12 * shape.dim**2 + 4 * tables * shape.vocab * shape.dim
     width = tokens * shape.dim * shape.itemsize
-    on_the_way = ON_THE_WAY[recompute] + (1 if behind else 0)  # x0's gradient, once there is one
-    again = shape.itemsize * 12 * shape.dim**2 if recompute == "layer" else 0  # this layer's matrices
+    on_the_way = widths + (1 if behind else 0)  # x0's gradient, once there is one
+    again = shape.matrices_of_layer() if recompute == "layer" else 0
     return shape.kept(tokens, recompute, shape.depth - behind) + gradients + width * on_the_way + again
 
 

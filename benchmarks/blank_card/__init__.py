@@ -132,8 +132,9 @@ KINDS = (
 class Counts:
     """Kind -> name -> (how often, bytes), since the last `reset`.
 
-    launches: kernels and memsets; invalid: those of them that a card would refuse; products: cuBLAS's; waits: where the
-    host waits for the card; the copies; binaries: what was loaded of Triton's; absent: calls that nothing stands in for.
+    launches: kernels and memsets; invalid: those of them that a card would refuse; products: cuBLAS's; waits: where
+    the host waits for the card; the copies; binaries: those of Triton that were loaded; absent: calls of what is not
+    stood in for.
     """
 
     found: Mapping[str, Mapping[str, tuple[int, int]]] = field(default_factory=dict)

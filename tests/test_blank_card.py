@@ -1,0 +1,230 @@
+"""The cuda and rtx recipes on cards that are not there (benchmarks/blank_card): what the host does beside a card is
+real, and no kernel is run. Whether numbers are right is for other tests, and how fast they come for a card."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("torch")
+pytest.importorskip("triton")
+
+from test_hardware import Machine
+from test_rtx_profiles import rtx
+
+from backends.rtx import profiles
+from backends.rtx.memory import Shape, peak
+from benchmarks import blank_card, memory
+from benchmarks.blank_card import CARDS, GIB, building
+from core.errors import UserError
+from core.hardware import probe
+
+HERE = Path(__file__).resolve().parent
+MIB = 2**20
+
+if why := blank_card.obstacle():
+    pytest.skip(f"no blank card here: {why}", allow_module_level=True)
+
+
+@pytest.fixture(scope="module")
+def caches(tmp_path_factory):
+    """One folder of what is compiled, for all children of this file."""
+    return tmp_path_factory.mktemp("blank")
+
+
+def told(card, caches, script, *arguments):
+    """The lines of JSON that a script of this folder prints on a blank card."""
+    done = blank_card.python(card, [str(HERE / script), *arguments], caches, timeout=500)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+
+
+# --- the card itself ----------------------------------------------------------------------------
+
+LOOK = """
+import json, torch
+from benchmarks import blank_card
+x = torch.randn(512, 512, device="cuda")
+blank_card.reset()
+y = x @ x
+counts = [blank_card.counts()]
+blank_card.reset()
+there = torch.arange(6.0).cuda()
+back = there.cpu().tolist()
+counts += [blank_card.counts()]
+try:
+    torch.empty(2**40, dtype=torch.uint8, device="cuda")
+except torch.OutOfMemoryError as error:
+    full = str(error)
+free, total = torch.cuda.mem_get_info()
+print(json.dumps([torch.cuda.get_device_name(), list(torch.cuda.get_device_capability()), total, free, back, full,
+                  [c.found for c in counts]]))
+"""
+
+
+def test_a_child_sees_the_card_and_this_process_does_not(caches, tmp_path):
+    card = replace(CARDS["3060"], name="NVIDIA Test")
+    done = blank_card.python(card, ["-c", LOOK], caches, timeout=200)
+    assert done.returncode == 0, done.stderr
+    name, capability, total, free, back, full, (product, copies) = json.loads(done.stdout)
+    assert (name, capability, total) == ("NVIDIA Test", [8, 6], 12 * GIB)
+    assert 11 * GIB < free < 11.5 * GIB  # of the driver's context and what is held
+    assert "CUDA out of memory. Tried to allocate 1024.00 GiB" in full
+    assert sum(times for times, _ in product["products"].values()) == 1 and not product["waits"]
+    assert copies["to card"] == {"cudaMemcpyAsync": [1, 24]} and copies["to host"] == {"cudaMemcpyAsync": [1, 24]}
+    assert back == [0, 1, 2, 3, 4, 5]
+    assert any("not pinned" in name for name in copies["waits"])
+    assert not product["absent"] and not copies["absent"]
+    assert not blank_card.within()
+    with pytest.raises(RuntimeError, match="no blank card"):
+        blank_card.counts()
+
+
+def test_it_is_built_once_and_says_what_it_lacks(monkeypatch):
+    folder = blank_card.library()
+    built = (folder / building.NAME).stat().st_mtime_ns
+    assert blank_card.library() == folder and (folder / building.NAME).stat().st_mtime_ns == built
+    monkeypatch.setattr(building, "_needs", building._needs.__wrapped__)
+    monkeypatch.setattr(building.shutil, "which", lambda name: None)
+    with pytest.raises(UserError, match="gcc and nm not found; sudo apt install gcc"):
+        blank_card.library()
+    monkeypatch.setattr(building, "_version_file", lambda: "__version__ = '2.14.1+cpu'\ncuda: None = None")
+    assert blank_card.obstacle().startswith("torch 2.14.1+cpu is a build without CUDA; install")
+
+
+# --- the cuda recipe on a blank H100 --------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def cuda(caches):
+    """What tests/blank_cuda.py tells: kind -> rows."""
+    rows = told(CARDS["h100"], caches, "blank_cuda.py")
+    return {kind: [row for row in rows if row["what"] == kind] for kind in ("first", "second", "step")}
+
+
+@pytest.mark.slow
+def test_the_recipe_is_one_graph_and_a_second_build_compiles_nothing(cuda):
+    (first,), (second,), steps = cuda["first"], cuda["second"], cuda["step"]
+    assert first["breaks"] == {} and first["graphs"] == 1 and first["binaries"] > 20
+    assert second["rows"] == first["rows"] == 128
+    assert (second["graphs"], second["binaries"]) == (1, 0)
+    for step in steps:  # at any progress
+        assert step["graphs"] == 1 and step["binaries"] == {}
+
+
+@pytest.mark.slow
+def test_a_step_never_waits_for_the_card(cuda):
+    for step in cuda["step"]:
+        assert step["waits"] == {} and step["to host"] == {}
+        assert (
+            step["to card"] == {"cudaMemcpyAsync": 1} and step["bytes to card"] == 12
+        )  # the rates, from pinned memory
+
+
+@pytest.mark.slow
+def test_every_launch_is_one_that_a_card_takes(cuda):
+    for row in cuda["step"]:
+        assert row["invalid"] == {} and row["absent"] == {}
+        assert sum(row["launches"].values()) < 1000
+        for kernel in ("forward_kernel", "backward_kernel", "_chunk"):  # attention and the head with the loss
+            assert row["launches"][kernel] > 0
+
+
+@pytest.mark.slow
+def test_the_peak_of_a_step_is_within_the_goal(cuda):
+    """Of what upstream publishes at the same shapes."""
+    assert max(step["peak"] for step in cuda["step"]) <= memory.GOAL * memory.PUBLISHED
+
+
+# --- the rtx recipe on blank cards of gamers --------------------------------------------------------
+
+
+def case(depth, ratio, batch, rows, how, vocab=4096, context=512, dtype="bfloat16"):
+    constants = {"DEPTH": depth, "ASPECT_RATIO": ratio, "HEAD_DIM": 64, "TOTAL_BATCH_SIZE": batch}
+    return [{**constants, "DEVICE_BATCH_SIZE": rows, "RECOMPUTE": how}, vocab, context, dtype]
+
+
+CASES = [
+    case(8, 48, 2**14, 8, "nothing"),
+    case(8, 48, 2**14, 32, "hidden"),
+    case(8, 48, 2**14, 32, "layer"),
+    case(12, 64, 2**15, 16, "hidden"),
+    case(4, 64, 2**14, 16, "nothing", vocab=8192, context=1024),
+    case(6, 64, 2**14, 4, "layer"),
+]
+
+
+def predicted(constants, vocab, context, found, fused):
+    """The memory model's peak for the rows and the way that the recipe ended up with."""
+    shape = Shape.of(constants, vocab, context)
+    return peak(shape, found["rows_at_once"], found["recompute"], constants["TOTAL_BATCH_SIZE"], fused)
+
+
+def profile_of(card):
+    facts = rtx(card.name.removeprefix("NVIDIA GeForce RTX "), card.gib, divmod(card.capability, 10))
+    return profiles.profiles(probe(Machine(gpus=[facts])))[0]
+
+
+@pytest.fixture(scope="module")
+def ada(caches):
+    """On a blank card of 8 GB: the tier's own profile, one that asks for too much, and CASES."""
+    profile = profile_of(CARDS["4060"])
+    assert profile.name == "rtx-8"
+    own = [dict(profile.constants), profile.vocab_size, profile.sequence_len, "bfloat16"]
+    return own, told(CARDS["4060"], caches, "blank_rtx.py", json.dumps([own, TOO_MUCH, *CASES]))
+
+
+TOO_MUCH = case(8, 48, 2**17, 256, "nothing")
+
+
+@pytest.mark.slow
+def test_a_tiers_profile_runs_on_its_card(ada):
+    (constants, vocab, context, _), (found, *_) = ada
+    assert found["kernels"] == "triton" and found["steps"] == 2 and found["out of memory"] == 0
+    assert found["rows_at_once"] == constants["DEVICE_BATCH_SIZE"]
+    assert found["waits"] == {} and found["invalid"] == {} and found["absent"] == {}
+    assert found["launches"]["forward_kernel"] > 0
+    assert found["peak"] == pytest.approx(predicted(constants, vocab, context, found, True), rel=0.1)
+
+
+@pytest.mark.slow
+def test_a_step_that_does_not_fit_is_done_with_fewer_rows(ada):
+    """PyTorch's own error, of its own allocator: the step is made again, and none is lost."""
+    found = ada[1][1]
+    assert found["out of memory"] > 0 and found["steps"] == 2
+    assert found["rows_at_once"] == 128 and found["recompute"] == "nothing"
+    assert found["peak"] == pytest.approx(predicted(*TOO_MUCH[:3], found, True), rel=0.1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("i", range(len(CASES)))
+def test_the_memory_model_is_within_a_tenth_of_the_allocator(ada, i):
+    found = ada[1][2 + i]
+    assert found["out of memory"] == 0
+    assert found["peak"] == pytest.approx(predicted(*CASES[i][:3], found, True), rel=0.1)
+
+
+@pytest.mark.slow
+def test_turing_takes_torch_for_products_and_float16(caches):
+    """An sm_75 runs Triton's norms and loss, and neither its attention nor its MLP."""
+    cases = [case(8, 48, 2**14, 32, how, dtype="float16") for how in ("nothing", "hidden", "layer")]
+    for (constants, vocab, context, _), found in zip(
+        cases, told(CARDS["2080ti"], caches, "blank_rtx.py", json.dumps(cases)), strict=True
+    ):
+        assert found["kernels"].startswith("triton for norms and loss, torch for products")
+        assert found["waits"] == {} and found["invalid"] == {} and found["absent"] == {}
+        assert "forward_kernel" not in found["launches"]
+        assert found["peak"] == pytest.approx(predicted(constants, vocab, context, found, False), rel=0.1)
+
+
+@pytest.mark.slow
+def test_ampere_takes_triton_for_all(caches):
+    profile = profile_of(CARDS["3060"])
+    own = [dict(profile.constants), profile.vocab_size, profile.sequence_len, "bfloat16"]
+    (found,) = told(CARDS["3060"], caches, "blank_rtx.py", json.dumps([own]))
+    assert profile.name == "rtx-12" and found["kernels"] == "triton" and found["launches"]["forward_kernel"] > 0
+    assert found["waits"] == {} and found["invalid"] == {} and found["absent"] == {}
+    assert found["peak"] == pytest.approx(predicted(*own[:3], found, True), rel=0.1)
