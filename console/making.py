@@ -219,7 +219,7 @@ def _measure(screen: Screen, recipe: bytes, settings: Settings) -> dict[str, Any
             screen.say(f"  {shared}: timed again")
     if shared:
         screen.say(f"  {shared}, in each of {READINGS} timings: the model is not fitted by them;")
-        screen.say("  end what else uses the card and make the lab again, or choose the constants yourself")
+        screen.say("  make the lab again when the card is left alone and cool, or choose the constants yourself")
     elif disturbed := verdict.taint(facts["health"]):
         screen.say(f"  {disturbed}: this machine is measured slower than it is, and the model may be too small;")
         screen.say("  end what else is running and make the lab again, or choose the constants yourself")

@@ -77,7 +77,10 @@ class LocalExecutor:
     ) -> str:
         from core import dryrun
 
-        return dryrun.dry_build(source, settings, workdir, stop=stop, caches=caches)
+        try:
+            return dryrun.dry_build(source, settings, workdir, stop=stop, caches=caches)
+        except DeviceFull:  # nothing is known of the candidate: its experiment, which waits for the card, will tell
+            return ""
 
     def _on_card(self, request: Request, on_event: Callable[[Event], None], stop: threading.Event) -> Outcome:
         """A shared card is waited for: what is measured beside a game is worth nothing, or does not fit."""

@@ -279,6 +279,14 @@ def test_a_card_that_is_full_when_it_is_opened_ends_no_night(on_card):
         on_card(Card(free), FULL, card_wait=0.0)
 
 
+def test_a_card_that_is_full_while_a_candidate_is_tried_refuses_no_candidate_and_ends_no_night(monkeypatch, tmp_path):
+    def full(*given, **more):
+        raise FULL
+
+    monkeypatch.setattr("core.dryrun.dry_build", full)
+    assert LocalExecutor().dry_build(b"", SimpleNamespace(), tmp_path, threading.Event(), None) == ""
+
+
 def test_what_the_best_took_is_waited_for_before_a_run(on_card):
     taken, free = (changed(busy=0.0, others_busy=0.0, free=gib * 2**30) for gib in (1, 6))
     _, made, said = on_card(Card(taken, taken, free), Outcome(status="scored"), needed=4 * 2**30)

@@ -6,6 +6,7 @@ import dataclasses
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,10 +14,12 @@ from edits import HANDED, LOGITS, OS, STEP, Edit, before, changed, check_clean, 
 from test_gpuwatch import Card
 
 from core import pausing, probing, weights
+from core.child import Place
 from core.clock import Stopwatch
 from core.data import Dataset
+from core.errors import DeviceFull
 from core.gpuwatch import Look
-from core.outcome import Outcome
+from core.outcome import Outcome, Request
 from core.probing import Curve, Era, Forecast, Probe
 from core.settings import Settings
 
@@ -238,3 +241,22 @@ def test_a_prober_has_to_fit_beside_the_trainer() -> None:
     assert pausing.lacks_memory(3 * 2**30, 2**31) == ""
     said = pausing.lacks_memory(2**30, 2**31)
     assert "2.0 GiB" in said and "1.0 GiB are free" in said
+
+
+def test_a_card_without_room_for_a_prober_leaves_the_training_alone(
+    settings: Settings, dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another program may have taken it since the training began."""
+
+    def full(*given: object) -> float:
+        raise DeviceFull("only 0.2 of 8.0 GiB of the card are free", "close what else uses it", 2**30)
+
+    worker = SimpleNamespace(scratch=tmp_path, close=lambda: None, child=SimpleNamespace(peak_memory=lambda: 0))
+    monkeypatch.setattr(pausing, "Worker", lambda *given: worker)
+    monkeypatch.setattr(pausing.Prober, "_ask", full)
+    weights.write(tmp_path / "look-0.safetensors", {"w": np.ones(4, np.float32)})
+    request = Request(b"", settings, dataset, 1, "1", tmp_path, probe=Probe((0.4,), TOKENS))
+    outcome = Outcome()
+    prober = pausing.Prober(request, Place(settings, tmp_path), outcome, lambda: None)
+    assert prober._score(worker, 0) is None
+    assert outcome.unprobed == ["no look at 40% of the budget: only 0.2 of 8.0 GiB of the card are free"]
