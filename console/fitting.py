@@ -38,8 +38,7 @@ def choose(
     A plan under which the recipe ran out of memory and went on with fewer rows counts as what it went on with. Nothing
     is remembered of a choice for which a trial was disturbed.
     """
-    remembered = _remembered()
-    found = remembered.get(known_as)
+    found = _remembered().get(known_as)
     if isinstance(found, dict) and any(dict(plan) == found for plan in plans):
         say(f"  {told(found)}, as measured on this card before")
         return found
@@ -66,10 +65,8 @@ def choose(
     best = min(times, key=times.__getitem__)
     others = ", ".join(f"{t * 1e3:.0f} ms with {told(real[n])}" for n, t in times.items() if n != best)
     say(f"  {told(real[best])}: {times[best] * 1e3:.0f} ms a step" + (f"; {others}" if others else ""))
-    if disturbed:
-        return real[best]
-    remembered = {**dict(list(remembered.items())[-REMEMBERED + 1 :]), known_as: real[best]}
-    replace_file(_place(), json.dumps(remembered, indent=1).encode())
+    if not disturbed:
+        _remember(known_as, real[best])
     return real[best]
 
 
@@ -101,3 +98,8 @@ def _remembered() -> dict[str, Any]:
     except (OSError, ValueError):  # none yet, or one that was cut off
         return {}
     return found if isinstance(found, dict) else {}
+
+
+def _remember(known_as: str, plan: Constants) -> None:
+    remembered = {**dict(list(_remembered().items())[-REMEMBERED + 1 :]), known_as: dict(plan)}
+    replace_file(_place(), json.dumps(remembered, indent=1).encode())
