@@ -31,6 +31,7 @@ from torch import Tensor
 
 from core.contract import Batches, Spec
 from kernels.attention_choice import Case, Choice, settled
+from kernels.compiling import compiled
 from kernels.linear_relu2 import mlp
 from kernels.memory import fitted_rows
 from kernels.muon import muon_
@@ -307,7 +308,7 @@ class CudaTraining:
         self.steps = 0
         on_card = model.device.type == "cuda"  # elsewhere, as in tests, nothing is compiled
         whole = all(choice.whole for choice in model.chosen.values())
-        self.loss = torch.compile(model.loss, dynamic=False, fullgraph=whole) if on_card else model.loss
+        self.loss = compiled(model.loss, whole) if on_card else model.loss
         self.rows, self.rows_reason = DEVICE_BATCH_SIZE, "" if on_card else "as the recipe says"  # "": to be measured
         self.pinned: dict[str, Any] = {"pin_memory": True} if on_card else {}
         w = model.weights.singles
