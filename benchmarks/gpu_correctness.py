@@ -195,9 +195,10 @@ def output_gradient(y: Tensor) -> Tensor | None:
 
 
 def error(found: Tensor, wanted: Tensor) -> float:
-    """Root mean square of the difference, as a share of that of what is wanted."""
-    difference = (found.double() - wanted.double()).square().mean().sqrt()
-    return float(difference / wanted.double().square().mean().sqrt().clamp_min(1e-12))
+    """Root mean square of the difference, as a share of that of what is wanted. Where that is zeros, as on a card that
+    computes nothing, equal zeros are no proof: 1."""
+    difference, size = (x.double().square().mean().sqrt() for x in (found.double() - wanted.double(), wanted))
+    return float(difference / size) if size > 0 else 1.0
 
 
 def compare(

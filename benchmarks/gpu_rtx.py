@@ -17,6 +17,7 @@ import json
 import statistics
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -135,8 +136,9 @@ def measure(side: str, shape: Shape, device: str, dtype: str) -> Row:
     return row | ({"peak_gib": torch.cuda.max_memory_allocated() / 2**30} if device != "cpu" else {})
 
 
-def compare(shape: Shape, device: str, dtype: str) -> list[Row]:
-    """Both sides, then their ratios. A side that does not fit with one row is a row that says so, and fails if ours."""
+def compare(shape: Shape, device: str, dtype: str) -> Iterator[Row]:
+    """Both sides, each as soon as it is measured: a peer that cannot run takes no row of ours with it. Then their
+    ratios. A side that does not fit with one row is a row that says so, and fails if ours."""
     rows: list[Row] = []
     for side in ("ours", "peer"):
         try:
@@ -146,31 +148,30 @@ def compare(shape: Shape, device: str, dtype: str) -> list[Row]:
                 raise
             rows.append({"side": side, "out_of_memory": " ".join(str(error).split())[:200]})
             rows[-1] |= {"passed": False} if side == "ours" else {}
+        yield rows[-1]
         gc.collect()
         torch.cuda.empty_cache()
     ours, peer = rows
     if "out_of_memory" not in ours and "out_of_memory" not in peer:
         apart = abs(ours["first_loss"] - peer["first_loss"]) / peer["first_loss"]
-        rows.append({"side": "ratio", "speed": peer["ms"] / ours["ms"], "losses_apart": apart, "passed": apart < 5e-3})
-        if "peak_gib" in ours:
-            rows[-1]["memory"] = ours["peak_gib"] / peer["peak_gib"]
-    return rows
+        row = {"side": "ratio", "speed": peer["ms"] / ours["ms"], "losses_apart": apart, "passed": apart < 5e-3}
+        yield row | ({"memory": ours["peak_gib"] / peer["peak_gib"]} if "peak_gib" in ours else {})
 
 
-def on_card(limit_gb: float | None) -> list[Row]:
-    """Both sides on the first card, its allocator held to so many GB (10^9 bytes), and to what the backend's own device
-    would allow: beyond that Windows' driver swaps, and does not fail. Then what card it was."""
+def on_card(limit_gb: float | None) -> Iterator[Row]:
+    """What card the first one is; then both sides on it, its allocator held to so many GB (10^9 bytes), and to what the
+    backend's own device would allow: beyond that Windows' driver swaps, and does not fail."""
     free, total = torch.cuda.mem_get_info()
     allowed = cap(free, total, margin())
     held = min(allowed, int(limit_gb * 1e9)) if limit_gb else allowed
     torch.cuda.set_per_process_memory_fraction(held / total)
     dtype = "bfloat16" if torch.cuda.get_device_capability() >= (8, 0) else "float16"
-    rows = compare(Shape(), "cuda:0", dtype)
     card = {"side": "card", "name": torch.cuda.get_device_name(), "dtype": dtype}
-    return [*rows, {**card, "limit_gb": limit_gb, "held_gb": held / 1e9}]
+    yield {**card, "limit_gb": limit_gb, "held_gb": held / 1e9}
+    yield from compare(Shape(), "cuda:0", dtype)
 
 
-def small() -> list[Row]:
+def small() -> Iterator[Row]:
     """Both sides on a CPU: it works, and the times mean nothing."""
     return compare(SMOKE, "cpu", "float32")
 
@@ -184,9 +185,11 @@ def main() -> None:
     if not given.smoke and not torch.cuda.is_available():
         sys.exit("no CUDA device is in reach; --smoke runs small shapes on the processor")
     rows = small() if given.smoke else on_card(given.limit_gb)
+    failed = False
     for row in rows:
-        print(json.dumps(row))
-    sys.exit(int(any(row.get("passed") is False for row in rows)))
+        print(json.dumps(row), flush=True)
+        failed |= row.get("passed") is False
+    sys.exit(int(failed))
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks import gpu_rtx
+from benchmarks import blank_card, gpu_rtx
 from benchmarks.gpu import ROOT, Order
 from benchmarks.gpu_correctness import TOLERANCE, Row, correctness, error, gradients, output_gradient
 from benchmarks.gpu_run import run, shape
@@ -75,6 +75,8 @@ def facts(order: Order) -> Iterator[Row]:
     if torch.cuda.is_available():
         card = torch.cuda.get_device_properties(0)
         row |= {"card": card.name, "capability": f"{card.major}.{card.minor}", "memory_gib": card.total_memory / 2**30}
+    if blank_card.within():
+        row["blank"] = "no kernel was run: numbers are zeros and times mean nothing"
     yield row
 
 
@@ -307,11 +309,27 @@ def upstream_step(order: Order, attention: Callable[..., Tensor]) -> Callable[[T
 
 
 def flash(order: Order) -> Callable[..., Tensor]:
-    """FlashAttention 3's signature: the package where it is installed, else FlexAttention with a window."""
-    if importlib.util.find_spec("flash_attn_interface"):
-        return importlib.import_module("flash_attn_interface").flash_attn_func  # type: ignore[no-any-return]
+    """FlashAttention 3's signature: the package where it is installed, else FlexAttention with a window.
+
+    Upstream pins torch 2.9.1, whose norm of bfloat16 is bfloat16 under autocast, and so q and k are. In newer ones it
+    is float32, which FlashAttention 3 refuses and FlexAttention would compute in: that is no work of upstream's.
+    """
     if order.device == "cpu":
         return windowed_sdpa
+    run = _flash3() if importlib.util.find_spec("flash_attn_interface") else _flex(order)
+
+    def call(q: Tensor, k: Tensor, v: Tensor, causal: bool, window_size: tuple[int, int]) -> Tensor:
+        return run(q.to(v.dtype), k.to(v.dtype), v, causal, window_size)
+
+    return call
+
+
+def _flash3() -> Callable[..., Tensor]:
+    function: Callable[..., Tensor] = importlib.import_module("flash_attn_interface").flash_attn_func
+    return lambda q, k, v, causal, window_size: function(q, k, v, causal=causal, window_size=window_size)
+
+
+def _flex(order: Order) -> Callable[..., Tensor]:
     from torch.nn.attention.flex_attention import flex_attention
 
     from kernels.attention_choice import block_mask
@@ -329,7 +347,7 @@ def flash(order: Order) -> Callable[..., Tensor]:
 def steps(order: Order, one: Callable[[Tokens, float], Tensor]) -> Iterator[Row]:
     """The first step compiles what the sections before have not, and is told apart. As in a trainer a loss is read when
     the next step is queued, and waits for its own step alone."""
-    tokens, losses, marks = Tokens(order), [], []
+    tokens, losses, marks = Tokens(order), [], [time.perf_counter()]
     for i in range(order.steps):
         losses.append(later(one(tokens, i / order.steps)))
         if i:

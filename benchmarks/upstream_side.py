@@ -160,7 +160,10 @@ def windowed_sdpa(q: Any, k: Any, v: Any, causal: bool, window_size: tuple[int, 
 
 
 def flex(q: Any, k: Any, v: Any, causal: bool, window_size: tuple[int, int]) -> Any:
-    """The same on a card, without scores of size T^2; called from within the compiled model."""
+    """The same on a card, without scores of size T^2; called from within the compiled model.
+
+    q and k are what v is, as with the torch that upstream pins: newer ones norm in float32 under autocast.
+    """
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     T = q.size(1)
@@ -170,7 +173,7 @@ def flex(q: Any, k: Any, v: Any, causal: bool, window_size: tuple[int, int]) -> 
         return (i >= j) & (i - j <= back)
 
     mask = create_block_mask(seen, None, None, T, T, device=q.device)
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    q, k, v = (x.to(v.dtype).transpose(1, 2) for x in (q, k, v))
     return flex_attention(q, k, v, block_mask=mask).transpose(1, 2)
 
 

@@ -72,28 +72,22 @@ class Sliced(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, cos, sin = ctx.saved_tensors
         dy = dy.transpose(1, 2)
-        tq, tk, tv = (x.transpose(1, 2) for x in (turned(q, cos, sin), turned(k, cos, sin), v))
-        dq, dk, dv = (torch.zeros_like(x) for x in (tq, tk, tv))
-        limit = None if ctx.window >= q.size(1) - 1 else ctx.window
-        for block, seen in blocks(q.size(1), ctx.window):
-            inputs = [x[:, :, at].detach().requires_grad_() for x, at in ((tq, block), (tk, seen), (tv, seen))]
-            with torch.enable_grad():
+        with torch.enable_grad():
+            raw = [x.detach().requires_grad_() for x in (q, k)]
+            both = [turned(x, cos, sin) for x in raw]
+            tq, tk, tv = (x.detach().transpose(1, 2) for x in (*both, v))
+            dq, dk, dv = (torch.zeros_like(x) for x in (tq, tk, tv))
+            limit = None if ctx.window >= q.size(1) - 1 else ctx.window
+            for block, seen in blocks(q.size(1), ctx.window):
+                inputs = [x[:, :, at].detach().requires_grad_() for x, at in ((tq, block), (tk, seen), (tv, seen))]
                 y = one_block(inputs[0], inputs[1], inputs[2], block.start - seen.start, limit)
-            found = torch.autograd.grad(y, inputs, dy[:, :, block])
-            for total, at, part in zip((dq, dk, dv), (block, seen, seen), found):
-                total[:, :, at] += part
-        del tq, tk, tv, inputs, y, found, part
-        dq = turned_back(q, dq.transpose(1, 2), cos, sin)
-        dk = turned_back(k, dk.transpose(1, 2), cos, sin)
+                found = torch.autograd.grad(y, inputs, dy[:, :, block])
+                for total, at, part in zip((dq, dk, dv), (block, seen, seen), found):
+                    total[:, :, at] += part
+        del tq, tk, tv, inputs, y, found, part  # and q's graph before k's: here the sliced way holds the most
+        dq = torch.autograd.grad(both.pop(0), raw[0], dq.transpose(1, 2))[0]
+        dk = torch.autograd.grad(both.pop(0), raw[1], dk.transpose(1, 2))[0]
         return dq, dk, dv.transpose(1, 2), None, None, None
-
-
-def turned_back(x: Tensor, d: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """The gradient before `turned`, which is done once more: its float32 steps are kept for one tensor at a time."""
-    with torch.enable_grad():
-        raw = x.detach().requires_grad_()
-        y = turned(raw, cos, sin)
-    return torch.autograd.grad(y, raw, d)[0]
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, window: int) -> Tensor:

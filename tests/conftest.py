@@ -19,13 +19,15 @@ from core.settings import Settings
 from prepare import prepare
 
 # Files that train against the clock, kill at random instants, or look at what else the machine does: other tests beside
-# them would be what they measure. (Those of tamper/ train too, but what they show is that a cheat gets no score.)
+# them would be what they measure. (Those of tamper/ train too, but what they show is that a cheat gets no score.) And
+# blank_card, whose tests look at what one child compiled for a minute: several workers would each compile it.
 ALONE = frozenset(
     f"test_{name}"
     for name in [
         "bench",
         "bench_kernels",
         "bench_labs",
+        "blank_card",
         "claude_code",
         "claude_stop",
         "cli",
