@@ -38,10 +38,10 @@ def fitted_rows(trial: Callable[[int], object], wanted: int, device: torch.devic
 
     What PyTorch's allocator keeps for itself counts as free, so that a second build finds what the first one found.
     """
-    trial(1)  # libraries take their workspaces at the first call, whatever the rows
     trials: dict[int, float] = {}
     for pair in TRIALS:
         try:
+            trial(pair[0])  # libraries take their workspaces at the first call; a size more would be compiled for, too
             trials = {rows: _most_bytes(trial, rows, device) for rows in pair}
             break
         except RuntimeError as error:
