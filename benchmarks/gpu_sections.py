@@ -276,6 +276,7 @@ def upstream_step(order: Order, attention: Callable[..., Tensor]) -> Callable[[T
         {"fa3": SimpleNamespace(flash_attn_func=attention)},
         ("GPT", "GPTConfig", "get_lr_multiplier", "get_muon_momentum", "get_weight_decay", *PEER_NAMES),
     )
+    peer["norm"] = norm_in_its_dtype
     heads = order.heads
     with torch.device("meta"):
         config = peer["GPTConfig"](order.context, order.vocab, order.depth, heads, heads, order.dim, "SSSL")
@@ -308,20 +309,18 @@ def upstream_step(order: Order, attention: Callable[..., Tensor]) -> Callable[[T
     return one
 
 
-def flash(order: Order) -> Callable[..., Tensor]:
-    """FlashAttention 3's signature: the package where it is installed, else FlexAttention with a window.
+def norm_in_its_dtype(x: Tensor) -> Tensor:
+    """Upstream's norm as the torch that it pins computes it. Since 2.10 autocast makes a norm of bfloat16 float32: the
+    stream would be read and kept twice as wide, and FlashAttention 3 takes no such q and k. No work of upstream's."""
+    with torch.autocast(x.device.type, enabled=False):
+        return F.rms_norm(x, (x.size(-1),))
 
-    Upstream pins torch 2.9.1, whose norm of bfloat16 is bfloat16 under autocast, and so q and k are. In newer ones it
-    is float32, which FlashAttention 3 refuses and FlexAttention would compute in: that is no work of upstream's.
-    """
+
+def flash(order: Order) -> Callable[..., Tensor]:
+    """FlashAttention 3's signature: the package where it is installed, else FlexAttention with a window."""
     if order.device == "cpu":
         return windowed_sdpa
-    run = _flash3() if importlib.util.find_spec("flash_attn_interface") else _flex(order)
-
-    def call(q: Tensor, k: Tensor, v: Tensor, causal: bool, window_size: tuple[int, int]) -> Tensor:
-        return run(q.to(v.dtype), k.to(v.dtype), v, causal, window_size)
-
-    return call
+    return _flash3() if importlib.util.find_spec("flash_attn_interface") else _flex(order)
 
 
 def _flash3() -> Callable[..., Tensor]:

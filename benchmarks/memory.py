@@ -7,14 +7,13 @@
 
 Each side runs in a child of its own on a blank card (benchmarks/blank_card): what torch.compile and Triton make for
 that card is launched and not run, and the allocator hands out what it would on a card, in the same order. Upstream's
-recipe at its published shapes, with the torch that it pins, comes within 0.1 % of the peak that its README publishes
-of an H100. A peak here is the allocator's, exactly; the figure of `nvidia-smi` has the driver's context in it, too.
+recipe at its published shapes comes within 0.1 % of the peak that its README publishes of an H100. A peak here is the allocator's, exactly; the figure of `nvidia-smi` has the driver's context in it, too.
 
 Of a step is told what the allocator held at most (allocated) and took from the card (reserved), the most of the second
 and third step; and what a step launches, copies and waits for. The loader's two waits are for its own earlier copies.
-Upstream's FlashAttention 3 is an operator that allocates what it does (benchmarks/memory_side.py). Upstream pins torch
-2.9.1; newer ones norm in float32 under autocast, which FlashAttention 3 does not take: `--upstream-python` names
-an interpreter that has the pinned one, with numpy.
+Upstream's FlashAttention 3 is an operator that allocates what it does (benchmarks/memory_side.py), and its norm keeps
+its dtype, as in the torch 2.9.1 that upstream pins (`norm_in_its_dtype` in benchmarks/gpu_sections.py): both give the
+same peak. `--upstream-python` names an interpreter that has another torch, with numpy.
 """
 
 from __future__ import annotations

@@ -125,7 +125,16 @@ def namespace(order: dict[str, Any], device: str) -> dict[str, Any]:
     module.__dict__.update(peer)
     sys.modules["peer"] = module  # dataclasses look their module up
     exec(compile(Path(order["definitions"]).read_text(encoding="utf-8"), "upstream", "exec"), module.__dict__)
+    module.__dict__["norm"] = norm
     return module.__dict__
+
+
+def norm(x: Any) -> Any:
+    """Upstream's, as the torch that it pins computes it: since 2.10 autocast makes a norm of bfloat16 float32."""
+    import torch
+
+    with torch.autocast(x.device.type, enabled=False):
+        return torch.nn.functional.rms_norm(x, (x.size(-1),))
 
 
 def load(model: Any, weights: Any) -> None:
@@ -160,10 +169,7 @@ def windowed_sdpa(q: Any, k: Any, v: Any, causal: bool, window_size: tuple[int, 
 
 
 def flex(q: Any, k: Any, v: Any, causal: bool, window_size: tuple[int, int]) -> Any:
-    """The same on a card, without scores of size T^2; called from within the compiled model.
-
-    q and k are what v is, as with the torch that upstream pins: newer ones norm in float32 under autocast.
-    """
+    """The same on a card, without scores of size T^2; called from within the compiled model."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     T = q.size(1)
@@ -173,7 +179,7 @@ def flex(q: Any, k: Any, v: Any, causal: bool, window_size: tuple[int, int]) -> 
         return (i >= j) & (i - j <= back)
 
     mask = create_block_mask(seen, None, None, T, T, device=q.device)
-    q, k, v = (x.to(v.dtype).transpose(1, 2) for x in (q, k, v))
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     return flex_attention(q, k, v, block_mask=mask).transpose(1, 2)
 
 
