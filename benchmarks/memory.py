@@ -7,7 +7,8 @@
 
 Each side runs in a child of its own on a blank card (benchmarks/blank_card): what torch.compile and Triton make for
 that card is launched and not run, and the allocator hands out what it would on a card, in the same order. Upstream's
-recipe at its published shapes comes within 0.1 % of the peak that its README publishes of an H100. A peak here is the allocator's, exactly; the figure of `nvidia-smi` has the driver's context in it, too.
+recipe at its published shapes comes within 0.1 % of the peak that its README publishes of an H100. A peak here is the
+allocator's, exactly; the figure of `nvidia-smi` has the driver's context in it, too.
 
 Of a step is told what the allocator held at most (allocated) and took from the card (reserved), the most of the second
 and third step; and what a step launches, copies and waits for. The loader's two waits are for its own earlier copies.
