@@ -9,11 +9,12 @@ left out there by a look before it is opened, and a child that swaps it just the
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import stat
 from collections.abc import Callable, Iterator
 from functools import lru_cache, partial
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from core import paths
 from core.files import is_link
@@ -21,6 +22,8 @@ from core.files import is_link
 KERNELS = "kernels"
 MOST_BYTES = 4 * 2**30
 MOST_FILES = 200_000
+GROUP = "__grp__"  # how Triton's lists of a kernel's files begin
+GROUP_BYTES = 2**16  # of such a list, which has a dozen names
 
 
 @lru_cache(maxsize=8)
@@ -46,6 +49,9 @@ def environment(caches: Path) -> dict[str, str]:
         # A graph with its backward is found again also where a layer has a backward of its own.
         "TORCHINDUCTOR_AUTOGRAD_CACHE_ALLOW_CUSTOM_AUTOGRAD": "1",
         "TORCH_COMPILE_CACHE_KEY_TAG": kernels_tag(),
+        # Kernels that are found again ready to be launched remember where they were made, and write what they timed
+        # there: into a folder of another child.
+        "TORCHINDUCTOR_USE_STATIC_CUDA_LAUNCHER": "0",
         "PYTHONHASHSEED": "0",  # equal code from equal recipes
     }
 
@@ -54,7 +60,9 @@ def copy(source: Path, target: Path) -> int:
     """Copy the regular files below `source` into `target` (made if missing). Returns how many bytes.
 
     What is not copied (links, devices, files beyond the limits) is only a cache miss for whoever reads the copy.
+    Triton's lists of files name them by their whole paths: in the copy they name the copies.
     """
+    target = target.absolute()
     target.mkdir(parents=True, exist_ok=True)
     copied = files = 0
     for inside, names, open_file in _folders(source):
@@ -110,8 +118,22 @@ def _copy_file(name: str, open_file: Callable[[str], int], target: Path, most: i
         target.mkdir(parents=True, exist_ok=True)
         copied = 0
         with (target / name).open("wb") as out:
-            while copied < facts.st_size and (data := file.read(min(2**20, facts.st_size - copied))):
-                out.write(data)
-                copied += len(data)
+            if name.startswith(GROUP) and name.endswith(".json"):
+                copied = out.write(_moved(file.read(GROUP_BYTES), target))
+            else:
+                while copied < facts.st_size and (data := file.read(min(2**20, facts.st_size - copied))):
+                    copied += out.write(data)
         (target / name).chmod(0o600 | (facts.st_mode & 0o100))
         return copied
+
+
+def _moved(group: bytes, folder: Path) -> bytes:
+    """Triton's list of the files of a kernel, for the folder that these lie in now; an empty one where it is none.
+
+    As they were written the paths are those of another child, which this one must not read: it would end there.
+    """
+    try:
+        names = [PurePath(str(name)).name for name in json.loads(group)["child_paths"]]
+    except (ValueError, TypeError, KeyError):
+        return b"{}"  # Triton compiles anew
+    return json.dumps({"child_paths": {name: str(folder / name) for name in names if name}}).encode()

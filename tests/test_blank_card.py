@@ -19,6 +19,7 @@ from backends.rtx import profiles
 from backends.rtx.memory import Shape, peak
 from benchmarks import blank_card, memory
 from benchmarks.blank_card import CARDS, GIB, building
+from core import caches as compile_caches
 from core.errors import UserError
 from core.hardware import probe
 
@@ -113,6 +114,29 @@ def test_the_recipe_is_one_graph_and_a_second_build_compiles_nothing(cuda):
     assert (second["graphs"], second["binaries"]) == (1, 0)
     for step in steps:  # at any progress
         assert step["graphs"] == 1 and step["binaries"] == {}
+
+
+@pytest.mark.slow
+def test_the_next_experiment_finds_all_that_was_compiled_in_its_copy_of_the_caches(cuda, caches, tmp_path):
+    """The graph, and every kernel that is launched by itself: where they were made nothing is left to be read."""
+    mine, gone = tmp_path / "mine", tmp_path / "gone"
+    compile_caches.copy(caches, mine)
+    before = {file.relative_to(mine) for file in mine.rglob("*.cubin")}
+    caches.rename(gone)
+    try:
+        (first,) = told(CARDS["h100"], mine, "blank_cuda.py", "first")
+    finally:
+        gone.rename(caches)
+    assert 20 < first["binaries"] <= cuda["first"][0]["binaries"]  # of several that were timed the best one only
+    assert (first["graphs hit"], first["graphs miss"], first["graphs bypass"]) == (1, 0, 0)
+    assert {file.relative_to(mine) for file in mine.rglob("*.cubin")} == before
+
+
+@pytest.mark.slow
+def test_an_experiment_goes_through_warm_up_training_and_hand_over_in_the_sandbox(caches):
+    """Up to the scorer, which loads the weights, finds what the trainer compiled, and refuses a blank card's zeros."""
+    (ended,) = told(CARDS["h100"], caches, "blank_run.py")
+    assert (ended["status"], ended["reason"]) == ("invalid", "logits(): logits that are not finite"), ended["log"]
 
 
 @pytest.mark.slow

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -42,6 +44,46 @@ def test_nothing_leads_out(tmp_path: Path) -> None:
     os.mkfifo(source / "fifo")
     assert caches.copy(source, target) == 0
     assert caches.is_empty(target)
+
+
+def test_triton_finds_a_kernel_in_a_copy_without_looking_at_where_it_was_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its lists hold whole paths. Another child's folder can be seen and not read, and opening it ended the child."""
+    knobs = pytest.importorskip("triton.knobs")
+    from triton.runtime.cache import FileCacheManager
+
+    made, copy = tmp_path / "made", tmp_path / "copy"
+    monkeypatch.setattr(knobs.cache, "dir", str(made / "triton"))
+    manager = FileCacheManager("KEY")
+    names = ("norm.json", "norm.cubin")
+    manager.put_group("norm.json", {name: manager.put(name.encode(), name) for name in names})
+    caches.copy(made, copy)
+    monkeypatch.setattr(knobs.cache, "dir", str(copy / "triton"))
+    found = FileCacheManager("KEY").get_group("norm.json")
+    assert found == {name: str(copy / "triton" / "KEY" / name) for name in names}
+    shutil.rmtree(made)
+    assert FileCacheManager("KEY").get_group("norm.json") == found
+
+
+@pytest.mark.parametrize(
+    "written",
+    [b"", b"[]", b"{", b'{"child_paths": 1}', b'{"other": {}}', b"\xff\xfe", b'{"child_paths": {"": "/etc/passwd"}}'],
+)
+def test_what_is_no_list_of_tritons_is_an_empty_one(tmp_path: Path, written: bytes) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "__grp__norm.json").write_bytes(written)
+    caches.copy(tmp_path / "a", tmp_path / "b")
+    assert not json.loads((tmp_path / "b" / "__grp__norm.json").read_bytes()).get("child_paths")
+
+
+def test_a_list_names_nothing_outside_its_folder(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    group = {"../../up": "/etc/passwd", "/etc/shadow": "x", "norm.cubin": "/elsewhere/other"}
+    (tmp_path / "a" / "__grp__norm.json").write_text(json.dumps({"child_paths": group}))
+    caches.copy(tmp_path / "a", tmp_path / "b")
+    found = json.loads((tmp_path / "b" / "__grp__norm.json").read_bytes())["child_paths"]
+    assert found == {name: str(tmp_path / "b" / name) for name in ("up", "shadow", "norm.cubin")}
 
 
 def test_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

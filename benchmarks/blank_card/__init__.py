@@ -28,6 +28,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from benchmarks.blank_card.building import library, obstacle
+from core import caches as compile_caches
 from core.paths import project_root
 
 __all__ = ["CARDS", "Card", "Counts", "counts", "environment", "library", "obstacle", "python", "reset", "within"]
@@ -87,10 +88,7 @@ def environment(card: Card, caches: Path | None = None) -> dict[str, str]:
         "PYTORCH_ALLOC_CONF": "expandable_segments:True",
         "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
         "TORCHINDUCTOR_COMPILE_THREADS": "1",
-        "TORCHINDUCTOR_CACHE_DIR": str(caches / "inductor"),
-        "TRITON_CACHE_DIR": str(caches / "triton"),
-        "XDG_CACHE_HOME": str(caches / "xdg"),
-        "PYTHONHASHSEED": "0",
+        **compile_caches.environment(caches),
     }
 
 
