@@ -30,18 +30,20 @@ print(json.dumps([load_recipe(Path(sys.argv[1]).read_bytes()).build(None), dict(
 
 LAYERS = """
 import torch
-from kernels.recomputed import gated_embedding, linear_of_norm
+from kernels.recomputed import embedded_norm, qkv_of_norm
 
-def norm(x, dtype):
-    return (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 2.0**-23)).to(dtype)
+def norm(x):
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 2.0**-23)
 
-def loss(x, x0, w, a, b, table, tokens):
-    z = linear_of_norm(norm(a * x + b * x0, x.dtype), w, x, x0, a, b)
-    return gated_embedding(z.view(2, 6, 2, 4), torch.sigmoid(z[..., :2]), table, tokens).square().mean()
+def loss(x0, w, a, b, table, values, gate, tokens):
+    x = embedded_norm(tokens, table, torch.float32)
+    z = qkv_of_norm(norm(a * x + b * x0), w, gate, values, tokens, x, x0, a, b)
+    return z.square().mean()
 
 def build(spec):
     torch.manual_seed(1)
-    leaves = [torch.randn(s).requires_grad_() for s in ((2, 6, 8), (2, 6, 8), (8, 8), (), (), (5, 8))]
+    shapes = ((2, 6, 8), (24, 8), (), (), (5, 8), (5, 8), (2, 3))
+    leaves = [torch.randn(s).requires_grad_() for s in shapes]
     torch.compile(loss, fullgraph=True)(*leaves, torch.arange(12).view(2, 6) % 5).backward()
     return [float(x.grad.sum()) for x in leaves]
 """
