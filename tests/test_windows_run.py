@@ -266,7 +266,8 @@ def test_what_a_driver_commits_for_its_card_is_no_memory_that_was_taken(
 ) -> None:
     monkeypatch.setattr(jobs, "peak", lambda job: 2**40)
     policy = dataclasses.replace(sandbox.standard_policy(tmp_path / "scratch", "cpu"), backend=backend)
-    child = sandbox.launch([sys.executable, "-c", ""], policy, cwd=tmp_path / "scratch", log=tmp_path / "log")
+    living = "import time; held = bytes(2**24); time.sleep(1.5)"  # long enough for its memory to be looked at
+    child = sandbox.launch([sys.executable, "-c", living], policy, cwd=tmp_path / "scratch", log=tmp_path / "log")
     child.wait(60.0)
     assert (child.peak_memory() == 2**40) is told and child.peak_memory() > 2**20
     child.channel.close()
