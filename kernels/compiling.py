@@ -21,7 +21,7 @@ def compiled(function: Callable[..., Tensor], whole: bool) -> Callable[..., Tens
 def _name_operators_only() -> None:
     """Of an operator that is met for the first time, torch before 2.13 writes out all that its arguments are computed
     from, for a message that is not shown. With two paths through each layer that doubles with every layer: for the
-    loss behind eight of them it takes hours. Here the message names the operator."""
+    loss behind eight of them it was not done after 500 s. Here the message names the operator."""
     from torch._inductor import exc
 
     def operator_str(target: Any, args: list[Any], kwargs: dict[str, Any]) -> str:
