@@ -15,10 +15,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import plain, portable
+from kernels import portable, recomputed
 
 
 class _Project(torch.autograd.Function):
@@ -28,43 +27,16 @@ class _Project(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(x, x0, a, b, w, gate, table, tokens)
         out, n = portable.norm(x, x0, a, b)
-        qkv = n @ w.T
-        if table is not None:
-            g, rows = _gated(n, gate, table, tokens)
-            v = qkv[:, -x.size(1) :].view(rows.shape)
-            v.addcmul_(g.unsqueeze(-1), rows)
-        return out, qkv
+        return out, recomputed.qkv(n, w, gate, table, tokens)
 
     @staticmethod
     def backward(ctx: Any, d: Tensor, dqkv: Tensor) -> tuple[Tensor | None, ...]:
         x, x0, a, b, w, gate, table, tokens = ctx.saved_tensors
-        n = portable.normed(x, x0, a, b, x.dtype)
-        dn, dw, dgate, dtable = dqkv @ w, dqkv.T @ n, None, None
-        if table is not None:
-            g, rows = _gated(n, gate, table, tokens)
-            dv = dqkv[:, -x.size(1) :].view(rows.shape)
-            dz = torch.linalg.vecdot(dv, rows) * g * (1 - g / 2)  # of the sigmoid's argument
-            dgate = dz.T @ n[:, : gate.size(1)]
-            dn[:, : gate.size(1)] += dz @ gate
-            dtable = _gathered((dv * g.unsqueeze(-1)).view(x.shape), tokens, table)
+        dn, dw, dgate, dtable = recomputed.qkv_backward(dqkv.contiguous(), w, gate, table, tokens, x, x0, a, b)
         dx, dx0, sums = portable.norm_backward(d.contiguous(), dn, x, x0, a, b)
         da, db = sums.to(a.dtype).unbind()
-        return dx, dx0, da.view(a.shape), db.view(b.shape), dw, dgate, dtable, None
-
-
-def _gated(n: Tensor, gate: Tensor, table: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """(N, H) gates within 0..2, and (N, H, D) rows of the table in n's dtype."""
-    g = 2 * torch.sigmoid(n[:, : gate.size(1)] @ gate.T)
-    return g, F.embedding(tokens, table.to(n.dtype)).view(len(n), len(gate), -1)
-
-
-def _gathered(d: Tensor, tokens: Tensor, table: Tensor) -> Tensor:
-    """Gradients (N, C) of gathered rows -> the table's (V, C), summed in its float32."""
-    total = torch.zeros_like(table)
-    for part in plain.parts(d.shape, plain.ROW_ELEMENTS):
-        rows = d[part].to(table.dtype)
-        total += torch.ops.aten.embedding_dense_backward(rows, tokens[part], len(table), -1, False)
-    return total
+        rest = (None, None) if table is None else (dgate, dtable)
+        return dx, dx0, da.view(a.shape), db.view(b.shape), dw, *rest, None
 
 
 def project(
@@ -130,21 +102,4 @@ class _Normed(torch.autograd.Function):
 def last_norm(z: Tensor) -> Tensor:
     """norm(z), (N, C) -> same; keeps z."""
     found: Tensor = _Normed.apply(z)
-    return found
-
-
-class _Embed(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, tokens: Tensor, table: Tensor, dtype: torch.dtype) -> Tensor:
-        ctx.save_for_backward(tokens, table)
-        return portable.embedded_norm(tokens, table, dtype)
-
-    @staticmethod
-    def backward(ctx: Any, dn: Tensor) -> tuple[None, Tensor, None]:
-        return None, portable.embedded_norm_backward(dn, *ctx.saved_tensors), None
-
-
-def embed(tokens: Tensor, table: Tensor, dtype: torch.dtype) -> Tensor:
-    """(N,) tokens, (V, C) float32 -> norm(table[token]), (N, C) in `dtype`; keeps the tokens only."""
-    found: Tensor = _Embed.apply(tokens, table, dtype)
     return found

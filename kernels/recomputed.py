@@ -67,11 +67,11 @@ class _QkvOfNorm(torch.autograd.Function):
         b: Tensor,
     ) -> Tensor:  # fmt: skip
         ctx.save_for_backward(w, gate, table, tokens, x, x0, a, b)
-        return _qkv(y, w, gate, table, tokens)
+        return qkv(y, w, gate, table, tokens)
 
     @staticmethod
     def backward(ctx: Any, dz: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        dy, dw, dgate, dtable = _qkv_backward(dz.contiguous(), *ctx.saved_tensors)
+        dy, dw, dgate, dtable = qkv_backward(dz.contiguous(), *ctx.saved_tensors)
         rest = (None, None) if ctx.saved_tensors[2] is None else (dgate, dtable)
         return dy, dw, *rest, None, None, None, None, None
 
@@ -96,20 +96,20 @@ def qkv_of_norm(
 
 
 @torch.library.custom_op("autoresearch::qkv", mutates_args=())
-def _qkv(y: Tensor, w: Tensor, gate: Tensor | None, table: Tensor | None, tokens: Tensor) -> Tensor:
+def qkv(y: Tensor, w: Tensor, gate: Tensor | None, table: Tensor | None, tokens: Tensor) -> Tensor:
     z = y @ w.T
     if gate is not None and table is not None:
         portable.add_gated(_values(z, len(gate)), _gates(y, gate), table, tokens)
     return z
 
 
-@_qkv.register_fake
+@qkv.register_fake
 def _(y: Tensor, w: Tensor, gate: Tensor | None, table: Tensor | None, tokens: Tensor) -> Tensor:
     return y.new_empty(len(y), len(w))
 
 
 @torch.library.custom_op("autoresearch::qkv_backward", mutates_args=())
-def _qkv_backward(
+def qkv_backward(
     dz: Tensor, w: Tensor, gate: Tensor | None, table: Tensor | None, tokens: Tensor, x: Tensor, x0: Tensor,
     a: Tensor, b: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
@@ -125,7 +125,7 @@ def _qkv_backward(
     return dy, dw, du.T @ y[:, : gate.size(1)], dtable
 
 
-@_qkv_backward.register_fake
+@qkv_backward.register_fake
 def _(
     dz: Tensor, w: Tensor, gate: Tensor | None, table: Tensor | None, tokens: Tensor, x: Tensor, x0: Tensor,
     a: Tensor, b: Tensor,

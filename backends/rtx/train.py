@@ -36,7 +36,8 @@ from torch.utils.checkpoint import checkpoint
 from core.contract import Batches, Spec
 from kernels import portable
 from kernels.errors import out_of_memory
-from kernels.lean import embed, feed, last_norm, project
+from kernels.lean import feed, last_norm, project
+from kernels.recomputed import embedded_norm
 
 # --- constants: `# search:` gives the range that the offline search may try --------------------
 
@@ -181,7 +182,7 @@ class GPT:
 
     def stream(self, tokens: Tensor) -> Tensor:
         """(B, T) integers -> (N, C): the last state of each position, in the compute dtype."""
-        x = x0 = embed(tokens.flatten(), self.weights.singles["transformer.wte.weight"], self.dtype)
+        x = x0 = embedded_norm(tokens.flatten(), self.weights.singles["transformer.wte.weight"], self.dtype)
         w = self.weights.by_name()
         for i in range(DEPTH):
             if self.recompute == "layer" and torch.is_grad_enabled():
