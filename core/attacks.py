@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import fcntl
 import json
 import mmap
 import os
 import platform
+import re
 import resource
 import signal
 import socket
@@ -166,7 +168,10 @@ def own_environment(t: Targets) -> str | None:
 
 
 def open_descriptors(t: Targets) -> str | None:
-    """Anything inherited besides standard input, output, error, the channel, /proc/self and its threads' folder."""
+    """Anything inherited besides standard input, output, error, the channel and mere names of what /proc tells all.
+
+    By a name alone (O_PATH) nothing is read, and to open it anew is judged as to open the path.
+    """
     expected = {0, 1, 2, int(os.environ["AUTORESEARCH_CHANNEL"])}
     own = f"/proc/{os.getpid()}"
     found = []
@@ -175,7 +180,9 @@ def open_descriptors(t: Targets) -> str | None:
             target = os.readlink(f"/proc/self/fd/{name}")
         except OSError:
             continue  # the one that listed
-        if int(name) not in expected and target not in (own, f"{own}/task"):
+        mere = fcntl.fcntl(int(name), fcntl.F_GETFL) & os.O_PATH
+        told = target in (own, f"{own}/task") or re.match(r"/proc/[a-z]", target)
+        if int(name) not in expected and not (mere and told):
             found.append(f"{name} -> {target}")
     return ", ".join(found) or None
 

@@ -20,6 +20,7 @@ import select
 import signal
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NoReturn, TypedDict
 
@@ -169,21 +170,32 @@ def confine(orders: Orders, namespaced: bool) -> dict[str, Any]:
     abi = min(landlock.landlock_abi(), orders["abi"])
     rules = 0
     if abi:
-        # Held open by the recipe: a rule on /proc/self lasts as long as that directory's entry stays in memory.
-        os.set_inheritable(os.open("/proc/self", os.O_PATH), True)
         own = [("/dev/shm", landlock.WRITE)] if namespaced else []  # its own, gone with it
         if orders["cuda"]:
             # cuInit names its threads by /proc/self/task/TID/comm and gives up (304) where it cannot, since driver 570
             # (nolabs-ai/nono #924, NVIDIA/OpenShell #1486). No rule can name the files of threads to come, so the rest
             # of their folders is writable too: docs/sandbox.md lists it.
-            os.set_inheritable(os.open("/proc/self/task", os.O_PATH), True)
             own.append(("/proc/self/task", landlock.RENAME_THREADS))
+        hold(path for path, _ in orders["rules"] + own if path.startswith("/proc/"))
         rules = landlock.restrict(orders["rules"] + own, abi)
     machine = os.uname().machine
     filtered = orders["filter"] and seccomp.available(machine)
     if filtered:
         seccomp.install(machine, None if abi >= 6 else os.getpid(), orders["cuda"])
     return {"landlock": abi, "rules": rules, "seccomp": filtered}
+
+
+def hold(paths: Iterable[str]) -> None:
+    """Keep what the kernel knows of these paths in memory for as long as the recipe lives.
+
+    Landlock's rules are tied to inodes. /proc makes new ones whenever the kernel, short of memory, has dropped an entry
+    that nobody holds: no rule is on those, and /proc/meminfo could no longer be read in the middle of a training.
+    """
+    for path in paths:
+        try:
+            os.set_inheritable(os.open(path, os.O_PATH), True)
+        except (FileNotFoundError, PermissionError, NotADirectoryError):
+            continue  # it gets no rule either
 
 
 def enter_namespaces() -> bool:

@@ -162,23 +162,33 @@ def test_what_cuda_does_at_its_start_is_allowed(name: str, backend: str, tmp_pat
 
 LATER = """
 import os, time
-def name():
+def look():
+    for path in PATHS:
+        try:
+            open(path, "rb").read(16) if not os.path.isdir(path) else os.listdir(path)
+        except OSError as problem: print(problem, flush=True)
     try:
-        with open(f"/proc/self/task/{os.getpid()}/comm", "w") as file: file.write("cuda-EvtHandlr")
-        print("named", flush=True)
+        if NAMED: open(f"/proc/self/task/{os.getpid()}/comm", "w").write("cuda-EvtHandlr")
     except OSError as problem: print(problem, flush=True)
-name()
+    print("looked", flush=True)
+look()
 deadline = time.monotonic() + 30
 while not os.path.exists("go") and time.monotonic() < deadline: time.sleep(0.02)
-name()
+look()
 """
 
 
 @pytest.mark.parametrize("namespaces", [True, False])
-def test_threads_can_be_named_when_the_kernel_has_forgotten_their_folder(namespaces: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("backend", ["cpu", "cuda"])
+def test_what_may_be_read_of_proc_stays_so_when_the_kernel_has_forgotten_it(
+    backend: str, namespaces: bool, tmp_path: Path
+) -> None:
     """Short of memory it drops entries of /proc that nobody holds; a rule on one of them goes with it."""
     need(layers := sandbox.Layers(namespaces=namespaces))
-    child = launched(tmp_path / "scratch", LATER, layers)
+    told = sorted({path for path, _ in readable.basics(backend) if path.startswith("/proc/") and Path(path).exists()})
+    assert {"/proc/meminfo", "/proc/self", "/proc/sys/kernel/pid_max"} <= set(told)
+    code = f"PATHS = {[*told, '/proc/self/status']!r}\nNAMED = {backend == 'cuda'}\n{LATER}"
+    child = launched(tmp_path / "scratch", code, layers, backend=backend)
     for _ in range(400):
         if child.log_tail() or child.poll() is not None:
             break
@@ -190,7 +200,7 @@ def test_threads_can_be_named_when_the_kernel_has_forgotten_their_folder(namespa
     finally:
         (tmp_path / "scratch/go").touch()
         said = ended(child)
-    assert said.split() == ["named"] * 2
+    assert said.split("\n") == ["looked"] * 2
 
 
 def test_a_child_without_a_card_gets_none_of_it(tmp_path: Path) -> None:
