@@ -83,6 +83,8 @@ class Verbs(click.Group):
             complain(type(error).__name__, error.format_message(), "", as_json)
             sys.exit(error.exit_code)
         except Exception as error:  # noqa: BLE001 - sorted here: the user's to mend, or a bug that is shown whole
+            if failing.reader_gone(error):
+                sys.exit(1)  # as click does it elsewhere
             sys.exit(failing.failed(error, as_json))
         sys.exit(status if isinstance(status, int) else 0)
 

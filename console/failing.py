@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import subprocess
+import sys
 
 import click
 
@@ -45,6 +48,23 @@ def failed(error: Exception, as_json: bool) -> int:
         fact = f"a bug in autoresearch: {type(error).__name__}: {error}"
         complain("Bug", fact, "please report it with the file that `autoresearch doctor --bundle` writes", as_json)
     return 1
+
+
+def reader_gone(error: Exception) -> bool:
+    """Whether the program that read our output has ended, as `| select -first 5` does. Windows calls a pipe that nobody
+    reads an invalid argument, where others say EPIPE, which click knows. What is still to be written goes nowhere."""
+    if sys.platform != "win32" or not isinstance(error, OSError) or error.errno != errno.EINVAL or error.filename:
+        return False
+    gone = False
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()  # what could not be written is still in its buffer
+        except OSError:
+            gone = True
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, stream.fileno())
+            os.close(nowhere)
+    return gone
 
 
 def _git_fails(error: Exception) -> bool:

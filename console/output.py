@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.console import Console
 
-_ASCII = str.maketrans({"→": "->", "·": "-", "–": "-", "—": "-", "…": "...", "²": "2", "×": "x", "Δ": "delta",
-                        "≈": "~", "≤": "<=", "≥": ">=", "✓": "+", "“": '"', "”": '"', "’": "'"})  # fmt: skip
+_ASCII = str.maketrans({"→": "->", "·": "-", "–": "-", "—": "-", "−": "-", "±": "+-", "…": "...", "²": "2", "×": "x",
+                        "Δ": "delta", "≈": "~", "≤": "<=", "≥": ">=", "°": "", "✓": "+", "✗": "x", "○": "o",
+                        "“": '"', "”": '"', "’": "'"})  # fmt: skip
 
 
 def ascii_only(stream: Any = None) -> bool:

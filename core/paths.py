@@ -19,7 +19,7 @@ def home() -> Path:
         return Path(chosen).expanduser().absolute()
     import platformdirs  # here, because children in the sandbox do without it
 
-    usual = Path(platformdirs.user_data_dir("autoresearch"))
+    usual = Path(platformdirs.user_data_dir("autoresearch", appauthor=False))  # else Windows' has the name twice
     if " " not in str(usual) or usual.exists():
         return usual
     # A Mac's is below "Application Support", and torch.compile hands paths to the C++ compiler without quotes.

@@ -377,7 +377,7 @@ class Child:
         self._peak = 0
         self._disk_seen = 0.0
         self._seen: dict[int, float] = {}  # pid -> when it started
-        self._keeper = threading.Thread(target=self._keep, name=f"sandbox-{self.pid}", daemon=True)
+        self._keeper = threading.Thread(target=self._watch, name=f"sandbox-{self.pid}", daemon=True)
         self._keeper.start()
 
     # --- for the referee -------------------------------------------------------------------------
@@ -415,6 +415,20 @@ class Child:
         return freezing.freeze(lambda: self._of_the_recipe(trees.listed(self.pid)))
 
     # --- the keeper's thread ---------------------------------------------------------------------
+
+    def _watch(self) -> None:
+        """`_keep`; when that fails, the tree ends: nothing runs unwatched, and nobody waits for what nobody tells."""
+        try:
+            self._keep()
+        finally:
+            if not self._ended.is_set():
+                self._exceeded = self._exceeded or "the thread that watches it failed: see its traceback above"
+                self._process.kill()
+                self._code = -9
+                self._process.wait()
+                self._sweep()
+                self._log.close()
+                self._ended.set()
 
     def _keep(self) -> None:
         """Drain the output, listen to the launcher, look at the tree, until the launcher has gone."""

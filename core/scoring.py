@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from core import evaluate
+from core import evaluate, trees
 from core.child import Ended, OutOfMemory, Place, Worker
 from core.data import Dataset
 from core.evaluate import AuditBatch
@@ -78,8 +78,8 @@ def prepare(worker: Worker, doing: str) -> bool:
 
 def give_weights(worker: Worker, weights: int) -> None:
     """Hand over the checked weights as a descriptor of the child's own, and wait until they are loaded."""
-    os.lseek(weights, 0, os.SEEK_SET)  # where there is no /proc the position is shared, and the last child left it
-    fd = os.open(f"/proc/self/fd/{weights}", os.O_RDONLY) if os.path.isdir("/proc/self/fd") else os.dup(weights)  # noqa: PTH112
+    os.lseek(weights, 0, os.SEEK_SET)  # off Linux the position is shared, and the last child left it
+    fd = os.open(f"/proc/self/fd/{weights}", os.O_RDONLY) if trees.LINUX else os.dup(weights)
     try:
         worker.send("weights", fds=[fd])
     finally:

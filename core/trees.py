@@ -44,8 +44,10 @@ def proportional(pid: int) -> int:
         return processes.proportional(pid)
     try:
         return psutil.Process(pid).memory_full_info().uss
-    except psutil.Error:
+    except psutil.NoSuchProcess:
         return 0
+    except (psutil.Error, OSError):  # it does not tell, or the system does not: what it shares counts too then
+        return resident(pid)
 
 
 def peak(pid: int) -> int:

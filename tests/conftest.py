@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 
 from core.data import Dataset
@@ -18,16 +19,18 @@ from core.referee import execute
 from core.settings import Settings
 from prepare import prepare
 
+hypothesis.settings.register_profile("untimed", deadline=None)  # an example takes as long as the machine is busy
+hypothesis.settings.load_profile("untimed")
+
 # Files that train against the clock, kill at random instants, or look at what else the machine does: other tests beside
-# them would be what they measure. (Those of tamper/ train too, but what they show is that a cheat gets no score.) And
-# blank_card, whose tests look at what one child compiled for a minute: several workers would each compile it.
+# them would be what they measure. (Those of tamper/ train too, but what they show is that a cheat gets no score, and
+# that an honest recipe gets one.)
 ALONE = frozenset(
     f"test_{name}"
     for name in [
         "bench",
         "bench_kernels",
         "bench_labs",
-        "blank_card",
         "claude_code",
         "claude_stop",
         "cli",
@@ -37,10 +40,8 @@ ALONE = frozenset(
         "dryrun",
         "freezing",
         "gpu_benchmark",
-        "gpu_rtx_benchmark",
         "gpuwatch",
         "health",
-        "honest",
         "kill",
         "looks",
         "mcp",
@@ -128,7 +129,7 @@ def build(spec):
 
 
 # Of the other files: beside other tests it is ended for its slowness before it is caught for what it does.
-ALONE_TESTS = frozenset({"test_the_wall_holds_without_the_lint[memory_two_passes]"})
+ALONE_TESTS = {"test_tamper": {"test_the_wall_holds_without_the_lint[memory_two_passes]"}}
 
 
 # Of the files above: what takes long, holds no time against another, and has minutes to spare where time may run out.
@@ -146,20 +147,34 @@ BESIDE = {
         "test_the_shipped_recipe_in_seconds",
         "test_where_a_card_would_wait_nothing_is_compiled_as_a_whole",
     },
+    "test_gpu_benchmark": {"test_all_sections_run_small_and_write_what_they_found"},
     "test_mlx_referee": {"test_two_experiments_of_the_search"},
     "test_sandbox": {"test_torch_compiles"},
 }
 
+# Tests that look at what one child compiled for a minute: in several workers each would compile it.
+TOGETHER = frozenset({"test_blank_card"})
+
 
 def runs_alone(item: pytest.Item) -> bool:
     name, file = getattr(item, "originalname", item.name), item.path.stem
-    return item.name in ALONE_TESTS or (file in ALONE and name not in BESIDE.get(file, ()))
+    return item.name in ALONE_TESTS.get(file, ()) or (file in ALONE and name not in BESIDE.get(file, ()))
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """With `-m alone`: to import all the other files takes 20 seconds."""
+    if config.option.markexpr != "alone" or not collection_path.match("test_*.py"):
+        return None
+    listed = collection_path.stem in ALONE or collection_path.stem in ALONE_TESTS
+    return None if listed or "pytest.mark.alone" in collection_path.read_text("utf-8") else True
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if runs_alone(item):
             item.add_marker("alone")
+        if item.path.stem in TOGETHER:
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
 
 
 @pytest.fixture(scope="session", autouse=True)

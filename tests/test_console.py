@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import io
 import json
 import math
@@ -19,7 +20,7 @@ from hypothesis import strategies as st
 from matplotlib.image import imread
 
 from console import awake, chart, output, page, picture, places, tables, words
-from console.display import Ticker, expected, finish_line
+from console.display import SPINNER, Ticker, expected, finish_line
 from console.findings import Findings, Record, findings
 from console.rows import Row, Scale, tally
 from core.errors import UserError
@@ -209,6 +210,26 @@ def test_the_card_tells_all(monkeypatch: pytest.MonkeyPatch) -> None:
         assert words_ in text
     assert text.isascii()
     assert "MemoryError" in "\n".join(tables.card(night()[2], SCALE, output.Screen()))
+
+
+def test_every_sign_that_is_written_has_a_spelling_in_ascii() -> None:
+    """A code page of Windows shows what it lacks as "?", and '?0.0262' is no change of a score."""
+    drawn = {*words._BARS, *SPINNER, "\ufeff", "\ufffd"}  # drawn otherwise there, never written, and the "?" itself
+    root = Path(output.__file__).parents[1]
+    files = [
+        p for part in ("console", "core", "researchers", "backends", "benchmarks") for p in root.glob(f"{part}/**/*.py")
+    ]
+    signs = {c for file in files for text in literals(file) for c in text if not c.isascii()} - drawn
+    assert "−" in signs
+    assert {c for c in signs if not output.plain(c, FakeStream("cp1252")).isascii()} == set()
+
+
+def literals(file: Path) -> list[str]:
+    """String constants, docstrings among them left out."""
+    tree = ast.parse(file.read_text("utf-8"))
+    said = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    constants = [node for node in ast.walk(tree) if isinstance(node, ast.Constant) and id(node) not in said]
+    return [node.value for node in constants if isinstance(node.value, str)]
 
 
 def test_json_has_no_nan(capsys: pytest.CaptureFixture[str]) -> None:

@@ -500,7 +500,7 @@ def test_a_home_with_a_space_in_its_name_is_told_and_not_chosen(tmp_path, monkey
     monkeypatch.delenv("AUTORESEARCH_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
     usual = tmp_path / "Library" / "Application Support" / "autoresearch"  # a Mac's
-    monkeypatch.setattr(platformdirs, "user_data_dir", lambda *_: str(usual))
+    monkeypatch.setattr(platformdirs, "user_data_dir", lambda *_, **__: str(usual))
     monkeypatch.setattr("sys.platform", "darwin")
     assert paths.home() == tmp_path / ".autoresearch"
     usual.mkdir(parents=True)  # records from before stay where they are

@@ -355,7 +355,7 @@ def test_a_space_in_a_users_name_moves_the_home_on_a_mac_only(tmp_path: Path, mo
     usual = user / "AppData" / "Local" / "autoresearch"
     monkeypatch.delenv("AUTORESEARCH_HOME")
     monkeypatch.setenv("HOME", str(user))
-    monkeypatch.setattr(platformdirs, "user_data_dir", lambda *_: str(usual))
+    monkeypatch.setattr(platformdirs, "user_data_dir", lambda *_, **__: str(usual))
     monkeypatch.setattr(sys, "platform", "darwin")
     assert paths.home() == user / ".autoresearch"
     monkeypatch.setattr(sys, "platform", "win32")
@@ -364,3 +364,41 @@ def test_a_space_in_a_users_name_moves_the_home_on_a_mac_only(tmp_path: Path, mo
     assert paths.home() == user / ".autoresearch"
     usual.mkdir(parents=True)
     assert paths.home() == usual
+
+
+# --- a pipe that nobody reads any more -----------------------------------------------------------------
+
+READER_GONE = """
+import errno, io, os, sys
+class Pipe(io.FileIO):
+    def write(self, data):
+        try:
+            return super().write(data)
+        except BrokenPipeError:
+            raise OSError(errno.EINVAL, "Invalid argument") from None
+sys.stdout = io.TextIOWrapper(io.BufferedWriter(Pipe(1, "w", closefd=False)), write_through=True)
+import cli
+sys.platform = "win32"
+@cli.cli.command("wordy")
+def wordy():
+    for number in range(30_000):
+        print("line", number)
+    if {asked!r} == "other":
+        os.lseek(os.open(os.devnull, os.O_RDONLY), -1, 7)
+cli.cli.main(["wordy"])
+"""
+
+
+@pytest.mark.parametrize("asked", ["pipe", "other"])
+def test_a_reader_that_has_seen_enough_is_no_error(asked: str) -> None:
+    """`autoresearch log | select -first 5`: what is EPIPE elsewhere is EINVAL on Windows (seen under Wine)."""
+    code = [sys.executable, "-c", READER_GONE.format(asked=asked)]
+    with subprocess.Popen(code, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout and process.stderr
+        assert process.stdout.readline() == "line 0\n"
+        if asked == "other":
+            process.stdout.read()
+        process.stdout.close()
+        said = process.stderr.read()
+    assert process.returncode == 1
+    assert said == "" if asked == "pipe" else "Invalid argument" in said
