@@ -168,7 +168,8 @@ def _disk_told() -> Iterator[None]:
                 f"no space left on the disk of {home()} ({_free(home()) / 1e6:,.1f} MB free)",
                 "free some, or move all data with AUTORESEARCH_HOME; the same command then goes on where it was",
             ) from None
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
+        # A file where a folder should be is "no folder" on POSIX, and on Windows "there already".
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
             raise UserError(
                 f"{error.filename or home()} cannot be written: {error.strerror}",
                 "change its permissions, or choose another place with AUTORESEARCH_HOME",

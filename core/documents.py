@@ -12,6 +12,7 @@ import importlib.metadata
 import importlib.util
 import json
 import re
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -212,7 +213,7 @@ def _decoded(file: Path) -> Iterator[str]:
 
 def _not_text(file: Path, data: bytes, at: int) -> DataError:
     if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
-        return DataError(f"{file} is UTF-16", f"convert it: iconv -f UTF-16 -t UTF-8 {file.name} > utf8-{file.name}")
+        return DataError(f"{file} is UTF-16", f"convert it: {_to_utf8(file, 'UTF-16')}")
     return DataError(f"{file} is binary: a NUL at byte {at:,}", "give plain text in UTF-8, or .jsonl or .parquet")
 
 
@@ -221,8 +222,17 @@ def _not_utf8(file: Path, data: bytes, offset: int, error: UnicodeDecodeError) -
         return _not_text(file, data, 0)
     return DataError(
         f"{file} is not UTF-8: byte 0x{data[error.start]:02x} at offset {offset + error.start:,}",
-        f"if it is Latin-1: iconv -f LATIN1 -t UTF-8 {file.name} > utf8-{file.name}",
+        f"if it is Latin-1: {_to_utf8(file, 'ISO-8859-1')}",
     )
+
+
+def _to_utf8(file: Path, encoding: str) -> str:
+    """A command that writes it anew; on Windows, which has no iconv, one of any PowerShell."""
+    if sys.platform != "win32":
+        return f"iconv -f {encoding} -t UTF-8 {file.name} > utf8-{file.name}"
+    path, written = file.absolute(), file.absolute().with_name(f"utf8-{file.name}")
+    read = f"[IO.File]::ReadAllText('{path}', [Text.Encoding]::GetEncoding('{encoding}'))"
+    return f"[IO.File]::WriteAllText('{written}', {read})"
 
 
 def _at_separators(head: str, chunks: Iterator[str], piece: int) -> Iterator[str]:

@@ -13,6 +13,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -233,6 +234,13 @@ class Encoder:
         self._writers = {part: _Writer(work, part, self._dtype, self.state.tokens[part]) for part in PARTS}
 
     def run(self) -> Progress:
+        try:
+            return self._run()
+        finally:  # Windows removes no open file
+            for writer in self._writers.values():
+                writer.give_up()
+
+    def _run(self) -> Progress:
         documents = self._corpus.documents()
         for skipped in islice(documents, self.state.read):
             self._digest.update(document_key(skipped).to_bytes(8, "big"))
@@ -318,6 +326,11 @@ class _Writer:
     def close(self) -> None:
         self.flush()
         self._file.close()
+
+    def give_up(self) -> None:
+        """Close it, if it is not; what was written after the checkpoint does not matter."""
+        with suppress(OSError):
+            self._file.close()
 
 
 # --- sealing -------------------------------------------------------------------------------------

@@ -193,7 +193,7 @@ def test_cuts_do_not_depend_on_how_the_file_is_read(
 
 def test_cuts_fall_on_blank_lines_where_there_are_some(tmp_path: Path) -> None:
     file = tmp_path / "p.txt"
-    file.write_text("\n\n".join(make_documents(200, words=15)))
+    file.write_bytes("\n\n".join(make_documents(200, words=15)).encode())
     found = list(documents.plain_text(file, 400))
     assert len(found) > 20
     assert all(d.endswith("\n\n") for d in found[:-1])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import subprocess
@@ -26,6 +27,7 @@ from core import apart, childlog, commands, data, files, keeper, kept, paths, sa
 from core.errors import LabError, UserError
 from core.lab import Lab
 from core.settings import Settings
+from prepare import prepare
 from researchers import command
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -355,6 +357,7 @@ def test_a_space_in_a_users_name_moves_the_home_on_a_mac_only(tmp_path: Path, mo
     usual = user / "AppData" / "Local" / "autoresearch"
     monkeypatch.delenv("AUTORESEARCH_HOME")
     monkeypatch.setenv("HOME", str(user))
+    monkeypatch.setenv("USERPROFILE", str(user))
     monkeypatch.setattr(platformdirs, "user_data_dir", lambda *_, **__: str(usual))
     monkeypatch.setattr(sys, "platform", "darwin")
     assert paths.home() == user / ".autoresearch"
@@ -364,6 +367,40 @@ def test_a_space_in_a_users_name_moves_the_home_on_a_mac_only(tmp_path: Path, mo
     assert paths.home() == user / ".autoresearch"
     usual.mkdir(parents=True)
     assert paths.home() == usual
+
+
+# --- a text of one's own --------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="who holds a file is read from /proc")
+def test_a_text_that_changes_meanwhile_leaves_nothing_behind_where_no_open_file_is_removed(
+    tmp_path: Path, win32: pytest.MonkeyPatch
+) -> None:
+    win32.setenv("AUTORESEARCH_HOME", str(tmp_path / "home"))
+    refused = refuse_open_files(win32)
+    text = tmp_path / "own.jsonl"
+    documents = [json.dumps({"text": f"{number} " * 40}) for number in range(100)]
+    text.write_text("\n".join(documents))
+
+    def change(line: str) -> None:
+        if line.startswith("encoding"):
+            text.write_text("\n".join(documents[:-1]))
+
+    with pytest.raises(UserError, match="changed while it was prepared"):
+        prepare(text=text, vocab_size=300, progress=change)
+    assert list((tmp_path / "home" / "data").iterdir()) == [] == refused
+
+
+@pytest.mark.parametrize(("encoding", "name"), [("utf-16", "UTF-16"), ("latin-1", "ISO-8859-1")])
+def test_a_text_of_another_encoding_is_converted_by_what_windows_has(
+    encoding: str, name: str, tmp_path: Path, win32: pytest.MonkeyPatch
+) -> None:
+    text = tmp_path / "own.txt"
+    text.write_bytes("Käse und Brot".encode(encoding))
+    with pytest.raises(UserError) as caught:
+        prepare(text=text)
+    assert f"ReadAllText('{text}', [Text.Encoding]::GetEncoding('{name}'))" in caught.value.action
+    assert f"WriteAllText('{tmp_path / 'utf8-own.txt'}'" in caught.value.action and "iconv" not in caught.value.action
 
 
 # --- a pipe that nobody reads any more -----------------------------------------------------------------
