@@ -30,6 +30,7 @@ from typing import Any, Literal
 import numpy as np
 
 import backends
+from core import trees
 from core.contract import Device, Spec, Training
 from core.recipe import replace
 
@@ -279,15 +280,7 @@ def peak_memory(device: Device) -> int:
     """Bytes of this process at its worst on a CPU, of the device's arrays elsewhere."""
     if device.name != "cpu":
         return int(device.memory().peak)
-    status = Path("/proc/self/status")
-    if status.exists():
-        found = [line for line in status.read_text().splitlines() if line.startswith("VmHWM:")]
-        if found:
-            return int(found[0].split()[1]) * 1024
-    import resource
-
-    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return int(used if sys.platform == "darwin" else used * 1024)
+    return trees.own_peak()
 
 
 def pass_bytes(device: str) -> int:

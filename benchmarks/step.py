@@ -37,6 +37,7 @@ from benchmarks.shapes import Shapes, Side
 from core.errors import UserError
 from core.paths import project_root
 from core.sandbox import preloaded
+from core.trees import own_peak
 
 WARM_STEPS = 5
 CHILD_SECONDS = 900  # a first compilation of the peer included
@@ -110,8 +111,6 @@ def peer_side(shapes: Shapes, folder: Path, compiled: bool) -> Side:
     """Model and optimizer of an upstream clone's train.py, on the CPU, with PyTorch as it is set by default."""
     import torch
 
-    from backends.cpu.device import peak_resident
-
     attention = {"fa3": SimpleNamespace(flash_attn_func=windowed_sdpa)}
     peer = load_peer(folder / "train.py", attention, ("GPT", "GPTConfig", *PEER_NAMES))
     config = peer["GPTConfig"](
@@ -145,7 +144,7 @@ def peer_side(shapes: Shapes, folder: Path, compiled: bool) -> Side:
         return float(loss.detach())
 
     note = uncompiled_where_it_fails(peer, lambda: optimizer.step(), model)
-    return Side(step, peak_resident, note)
+    return Side(step, own_peak, note)
 
 
 def uncompiled_where_it_fails(peer: dict[str, Any], optimizer_step: Callable[[], Any], model: Any) -> str:

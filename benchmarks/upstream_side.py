@@ -264,7 +264,7 @@ def turn(steps: Steps, count: int) -> dict[str, Any]:
 
 
 def peak_memory(device: str) -> int:
-    """Bytes: of the card's arrays, or of this process."""
+    """Bytes: of the card's arrays, or of this process (0 on Windows: not told)."""
     import torch
 
     if device != "cpu":
@@ -274,6 +274,8 @@ def peak_memory(device: str) -> int:
     found = [line for line in lines if line.startswith("VmHWM:")]
     if found:
         return int(found[0].split()[1]) * 1024
+    if sys.platform == "win32":
+        return 0
     import resource
 
     used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -51,7 +51,23 @@ def proportional(pid: int) -> int:
 
 
 def peak(pid: int) -> int:
-    return processes.peak(pid) if LINUX else resident(pid)
+    """The largest resident size that the process has had, in bytes; on macOS, which does not tell, its present one."""
+    if LINUX:
+        return processes.peak(pid)
+    try:
+        told = psutil.Process(pid).memory_info()
+    except psutil.Error:
+        return 0
+    return int(getattr(told, "peak_wset", told.rss))  # Windows
+
+
+def own_peak() -> int:
+    """`peak` of this process, of which macOS does tell."""
+    if sys.platform == "darwin":
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak(os.getpid())
 
 
 def started(pid: int) -> float:

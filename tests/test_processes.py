@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -248,3 +249,40 @@ def test_log_does_not_follow_a_link(tmp_path: Path) -> None:
     log.close()
     assert (tmp_path / "elsewhere").read_text() == "kept"
     assert (tmp_path / "log").read_text() == "text\n"
+
+
+def test_the_own_peak_is_what_was_held_at_once() -> None:
+    code = "from core.trees import own_peak\nat = own_peak()\nx = bytearray(200 << 20)\ndel x\nprint(own_peak() - at)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=paths.project_root(), capture_output=True, text=True, check=True
+    )
+    assert 199 << 20 < int(done.stdout) < 260 << 20
+
+
+def test_where_the_system_does_not_tell_what_is_shared_all_of_it_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wine refuses the question with WinError 87, Windows for a process of another user."""
+    monkeypatch.setattr(trees, "LINUX", False)
+
+    def refuse(_: psutil.Process) -> None:
+        raise OSError(22, "Invalid parameter")
+
+    monkeypatch.setattr(psutil.Process, "memory_full_info", refuse)
+    assert trees.proportional(os.getpid()) > 10 << 20
+    with subprocess.Popen([sys.executable, "-c", ""]) as gone:
+        gone.wait()
+    assert trees.proportional(gone.pid) == 0
+
+
+def test_a_child_ends_when_the_watching_of_it_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing runs unwatched, and nobody waits for ever for what nobody tells."""
+    told = []
+    monkeypatch.setattr(threading, "excepthook", lambda args: told.append(str(args.exc_value)))
+    monkeypatch.setattr(sandbox.Child, "_look", lambda _: 1 / 0)
+    policy = sandbox.standard_policy(tmp_path / "scratch", "cpu")
+    code = [sys.executable, "-c", "import time; time.sleep(120)"]
+    child = sandbox.launch(code, policy, cwd=tmp_path / "scratch", log=tmp_path / "log")
+    assert child.wait(20) == -9 and told == ["division by zero"]
+    assert "watches it failed" in (child.exceeded() or "")
+    child.kill()
+    child.channel.close()
+    assert not any(trees.alive(pid) for pid in trees.descendants(os.getpid()) if pid == child.pid)

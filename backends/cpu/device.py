@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from core.contract import Choice, Memory, Peak
+from core.trees import own_peak
 
 NATS_ROWS = 64  # rows of (V,) logits that are turned into nats at a time: 64 * 8192 * 4 B = 2 MiB stays in cache
 PEAK_SIZE = 1024  # side of the square matrices of which the peak is measured
@@ -37,7 +38,7 @@ class CpuDevice:
     def memory(self) -> Memory:
         """Resident bytes of this process; the limit is the machine's memory, or less where a cgroup says so."""
         used = psutil.Process().memory_info().rss
-        return Memory(used, max(used, peak_resident()), memory_limit())
+        return Memory(used, max(used, own_peak()), memory_limit())
 
     @functools.cached_property
     def _measured_peak(self) -> Peak:
@@ -137,13 +138,3 @@ def memory_limit(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
         if text.isdecimal():  # v2 writes "max" for no limit
             limits.append(int(text))
     return min(limits)
-
-
-def peak_resident() -> int:
-    """Bytes at the worst moment of this process, 0 where the system does not tell."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        for line in status.read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    return 0
