@@ -14,12 +14,14 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 from git.cmd import Git
 
+from core import trees
 from core.errors import LabError
 from core.files import replace_file, replace_open
 
@@ -228,9 +230,11 @@ class GitStore:
 
     def _git_is_running(self, where: Path) -> bool:
         """Does any git of this machine run in this folder? Ours run in the repository, a user's in the work tree."""
-        for process in psutil.process_iter(["name", "cwd"]):
-            if (process.info["name"] or "").startswith("git") and process.info["cwd"] == str(where):
-                return True
+        wanted = os.path.normcase(where)
+        for process in psutil.process_iter():
+            with suppress(*trees.UNTOLD):  # it has ended, or tells us nothing
+                if process.name().startswith("git") and os.path.normcase(process.cwd()) == wanted:
+                    return True
         return False
 
     def _discard_damaged(self, name: str) -> None:

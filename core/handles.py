@@ -74,7 +74,7 @@ def own_socket() -> tuple[socket.socket, Taker]:
 
 
 class WindowsGiver:
-    """`process`: a handle of the child's process with the right to duplicate handles into it. Never run on Windows."""
+    """`process`: a handle of the child's process with the right to duplicate handles into it."""
 
     def __init__(self, pid: int, process: int) -> None:
         self._pid = pid
@@ -96,8 +96,6 @@ class WindowsGiver:
 
 
 class WindowsTaker:
-    """Never run on Windows."""
-
     def socket(self, note: bytes) -> socket.socket:
         if sys.platform != "win32":
             raise OSError(ELSEWHERE)

@@ -11,7 +11,7 @@ from typing import Any
 
 import psutil
 
-from core import gpuwatch
+from core import gpuwatch, trees
 from core.apple import conditions
 from core.facts import LocalFacts
 from core.interruptions import Interruptions
@@ -96,7 +96,7 @@ def _tree(pid: int) -> list[psutil.Process]:
     try:
         root = psutil.Process(pid)
         return [root, *root.children(recursive=True)]
-    except psutil.Error:
+    except trees.UNTOLD:
         return []
 
 
@@ -114,7 +114,7 @@ def _tree_times(pid: int) -> list[Any] | None:
     tree = _tree(pid)
     found = []
     for process in tree:
-        with suppress(psutil.Error):
+        with suppress(*trees.UNTOLD):
             found.append(process.cpu_times())
     return found if tree else None
 

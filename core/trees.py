@@ -13,6 +13,10 @@ from core import processes
 from core.files import leads_elsewhere
 
 LINUX = sys.platform == "linux"
+UNTOLD = (
+    psutil.Error,
+    OSError,
+)  # OSError: what Windows says of a process that is just ending, psutil hands on as it is
 
 
 def descendants(pid: int) -> list[int]:
@@ -20,7 +24,7 @@ def descendants(pid: int) -> list[int]:
         return processes.descendants(pid)
     try:
         return [child.pid for child in psutil.Process(pid).children(recursive=True)]
-    except psutil.Error:
+    except UNTOLD:
         return []
 
 
@@ -34,7 +38,7 @@ def resident(pid: int) -> int:
         return processes.resident(pid)
     try:
         return psutil.Process(pid).memory_info().rss
-    except psutil.Error:
+    except UNTOLD:
         return 0
 
 
@@ -46,7 +50,7 @@ def proportional(pid: int) -> int:
         return psutil.Process(pid).memory_full_info().uss
     except psutil.NoSuchProcess:
         return 0
-    except (psutil.Error, OSError):  # it does not tell, or the system does not: what it shares counts too then
+    except UNTOLD:  # it does not tell, or the system does not: what it shares counts too then
         return resident(pid)
 
 
@@ -56,7 +60,7 @@ def peak(pid: int) -> int:
         return processes.peak(pid)
     try:
         told = psutil.Process(pid).memory_info()
-    except psutil.Error:
+    except UNTOLD:
         return 0
     return int(getattr(told, "peak_wset", told.rss))  # Windows
 
@@ -76,7 +80,7 @@ def started(pid: int) -> float:
         return processes.started(pid)
     try:
         return psutil.Process(pid).create_time()
-    except psutil.Error:
+    except UNTOLD:
         return 0.0
 
 
@@ -86,7 +90,7 @@ def alive(pid: int) -> bool:
         return processes.alive(pid)
     try:
         return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-    except psutil.Error:
+    except UNTOLD:
         return False
 
 
@@ -112,5 +116,5 @@ def end(pids: list[int]) -> None:
     for pid in pids:
         try:
             psutil.Process(pid).kill()
-        except psutil.Error:
+        except UNTOLD:
             pass

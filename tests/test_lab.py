@@ -12,6 +12,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 from scripted import Limits, Loop, Night, Scripted, check, git, idea, make_lab, recipe
 
@@ -560,3 +561,19 @@ def test_history_is_for_researchers_and_never_a_score(tmp_path, settings):
     assert lab.view({}).history == [{"val_bpb": 0.1, "description": "elsewhere"}]
     assert lab.view({}).best_bpb == 2.0
     assert idea(1) == lab.view({}).past[1].source
+
+
+def test_a_process_that_tells_nothing_does_not_end_a_run(lab, monkeypatch):
+    """Windows has bare errors for one that is just ending (seen under Wine: WinError 6)."""
+    real = psutil.Process.name
+
+    def name(process):
+        if process.pid != os.getpid():
+            return real(process)
+        raise OSError(22, "Invalid handle")
+
+    monkeypatch.setattr(psutil.Process, "name", name)
+    (lab.git.path / f"{lab.branch_ref}.lock").touch()
+    assert lab.branch_ref in str(lab.clear_leftovers())
+    run(lab, 1)
+    check(lab)
