@@ -358,7 +358,11 @@ def test_a_space_in_a_users_name_moves_the_home_on_a_mac_only(tmp_path: Path, mo
     monkeypatch.delenv("AUTORESEARCH_HOME")
     monkeypatch.setenv("HOME", str(user))
     monkeypatch.setenv("USERPROFILE", str(user))
-    monkeypatch.setattr(platformdirs, "user_data_dir", lambda *_, **__: str(usual))
+
+    def place(name: str, appauthor: str | bool | None = None) -> str:
+        return str(usual if appauthor is False else usual / name)  # Windows' is below an author, by default the name
+
+    monkeypatch.setattr(platformdirs, "user_data_dir", place)
     monkeypatch.setattr(sys, "platform", "darwin")
     assert paths.home() == user / ".autoresearch"
     monkeypatch.setattr(sys, "platform", "win32")
