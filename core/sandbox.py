@@ -7,6 +7,7 @@ done by `core/launcher.py` (processes), `core/landlock.py` and `core/seccomp.py`
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import selectors
@@ -41,7 +42,7 @@ END_WITHIN = 60.0  # seconds in which a killed tree has to be gone; more means a
 # Passed on from our environment where set; everything else is made here. None of these carries a secret.
 PASSED_ON = readable.words(
     "LANG LC_ALL LC_CTYPE TZ OMP_NUM_THREADS OMP_PROC_BIND OMP_WAIT_POLICY MKL_NUM_THREADS OPENBLAS_NUM_THREADS "
-    "GOMP_SPINCOUNT KMP_BLOCKTIME ATEN_CPU_CAPABILITY ONEDNN_MAX_CPU_ISA "
+    "GOMP_SPINCOUNT KMP_BLOCKTIME KMP_AFFINITY ATEN_CPU_CAPABILITY ONEDNN_MAX_CPU_ISA "
     "CUDA_VISIBLE_DEVICES CUDA_DEVICE_ORDER CUDA_HOME CUDA_PATH HIP_VISIBLE_DEVICES ROCM_PATH TRITON_PTXAS_PATH "
     "TRITON_LIBCUDA_PATH "
     "PYTORCH_CUDA_ALLOC_CONF PYTORCH_ALLOC_CONF LD_LIBRARY_PATH CC CXX SDKROOT SYSTEMROOT SYSTEMDRIVE WINDIR PATHEXT "
@@ -423,8 +424,11 @@ class Child:
         finally:
             if not self._ended.is_set():
                 self._exceeded = self._exceeded or "the thread that watches it failed: see its traceback above"
-                self._process.kill()
                 self._code = -9
+                with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+                    self._tell_launcher()
+                    self._process.wait(END_WITHIN)
+                self._process.kill()
                 self._process.wait()
                 self._sweep()
                 self._log.close()

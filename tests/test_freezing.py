@@ -149,7 +149,8 @@ def test_what_evades_is_refused_or_stands_still(code: str, children: list[sandbo
         assert "did not stop" in str(error)
         return
     time.sleep(0.1)
-    assert frozen.ran() == 0.0
+    # Beside other work those that have ended may be too many to be let go on: then its limit ends the whole tree.
+    assert frozen.ran() == 0.0 or (child.wait(20) is not None and child.exceeded())
 
 
 def test_what_has_ended_cannot_be_frozen() -> None:
