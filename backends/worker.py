@@ -52,7 +52,10 @@ class RecipeError(Exception):
 def main() -> None:
     role, backend = sys.argv[1:3]
     channel = own_channel()
+    gc.disable()  # a library makes very many objects, all of which stay: looking through them is a tenth of its import
     device_module = importlib.import_module(f"backends.{backend}.device")
+    gc.freeze()
+    gc.enable()
     roles = {
         "trainer": train, "warm-up": rehearse, "scorer": answer, "auditor": answer, "prober": answer,
         "measure": measure, "dry": dry,

@@ -24,13 +24,15 @@ hypothesis.settings.load_profile("untimed")
 
 # Files that train against the clock, kill at random instants, or look at what else the machine does: other tests beside
 # them would be what they measure. (Those of tamper/ train too, but what they show is that a cheat gets no score, and
-# that an honest recipe gets one.)
+# that an honest recipe gets one.) And blank_card, whose tests look at what one child compiled for a minute: several
+# workers would each compile it.
 ALONE = frozenset(
     f"test_{name}"
     for name in [
         "bench",
         "bench_kernels",
         "bench_labs",
+        "blank_card",
         "claude_code",
         "claude_stop",
         "cli",
@@ -152,9 +154,6 @@ BESIDE = {
     "test_sandbox": {"test_torch_compiles"},
 }
 
-# Tests that look at what one child compiled for a minute: in several workers each would compile it.
-TOGETHER = frozenset({"test_blank_card"})
-
 
 def runs_alone(item: pytest.Item) -> bool:
     name, file = getattr(item, "originalname", item.name), item.path.stem
@@ -173,8 +172,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if runs_alone(item):
             item.add_marker("alone")
-        if item.path.stem in TOGETHER:
-            item.add_marker(pytest.mark.xdist_group(item.path.stem))
 
 
 @pytest.fixture(scope="session", autouse=True)
