@@ -431,6 +431,8 @@ class Child:
                 self._process.kill()
                 self._process.wait()
                 self._sweep()
+                if self._group:
+                    self._group.remove()
                 self._log.close()
                 self._ended.set()
 

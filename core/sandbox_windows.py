@@ -288,6 +288,10 @@ class WindowsChild(sandbox.Child):
         self._seen.update({pid: trees.started(pid) for pid in found if pid not in self._seen})
         return found
 
+    def _lowered(self, tree: list[int]) -> str | None:
+        """Windows ranks no process to be ended when memory runs out."""
+        return None
+
     def _tell_launcher(self) -> None:
         """End the job's processes; nothing when that was done and the handle is closed."""
         with self._lock:

@@ -285,4 +285,5 @@ def test_a_child_ends_when_the_watching_of_it_fails(tmp_path: Path, monkeypatch:
     assert "watches it failed" in (child.exceeded() or "")
     child.kill()
     child.channel.close()
-    assert not any(trees.alive(pid) for pid in trees.descendants(os.getpid()) if pid == child.pid)
+    assert child.pid not in trees.descendants(os.getpid())
+    assert [g for p in cgroups.places() for g in p.folder.glob(f"autoresearch-{os.getpid()}-*")] == []
