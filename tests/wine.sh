@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Windows without Windows: Python, torch, Triton and git for Windows under Wine. For Debian, as root; the first time it
-# takes some minutes and 5 GB below WINE_PLACE. What it can show and what not: docs/verified.md.
+# takes some minutes and 4 GB below WINE_PLACE. What it can show and what not: docs/verified.md.
 #
 #   tests/wine.sh python -m cli doctor
 #   tests/wine.sh python -m cli run --demo
