@@ -13,10 +13,8 @@ from core import processes
 from core.files import leads_elsewhere
 
 LINUX = sys.platform == "linux"
-UNTOLD = (
-    psutil.Error,
-    OSError,
-)  # OSError: what Windows says of a process that is just ending, psutil hands on as it is
+# psutil hands on as it is, an OSError, what Windows says of a process that is just ending.
+UNTOLD = (psutil.Error, OSError)
 
 
 def descendants(pid: int) -> list[int]:

@@ -21,10 +21,11 @@ main() {
     (($#)) || { sed -n '2,9p' "$0"; exit 2; }
     [ "$(id -u)" = 0 ] || { echo "wine.sh: needs root, for a Debian in a folder; use sudo"; exit 1; }
     mkdir -p "$place"
-    [ -e "$place/debian" ] || { debian && touch "$place/debian"; }
-    [ -e "$place/python" ] || { embeddable && touch "$place/python"; }
-    [ -e "$place/git" ] || { git_for_windows && touch "$place/git"; }
-    cmp -s "$here/pyproject.toml" "$place/pyproject.toml" || { wheels && cp "$here/pyproject.toml" "$place/"; }
+    # No `||` and no `&&`: what fails within a function that is called beside one does not end the script.
+    if [ ! -e "$place/debian" ]; then debian; touch "$place/debian"; fi
+    if [ ! -e "$place/python" ]; then embeddable; touch "$place/python"; fi
+    if [ ! -e "$place/git" ]; then git_for_windows; touch "$place/git"; fi
+    if ! cmp -s "$here/pyproject.toml" "$place/pyproject.toml"; then wheels; cp "$here/pyproject.toml" "$place/"; fi
     tree
     windows_runs "$@"
 }
