@@ -41,6 +41,7 @@ HEADROOM = 11.0  # log of the largest exp(s - c): e^11 = 59,874, fp16 ends at 65
 # unit of its subnormals is then 1.3 %. Else float32's range, in which sums are kept: e^-85.
 BOUND_LIMIT = {torch.float16: 12.0, torch.bfloat16: 48.0, torch.float32: 48.0}
 HEAD_SIZES = range(32, 129, 2)
+MOST_HEADS = 2**16 - 1  # of all sequences: what a grid's second axis holds on every card
 
 
 @triton.jit
@@ -302,6 +303,10 @@ def check(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, window: int
         raise ValueError(f"q, k, v of one dtype wanted, not {q.dtype}, {k.dtype}, {v.dtype}")
     if found := obstacle(0, H, k.size(2), D, q.dtype):
         raise ValueError(found)
+    if len(q) * H > MOST_HEADS:
+        raise ValueError(
+            f"{len(q):,} sequences of {H} heads; a launch takes {MOST_HEADS:,} heads in all: use smaller micro-batches"
+        )
     if max(T * x.stride(1) for x in (q, k, v)) >= 2**31:
         raise ValueError(f"a row of {T} tokens spans more than 2^31 elements of its tensor; copy it to its own")
     tables = all(

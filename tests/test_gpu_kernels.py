@@ -29,6 +29,8 @@ CASES = (
     "whole_graph",
     "cuda_recipe",
     "rtx_recipe",
+    "sound",
+    "far",
 )
 
 

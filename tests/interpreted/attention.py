@@ -198,11 +198,13 @@ def test_the_operator_is_sound_for_torch_compile():
         ({"scale": 2.0}, "scale x head size is 64"),
         ({"heads": 3}, "3 query heads do not divide into groups over 2"),
         ({"tables": 5}, "cos and sin"),
+        ({"B": 2**15}, "32,768 sequences of 2 heads; a launch takes 65,535"),
     ],
 )
 def test_what_does_not_fit_is_said(change, said):
     D, dtype = change.get("D", 32), change.get("dtype", torch.float32)
-    q, k, v = (torch.zeros(1, 8, h, D, dtype=dtype) for h in (change.get("heads", 2), 2, 2))
+    B = change.get("B", 1)
+    q, k, v = (torch.zeros(B, 8, h, D, dtype=dtype) for h in (change.get("heads", 2), 2, 2))
     cos = sin = torch.zeros(change.get("tables", 8), D // 2)
     with pytest.raises(ValueError, match=said):
         attention(q, k, v, cos, sin, change.get("window", 3), change.get("scale"))
