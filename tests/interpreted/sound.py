@@ -71,6 +71,13 @@ def twice_in_one_store(X, N, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def no_multiple(X, N, BLOCK: tl.constexpr):
+    start = tl.multiple_of(tl.program_id(0) * BLOCK, 2 * BLOCK)
+    at = start + tl.arange(0, BLOCK)
+    tl.store(X + at, at.to(tl.float32), mask=at < N)
+
+
+@triton.jit
 def of_its_own_block(X, N, BLOCK: tl.constexpr):
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     tl.store(X + at, tl.load(X + at, mask=at < N, other=0.0) + 1, mask=at < N)
@@ -86,6 +93,7 @@ def of_its_own_block(X, N, BLOCK: tl.constexpr):
         (stored_beside_atomics, "race: a program"),
         (turned_round, "lanes: one stores what another"),
         (twice_in_one_store, "lanes: two of one store"),
+        (no_multiple, "promise: a multiple of [32]"),
         (of_its_own_block, None),
     ],
     ids=lambda value: value.fn.__name__ if hasattr(value, "fn") else "",

@@ -8,6 +8,7 @@ what is wanted where a card would not. `watched()` finds, for every load, store 
 - lanes: within a program, an element that one lane reads or writes and another lane writes, with no barrier that
   Triton would have to set; or two lanes of one store that write the same element.
 - undefined: an element of a `torch.empty` that is read before anything is written there.
+- promise: a `tl.multiple_of` that is not true, on which the compiler would build.
 
 And it runs the programs in a random order, so that a result which depends on it differs.
 
@@ -29,7 +30,7 @@ import numpy as np
 import pytest
 import torch
 from triton.runtime import interpreter
-from triton.runtime.interpreter import GridExecutor, InterpreterBuilder, interpreter_builder
+from triton.runtime.interpreter import GridExecutor, InterpreterBuilder, TensorHandle, interpreter_builder
 
 GUARD = 2**20  # bytes on both sides of an argument: more than a tile's rows lie apart in these tests
 POISON = 0xFB  # each byte of an empty tensor: -2.6e36 in bfloat16 and float32, -65,376 in float16
@@ -64,6 +65,7 @@ class Watch:
     kernel: str = ""
     program: int = 0
     accesses: int = 0
+    promises: int = 0
     launches: int = 0
     areas: list[tuple[int, int]] = field(default_factory=list)  # addresses of the arguments
     places: dict[int, Place] = field(default_factory=dict)  # by start
@@ -136,6 +138,12 @@ class Watch:
         self._others(place.reader[where], "race: a program adds to what another reads")
         before = place.adder[where]
         place.adder[where] = np.where((before == NOBODY) | (before == self.program), self.program, SEVERAL)
+
+    def promise(self, handle: TensorHandle, name: str, values: list[int]) -> None:
+        if name != "tt.divisibility":
+            self.say(f"promise: {name} is not watched")
+        elif (np.asarray(handle.data) % np.array(values)).any():
+            self.say(f"promise: a multiple of {values}, and is {np.unique(handle.data)[:4]}")
 
     def _others(self, who: np.ndarray, said: str) -> None:
         if ((who != NOBODY) & (who != self.program)).any():
@@ -230,11 +238,16 @@ def watched() -> Iterator[Watch]:
         watch.add(pointers, mask)
         return plain_add(self, operation, pointers, value, mask, *rest)
 
+    def promise(self: TensorHandle, name: str, values: list[int]) -> None:
+        watch.promises += 1
+        watch.promise(self, name, values)
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(InterpreterBuilder, "create_masked_load", load)
         patch.setattr(InterpreterBuilder, "create_masked_store", store)
         patch.setattr(InterpreterBuilder, "create_atomic_rmw", add)
         patch.setattr(GridExecutor, "__call__", lambda self, *given, **named: launch(watch, self, *given, **named))
+        patch.setattr(TensorHandle, "set_attr", promise)
         for where, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
             patch.setattr(where, name, poisoned(getattr(where, name)))
         yield watch
