@@ -6,12 +6,18 @@ of it for three children that import torch.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import hypothesis
 import pytest
+
+# Before NumPy and torch are loaded, which read it then. With a thread for each core in each of several workers, threads
+# that wait for one another hold up those that work: half as long again for all, seven times for the worst test.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from core.data import Dataset
 from core.outcome import Outcome, Request

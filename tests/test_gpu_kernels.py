@@ -51,12 +51,12 @@ def interpreted(case: str, folder: Path) -> subprocess.CompletedProcess[str]:
         "OMP_NUM_THREADS": "1",
         "MALLOC_MMAP_THRESHOLD_": "1000000000",  # the interpreter's many small arrays: half of its time went to mmap
         "MALLOC_TRIM_THRESHOLD_": "4000000000",
-        "PYTHONPATH": str(ROOT),
+        "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests"))),
         "HYPOTHESIS_STORAGE_DIRECTORY": str(folder),
     }
-    file = f"tests/interpreted/{case}.py"
+    plugins = ["-p", "no:cacheprovider", "-p", "interpreted.quick"]
     return subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "--noconftest", "-p", "no:cacheprovider", file],
+        [sys.executable, "-m", "pytest", "-q", "--noconftest", *plugins, f"tests/interpreted/{case}.py"],
         cwd=ROOT,
         env=os.environ | settings,
         capture_output=True,

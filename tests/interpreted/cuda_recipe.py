@@ -15,6 +15,7 @@ from core import guard
 from core.contract import Spec
 from core.paths import project_root
 from core.recipe import replace
+from kernels import attention_tiles
 
 RECIPE = (project_root() / "backends" / "cuda" / "train.py").read_bytes()
 SMALL = {"DEPTH": 4, "ASPECT_RATIO": 16, "HEAD_DIM": 32, "TOTAL_BATCH_SIZE": 128, "DEVICE_BATCH_SIZE": 2}
@@ -30,7 +31,8 @@ def spec(length=32):
     return Spec(64, length, 63, "cpu", "float32", 1, 0)
 
 
-def test_the_recipe_computes_the_reference():
+def test_the_recipe_computes_the_reference(monkeypatch):
+    monkeypatch.setattr(attention_tiles, "INTERPRETED", attention_tiles.Tile(64, 64, 1, 1))  # fewer programs: a minute
     checks = list(reference.compare(reference.computed(RECIPE, open_device()), reference.reference()))
     assert len(checks) > 60
     assert not [check for check in checks if not check.passed]
