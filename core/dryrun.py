@@ -10,6 +10,7 @@ in the experiment's warm-up, before its clock starts.
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 from core import referee
@@ -33,9 +34,11 @@ def dry_build(
     nice: int = NICE,
     stop: threading.Event | None = None,
     caches: Path | None = None,
+    short: Callable[[], str] = lambda: "",
 ) -> str:
     """Why `source` does not run, with the end of its log as a quotation; "" if it does. `workdir` is made and is the
-    caller's to remove; `caches` are compile caches to start from, of which each child gets a copy.
+    caller's to remove; `caches` are compile caches to start from, of which each child gets a copy. `short` says, after
+    a want of memory, why others are to blame for it ("": they are not); then nothing is known of the candidate.
 
     Raises `Stopped` after a stop, and `UserError` when sandbox or backend fail, which is not the candidate's fault.
     """
@@ -44,13 +47,15 @@ def dry_build(
         _try(small, settings, workdir, nice, stop, caches)
         return ""
     except referee.RecipeFailed as failed:
+        if failed.out_of_memory and short():
+            return ""
         if small == source:
             return told(failed)
     try:  # a recipe may need its batch as it is: only what fails so is refused
         _try(source, settings, workdir, nice, stop, caches)
         return ""
     except referee.RecipeFailed as failed:
-        return told(failed)
+        return "" if failed.out_of_memory and short() else told(failed)
 
 
 def _try(

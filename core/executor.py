@@ -59,6 +59,7 @@ class LocalExecutor:
         self._facts = facts
         self._settle_seconds = settle_seconds
         self._card, self._card_wait, self._card_every = card, card_wait, card_every
+        self._needed = 0  # bytes of a card that the latest experiment was expected to take; 0: not known yet
 
     def execute(self, request: Request, on_event: Callable[[Event], None], stop: threading.Event) -> Outcome:
         from core import referee  # here, because it loads what only an experiment needs
@@ -77,9 +78,14 @@ class LocalExecutor:
     ) -> str:
         from core import dryrun
 
+        def short() -> str:
+            on_card = settings.device.startswith("cuda")
+            return gpuwatch.in_use_now(settings.device, self._source(), stop, needed=self._needed) if on_card else ""
+
+        # Of a card that others have filled nothing is learnt: the experiment, which waits for the card, will tell.
         try:
-            return dryrun.dry_build(source, settings, workdir, stop=stop, caches=caches)
-        except DeviceFull:  # nothing is known of the candidate: its experiment, which waits for the card, will tell
+            return dryrun.dry_build(source, settings, workdir, stop=stop, caches=caches, short=short)
+        except DeviceFull:
             return ""
 
     def _on_card(self, request: Request, on_event: Callable[[Event], None], stop: threading.Event) -> Outcome:
@@ -87,6 +93,7 @@ class LocalExecutor:
         from core import referee
 
         device, source, began, needed = request.settings.device, self._source(), time.monotonic(), request.card_bytes
+        self._needed = needed
 
         def say(text: str) -> None:
             on_event(Event("phase", {"phase": text, "experiment": request.experiment}))

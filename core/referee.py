@@ -289,9 +289,11 @@ def dry_build(
 class RecipeFailed(Exception):
     """A recipe that was tried out did not run: the status that an experiment would have had, reason, log."""
 
-    def __init__(self, end: Ended, log_tail: str) -> None:
+    def __init__(self, end: Ended, log_tail: str, own_limit: bool = False) -> None:
+        """`own_limit`: it was ended for what it alone took."""
         self.status = end.status
         self.reason = end.reason
+        self.out_of_memory = isinstance(end, OutOfMemory) and not own_limit
         self.log_tail = log_tail
         super().__init__(end.reason)
 
@@ -328,7 +330,7 @@ def _ask(
 def _failed(end: Ended, worker: Worker) -> RecipeFailed:
     """The child is ended first: what it printed last may still be on its way when it has said that it failed."""
     worker.kill()
-    return RecipeFailed(end, worker.child.log_tail(LOG_LINES))
+    return RecipeFailed(end, worker.child.log_tail(LOG_LINES), own_limit=worker.child.exceeded() is not None)
 
 
 def sample(

@@ -252,7 +252,13 @@ class Trainer:
 
     def _take_facts(self, message: Message) -> None:
         try:
-            self.outcome.steps = message.integer("steps", 1)
+            self.outcome.steps = message.integer("steps")
+            if not self.outcome.steps:
+                raise Ended(
+                    "timeout",
+                    f"no step was made: the {self.limit.budget:g} s of the budget had gone by when build() was done "
+                    f"({self.outcome.training_seconds:.2f} s)",
+                )
             self.outcome.tokens = message.integer("tokens")
             self.outcome.passes = round(message.number("passes", 0.0, 1e12), 4)
             self.outcome.final_loss = message.number("loss", -1e9, 1e9)

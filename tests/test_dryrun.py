@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from dataclasses import replace
@@ -10,9 +11,12 @@ from pathlib import Path
 import psutil
 import pytest
 
-from core import referee
+from core import gpuwatch, referee
 from core.dryrun import dry_build, smaller
+from core.errors import UserError
+from core.executor import LocalExecutor
 from core.gap import Stopped
+from core.outcome import Outcome, Request
 from core.settings import Settings
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -88,6 +92,40 @@ def test_where_a_card_would_wait_nothing_is_compiled_as_a_whole(
     assert dry_build(source.encode(), settings, tmp_path / "card") == ""
     wrong = source.replace('x @ p["head"].T', 'x @ p["head"]')
     assert "step: RuntimeError" in dry_build(wrong.encode(), settings, tmp_path / "wrong")
+
+
+class Card:
+    """A card as `core.gpuwatch.Source` shows it: used so far by others, with so much memory left."""
+
+    def __init__(self, others_busy: float, free: int) -> None:
+        self.seen = gpuwatch.Look(busy=0.0, others_busy=others_busy, free=free)
+
+    def look(self, device: str, ours: object) -> gpuwatch.Look:
+        return self.seen
+
+
+@pytest.mark.parametrize(
+    ("others_busy", "free", "device", "refused"),
+    [(0.9, 2**30, "cuda:0", False), (0.0, 2**30, "cuda:0", False), (0.0, 2**33, "cuda:0", True), (0.9, 0, "cpu", True)],
+    ids=["game", "filled", "free", "cpu"],
+)
+def test_a_want_of_memory_beside_others_is_not_held_against_a_candidate(
+    others_busy: float, free: int, device: str, refused: bool, tiny_recipe: str, settings: Settings, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """The best took 4 GiB of the card, whose name the CPU bears here."""
+    monkeypatch.setattr(gpuwatch, "LINGERS", 0.001)
+    monkeypatch.setattr(referee, "execute", lambda request, on_event, stop: Outcome(status="scored"))
+    executor = LocalExecutor(card=Card(others_busy, free), card_wait=0.0)
+    settings = replace(settings, device=device)
+    if device != "cpu":
+        with contextlib.suppress(UserError):  # it is not free, and is not waited for
+            executor.execute(Request(b"", settings, None, 0, "1", tmp_path, card_bytes=2**32), print, threading.Event())
+    hungry = tiny_recipe.replace("loss.backward()", "raise MemoryError('no room')")
+    told = executor.dry_build(hungry.encode(), settings, tmp_path / "work", threading.Event(), None)
+    assert ("no room" in told) == refused and bool(told) == refused
+    wrong = tiny_recipe.replace("loss.backward()", "raise KeyError('wrong')")
+    assert "wrong" in executor.dry_build(wrong.encode(), settings, tmp_path / "wrong", threading.Event(), None)
 
 
 def test_cards_are_the_backends_on_which_it_is_eager() -> None:

@@ -213,6 +213,7 @@ CASES = [
         HURRY,
     ),
     Case("hang build", "timeout", "took more than 4 s", ((BUILD, BUILD + "    while True: pass\n"),), HURRY),
+    Case("slow build", "timeout", "no step was made: the 2 s of the", (OS, (BUILD, BUILD + "    time.sleep(2.02)\n"))),
     Case("hang step", "timeout", "training (2 s budget)", (in_step("while True: pass"),)),
     Case("sleep", "timeout", "training (2 s budget)", (OS, in_step("time.sleep(60)"))),
     Case("hang logits", "timeout", "logits() of random tokens", (before(LOGITS, "while True: pass"),), HURRY),

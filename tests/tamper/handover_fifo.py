@@ -6,7 +6,11 @@ import core.weights
 from common import Honest
 
 KIND = "replacing the file that is handed over"
-EXPECT = {"invalid", "crash"}
+EXPECT = {
+    "invalid",
+    "crash",
+    "timeout",
+}  # of its failure it dies, which on a busy machine takes longer than is left for it
 CAUGHT_BY = ["regular file", "weights", "ended by itself"]
 LINT = "imports `os`"
 
