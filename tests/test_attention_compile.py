@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import subprocess
-from collections.abc import Iterator, Mapping
-from concurrent.futures import Future, ProcessPoolExecutor
 
 import pytest
 
@@ -20,23 +17,13 @@ from benchmarks.compiled import Compiled, compiled, resources
 from kernels.attention_tiles import BACKWARD, FORWARD, nearest, padded
 
 HEADS = (32, 64, 128)
-Started = Mapping[tuple[int, int], "Future[tuple[Compiled, Compiled]]"]
-
-
-@pytest.fixture(scope="module")
-def started(request: pytest.FixtureRequest) -> Iterator[Started]:
-    """The wanted pairs, two at a time: Triton compiles in one thread."""
-    mine = [item for item in request.session.items if item.path == request.path and hasattr(item, "callspec")]
-    given = [item.callspec.params for item in mine if item.originalname == "test_every_configuration_fits_its_card"]
-    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
-        yield {(p["target"], p["head"]): pool.submit(both, p["target"], p["head"]) for p in given}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("target", TARGETS)
-def test_every_configuration_fits_its_card(target, head, started):
-    for found in started[target, head].result():
+def test_every_configuration_fits_its_card(target, head):
+    for found in both(target, head):
         assert not found.problems()
         assert found.count(PRODUCT[target]), f"{found.name}: no {PRODUCT[target]}"
 

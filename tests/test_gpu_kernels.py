@@ -9,8 +9,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -32,17 +30,6 @@ CASES = (
     "sound",
     "far",
 )
-
-
-Started = Mapping[str, "Future[subprocess.CompletedProcess[str]]"]
-
-
-@pytest.fixture(scope="module")
-def started(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Started]:
-    """The wanted cases, two at a time: each is one thread's work, and takes minutes."""
-    wanted = {str(item.callspec.params["case"]) for item in request.session.items if item.path == Path(__file__)}
-    with ThreadPoolExecutor(2) as pool:
-        yield {case: pool.submit(interpreted, case, tmp_path_factory.mktemp(case)) for case in CASES if case in wanted}
 
 
 def interpreted(case: str, folder: Path) -> subprocess.CompletedProcess[str]:
@@ -67,6 +54,6 @@ def interpreted(case: str, folder: Path) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
-def test_interpreted(case: str, started: Started) -> None:
-    done = started[case].result()
+def test_interpreted(case: str, tmp_path: Path) -> None:
+    done = interpreted(case, tmp_path)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]

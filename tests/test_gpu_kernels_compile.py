@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
-from concurrent.futures import Future, ProcessPoolExecutor
 
 import pytest
 
@@ -18,22 +15,11 @@ pytest.importorskip("triton")
 from benchmarks.compile_cases import cases, wrong
 from kernels import targets
 
-Started = Mapping[int, "Future[list[str]]"]
-
-
-@pytest.fixture(scope="module")
-def started(request: pytest.FixtureRequest) -> Iterator[Started]:
-    """The wanted targets, two at a time: Triton compiles in one thread."""
-    mine = [item for item in request.session.items if item.path == request.path]
-    wanted = {item.callspec.params.get("target") for item in mine if hasattr(item, "callspec")}
-    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
-        yield {target: pool.submit(wrong, target) for target in targets.TARGETS if target in wanted}
-
 
 @pytest.mark.slow
 @pytest.mark.parametrize("target", targets.TARGETS)
-def test_every_configuration_fits_its_card(target: int, started: Started) -> None:
-    lines = started[target].result()
+def test_every_configuration_fits_its_card(target: int) -> None:
+    lines = wrong(target)
     assert not lines, "\n".join(lines)
 
 
