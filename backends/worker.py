@@ -29,8 +29,9 @@ from core import weights as weight_files
 from core.clock import Budget, StepTimes
 from core.contract import Device, Spec, Training
 from core.errors import DeviceFull, UserError
+from core.windows import under_wsl
 from core.wire import Channel, ChannelClosed, Message, close_all, own_channel
-from kernels.errors import out_of_memory
+from kernels.errors import out_of_memory, refused_by_wsl
 
 PROGRESS_EVERY = 1.0  # seconds between two messages of progress
 WARMUP = (0.0, 0.5, 1.0)  # progress at which a step is tried before the clock starts
@@ -98,7 +99,7 @@ def call(doing: str, function: Callable[..., Any], *arguments: Any) -> Any:
         raise
     except BaseException as error:  # noqa: BLE001 - a recipe may raise anything, SystemExit included
         print(_recipe_traceback(error), file=sys.stderr, flush=True)
-        status = "memory" if out_of_memory(error) else "crash"
+        status = "memory" if out_of_memory(error) or (under_wsl() and refused_by_wsl(error)) else "crash"
         raise RecipeError(status, f"{doing}: {describe_error(error)}") from None
 
 

@@ -231,7 +231,7 @@ def _timed(recipe: bytes, settings: Settings) -> dict[str, Any]:
 
     folder = paths.home() / "tmp"
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="fit-", dir=folder) as workdir:
+    with tempfile.TemporaryDirectory(prefix="fit-", dir=folder, ignore_cleanup_errors=True) as workdir:
         try:
             return referee.measure(recipe, settings, Path(workdir), seconds=1.0)
         except referee.RecipeFailed as failed:

@@ -18,9 +18,10 @@ from typing import Any
 import numpy as np
 import psutil
 
-from core import caches, files, locks, sandbox, wire
+from core import allocator, caches, files, locks, sandbox, wire
 from core.contract import Spec
 from core.errors import DeviceFull, UserError
+from core.nvml import Nvml
 from core.outcome import Status
 from core.settings import Settings
 from core.wire import ChannelClosed, ChannelTimeout, Message, ProtocolError
@@ -86,9 +87,14 @@ class Place:
     @cached_property
     def card(self) -> dict[str, str]:
         """What shows children the card that is locked and watched, and no other: CUDA would count the cards by its own
-        idea of their speed. By UUID one is meant, or a part of one (MIG), whatever order the user has set."""
-        uuid = locks.cuda_uuid(0) if locks.cuda_index(self.settings.device) == 0 else ""
-        return {"CUDA_VISIBLE_DEVICES": uuid} if uuid else {}
+        idea of their speed. By UUID one is meant, or a part of one (MIG), whatever order the user has set. Where CUDA
+        does not tell what is free of it, that too."""
+        device = self.settings.device
+        uuid = locks.cuda_uuid(0) if locks.cuda_index(device) == 0 else ""
+        shown = {"CUDA_VISIBLE_DEVICES": uuid} if uuid else {}
+        if device.startswith("cuda") and allocator.shared_with_windows() and (free := Nvml().look(device, ()).free):
+            shown[allocator.TOLD_FREE] = str(free)  # looked at before the first child of the experiment takes its part
+        return shown
 
     def spec(self, seed: int) -> Spec:
         s = self.settings

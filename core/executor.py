@@ -142,7 +142,7 @@ class LocalExecutor:
         workdir = request.workdir.with_name(f"{request.workdir.name}-settle")
 
         def rate() -> float:
-            with tempfile.TemporaryDirectory(prefix="settle-", dir=workdir) as folder:
+            with tempfile.TemporaryDirectory(prefix="settle-", dir=workdir, ignore_cleanup_errors=True) as folder:
                 facts = referee.measure(
                     request.source, request.settings, Path(folder), seconds=self._settle_seconds, stop=stop
                 )

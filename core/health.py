@@ -58,7 +58,8 @@ class Watch:
 
     def report(self) -> dict[str, Any]:
         """JSON. `others_cores`: how many cores other processes kept busy on average, `loop_cores`: how many of these
-        were this process and what it started beside the training, a researcher for example. Empty when ours is gone."""
+        were this process and what it started beside the training, a researcher for example; `cores`: the machine's.
+        Empty when ours is gone."""
         card = self._card.report() if self._card else {}
         wall = max(1e-3, time.monotonic() - self._started)
         busy = _busy_seconds() - self._all
@@ -71,6 +72,7 @@ class Watch:
             "others_cores": round(max(0.0, busy - ours) / wall, 3),
             "loop_cores": round(max(0.0, beside) / wall, 3),
             "our_cores": round(ours / wall, 3),
+            "cores": psutil.cpu_count(logical=False) or psutil.cpu_count() or 1,
             "load": list(os.getloadavg()) if hasattr(os, "getloadavg") else [],
             "cpu_mhz_before": self._clock,
             "cpu_mhz_after": _clock(),

@@ -98,6 +98,8 @@ class Nvml:
         samples = ask("nvmlDeviceGetProcessUtilization", since)
         if samples is None:
             return None
+        # Some drivers give older samples than those asked for, and shares above 100 % (Syllo/nvtop #110).
+        samples = [s for s in samples if int(s.timeStamp) > since and int(s.smUtil) <= 100]
         self._seen = max([since, *(int(s.timeStamp) for s in samples)])
         if ours and samples and not any(s.pid in ours for s in samples):
             return None  # in a container: the driver counts processes as the host does, and ours are among them

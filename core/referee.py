@@ -14,7 +14,6 @@ get the recipe when it is their turn.
 from __future__ import annotations
 
 import os
-import shutil
 import sys
 import threading
 import time
@@ -234,11 +233,11 @@ class _Experiment:
             return
         target = self.request.workdir / f"caches-{worker.role}"
         if target == self.outcome.caches:  # of a scorer that was started again, and had a copy of these
-            shutil.rmtree(target)
+            files.remove(target)
             self.outcome.caches = None
         caches.copy(worker.caches, target)
         if self.outcome.caches is not None:  # an earlier child's, of which this one had a copy
-            shutil.rmtree(self.outcome.caches)
+            files.remove(self.outcome.caches)
         self.compiled = self.outcome.caches = target
 
     def _wants_audit(self, bpb: float) -> bool:

@@ -32,7 +32,7 @@ EAT = "b = []\nwhile True: b.append(bytearray(b'x') * (4 << 20))"
 
 def self_check() -> list[Check]:
     """Whether the channel, the handing over of a file, the limit of memory and the end of a tree work here."""
-    with tempfile.TemporaryDirectory(prefix="autoresearch-doctor-") as name:
+    with tempfile.TemporaryDirectory(prefix="autoresearch-doctor-", ignore_cleanup_errors=True) as name:
         policy = sandbox.standard_policy(Path(name) / "scratch", "cpu")
         try:
             checks = [*_talked_to(Path(name), policy), _too_much(Path(name), replace(policy, memory_bytes=LIMIT))]

@@ -14,7 +14,7 @@ from statistics import median
 from typing import Any
 
 from core.apple import departure as apple_departure
-from core.verdict import TAINTING_SHARE, taint
+from core.verdict import TAINTING_SHARE, crowded, taint
 
 SLEPT = 1.0  # seconds
 CLOCK_SET = 2.0  # seconds by which the time of day may be corrected meanwhile
@@ -80,7 +80,7 @@ def _unlike(health: Mapping[str, Any], steady: Steady) -> str:
 def _changed(now: Mapping[str, Any], before: Mapping[str, Any]) -> str:
     ours = max(1.0, float(now.get("our_cores") or 0.0))
     others, usual = (float(h.get("others_cores") or 0.0) for h in (now, before))
-    if abs(others - usual) > TAINTING_SHARE * ours:
+    if abs(others - usual) > TAINTING_SHARE * ours and (crowded(now) or crowded(before)):
         loop = float(now.get("loop_cores") or 0.0)
         own = f" ({loop:.1f} of them the researcher and the loop)" if loop >= 0.1 else ""
         return f"other processes kept {others:.1f} cores busy{own}, and {usual:.1f} in this lab's steady state"

@@ -396,11 +396,19 @@ def decide_simple(best: Sequence[float], candidate: Sequence[float], min_delta: 
     return Verdict("discard", f"{new:.6f} is {-gain:.6f} worse than the best, {old:.6f}")
 
 
+def crowded(health: Mapping[str, Any]) -> bool:
+    """Whether others can hold a training up by the processor time that they take. One on a card needs about one core
+    and leaves the rest idle: others may have all but those and one more. Where it is slower all the same, its step rate
+    tells."""
+    others, ours = float(health.get("others_cores") or 0.0), float(health.get("our_cores") or 0.0)
+    return not health.get("card") or others + max(1.0, ours) + 1.0 > float(health.get("cores") or 0.0)
+
+
 def taint(health: Mapping[str, Any], steady: Mapping[str, Any] | None = None) -> str:
     """Why a measurement is to be taken again, "" if it is not. `health`: what the referee saw beside the training;
     `steady`: the same of the lab's baseline, from which a Mac's conditions may not depart."""
     others, ours = float(health.get("others_cores") or 0.0), float(health.get("our_cores") or 0.0)
-    if others > TAINTING_SHARE * max(1.0, ours):
+    if others > TAINTING_SHARE * max(1.0, ours) and crowded(health):
         loop = float(health.get("loop_cores") or 0.0)
         own = f" ({loop:.1f} of them the researcher and the loop)" if loop >= 0.1 else ""
         return f"other processes kept {others:.1f} cores busy{own} beside our {ours:.1f}"

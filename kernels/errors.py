@@ -9,6 +9,12 @@ SAID = ("out of memory", "can't allocate memory", "unable to allocate", "alloc_f
 ASSERTED = ("nvml_success ==", "cudacachingallocator")
 
 
+def refused_by_wsl(error: BaseException) -> bool:
+    """Whether, under WSL2, this is its driver's way to say that Windows makes no room on the card: "device not ready",
+    where the kernel's log has dxgkio_make_resident: -12 (microsoft/WSL #41176). The process is of no more use then."""
+    return isinstance(error, RuntimeError) and "device not ready" in str(error).lower()
+
+
 def out_of_memory(error: BaseException) -> bool:
     """Whether this is how Python, numpy, torch (on a CPU or a card) or MLX say that no memory is left."""
     if isinstance(error, MemoryError):

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ast
+import base64
 import io
 import json
 import math
+import os
 import signal
 import sys
 from dataclasses import replace
@@ -361,6 +363,27 @@ def test_holding_sleep_off_says_what_happens() -> None:
     assert "caffeinate" in awake.command("darwin")[1]
     argv, says = awake.command("win32")
     assert argv and argv[0] == sys.executable and "SetThreadExecutionState" in says
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="a shell script stands in for PowerShell")
+@pytest.mark.parametrize(("answer", "held"), [("echo held; cat", True), ("exit 1", False), ("echo no; cat", False)])
+def test_under_wsl_windows_is_asked_and_has_to_answer(
+    answer: str, held: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shell = tmp_path / "powershell.exe"
+    shell.write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/asked\n{answer}\n')
+    shell.chmod(0o755)
+    monkeypatch.setattr(awake, "under_wsl", lambda: True)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    with awake.awake() as says:
+        assert (says == "Windows is asked to stay awake") == held
+        assert held or "powercfg /change standby-timeout-ac 0" in says
+    asked = (tmp_path / "asked").read_text().split()
+    assert asked[:3] == ["-NoProfile", "-NonInteractive", "-EncodedCommand"]
+    assert "SetThreadExecutionState(2147483649)" in base64.b64decode(asked[3]).decode("utf-16-le")
+    monkeypatch.setattr(awake.shutil, "which", lambda name: None)
+    with awake.awake() as says:
+        assert says.startswith("sleep is not held off: Windows cannot be asked from here; in Windows: powercfg")
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="a shell script stands in for the helper")

@@ -16,10 +16,11 @@ import backends
 from backends import scaling
 from backends.cuda import profiles as cuda
 from console import making
-from core import locks
+from core import allocator, locks
 from core.child import Place, Worker
 from core.errors import UserError
 from core.facts import Gpu
+from core.gpuwatch import Look
 from core.hardware import GIB, Hardware, choose, probe
 from core.recipe import constants
 from core.settings import Settings
@@ -225,9 +226,9 @@ class NoChild(Exception):
 
 @pytest.fixture
 def shown(monkeypatch, settings, tmp_path):
-    """CUDA_VISIBLE_DEVICES of a child, with these cards in the machine and the user's own choice."""
+    """A variable of a child's environment, with these cards in the machine and the user's own choice."""
 
-    def child(gpus, device="cuda:0", env=None):
+    def child(gpus, device="cuda:0", env=None, name="CUDA_VISIBLE_DEVICES"):
         policies = []
 
         def launch(argv, policy, **more):
@@ -236,11 +237,11 @@ def shown(monkeypatch, settings, tmp_path):
 
         monkeypatch.setattr("core.sandbox.launch", launch)
         monkeypatch.setattr("core.hardware.LocalFacts", lambda: Machine(gpus=gpus, env=env or {}))
-        for name, value in (env or {}).items():
-            monkeypatch.setenv(name, value)
+        for key, value in (env or {}).items():
+            monkeypatch.setenv(key, value)
         with pytest.raises(NoChild):
             Worker("scorer", Place(replace(settings, backend="cuda", device=device), tmp_path))
-        return policies[0].env.get("CUDA_VISIBLE_DEVICES")
+        return policies[0].env.get(name)
 
     return child
 
@@ -259,6 +260,16 @@ def shown(monkeypatch, settings, tmp_path):
 def test_children_see_the_card_that_is_locked_and_watched(shown, monkeypatch, gpus, env, card):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert shown(gpus, env=env) == card
+
+
+@pytest.mark.parametrize(("windows", "told"), [(True, str(5 * 2**30)), (False, None)])
+def test_where_windows_gives_out_the_card_children_are_told_what_is_free(shown, monkeypatch, windows, told):
+    """CUDA counts what others hold there as if this process could have it."""
+    monkeypatch.setattr("core.allocator.shared_with_windows", lambda: windows)
+    monkeypatch.setattr("core.nvml.Nvml.look", lambda self, device, ours: Look(free=5 * 2**30))
+    assert shown([FIRST], name=allocator.TOLD_FREE) == told
+    monkeypatch.setattr("core.nvml.Nvml.look", lambda self, device, ours: Look(error="Not Supported"))
+    assert shown([FIRST], name=allocator.TOLD_FREE) is None
 
 
 def test_children_without_a_card_are_shown_none(shown, monkeypatch):

@@ -59,7 +59,7 @@ def test_memory_pressure_is_the_share_of_the_time_in_which_processes_waited(tmp_
 
 def test_the_watch_over_a_training_reports_it_all():
     found = Watch(os.getpid()).report()
-    assert {"slept_seconds", "clock_set_seconds", "memory_stalled", "on_battery"} <= found.keys()
+    assert {"slept_seconds", "clock_set_seconds", "memory_stalled", "on_battery", "cores"} <= found.keys()
     assert found["slept_seconds"] < 1.0
     if sys.platform == "linux":
         assert (found["memory_stalled"] is None) == (stalled_seconds() is None)
@@ -78,6 +78,14 @@ def test_a_departure_is_one_from_the_lab_s_own_state():
     assert "0.1 cores busy, and 1.0 in this lab" in departure(run(QUIET), Steady(BUSY, True)), "quieter is not the same"
     assert "battery" in departure(run({**QUIET, "on_battery": True}), Steady({**QUIET, "on_battery": False}, True))
     assert departure(run({**QUIET, "on_battery": True}), Steady(QUIET, True)) == "", "nobody knows how it was"
+
+
+def test_beside_a_card_what_runs_on_idle_cores_is_no_departure():
+    card = {"card": {"looks": 60, "tainted": ""}, "our_cores": 1.1, "cores": 8}
+    quiet, busy, full = ({**card, "others_cores": others} for others in (0.2, 3.0, 6.5))
+    assert departure(run(busy), Steady(quiet, True)) == departure(run(quiet), Steady(busy, True)) == ""
+    assert "6.5 cores busy" in departure(run(full), Steady(quiet, True))
+    assert "slower" in departure(run(busy, training_seconds=12.0), Steady(quiet, True, rates=[10.0, 10.1]))
 
 
 def test_before_there_is_a_good_run_a_quiet_machine_is_one():

@@ -28,7 +28,7 @@ from core.gpuwatch import Look  # noqa: E402
 from core.hardware import GIB, choose, probe  # noqa: E402
 from core.recipe import constants  # noqa: E402
 from core.settings import Settings  # noqa: E402
-from kernels import portable  # noqa: E402
+from kernels import errors, portable  # noqa: E402
 
 WINDOWS = ("Windows", "10", "AMD64")
 WSL = ("Linux", "5.15.153.1-microsoft-standard-WSL2", "x86_64")
@@ -153,6 +153,21 @@ def test_the_cap_leaves_room_below_what_is_free():
     for platform, wsl, left in (("linux", False, 2**28), ("linux", True, 3 * 2**28), ("win32", False, 3 * 2**28)):
         assert device.cap(8 * GIB, 12 * GIB, device.margin(platform, wsl)) == 8 * GIB - left
     assert device.cap(GIB // 8, 12 * GIB, device.margin("linux", False)) == 0
+
+
+def test_wsl_s_way_to_refuse_memory_is_known():
+    assert errors.refused_by_wsl(RuntimeError("CUDA error: device not ready"))
+    assert not errors.refused_by_wsl(ValueError("device not ready"))
+    assert not errors.refused_by_wsl(RuntimeError("CUDA error: device-side assert triggered"))
+
+
+def test_what_is_free_is_what_the_less_hopeful_of_two_says():
+    assert allocator.really_free(11 * GIB, {}) == 11 * GIB
+    assert allocator.really_free(11 * GIB, {allocator.TOLD_FREE: str(7 * GIB)}) == 7 * GIB
+    assert allocator.really_free(3 * GIB, {allocator.TOLD_FREE: str(7 * GIB)}) == 3 * GIB
+    assert [allocator.shared_with_windows(*of) for of in (("win32", False), ("linux", True), ("linux", False))] == [
+        True, True, False,
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("backend", ["rtx", "cuda"])

@@ -71,6 +71,16 @@ def test_work_beside_a_training_taints_it():
     assert taint({}) == ""
 
 
+@pytest.mark.parametrize(
+    ("others", "cores", "crowded"),
+    [(1.0, 16, False), (10.0, 16, False), (14.5, 16, True), (1.0, 2, True), (1.0, 0, True)],
+)
+def test_work_on_cores_that_a_card_s_training_leaves_idle_taints_nothing(others, cores, crowded):
+    health = {"others_cores": others, "our_cores": 1.1, "cores": cores}
+    assert bool(taint({**health, "card": {"looks": 60, "tainted": ""}})) == crowded
+    assert taint(health), "on the processor itself it does"
+
+
 # --- the statistical verdict -----------------------------------------------------------------------------------------
 
 RULE = Rule(min_effect=0.001)

@@ -6,6 +6,7 @@ import ctypes
 import gc
 import os
 import sys
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -16,6 +17,18 @@ from test_gpuwatch import GONE, changed, nvml
 from core import gpuwatch, wddm
 from core.nvml import Nvml
 from core.wddm import Instance, Query, Users, instance, others_share
+
+
+class Sample:
+    """What NVML says of a process at each look: of now."""
+
+    def __init__(self, pid, share):
+        self.pid, self.smUtil = pid, share
+
+    @property
+    def timeStamp(self):
+        return int(time.time() * 1e6)
+
 
 OURS, GAME, DESKTOP, SYSTEM = 9524, 14904, 1360, 4
 CARD, INSIDE = "luid_0x00000000_0x000095CA_phys_0", "luid_0x00000000_0x0000A18D_phys_0"
@@ -145,14 +158,14 @@ def test_windows_is_asked_where_nvml_tells_no_process(monkeypatch):
 def test_windows_is_asked_before_nvml_and_nvml_where_windows_does_not_tell(monkeypatch):
     """NVML may know of the programs that compute only, and not of a game."""
     game = ({busy(GAME, 0, "3D"): 90.0}, MEMORY)
-    samples = [SimpleNamespace(pid=pid, smUtil=share, timeStamp=5) for pid, share in ((OURS, 50), (os.getppid(), 20))]
+    samples = [Sample(pid, share) for pid, share in ((OURS, 50), (os.getppid(), 20))]
     looks = look(monkeypatch, Users(Readings(game, game, OSError("refused")).begin), ProcessUtilization=samples)
     assert [one.others_busy for one in looks] == [0.2, 0.9, 0.2]
 
 
 def test_without_a_process_of_ours_all_that_is_busy_is_others(monkeypatch):
     users = Users(Readings().begin)  # a reading would be an error
-    sample = SimpleNamespace(pid=GONE, smUtil=20, timeStamp=5)
+    sample = Sample(GONE, 20)
     (seen, *_) = look(monkeypatch, users, ProcessUtilization=[sample], ours=())
     assert seen.others_busy is None and gpuwatch.used_by_others(seen) == 0.99
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import os
 import sys
 
@@ -70,6 +71,7 @@ def open_device() -> RtxDevice:
     torch.cuda.set_device(0)
     dtype = choose_dtype(torch.cuda.get_device_capability())
     free, total = torch.cuda.mem_get_info()
+    free = allocator.really_free(free, os.environ)
     limit = cap(free, total, margin())
     if limit <= 0:
         fact = f"only {free / 2**30:.1f} of {total / 2**30:.1f} GiB of the card are free"
@@ -78,4 +80,8 @@ def open_device() -> RtxDevice:
     torch.cuda.set_per_process_memory_fraction(limit / total)
     torch.set_float32_matmul_precision("high")
     torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+    # What the first operator of ours and the first product load, which would be the recipe's seconds where nothing is
+    # compiled (Windows without Triton).
+    importlib.import_module("torch._dynamo")
+    torch.ones(16, 16, device="cuda").mm(torch.ones(16, 16, device="cuda"))
     return RtxDevice(dtype, limit)
