@@ -16,6 +16,7 @@ import json
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -100,7 +101,27 @@ def compute(backend: str) -> dict[str, np.ndarray]:
 
 def computed(recipe: bytes, device: Device, dtype: str = "float32") -> dict[str, np.ndarray]:
     """Logits, loss, gradients and the change of every weight in one optimizer step."""
-    made, tokens = training(recipe, device, dtype), rows()
+    with exact(dtype):
+        return _computed(training(recipe, device, dtype), device)
+
+
+@contextmanager
+def exact(dtype: str) -> Iterator[None]:
+    """float32 products as such. A card's device has torch round their factors to TF32, by a thousandth, for speed."""
+    torch = sys.modules.get("torch")
+    if torch is None or dtype != "float32":
+        yield
+        return
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def _computed(made: Training, device: Device) -> dict[str, np.ndarray]:
+    tokens = rows()
     found = {"logits": device.to_numpy(made.logits(device.from_numpy(tokens[:, :-1])))}
     gradients: Mapping[str, np.ndarray] = made.gradients(device.from_numpy(tokens))  # type: ignore[attr-defined]
     found.update({f"gradient of {name}": g for name, g in gradients.items()})

@@ -36,6 +36,9 @@ class MlxClock:
     def wait(self, results: Any) -> None:
         mx.eval(results)
 
+    def seconds(self, call: Callable[[], Any]) -> float:
+        return cases.by_the_host(self, call)
+
     def array(self, result: mx.array) -> np.ndarray:
         return np.array(result.astype(mx.float32)).astype(np.float64)
 

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks import card_time
 from benchmarks import kernel_cases as cases
 from benchmarks.kernel_cases import Case, Shape, Side
 from kernels import plain
@@ -37,6 +38,11 @@ class TorchClock:
     def wait(self, results: Any) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
+
+    def seconds(self, call: Callable[[], Any]) -> float:
+        if self.device.type == "cuda":
+            return card_time.seconds(call, self.device)
+        return cases.by_the_host(self, call)
 
     def array(self, result: Tensor) -> np.ndarray:
         found: np.ndarray = result.detach().double().cpu().numpy()

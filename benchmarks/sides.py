@@ -22,16 +22,16 @@ from typing import Any
 
 from benchmarks.machine import anonymous
 from benchmarks.side import Order
+from core import caches as compile_caches
 from core.paths import project_root
 from core.sandbox import preloaded
 
 LIMIT = 900.0  # seconds of one task: what hangs must not hold up the others
-CACHES = {  # where libraries keep what they compile: variable -> folder, so that the first repeat compiles anew
+OTHERS = {  # variable -> folder, of what core.caches does not name
     "TMPDIR": "tmp",
-    "TORCHINDUCTOR_CACHE_DIR": "inductor",
-    "TRITON_CACHE_DIR": "triton",
     "CUDA_CACHE_PATH": "cuda",
 }
+COMPILED = ("inductor", "triton", "cuda", "xdg")  # folders, as the referee's children have them
 
 Told = Callable[[Mapping[str, Any]], None]
 
@@ -63,15 +63,17 @@ def _environment(order: Order, caches: Path | None) -> dict[str, str]:
 
 
 def cache_folders(caches: Path) -> dict[str, str]:
-    made = {name: caches / folder for name, folder in CACHES.items()}
-    for folder in made.values():
+    """Where libraries keep what they compile, so that the first repeat compiles anew and the referee's children find it
+    again: all that counts in the keys of it is as it is for them."""
+    made = {name: caches / folder for name, folder in OTHERS.items()}
+    for folder in (*made.values(), *(caches / name for name in COMPILED)):
         folder.mkdir(parents=True, exist_ok=True)
-    return {name: str(folder) for name, folder in made.items()}
+    return compile_caches.environment(caches) | {name: str(folder) for name, folder in made.items()}
 
 
 def compiled(caches: Path, target: Path) -> Path | None:
     """What sides have compiled, as the referee's children keep it; None where that is nothing."""
-    kept = {caches / "tmp" / "mlx": "mlx", **{caches / n: n for n in CACHES.values() if n != "tmp"}}
+    kept = {caches / "tmp" / "mlx": "mlx", **{caches / n: n for n in COMPILED}}
     for folder, name in kept.items():
         if folder.is_dir() and any(folder.iterdir()) and not (target / name).exists():
             shutil.copytree(folder, target / name)

@@ -57,6 +57,15 @@ class Products:
             cache_files.copy(found, target)
             return target
 
+    def compiled_before(self, number: int, caches: Path | None) -> Path | None:
+        """What the experiment's run before this one compiled (`caches`, in its work folder, which the next run clears)
+        or, where it left nothing, one before that; None where there was none. It goes with the work folder."""
+        kept = self.workdir(number).with_name(f"{number}.caches")
+        if caches is not None and caches.parent == self.workdir(number) and caches.is_dir():
+            remove(kept)
+            caches.replace(kept)
+        return kept if kept.is_dir() else None
+
     def keep(self, number: int, weights: Path | None, caches: Path | None) -> None:
         """Weights and caches of experiment `number` become those of the best. Again and again with the same end."""
         self._keep("best", weights, f"{number}.safetensors")
@@ -91,8 +100,9 @@ class Products:
     def clear_work(self, numbers: set[int] | None = None, but: Collection[int] = ()) -> None:
         """Scratch folders of these experiments; of all when None, but for those of `but`."""
         for folder in _entries(self.record / "work"):
-            chosen = numbers is None or folder.name in {str(n) for n in numbers}
-            if chosen and folder.name not in {str(n) for n in but}:
+            number = folder.name.partition(".")[0]
+            chosen = numbers is None or number in {str(n) for n in numbers}
+            if chosen and number not in {str(n) for n in but}:
                 remove(folder)
 
     def freeable(self, best: int | None) -> list[tuple[Path, int]]:

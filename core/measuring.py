@@ -274,6 +274,7 @@ class Measuring:
     def _request(self, e: Experiment, dataset: Dataset, seed: int) -> Request:
         lab = self._session.lab
         workdir = lab.products.workdir(e.number)
+        compiled = lab.products.compiled_before(e.number, Outcome.from_dict(e.outcome or {}).caches)
         remove(workdir)
         return Request(
             source=lab.ledger.source(e.source_sha256),
@@ -282,7 +283,7 @@ class Measuring:
             seed=seed,
             experiment=f"{lab.tag}-{e.number}",
             workdir=workdir,
-            caches=lab.best_caches(),
+            caches=compiled or lab.best_caches(),  # of the same recipe, where it was run before: it compiles nothing
             card_bytes=self._card_bytes(e),
         )
 

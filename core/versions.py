@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from core.caches import kernels_tag
 from core.facts import nvidia_driver
 from core.paths import project_root
 from core.settings import Settings
@@ -27,13 +28,17 @@ NOT_MEASURING = frozenset(
     }
 )
 LIBRARIES = ("torch", "mlx", "triton", "triton-windows", "numpy")
+ON_CARDS = ("flash-attn-3", "flash-attn-4", "nvidia-cudnn-cu12", "nvidia-cudnn-cu13")
 
 
 def versions(settings: Settings, root: Path | None = None) -> dict[str, Any]:
     """Code hash, libraries, interpreter, OS, driver and device, as JSON. Loads no library for it."""
+    on_card = settings.device.startswith("cuda")
+    names = (*LIBRARIES, *(ON_CARDS if on_card else ()))
     return {
         "code": code_hash(root or project_root(), settings.backend),
-        **{name: version for name in LIBRARIES if (version := _installed(name)) is not None},
+        **({"kernels": kernels_tag(root)} if on_card else {}),
+        **{name: version for name in names if (version := _installed(name)) is not None},
         "python": platform.python_version(),
         "os": f"{platform.system()} {platform.release()} {platform.machine()}",
         "driver": _driver(settings.device),

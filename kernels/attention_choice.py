@@ -18,6 +18,7 @@ never left out.
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
 import logging
 import os
@@ -185,10 +186,24 @@ def _file(case: Case) -> str:
 
 
 def key(case: Case) -> str:
-    """Names the case without its rows, the card and the versions of what computes."""
+    """Names the case without its rows, the card, what can do it, and the versions of what computes: where one is
+    installed that was not there, or is another, it is measured anew."""
     card = torch.cuda.get_device_name(case.device) if case.device.type == "cuda" else case.device.type
-    parts = [case.length, case.heads, case.key_heads, case.head, case.window, case.dtype, card, torch.__version__]
+    able = sorted(name for name, why in available(case).items() if not why)
+    versions = [
+        torch.__version__,
+        _triton(),
+        os.environ.get("TORCH_COMPILE_CACHE_KEY_TAG", ""),
+    ]  # the last: our kernels
+    parts = [case.length, case.heads, case.key_heads, case.head, case.window, case.dtype, card, able, versions]
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+
+
+def _triton() -> str:
+    try:
+        return str(importlib.import_module("triton").__version__)
+    except ImportError:
+        return ""
 
 
 def _read(file: Path, why_not: dict[str, str]) -> tuple[str, dict[str, float], str] | None:

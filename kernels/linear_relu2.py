@@ -144,9 +144,9 @@ def constants(tiles: Tiles) -> dict[str, Any]:
 def launch(a: Tensor, b: Tensor, y: Tensor | None, tiles: Tiles | None) -> Tensor:
     """Forward without y: (M, K), (N, K) -> (M, N). Backward with it: (M, K), (K, N), (M, N) -> (M, N).
 
-    Without tiles, in plain torch.
+    Without tiles, in plain torch, and so in float32: for proofs, as nothing trains in that on a card.
     """
-    if tiles is None:
+    if tiles is None or (a.dtype == torch.float32 and not interpreted()):  # no tile of it would fit
         return (a @ b.T).relu_().square_() if y is None else (a @ b).mul_(y.sqrt()).mul_(2)
     backward = y is not None
     M, K = a.shape
@@ -224,10 +224,10 @@ def mlp(x: Tensor, w1: Tensor, w2: Tensor, source: Tensor | None = None, add: bo
     source: where x is the RMS norm of it, it is kept in the place of x, which the backward computes again.
     add: to the source, within the last product: source + max(x w1^T, 0)^2 w2^T.
 
-    The interpreter also takes float32 and float64, for tests.
+    Proofs may have it all in float32, and the interpreter in float64.
     """
     found = {x.dtype, w1.dtype, w2.dtype} | ({source.dtype} if add and source is not None else set())
-    if len(found) > 1 or not (x.dtype in (torch.bfloat16, torch.float16) or interpreted()):
+    if len(found) > 1 or not (x.dtype in (torch.bfloat16, torch.float16, torch.float32) or interpreted()):
         raise TypeError(f"mlp takes x, w1 and w2 all in bfloat16 or all in float16, not {found}")
     if add and source is None:
         raise ValueError("mlp adds to its source, and got none")

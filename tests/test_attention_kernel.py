@@ -193,6 +193,24 @@ def test_the_next_process_takes_what_the_first_one_measured(monkeypatch, tmp_pat
     assert asked and other.name == "triton"
 
 
+def test_what_is_installed_or_changed_since_is_measured_again(monkeypatch, tmp_path):
+    """A lab keeps what it has measured for as long as it lives."""
+    pytest.importorskip("triton")
+    ways = {n: p for n, p in PEERS.items() if n != "flash"}
+    with monkeypatch.context() as patch:
+        patch.setattr(sys.modules[__name__], "PEERS", ways)
+        first, asked = settle(patch, tmp_path, [1.0, 2.0, 3.0, 4.0])
+        assert asked and first.name == "triton"
+    _, asked = settle(monkeypatch, tmp_path, [3.0, 2.0, 1.0, 4.0], window=39)
+    assert asked
+    for version in ("of other kernels", "of others still"):
+        monkeypatch.setenv("TORCH_COMPILE_CACHE_KEY_TAG", version)
+        assert settle(monkeypatch, tmp_path, [1.0, 2.0, 3.0, 4.0])[1]
+        assert not settle(monkeypatch, tmp_path, [1.0, 2.0, 3.0, 4.0])[1]
+    monkeypatch.setattr(choice, "_triton", lambda: "9.9")
+    assert settle(monkeypatch, tmp_path, [1.0, 2.0, 3.0, 4.0])[1]
+
+
 @pytest.mark.parametrize(
     "left", ["", "not json", "[]", '{"name": "triton"}', '{"name": "fa3", "milliseconds": {"fa3": 1}, "reason": ""}',
              '{"name": "nonesuch", "milliseconds": {"nonesuch": 1}, "reason": ""}',

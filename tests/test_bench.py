@@ -23,6 +23,7 @@ from benchmarks.side import Order
 from benchmarks.work import BenchProfile
 from cli import cli
 from console.output import Screen
+from core import caches as compile_caches
 from core.errors import UserError
 from core.facts import Gpu, Power
 from core.hardware import probe
@@ -423,3 +424,13 @@ def test_powermetrics_is_read():
     text = "CPU Power: 812 mW\nGPU Power: 31 mW\nCombined Power (CPU + GPU + ANE): 1000 mW\n\n"
     assert energy.combined_watts(text + text.replace("1000", "3000")) == pytest.approx(2.0)
     assert energy.combined_watts("sudo: a password is required") is None
+
+
+def test_sides_compile_under_the_keys_of_the_referees_children(tmp_path):
+    """Who compiled under others would compile for nobody else, and a scored experiment anew."""
+    given = sides.cache_folders(tmp_path)
+    assert compile_caches.environment(tmp_path).items() <= given.items()
+    assert {"TMPDIR", "CUDA_CACHE_PATH"} <= given.keys() and all((tmp_path / name).is_dir() for name in sides.COMPILED)
+    (tmp_path / "xdg" / "attention-1.json").touch()
+    kept = sides.compiled(tmp_path, tmp_path / "kept")
+    assert kept is not None and [p.name for p in kept.iterdir()] == ["xdg"]

@@ -84,6 +84,15 @@ def test_a_child_sees_the_card_and_this_process_does_not(caches, tmp_path):
         blank_card.counts()
 
 
+@pytest.mark.parametrize("backend", ["cuda", "rtx"])
+def test_the_proof_in_float32_comes_to_its_end(backend, caches):
+    """In which kernels and products are asked for that no training asks for. Of a blank card all numbers are wrong."""
+    done = blank_card.python(CARDS["h100"], ["-m", "backends.reference", "--backend", backend], caches, timeout=500)
+    lines = [line.split()[:3] for line in done.stdout.splitlines()]
+    assert lines == [["FAIL", backend, what] for what in ("logits", "loss", "gradient", "step")], done.stderr[-2000:]
+    assert done.returncode == 1
+
+
 def test_it_is_built_once_and_says_what_it_lacks(monkeypatch):
     folder = blank_card.library()
     built = (folder / building.NAME).stat().st_mtime_ns

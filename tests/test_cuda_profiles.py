@@ -18,13 +18,14 @@ from backends.cuda import profiles as cuda
 from console import making
 from core import allocator, locks
 from core.child import Place, Worker
-from core.errors import UserError
+from core.errors import DeviceFull, UserError
 from core.facts import Gpu
 from core.gpuwatch import Look
 from core.hardware import GIB, Hardware, choose, probe
 from core.recipe import constants
 from core.settings import Settings
 from core.torchbuild import TorchBuild
+from core.versions import changes, versions
 
 ALL = ("cuda", "rtx", "mlx", "cpu")
 
@@ -283,3 +284,32 @@ def test_a_card_that_is_held_stays_what_it_is_when_another_comes_or_goes(shown, 
     with locks.hold_device("cuda:0"):
         assert shown([OTHER]) == "GPU-first" and locks.cuda_uuid(0) == "GPU-first"
     assert shown([OTHER]) == "GPU-other"
+
+
+def test_on_a_card_a_change_of_kernels_or_of_their_peers_is_one_of_what_measures(settings, monkeypatch, tmp_path):
+    card = replace(settings, backend="cuda", device="cuda:0")
+    for root in ("before", "after"):
+        (tmp_path / root / "kernels").mkdir(parents=True)
+        (tmp_path / root / "kernels" / "muon.py").write_text(f"made = {root!r}")
+    before = versions(card, tmp_path / "before")
+    assert "kernels" in before and "kernels" not in versions(settings, tmp_path / "before")
+    monkeypatch.setattr("core.versions._installed", {"flash-attn-3": "3.0.0"}.get)
+    changed = {line.split()[0] for line in changes(before, versions(card, tmp_path / "after"))}
+    assert {"kernels", "flash-attn-3"} <= changed
+
+
+@pytest.mark.parametrize(
+    ("said", "kind"),
+    [("CUDA error: out of memory", DeviceFull), ("CUDA-capable device(s) is/are busy or unavailable", DeviceFull),
+     ("CUDA error: an illegal memory access was encountered", RuntimeError)],
+)  # fmt: skip
+def test_a_card_that_cannot_be_opened_now_is_waited_for(monkeypatch, said, kind):
+    device = pytest.importorskip("backends.cuda.device")
+
+    def refuse(*given):
+        raise RuntimeError(said)
+
+    monkeypatch.setattr(device.torch.cuda, "set_device", lambda index: None)
+    monkeypatch.setattr(device.torch.cuda, "mem_get_info", refuse)
+    with pytest.raises(kind, match="cannot be opened now" if kind is DeviceFull else "illegal"):
+        device.open_context(2**31)

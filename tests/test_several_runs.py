@@ -387,6 +387,36 @@ def test_what_upstream_s_rule_would_have_kept_is_its_own_chain(night):
     assert found.rules.simple == len(keeps) > 0 and found.rules.earlier == 0
 
 
+class Compiling(Machine):
+    """Each run compiles something, and finds what it is given."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def execute(self, request, on_event, stop):
+        names = sorted(p.name for p in request.caches.iterdir()) if request.caches else []
+        self.found.append((request.experiment.rpartition("-")[2], names))
+        outcome = super().execute(request, on_event, stop)
+        outcome.caches = request.workdir / "caches-scorer"
+        outcome.caches.mkdir()
+        (outcome.caches / f"of {len(self.found)}").touch()
+        return outcome
+
+
+def test_a_run_starts_from_what_the_one_before_it_of_its_recipe_compiled(night):
+    """And the first from what the best has."""
+    executor = Compiling()
+    loop_of(night, executor, Ideas(2.0, 1.9)).run(Limits(experiments=2))
+    baseline = [names for number, names in executor.found if number == "1"]
+    assert len(baseline) >= 5 and baseline == [[], *([f"of {n}"] for n in range(1, len(baseline)))]
+    candidate = [(at, names) for at, (number, names) in enumerate(executor.found, 1) if number == "2"]
+    assert candidate[0][1] == [f"of {len(baseline)}"], "what the best's last run compiled"
+    assert [names for _, names in candidate[1:]] == [[f"of {at}"] for at, _ in candidate[:-1]]
+    assert list((night.record / "work").iterdir()) == []
+    check(night)
+
+
 def test_a_confirmation_decides_nothing(night):
     executor = Machine()
     loop = loop_of(night, executor, Ideas(2.0))

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from core import allocator, torchbuild
 from core.contract import Choice, Memory, Peak
 from core.errors import DeviceFull, UserError
+from kernels.errors import out_of_memory
 from kernels.pinned import PinnedSlots, later
 
 NATS_BYTES = 2**28  # memory of the float32 logits that are turned into nats at a time
@@ -60,7 +61,12 @@ class CudaDevice:
         known = known_peak(name)
         return known or self._measure(name)
 
+    def measured_peak(self) -> Peak:
+        """What products reach here and now, whatever a data sheet says."""
+        return self._measure("")
+
     def _measure(self, name: str) -> Peak:
+        """`name`: of a card that is measured because it is in no table."""
         dtype = getattr(torch, self.dtype.value)
         a, b = (torch.randn(PEAK_SIZE, PEAK_SIZE, dtype=dtype, device=self._device) for _ in range(2))
         best = math.inf
@@ -72,7 +78,8 @@ class CudaDevice:
             end.synchronize()
             best = min(best, start.elapsed_time(end) / 1e3)
         what = f"best of 8 {self.dtype.value} products of {PEAK_SIZE} x {PEAK_SIZE} matrices"
-        return Peak(2 * PEAK_SIZE**3 / best, f"measured, as {name} is in no table: {what}")
+        why = f", as {name} is in no table" if name else ""
+        return Peak(2 * PEAK_SIZE**3 / best, f"measured{why}: {what}")
 
     def peak(self) -> Peak:
         return self._peak
@@ -128,7 +135,7 @@ def open_device() -> CudaDevice:
     """Sets this process up for work on the card; UserError where the card cannot be worked on."""
     _require_driver()
     os.environ.update(allocator.settings(os.environ))  # children have it from their start
-    torch.cuda.set_device(0)
+    open_context(LEAST_FREE)
     name, capability = torch.cuda.get_device_name(), torch.cuda.get_device_capability()
     if capability < LEAST_CAPABILITY:
         fact = f"{name} has compute capability {capability[0]}.{capability[1]}; the cuda backend needs 8.0 or newer"
@@ -140,6 +147,19 @@ def open_device() -> CudaDevice:
         raise DeviceFull(fact, action, LEAST_FREE)
     torch.set_float32_matmul_precision("high")
     return CudaDevice(choose_dtype(capability))
+
+
+def open_context(needed: int) -> None:
+    """Opens the card for this process, which takes some 500 MB of it; `DeviceFull` where they are not there, or where
+    it is set to serve one process at a time and serves another."""
+    try:
+        torch.cuda.set_device(0)
+        torch.cuda.mem_get_info()
+    except RuntimeError as error:
+        said = next(iter(str(error).splitlines()), type(error).__name__)
+        if not out_of_memory(error) and "unavailable" not in said:
+            raise
+        raise DeviceFull(f"the card cannot be opened now ({said})", "end what uses it: nvidia-smi", needed) from None
 
 
 def _require_driver() -> None:

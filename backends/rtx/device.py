@@ -9,7 +9,7 @@ import sys
 
 import torch
 
-from backends.cuda.device import CudaDevice
+from backends.cuda.device import CudaDevice, open_context
 from backends.rtx.cards import SOURCE, known
 from core import allocator
 from core.allocator import cap, margin
@@ -68,7 +68,7 @@ def open_device() -> RtxDevice:
     os.environ.update(allocator.settings(os.environ))
     if not torch.cuda.is_available():
         raise no_cuda()
-    torch.cuda.set_device(0)
+    open_context(margin() + LEAST)
     dtype = choose_dtype(torch.cuda.get_device_capability())
     free, total = torch.cuda.mem_get_info()
     free = allocator.really_free(free, os.environ)

@@ -1,0 +1,23 @@
+"""What a card takes for a call, by its own clock. Imports torch alone, for a machine that has little else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from kernels.attention_choice import HEAD_START
+
+
+def seconds(call: Callable[[], Any], device: torch.device) -> float:
+    """Begun when Python has launched it all: in a training Python is a step ahead, and what it takes for a launch does
+    not show."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize(device)
+    torch.cuda._sleep(HEAD_START // 10)
+    start.record()
+    call()
+    end.record()
+    end.synchronize()
+    return float(start.elapsed_time(end)) / 1e3
