@@ -10,7 +10,7 @@ from typing import Any
 
 import psutil
 
-from core.facts import text_of
+from core.facts import refusals, text_of
 from core.gpuwatch import Look, is_laptop
 from core.locks import cuda_uuid
 from core.wddm import Users
@@ -59,7 +59,7 @@ class Nvml:
         def ask(name: str, *arguments: Any) -> Any:
             try:
                 return getattr(nvml, name)(handle, *arguments)
-            except nvml.NVMLError:  # not told by this card, driver or system
+            except refusals(nvml):
                 return None
 
         rates, memory = ask("nvmlDeviceGetUtilizationRates"), ask("nvmlDeviceGetMemoryInfo")

@@ -15,8 +15,9 @@ from test_hardware import Machine
 from backends.rtx.profiles import remarks
 from core import child, facts, files, sandbox_windows, trainer, versions, windows, wire
 from core.doctor import DISTRIBUTIONS, MAX_PYTHON, MIN_PYTHON, _gpu_check
-from core.hardware import probe
+from core.hardware import probe, remedy
 from core.interruptions import Interruptions
+from core.nvml import Nvml
 from core.outcome import Outcome
 from core.places import synced_by
 from core.steady import Steady, departure
@@ -149,8 +150,14 @@ def test_nvml_tells_the_drivers_version(monkeypatch, answer, told):
     assert facts.nvidia_driver() is None
 
 
-def cards(count, lost, monkeypatch):
-    """A pynvml that counts so many cards, of which these are lost: an eGPU that was pulled out."""
+class Mismatch(Exception):
+    """What pynvml raises where the driver does not know the newest of a function: no NVMLError."""
+
+
+def cards(count, lost, monkeypatch, driver="581.29", processes=None):
+    """A pynvml that counts so many cards, of which these are lost: an eGPU that was pulled out.
+
+    `processes`: what is called for those that compute; by default it refuses."""
 
     class Lost(Exception):
         pass
@@ -167,12 +174,15 @@ def cards(count, lost, monkeypatch):
     answers = {"Count": count, "MemoryInfo": memory, "CudaComputeCapability": (8, 9), "UUID": "GPU-a"}
     answers |= {"Name": b"NVIDIA GeForce RTX 4060"}
     nvml = SimpleNamespace(NVMLError=Lost, nvmlDeviceGetHandleByIndex=handle)
-    nvml.nvmlSystemGetDriverVersion = lambda: "581.29"
+    nvml.nvmlSystemGetDriverVersion = lambda: driver
     nvml.nvmlInit = nvml.nvmlShutdown = lambda: None
     for name, answer in answers.items():
         setattr(nvml, f"nvmlDeviceGet{name}", lambda *a, answer=answer: answer)
     for name in ("ComputeRunningProcesses", "DisplayActive", "MigMode"):
         setattr(nvml, f"nvmlDeviceGet{name}", refuse)
+    if processes:
+        nvml.NVMLLibraryMismatchError = Mismatch
+        nvml.nvmlDeviceGetComputeRunningProcesses = processes
     monkeypatch.setitem(sys.modules, "pynvml", nvml)
     return facts.LocalFacts().nvidia()
 
@@ -187,6 +197,25 @@ def test_a_card_that_is_lost_hides_no_other_and_is_named(monkeypatch):
     assert [gpu.lost for gpu in cards(2, set(), monkeypatch)] == [(), ()]
     with pytest.raises(facts.GpuProblem, match=r"card 0 of 1 \(GPU is lost\)"):
         cards(1, {0}, monkeypatch)
+
+
+def test_a_driver_that_is_too_old_to_list_processes_leads_to_a_newer_one(monkeypatch):
+    def mismatch(*arguments):
+        raise Mismatch("Unversioned function called and the pyNVML version does not match the NVML lib version")
+
+    (card,) = cards(1, (), monkeypatch, driver="472.12", processes=mismatch)
+    assert (card.driver, card.processes) == ("472.12", 0)
+    here = probe(Machine(os=("Windows", "11", "AMD64"), gpus=[card]))
+    assert remedy(here).startswith("update the driver to 525 or newer") and _gpu_check(here).ok
+    monkeypatch.setattr("core.nvml.cuda_uuid", lambda index: "GPU-a")
+    nvml = sys.modules["pynvml"]
+    nvml.nvmlDeviceGetHandleByUUID, nvml.NVML_CLOCK_SM, nvml.NVML_TEMPERATURE_GPU = str, 1, 0
+    for name in ("UtilizationRates", "EnforcedPowerLimit", "CurrentClocksThrottleReasons", "ClockInfo", "MaxClockInfo",
+                 "Temperature", "ProcessUtilization"):  # fmt: skip
+        setattr(nvml, f"nvmlDeviceGet{name}", mismatch)
+    nvml.nvmlDeviceGetMemoryInfo = lambda handle: SimpleNamespace(used=900, free=100)
+    look = Nvml().look("cuda:0", (10,))
+    assert (look.error, look.ours, look.used, look.free) == ("", None, 900, 100)
 
 
 @pytest.mark.parametrize(
