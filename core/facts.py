@@ -251,6 +251,8 @@ def _processes(nvml: Any, handle: Any) -> int:
         found = nvml.nvmlDeviceGetComputeRunningProcesses(handle)
     except refusals(nvml):  # in some containers and under WSL, too
         return 0
+    if all(p.usedGpuMemory is None for p in found):  # WDDM, which lists the desktop's programs among them
+        return 0
     return sum(p.pid != os.getpid() for p in found)
 
 

@@ -199,6 +199,16 @@ def test_a_card_that_is_lost_hides_no_other_and_is_named(monkeypatch):
         cards(1, {0}, monkeypatch)
 
 
+@pytest.mark.parametrize(("used", "others"), [((None, None), 0), ((None, 2**30), 2), ((2**30, 2**20), 2), ((), 0)])
+def test_the_desktops_programs_are_no_processes_that_have_to_be_ended(monkeypatch, used, others):
+    """WDDM lists them among those that compute, and tells the memory of none."""
+    listed = [SimpleNamespace(pid=2**22 + 1 + i, usedGpuMemory=size) for i, size in enumerate(used)]
+    (card,) = cards(1, (), monkeypatch, processes=lambda handle: listed)
+    assert card.processes == others
+    check = _gpu_check(probe(Machine(gpus=[card])))
+    assert ("end them" in check.action, check.ok) == ((True, None) if others else (False, True))
+
+
 def test_a_driver_that_is_too_old_to_list_processes_leads_to_a_newer_one(monkeypatch):
     def mismatch(*arguments):
         raise Mismatch("Unversioned function called and the pyNVML version does not match the NVML lib version")
