@@ -6,6 +6,7 @@ import contextlib
 import os
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from types import SimpleNamespace
 
@@ -13,7 +14,7 @@ import pytest
 from test_hardware import Machine
 
 from backends.rtx.profiles import remarks
-from core import child, facts, files, sandbox_windows, trainer, versions, windows, wire
+from core import child, doctor, facts, files, sandbox_windows, torchbuild, trainer, versions, windows, wire
 from core.doctor import DISTRIBUTIONS, MAX_PYTHON, MIN_PYTHON, _gpu_check
 from core.hardware import probe, remedy
 from core.interruptions import Interruptions
@@ -21,6 +22,7 @@ from core.nvml import Nvml
 from core.outcome import Outcome
 from core.places import synced_by
 from core.steady import Steady, departure
+from core.torchbuild import TorchBuild
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -154,6 +156,9 @@ class Mismatch(Exception):
     """What pynvml raises where the driver does not know the newest of a function: no NVMLError."""
 
 
+CARD = facts.Gpu(0, "NVIDIA GeForce RTX 4060", "GPU-a", 8 * 2**30, 7 * 2**30, (8, 9), "581.29")
+
+
 def cards(count, lost, monkeypatch, driver="581.29", processes=None):
     """A pynvml that counts so many cards, of which these are lost: an eGPU that was pulled out.
 
@@ -226,6 +231,44 @@ def test_a_driver_that_is_too_old_to_list_processes_leads_to_a_newer_one(monkeyp
     nvml.nvmlDeviceGetMemoryInfo = lambda handle: SimpleNamespace(used=900, free=100)
     look = Nvml().look("cuda:0", (10,))
     assert (look.error, look.ours, look.used, look.free) == ("", None, 900, 100)
+
+
+@pytest.mark.parametrize(
+    ("said", "mend"),
+    [
+        ("OSError: [WinError 126] Modul nicht gefunden.", "aka.ms/vs/17/release/vc_redist.x64.exe"),
+        ("OSError: [WinError 127] The specified procedure could not be found.", "vc_redist"),
+        ("OSError: [WinError 1114] A dynamic link library (DLL) initialization routine failed.", "vc_redist"),
+        ("OSError: [WinError 1455] The paging file is too small for this operation to complete.", "page file's size"),
+        ("OSError: [WinError 193] %1 is not a valid Win32 application", "/whl/cu130"),
+        ("ModuleNotFoundError: No module named 'torch._C'", "/whl/cu130"),
+    ],
+)
+def test_what_no_reinstall_mends_is_told_by_windows_number(win32, tmp_path, said, mend):
+    """A torch or a Triton that cannot be loaded; PyPI's torch would be no remedy either, as it has no CUDA."""
+    (tmp_path / "torch.py").write_text(f"import sys; sys.exit({said!r})")
+    win32.setenv("PYTHONPATH", str(tmp_path))
+    here = probe(Machine(os=("Windows", "11", "AMD64"), gpus=[CARD], build=TorchBuild("2.14.1+cu130", "13.0")))
+    (check,) = [c for c in doctor._library_checks(here) if c.name == "torch"]
+    assert check.ok is False and said in check.detail and mend in check.action
+    win32.setattr(doctor.importlib.util, "find_spec", lambda name: name)
+    win32.setattr(doctor, "_said_by_child", lambda *given: said)
+    (check,) = doctor._triton_check(here, "rtx")
+    assert (mend if "whl" not in mend else f'--no-deps "{torchbuild.WINDOWS_TRITON}"') in check.action
+
+
+@pytest.mark.parametrize("system", ["win32", "linux"])
+def test_pypis_torch_is_told_only_where_no_card_is(monkeypatch, system):
+    monkeypatch.setattr(sys, "platform", system)
+    monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: None)
+    card, none = probe(Machine(gpus=[CARD])), probe(Machine())
+    silent = replace(none, gpu_problem="an NVIDIA card does not answer")
+    old = replace(CARD, driver="566.03")
+    for here, index in ((card, "cu130"), (silent, "cu130"), (replace(card, gpus=(old,)), "cu126"), (none, "")):
+        missing = next(c for c in doctor._library_checks(here) if c.name == "torch")
+        for check in (missing, doctor._told_torch("2.9.1 12.8 True", here)):
+            assert check.ok is False and "-m pip install" in check.action
+            assert check.action.endswith(f"/whl/{index}") if index else "index-url" not in check.action
 
 
 @pytest.mark.parametrize(
