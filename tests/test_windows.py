@@ -433,6 +433,14 @@ def test_the_readmes_powershell_lines_use_nothing_that_powershell_5_lacks():
     assert all(re.search(r"^py -3\.1[0-4] -m venv", block, re.M) for block in blocks)
 
 
+def test_no_command_that_is_told_needs_a_shell_that_powershell_5_is_not():
+    """`&&` is an error there, and what `>` writes is UTF-16."""
+    places = [ROOT / "cli.py", *(ROOT / "console").glob("*.py"), *(ROOT / "docs").glob("*.md")]
+    for place in places:
+        text = place.read_text(encoding="utf-8")
+        assert not re.search(r"^(?!#).*\w && \w", text, re.M) and not re.search(r"> *\w+\.py\b", text), place
+
+
 def test_the_pythons_that_are_named_are_those_that_pip_takes():
     least, most = (".".join(map(str, numbers)) for numbers in (MIN_PYTHON, MAX_PYTHON))
     asked = f'requires-python = ">={least},<{MAX_PYTHON[0]}.{MAX_PYTHON[1] + 1}"'
