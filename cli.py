@@ -394,16 +394,17 @@ def status(lab: str | None, as_json: bool) -> None:
 @_lab_argument
 @click.option("--source", is_flag=True, help="Print its train.py and nothing else.")
 @click.option("--without", type=click.IntRange(min=1), metavar="N", help="With --source: without the kept change N.")
-def best(lab: str | None, as_json: bool, source: bool, without: int | None) -> None:
+@click.option("--out", type=click.Path(path_type=Path), metavar="FILE", help="With --source: write it to this file.")
+def best(lab: str | None, as_json: bool, source: bool, without: int | None, out: Path | None) -> None:
     """The best experiment so far, and what led to it.
 
     \b
     autoresearch best
-    autoresearch best --source > train.py
+    autoresearch best --source --out train.py
     """
     from console.looking import best_verb
 
-    best_verb(_screen(as_json), lab, source, without)
+    best_verb(_screen(as_json), lab, source, without, out)
 
 
 @verb("show")

@@ -84,7 +84,9 @@ def _told(screen: Screen, lab: Lab, lefts: list[LeftOut], done: Done, asked: Ask
         screen.say(rest)
     for w in found:
         if idle(w):
-            screen.say(f"to try the best without #{w.number}, in the lab: {advice(w.number)}")
+            screen.say(f"to try the best without #{w.number}, in the lab:")
+            for command in advice(w.number):
+                screen.say(f"  {command}")
     screen.say("the whole picture: autoresearch report")
     return asked.status
 
@@ -110,8 +112,12 @@ def idle(w: Without) -> bool:
     return w.stands and w.effect is not None and w.state == "not replicated"
 
 
-def advice(number: int) -> str:
-    return f"autoresearch best --source --without {number} > train.py && autoresearch try -m 'without #{number}'"
+def advice(number: int) -> tuple[str, str]:
+    """Commands, one after the other. They have to work in PowerShell 5.1 too, which has no `&&` and writes UTF-16."""
+    return (
+        f"autoresearch best --source --without {number} --out train.py",
+        f'autoresearch try -m "without #{number}"',
+    )
 
 
 def line(w: Without) -> str:

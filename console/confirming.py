@@ -16,6 +16,7 @@ from console.output import Screen
 from console.signals import Asked, ends
 from console.words import duration, plural, roughly, shorten, unfinished
 from core import confirming, effects
+from core.commands import quoted
 from core.confirming import Done, Plan
 from core.errors import UserError
 
@@ -236,7 +237,8 @@ def finalize_verb(screen: Screen, given: str | None, branch: str | None, also: b
         screen.say(f"the recipe that results is #{same.number}'s")
     else:
         screen.say("the recipe that results was never measured as it is; to judge it, in the lab:")
-        screen.say(f"  git show {name}:train.py > train.py && autoresearch try -m 'what holds'")
+        screen.say(f"  git restore {quoted(f'--source={name}')} train.py")
+        screen.say('  autoresearch try -m "what holds"')
     screen.say(f"branch   {name}" + (" (not written)" if show else ""))
     if not show:
         screen.say(f"see it   git -C {places.spelled(lab.path)} log -p {name}")
@@ -258,6 +260,8 @@ def _tell(screen: Screen, lab: Lab, found: Findings, final: Final) -> None:
     for k in _idle(found, final):
         if k.without:
             screen.say(f"  note: #{k.row.number} is on it; {ablations.line(k.without)}")
-            screen.say(f"        to try the best without it, in the lab: {ablations.advice(k.row.number)}")
+            screen.say("        to try the best without it, in the lab:")
+            for command in ablations.advice(k.row.number):
+                screen.say(f"          {command}")
     for win in final.left_out:
         screen.say(f"  left out: #{win.number}, {STATE_WORDS[win.state]}  {words[win.number]}")

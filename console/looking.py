@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from dataclasses import asdict
 from datetime import datetime
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from console import ablations, places, tables
 from console.output import Screen, plain
 from console.rows import Row, row, rows
 from console.words import bpb, clock, count, delta, duration, moment, plural
+from core.commands import quoted
 from core.errors import UserError
+from core.files import replace_file
 
 if TYPE_CHECKING:
     from core.lab import Lab
@@ -191,10 +195,14 @@ def progress_parts(state: dict[str, Any]) -> list[str]:
 # --- best, show, diff --------------------------------------------------------------------------
 
 
-def best_verb(screen: Screen, given: str | None, source: bool, without: int | None = None) -> None:
-    """`without`: of the source, that without this kept change."""
+def best_verb(
+    screen: Screen, given: str | None, source: bool, without: int | None = None, out: Path | None = None
+) -> None:
+    """`without`: of the source, that without this kept change; `out`: the file that it is written to."""
     if without is not None and not source:
         raise UserError("--without is for the source of the best", f"autoresearch best --source --without {without}")
+    if out is not None and not source:
+        raise UserError("--out is for the source of the best", f"autoresearch best --source --out {quoted(out)}")
     quiet = Screen(True) if source and not screen.as_json else screen
     lab = places.find(quiet, given)
     view = places.look(lab)
@@ -202,9 +210,12 @@ def best_verb(screen: Screen, given: str | None, source: bool, without: int | No
         raise UserError(
             f"lab {lab.tag} has no best yet: {plural(view.total.experiments, 'experiment')}", "autoresearch run"
         )
-    text = (lab.best_source() if without is None else _source_without(lab, without)).decode("utf-8", "replace")
+    recipe = lab.best_source() if without is None else _source_without(lab, without)
+    if out is not None:
+        _write(lab, out, recipe)
+    text = recipe.decode("utf-8", "replace")
     if source and not screen.as_json:
-        print(text, end="")
+        print(text if out is None else f"written to {plain(str(out))}\n", end="")
         return
     path = [r for r in view.rows if r.kept]
     screen.document({
@@ -216,6 +227,17 @@ def best_verb(screen: Screen, given: str | None, source: bool, without: int | No
     screen.say("how it got there:")
     for r in path:
         screen.say(f"  #{r.number:<4} {bpb(r.val_bpb)}  {delta(r.delta):<8} {r.description}")
+
+
+def _write(lab: Lab, file: Path, recipe: bytes) -> None:
+    """Byte for byte, which a shell's `>` does not do everywhere. Not over what could not be had again."""
+    try:
+        present = file.read_bytes() if file.exists() else None
+        if present not in (None, recipe) and not lab.ledger.knows_source(hashlib.sha256(present or b"").hexdigest()):
+            raise UserError(f"{file} holds what was never judged, and would be lost", "name another file, or move it")
+        replace_file(file, recipe)
+    except OSError as error:
+        raise UserError(f"{file} cannot be written: {error.strerror}", "name another file") from None
 
 
 def _source_without(lab: Lab, number: int) -> bytes:

@@ -25,7 +25,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from core import nvidia_nodes
+from core import nvidia_nodes, torchbuild
 from core.commands import pip_install, python
 from core.errors import UserError
 from core.hardware import GIB, Hardware, choose, remedy, suits
@@ -139,11 +139,35 @@ def _library_checks(hardware: Hardware) -> Iterator[Check]:
             yield Check("torch", None, "not installed; only the cpu backend needs it here", action)
             return
     code = "import torch; print(torch.__version__, torch.version.cuda or 'none', torch.cuda.is_available())"
-    yield _import_check("torch", code, pip_install("torch"), tell=lambda text: _told_torch(text, hardware))
+    again = _torch_install(hardware, "--force-reinstall", "torch")
+    yield _import_check(
+        "torch", code, _torch_install(hardware, "torch"), again, tell=lambda text: _told_torch(text, hardware)
+    )
 
 
-def _import_check(name: str, code: str, action: str, tell: Any = None) -> Check:
-    """Import in a process of its own: a broken library ends that process and not this one."""
+def _torch_install(hardware: Hardware, *plain: str) -> str:
+    """The build for the NVIDIA card, which on Windows PyPI does not have; without a card `pip install` with `plain`."""
+    if not hardware.gpus and not hardware.gpu_problem:
+        return pip_install(*plain)
+    gpu = hardware.gpus[0] if hardware.gpus else None
+    return torchbuild.install(torchbuild.branch_of(gpu.driver), gpu.capability) if gpu else torchbuild.install(0)
+
+
+_RUNTIME = "install Microsoft's Visual C++ redistributable: https://aka.ms/vs/17/release/vc_redist.x64.exe"
+_PAGE_FILE = "let Windows manage the page file's size: run SystemPropertiesPerformance, Advanced, Virtual memory"
+_NOT_BY_PIP = {"126": _RUNTIME, "127": _RUNTIME, "1114": _RUNTIME, "1455": _PAGE_FILE}
+
+
+def _mends_loading(said: str) -> str:
+    """What helps where Windows cannot load a library, by the number of its error; "" where that may be another copy."""
+    found = re.search(r"\[WinError (\d+)\]", said)
+    return _NOT_BY_PIP.get(found[1], "") if found else ""
+
+
+def _import_check(name: str, code: str, action: str, again: str = "", tell: Any = None) -> Check:
+    """Import in a process of its own: a broken library ends that process and not this one.
+
+    `action`: the command that installs it; `again`: the one that installs it anew."""
     if importlib.util.find_spec(name.partition(".")[0]) is None:
         return Check(name, False, "not installed", action)
     begin = time.monotonic()
@@ -155,7 +179,8 @@ def _import_check(name: str, code: str, action: str, tell: Any = None) -> Check:
         return Check(name, False, "its import took more than 120 s", "look for a slow or hung file system")
     if done.returncode != 0:
         last = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
-        return Check(name, False, f"cannot be imported: {last[:200]}", f"{action} --force-reinstall")
+        mend = _mends_loading(done.stderr) or again or f"{action} --force-reinstall"
+        return Check(name, False, f"cannot be imported: {last[:200]}", mend)
     text = done.stdout.strip()
     detail = f"{text}, imported in {time.monotonic() - begin:.1f} s"
     return tell(text) if tell else Check(name, True, detail)
@@ -167,7 +192,7 @@ def _told_torch(text: str, hardware: Hardware) -> Check:
     numbers = tuple(int(n) for n in re.findall(r"\d+", release)[:2])
     if numbers < MIN_TORCH:
         least = ".".join(map(str, MIN_TORCH))
-        return Check("torch", False, f"{release}, older than {least}", pip_install(f"torch>={least}"))
+        return Check("torch", False, f"{release}, older than {least}", _torch_install(hardware, f"torch>={least}"))
     if hardware.gpus and works != "True":
         why = "is a build without CUDA" if cuda == "none" else f"(CUDA {cuda}) cannot use the driver here"
         action = remedy(hardware) or "run nvidia-smi; if it fails too, install NVIDIA's driver"
@@ -282,15 +307,16 @@ def _triton_check(hardware: Hardware, wanted: str | None) -> Iterator[Check]:
     find: so one small kernel is tried in a child, as before every training."""
     if hardware.os != "windows" or wanted not in (None, "rtx") or not suits(hardware, "rtx")[0]:
         return
-    cost, action = "the rtx recipe goes by plain PyTorch, slower", pip_install("-e", f"{project_root()}[rtx]")
-    if importlib.util.find_spec("triton") is None:
-        yield Check("triton", None, f"not installed: {cost}", action)
+    cost, triton = "the rtx recipe goes by plain PyTorch, slower", torchbuild.WINDOWS_TRITON
+    if importlib.util.find_spec("triton") is None:  # alone: with [rtx] pip may put PyPI's torch in the place of ours
+        yield Check("triton", None, f"not installed: {cost}", pip_install("--no-deps", triton))
         return
     said = _said_by_child(TRIED_AS_CHILDREN_DO, "rtx", TRITON_SECONDS)
     if said.startswith("triton"):
         yield Check("triton", True, f"compiles and runs; used: {said}")
     else:
-        yield Check("triton", None, f"{said or 'no answer'}: {cost}", f"{action} --force-reinstall")
+        mend = _mends_loading(said) or pip_install("--force-reinstall", "--no-deps", triton)
+        yield Check("triton", None, f"{said or 'no answer'}: {cost}", mend)
 
 
 def _said_by_child(code: str, backend: str, seconds: float) -> str:

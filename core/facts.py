@@ -240,11 +240,20 @@ def _device(nvml: Any, index: int, driver: str) -> Gpu:
     )
 
 
+def refusals(nvml: Any) -> tuple[type[Exception], ...]:
+    """What pynvml raises where a card, driver or system does not tell something. For processes, of which drivers before
+    R510 do not tell, it has an error that is no NVMLError; older releases of it have no such error."""
+    return nvml.NVMLError, getattr(nvml, "NVMLLibraryMismatchError", nvml.NVMLError)
+
+
 def _processes(nvml: Any, handle: Any) -> int:
     try:
-        return sum(p.pid != os.getpid() for p in nvml.nvmlDeviceGetComputeRunningProcesses(handle))
-    except nvml.NVMLError:  # not told in some containers and under WSL
+        found = nvml.nvmlDeviceGetComputeRunningProcesses(handle)
+    except refusals(nvml):  # in some containers and under WSL, too
         return 0
+    if all(p.usedGpuMemory is None for p in found):  # WDDM, which lists the desktop's programs among them
+        return 0
+    return sum(p.pid != os.getpid() for p in found)
 
 
 def _display(nvml: Any, handle: Any) -> bool:

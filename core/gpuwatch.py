@@ -251,9 +251,10 @@ def in_use(look: Look, needed: int = 0) -> str:
     return ""
 
 
-def is_laptop(card: str) -> bool:
-    """By the card's name: "NVIDIA GeForce RTX 4060 Laptop GPU", "NVIDIA GeForce RTX 2080 with Max-Q Design"."""
-    return any(word in card.lower() for word in LAPTOP)
+def is_laptop(card: str, battery: bool = False) -> bool:
+    """By the card's name: "NVIDIA GeForce RTX 4060 Laptop GPU", "NVIDIA GeForce RTX 2080 with Max-Q Design". Others of
+    that generation have a desktop card's name in a laptop too, so a battery in the machine tells as well."""
+    return battery or any(word in card.lower() for word in LAPTOP)
 
 
 def used_by_others(look: Look) -> float:

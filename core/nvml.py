@@ -10,7 +10,7 @@ from typing import Any
 
 import psutil
 
-from core.facts import text_of
+from core.facts import LocalFacts, Power, refusals, text_of
 from core.gpuwatch import Look, is_laptop
 from core.locks import cuda_uuid
 from core.wddm import Users
@@ -26,6 +26,7 @@ class Nvml:
     def __init__(self, users: Users | None = None) -> None:
         """`users`: who else uses the card where the driver does not tell; by default Windows, where this is Windows."""
         self._users = Users() if users is None and sys.platform == "win32" else users
+        self._battery = LocalFacts().power() != Power()
         self._uuids: dict[str, str] = {}
         self._seen = 0  # microseconds: samples of processes up to here were read
 
@@ -59,7 +60,7 @@ class Nvml:
         def ask(name: str, *arguments: Any) -> Any:
             try:
                 return getattr(nvml, name)(handle, *arguments)
-            except nvml.NVMLError:  # not told by this card, driver or system
+            except refusals(nvml):
                 return None
 
         rates, memory = ask("nvmlDeviceGetUtilizationRates"), ask("nvmlDeviceGetMemoryInfo")
@@ -75,7 +76,7 @@ class Nvml:
             clock_most=ask("nvmlDeviceGetMaxClockInfo", nvml.NVML_CLOCK_SM),
             temperature=ask("nvmlDeviceGetTemperature", nvml.NVML_TEMPERATURE_GPU),
             power_limit=limit / 1000 if limit else None,
-            laptop=is_laptop(text_of(ask("nvmlDeviceGetName") or "")),
+            laptop=is_laptop(text_of(ask("nvmlDeviceGetName") or ""), self._battery),
             slowed=bool(reasons and reasons & _HELD_BACK),
             untold=untold,
         )

@@ -16,7 +16,8 @@ BLACKWELL_CUDA = (12, 8)
 # between the two: cu128 has no torch since 2.12.
 WHEELS = ((580, "cu130", True), (525, "cu126", False))
 INDEX = "https://download.pytorch.org/whl"
-WINDOWS_TORCH = "torch>=2.14,<2.15"  # what the triton-windows of pyproject.toml's [rtx] is built for
+# Both as pyproject.toml's [rtx] has them: Triton is built for one release of torch.
+WINDOWS_TORCH, WINDOWS_TRITON = "torch>=2.14,<2.15", "triton-windows>=3.8,<3.9"
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Problem:
 def problem(build: TorchBuild, driver: str, capability: tuple[int, int] = (0, 0)) -> Problem | None:
     """Why this build cannot use a card of this compute capability (0.0: unknown) with this driver ("570.133.20"), and
     the command that mends it."""
-    branch = int(found.group()) if (found := re.match(r"\d+", driver)) else 0
+    branch = branch_of(driver)
     mend = install(branch, capability)
     if not build.version:
         return Problem("torch is not installed", mend)
@@ -51,6 +52,11 @@ def problem(build: TorchBuild, driver: str, capability: tuple[int, int] = (0, 0)
         named = f"compute capability {capability[0]}.{capability[1]}"
         return Problem(f"torch {build.version} has no code for {named}: its CUDA {build.cuda} is older", mend)
     return None
+
+
+def branch_of(driver: str) -> int:
+    """570 of "570.133.20"; 0: unknown."""
+    return int(found.group()) if (found := re.match(r"\d+", driver)) else 0
 
 
 def install(branch: int, capability: tuple[int, int] = (0, 0)) -> str:

@@ -182,7 +182,8 @@ def test_each_in_its_turn_beside_runs_that_confirm_has_made(twice, monkeypatch):
     assert len(world.requests) == at + 8  # the best has its runs, and without #4 it is #3
     assert "#2 left out of the best (#4): " in said and ": no longer pays: a later change does the same now" in said
     assert said.count(": still pays") == 2
-    assert "to try the best without #2, in the lab: autoresearch best --source --without 2 > train.py" in said
+    commands = '  autoresearch best --source --without 2 --out train.py\n  autoresearch try -m "without #2"\n'
+    assert f"to try the best without #2, in the lab:\n{commands}" in said
     two, three, four = (of(lab, n) for n in (2, 3, 4))
     assert (two.state, two.before, two.replaced) == ("not replicated", "replicated", True)
     assert three.effect.low < 0.003 < three.effect.high and not three.replaced
@@ -379,6 +380,26 @@ def test_every_verb_tells_it(twice, monkeypatch):
     assert "The winner was as good without #2" in markdown(findings(read(lab)), "now")
 
 
+def test_the_source_is_written_as_it_is_and_over_nothing_that_would_be_lost(twice, monkeypatch):
+    """A shell's `>` ends lines as it likes, and PowerShell 5.1 writes UTF-16, which the guard refuses."""
+    lab, _, world = twice
+    monkeypatch.chdir(lab.path)
+    write = ("best", "--source", "--without", 2, "--out", "train.py")
+    assert verb(monkeypatch, world, *write).endswith("written to train.py\n")
+    assert lab.working_source() == leave_out(lab, 2).source != lab.best_source()
+    assert "written to" in verb(monkeypatch, world, *write)  # there already
+    said = verb(monkeypatch, world, "best", "--source", "--out", "train.py", status=1)  # it was not handed in yet
+    assert "train.py holds what was never judged" in said and lab.working_source() == leave_out(lab, 2).source
+    for number in (2, 4):
+        (lab.path / "train.py").write_bytes(lab.source(number))
+        document = json.loads(verb(monkeypatch, world, *write, "--json"))
+        assert document["source"].encode() == lab.working_source() == leave_out(lab, 2).source
+    verb(monkeypatch, world, "best", "--source", "--out", "new/idea.py")
+    assert (lab.path / "new" / "idea.py").read_bytes() == lab.best_source()
+    assert "new cannot be written" in verb(monkeypatch, world, "best", "--source", "--out", "new", status=1)
+    assert "best --source --out x.py" in verb(monkeypatch, world, "best", "--out", "x.py", status=1)
+
+
 def test_finalize_keeps_an_idle_change_and_says_so(twice, monkeypatch):
     lab, loop, world = twice
     confirmed(lab, loop, kept(lab))
@@ -387,6 +408,7 @@ def test_finalize_keeps_an_idle_change_and_says_so(twice, monkeypatch):
     assert [c["number"] for c in said["commits"]] == [2, 3, 4] and said["idle"] == [2]
     said = verb(monkeypatch, world, "finalize", lab.path)
     assert f"note: #2 is on it; {ablations.line(of(lab, 2))}" in said and "note: #3" not in said
+    assert "          autoresearch best --source --without 2 --out train.py\n" in said
 
 
 def test_of_a_best_that_was_taken_back_it_is_told_as_of_that_one(twice):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
+import sys
 import time
 from dataclasses import replace
 from types import SimpleNamespace
@@ -424,3 +426,17 @@ def test_the_verb_takes_only_what_holds_unless_asked(made, monkeypatch):
     body = git(lab, "log", "-1", "--format=%B", said["branch"])
     k = next(k for k in found.kept if k.row.number == held[-1])
     assert f"val_bpb {-k.again.gain:+.4f} (95 %: {-k.again.high:+.4f} to {-k.again.low:+.4f}) on fresh seeds" in body
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="the command is run by sh")
+def test_what_results_and_was_never_measured_is_put_in_place_by_the_command_that_is_told(made, monkeypatch):
+    lab, loop, world = made
+    confirmed(lab, loop, kept(lab))
+    monkeypatch.setattr(finalizing.Final, "measured_as", lambda self, *given: None)
+    said = verb(monkeypatch, world, "finalize", lab.path, "--branch", "my&final")
+    told = re.search(r"in the lab:\n  (git .*)\n  (autoresearch .*)\n", said)
+    assert told and told[2] == 'autoresearch try -m "what holds"'
+    (lab.path / "train.py").unlink()
+    subprocess.run(told[1], shell=True, check=True, cwd=lab.path)
+    assert lab.working_source().decode() == git(lab, "show", "my&final:train.py") + "\n"
+    assert git(lab, "diff", "--cached") == ""

@@ -16,6 +16,7 @@ from test_loop import check, loop_of, night  # noqa: F401 - the fixture
 from core import gpuwatch
 from core.errors import DeviceFull, UserError
 from core.executor import LocalExecutor
+from core.facts import Power
 from core.gpuwatch import Look
 from core.health import Watch
 from core.loop import Limits
@@ -427,6 +428,21 @@ def test_under_wddm_what_is_not_told_stays_unknown(monkeypatch):
         ComputeRunningProcesses=[SimpleNamespace(pid=10, usedGpuMemory=None)],
     )
     assert (found.busy, found.others_busy, found.ours, found.slowed, found.error) == (0.4, None, None, False, "")
+
+
+@pytest.mark.parametrize(
+    ("name", "power", "laptop"),
+    [
+        ("NVIDIA GeForce RTX 2080", Power(True, 100.0), True),  # in a laptop, by its desktop card's name
+        ("NVIDIA GeForce RTX 2080", Power(None, 40.0), True),
+        ("NVIDIA GeForce RTX 2080", Power(), False),
+        (b"NVIDIA GeForce RTX 2080 with Max-Q Design", Power(), True),
+        ("NVIDIA GeForce RTX 4060 Laptop GPU", Power(), True),
+    ],
+)
+def test_a_laptop_is_known_by_its_cards_name_or_its_battery(monkeypatch, name, power, laptop):
+    monkeypatch.setattr("core.facts.LocalFacts.power", lambda self: power)
+    assert looked(monkeypatch, Name=name).laptop is laptop
 
 
 def test_without_nvml_or_a_card_the_look_says_so(monkeypatch):

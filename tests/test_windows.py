@@ -6,6 +6,7 @@ import contextlib
 import os
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from types import SimpleNamespace
 
@@ -13,13 +14,15 @@ import pytest
 from test_hardware import Machine
 
 from backends.rtx.profiles import remarks
-from core import child, facts, files, sandbox_windows, trainer, versions, windows, wire
+from core import child, doctor, facts, files, sandbox_windows, torchbuild, trainer, versions, windows, wire
 from core.doctor import DISTRIBUTIONS, MAX_PYTHON, MIN_PYTHON, _gpu_check
-from core.hardware import probe
+from core.hardware import probe, remedy
 from core.interruptions import Interruptions
+from core.nvml import Nvml
 from core.outcome import Outcome
 from core.places import synced_by
 from core.steady import Steady, departure
+from core.torchbuild import TorchBuild
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -149,8 +152,17 @@ def test_nvml_tells_the_drivers_version(monkeypatch, answer, told):
     assert facts.nvidia_driver() is None
 
 
-def cards(count, lost, monkeypatch):
-    """A pynvml that counts so many cards, of which these are lost: an eGPU that was pulled out."""
+class Mismatch(Exception):
+    """What pynvml raises where the driver does not know the newest of a function: no NVMLError."""
+
+
+CARD = facts.Gpu(0, "NVIDIA GeForce RTX 4060", "GPU-a", 8 * 2**30, 7 * 2**30, (8, 9), "581.29")
+
+
+def cards(count, lost, monkeypatch, driver="581.29", processes=None):
+    """A pynvml that counts so many cards, of which these are lost: an eGPU that was pulled out.
+
+    `processes`: what is called for those that compute; by default it refuses."""
 
     class Lost(Exception):
         pass
@@ -167,12 +179,15 @@ def cards(count, lost, monkeypatch):
     answers = {"Count": count, "MemoryInfo": memory, "CudaComputeCapability": (8, 9), "UUID": "GPU-a"}
     answers |= {"Name": b"NVIDIA GeForce RTX 4060"}
     nvml = SimpleNamespace(NVMLError=Lost, nvmlDeviceGetHandleByIndex=handle)
-    nvml.nvmlSystemGetDriverVersion = lambda: "581.29"
+    nvml.nvmlSystemGetDriverVersion = lambda: driver
     nvml.nvmlInit = nvml.nvmlShutdown = lambda: None
     for name, answer in answers.items():
         setattr(nvml, f"nvmlDeviceGet{name}", lambda *a, answer=answer: answer)
     for name in ("ComputeRunningProcesses", "DisplayActive", "MigMode"):
         setattr(nvml, f"nvmlDeviceGet{name}", refuse)
+    if processes:
+        nvml.NVMLLibraryMismatchError = Mismatch
+        nvml.nvmlDeviceGetComputeRunningProcesses = processes
     monkeypatch.setitem(sys.modules, "pynvml", nvml)
     return facts.LocalFacts().nvidia()
 
@@ -187,6 +202,73 @@ def test_a_card_that_is_lost_hides_no_other_and_is_named(monkeypatch):
     assert [gpu.lost for gpu in cards(2, set(), monkeypatch)] == [(), ()]
     with pytest.raises(facts.GpuProblem, match=r"card 0 of 1 \(GPU is lost\)"):
         cards(1, {0}, monkeypatch)
+
+
+@pytest.mark.parametrize(("used", "others"), [((None, None), 0), ((None, 2**30), 2), ((2**30, 2**20), 2), ((), 0)])
+def test_the_desktops_programs_are_no_processes_that_have_to_be_ended(monkeypatch, used, others):
+    """WDDM lists them among those that compute, and tells the memory of none."""
+    listed = [SimpleNamespace(pid=2**22 + 1 + i, usedGpuMemory=size) for i, size in enumerate(used)]
+    (card,) = cards(1, (), monkeypatch, processes=lambda handle: listed)
+    assert card.processes == others
+    check = _gpu_check(probe(Machine(gpus=[card])))
+    assert ("end them" in check.action, check.ok) == ((True, None) if others else (False, True))
+
+
+def test_a_driver_that_is_too_old_to_list_processes_leads_to_a_newer_one(monkeypatch):
+    def mismatch(*arguments):
+        raise Mismatch("Unversioned function called and the pyNVML version does not match the NVML lib version")
+
+    (card,) = cards(1, (), monkeypatch, driver="472.12", processes=mismatch)
+    assert (card.driver, card.processes) == ("472.12", 0)
+    here = probe(Machine(os=("Windows", "11", "AMD64"), gpus=[card]))
+    assert remedy(here).startswith("update the driver to 525 or newer") and _gpu_check(here).ok
+    monkeypatch.setattr("core.nvml.cuda_uuid", lambda index: "GPU-a")
+    nvml = sys.modules["pynvml"]
+    nvml.nvmlDeviceGetHandleByUUID, nvml.NVML_CLOCK_SM, nvml.NVML_TEMPERATURE_GPU = str, 1, 0
+    for name in ("UtilizationRates", "EnforcedPowerLimit", "CurrentClocksThrottleReasons", "ClockInfo", "MaxClockInfo",
+                 "Temperature", "ProcessUtilization"):  # fmt: skip
+        setattr(nvml, f"nvmlDeviceGet{name}", mismatch)
+    nvml.nvmlDeviceGetMemoryInfo = lambda handle: SimpleNamespace(used=900, free=100)
+    look = Nvml().look("cuda:0", (10,))
+    assert (look.error, look.ours, look.used, look.free) == ("", None, 900, 100)
+
+
+@pytest.mark.parametrize(
+    ("said", "mend"),
+    [
+        ("OSError: [WinError 126] Modul nicht gefunden.", "aka.ms/vs/17/release/vc_redist.x64.exe"),
+        ("OSError: [WinError 127] The specified procedure could not be found.", "vc_redist"),
+        ("OSError: [WinError 1114] A dynamic link library (DLL) initialization routine failed.", "vc_redist"),
+        ("OSError: [WinError 1455] The paging file is too small for this operation to complete.", "page file's size"),
+        ("OSError: [WinError 193] %1 is not a valid Win32 application", "/whl/cu130"),
+        ("ModuleNotFoundError: No module named 'torch._C'", "/whl/cu130"),
+    ],
+)
+def test_what_no_reinstall_mends_is_told_by_windows_number(win32, tmp_path, said, mend):
+    """A torch or a Triton that cannot be loaded; PyPI's torch would be no remedy either, as it has no CUDA."""
+    (tmp_path / "torch.py").write_text(f"import sys; sys.exit({said!r})")
+    win32.setenv("PYTHONPATH", str(tmp_path))
+    here = probe(Machine(os=("Windows", "11", "AMD64"), gpus=[CARD], build=TorchBuild("2.14.1+cu130", "13.0")))
+    (check,) = [c for c in doctor._library_checks(here) if c.name == "torch"]
+    assert check.ok is False and said in check.detail and mend in check.action
+    win32.setattr(doctor.importlib.util, "find_spec", lambda name: name)
+    win32.setattr(doctor, "_said_by_child", lambda *given: said)
+    (check,) = doctor._triton_check(here, "rtx")
+    assert (mend if "whl" not in mend else f'--no-deps "{torchbuild.WINDOWS_TRITON}"') in check.action
+
+
+@pytest.mark.parametrize("system", ["win32", "linux"])
+def test_pypis_torch_is_told_only_where_no_card_is(monkeypatch, system):
+    monkeypatch.setattr(sys, "platform", system)
+    monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: None)
+    card, none = probe(Machine(gpus=[CARD])), probe(Machine())
+    silent = replace(none, gpu_problem="an NVIDIA card does not answer")
+    old = replace(CARD, driver="566.03")
+    for here, index in ((card, "cu130"), (silent, "cu130"), (replace(card, gpus=(old,)), "cu126"), (none, "")):
+        missing = next(c for c in doctor._library_checks(here) if c.name == "torch")
+        for check in (missing, doctor._told_torch("2.9.1 12.8 True", here)):
+            assert check.ok is False and "-m pip install" in check.action
+            assert check.action.endswith(f"/whl/{index}") if index else "index-url" not in check.action
 
 
 @pytest.mark.parametrize(
@@ -349,6 +431,14 @@ def test_the_readmes_powershell_lines_use_nothing_that_powershell_5_lacks():
     # Its usual policy runs no script, and pip.exe cannot replace itself; `py` alone may be a Python without a Triton.
     assert not any(word in block for block in blocks for word in ("Activate", "Scripts\\pip ", "py -m "))
     assert all(re.search(r"^py -3\.1[0-4] -m venv", block, re.M) for block in blocks)
+
+
+def test_no_command_that_is_told_needs_a_shell_that_powershell_5_is_not():
+    """`&&` is an error there, and what `>` writes is UTF-16."""
+    places = [ROOT / "cli.py", *(ROOT / "console").glob("*.py"), *(ROOT / "docs").glob("*.md")]
+    for place in places:
+        text = place.read_text(encoding="utf-8")
+        assert not re.search(r"^(?!#).*\w && \w", text, re.M) and not re.search(r"> *\w+\.py\b", text), place
 
 
 def test_the_pythons_that_are_named_are_those_that_pip_takes():
