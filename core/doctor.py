@@ -439,6 +439,11 @@ def _host_checks(hardware: Hardware) -> Iterator[Check]:
 
 
 def _sleep_check(hardware: Hardware) -> Check:
+    if hardware.wsl:  # what keeps Linux awake in it is nothing to Windows
+        if shutil.which("powershell.exe"):
+            return Check("sleep", True, "`run` asks Windows to stay awake, through its PowerShell")
+        action = "in Windows: powercfg /change standby-timeout-ac 0"
+        return Check("sleep", None, "Windows' PowerShell cannot be called from here, to ask it to stay awake", action)
     tool = {"darwin": "caffeinate", "linux": "systemd-inhibit"}.get(hardware.os)
     if tool is None:
         return Check("sleep", True, "`run` asks Windows to stay awake")
