@@ -65,6 +65,9 @@ def start(order: Order, caches: Path, told: sides.Told) -> sides.Side:
     return sides.Side(*_call(order, caches), told)
 
 
+FOLDERS = ("TMPDIR", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "CUDA_CACHE_PATH")
+
+
 def _call(order: Order, caches: Path) -> tuple[list[str], dict[str, str], Path]:
     """Command, environment and working directory."""
     folder = Path(order.recipe)
@@ -75,4 +78,5 @@ def _call(order: Order, caches: Path) -> tuple[list[str], dict[str, str], Path]:
     given = {**asdict(order), "definitions": str(place / "definitions.py"), "ours": str(project_root())}
     command = [str(interpreter(folder)), "-I", str(place / "side.py"), json.dumps(given)]
     environment = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
-    return command, environment | sides.cache_folders(caches), place
+    folders = sides.cache_folders(caches)  # and none of what children need for theirs: it makes launches dearer
+    return command, environment | {name: folders[name] for name in FOLDERS}, place

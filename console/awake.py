@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from core.apart import apart
-from core.windows import under_wsl
+from core.windows import under_wsl, windows_powershell
 
 STAYS = 1.0 if sys.platform == "win32" else 0.3  # seconds after which a helper that still runs was not refused
 ANSWERS = 20.0  # seconds in which PowerShell starts, on a busy machine
@@ -29,7 +29,6 @@ _FROM_WSL = (
     "if ($k::SetThreadExecutionState(2147483649) -eq 0) { exit 1 }; "
     "[Console]::Out.WriteLine('held'); [void][Console]::In.ReadToEnd()"
 )
-POWERSHELL = "/mnt/c/Windows/System32/WindowsPowerShell/v1.0/powershell.exe"  # where Windows' PATH is not ours
 ENCODED = "-EncodedCommand"
 BY_HAND = "in Windows: powercfg /change standby-timeout-ac 0"
 
@@ -39,7 +38,7 @@ def command(
 ) -> tuple[list[str] | None, str]:
     """The helper for this platform, and what to say: what holds sleep off, or why nothing does."""
     if under_wsl() if wsl is None else wsl:
-        shell = shutil.which("powershell.exe") or shutil.which(POWERSHELL)
+        shell = windows_powershell()
         if shell is None:
             return None, f"sleep is not held off: Windows cannot be asked from here; {BY_HAND}"
         script = base64.b64encode(_FROM_WSL.encode("utf-16-le")).decode()  # no quotes that two systems would read

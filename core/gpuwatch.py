@@ -36,6 +36,7 @@ SLICE = 0.2  # seconds: on Windows a longer wait of the main thread would hold C
 QUIET_LOOKS = 2  # in a row, before it counts as free
 WAIT_MOST = 6 * 3600.0  # seconds
 CLEARLY = 0.9  # of the memory that is needed: what an allocator keeps is not all in use
+NAMED_ALIKE = ("rtx 20", "gtx 16")  # generations whose laptop cards may have a desktop card's name
 LAPTOP = ("laptop", "max-q", "mobile", "notebook")  # in the names of cards
 GIB = 2**30
 
@@ -253,8 +254,10 @@ def in_use(look: Look, needed: int = 0) -> str:
 
 def is_laptop(card: str, battery: bool = False) -> bool:
     """By the card's name: "NVIDIA GeForce RTX 4060 Laptop GPU", "NVIDIA GeForce RTX 2080 with Max-Q Design". Others of
-    that generation have a desktop card's name in a laptop too, so a battery in the machine tells as well."""
-    return battery or any(word in card.lower() for word in LAPTOP)
+    that generation have a desktop card's name in a laptop too: of these a battery in the machine tells, which may be a
+    mouse's or a UPS's and says nothing of others."""
+    name = card.lower()
+    return any(word in name for word in LAPTOP) or (battery and any(word in name for word in NAMED_ALIKE))
 
 
 def used_by_others(look: Look) -> float:

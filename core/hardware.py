@@ -156,6 +156,11 @@ def _apple(facts: Facts) -> tuple[str, bool]:
     return (brand, emulated) if brand.startswith("Apple") or emulated else ("", False)
 
 
+def usable_cores(facts: Facts) -> int:
+    """Physical cores that this process may use."""
+    return _cores(facts, facts.system()[0].lower())[0]
+
+
 def _cores(facts: Facts, os_name: str) -> tuple[int, int, str]:
     """(usable physical cores, usable logical processors, why so many)."""
     physical, logical = facts.cores()

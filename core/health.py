@@ -14,6 +14,7 @@ import psutil
 from core import gpuwatch, trees
 from core.apple import conditions
 from core.facts import LocalFacts
+from core.hardware import usable_cores
 from core.interruptions import Interruptions
 from core.nvml import Nvml
 
@@ -58,8 +59,8 @@ class Watch:
 
     def report(self) -> dict[str, Any]:
         """JSON. `others_cores`: how many cores other processes kept busy on average, `loop_cores`: how many of these
-        were this process and what it started beside the training, a researcher for example; `cores`: the machine's.
-        Empty when ours is gone."""
+        were this process and what it started beside the training, a researcher for example; `cores`: the machine's,
+        where all of them are ours to use. Empty when ours is gone."""
         card = self._card.report() if self._card else {}
         wall = max(1e-3, time.monotonic() - self._started)
         busy = _busy_seconds() - self._all
@@ -72,7 +73,7 @@ class Watch:
             "others_cores": round(max(0.0, busy - ours) / wall, 3),
             "loop_cores": round(max(0.0, beside) / wall, 3),
             "our_cores": round(ours / wall, 3),
-            "cores": psutil.cpu_count(logical=False) or psutil.cpu_count() or 1,
+            **_whole_machine(),
             "load": list(os.getloadavg()) if hasattr(os, "getloadavg") else [],
             "cpu_mhz_before": self._clock,
             "cpu_mhz_after": _clock(),
@@ -81,6 +82,12 @@ class Watch:
             **({"card": card, "tainted": card["tainted"]} if card else {}),
             **({"conditions": conditions(LocalFacts())} if sys.platform == "darwin" else {}),
         }
+
+
+def _whole_machine() -> dict[str, int]:
+    """Its cores; nothing in a container or under an affinity that gives us a part, as others are counted in all."""
+    ours = usable_cores(LocalFacts())
+    return {"cores": ours} if ours == psutil.cpu_count(logical=False) else {}
 
 
 def _busy_seconds() -> float:

@@ -15,6 +15,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Collection
+from contextlib import suppress
 from pathlib import Path
 
 from core import caches as cache_files
@@ -62,8 +63,9 @@ class Products:
         or, where it left nothing, one before that; None where there was none. It goes with the work folder."""
         kept = self.workdir(number).with_name(f"{number}.caches")
         if caches is not None and caches.parent == self.workdir(number) and caches.is_dir():
-            remove(kept)
-            caches.replace(kept)
+            with suppress(OSError):  # something holds a file of them: what they save is compiled again
+                remove(kept)
+                replace_open(caches, kept)
         return kept if kept.is_dir() else None
 
     def keep(self, number: int, weights: Path | None, caches: Path | None) -> None:

@@ -31,6 +31,7 @@ from core.data import Dataset
 from core.deciding import AGAIN, STATISTICAL, Deciding
 from core.errors import Busy, LabError, UserError
 from core.executor import Executor
+from core.files import remove
 from core.idle import Idle
 from core.lab import Lab
 from core.ledger import Experiment
@@ -191,6 +192,7 @@ class Loop:
             said = self._deciding.decide(e).status
             return f"#{number} was measured and " + ("waits for another run" if said in WAITS else "is decided now")
         if action == "repeat":
+            remove(self.lab.products.workdir(number))  # what was cut off there is nothing to begin the next run with
             self.ledger.requeue(number, "its process was ended while it ran; it will be repeated", counts=True)
             return f"#{number} was cut off and will be repeated"
         reason = f"the process was ended {e.attempts} times while this ran; given up"

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ctypes
 import platform
+import shutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,6 +22,13 @@ _RESTART_KEYS = (  # each exists only while a restart is due
 def under_wsl(release: str | None = None) -> bool:
     """Whether this is Linux inside Windows (WSL2), by the kernel's release, by default the one that runs."""
     return "microsoft" in (platform.release() if release is None else release).lower()
+
+
+def windows_powershell() -> str | None:
+    """Windows' own PowerShell as WSL2 sees it, also where Windows' PATH is not added to ours."""
+    return shutil.which("powershell.exe") or shutil.which(
+        "/mnt/c/Windows/System32/WindowsPowerShell/v1.0/powershell.exe"
+    )
 
 
 def restart_pending() -> bool:

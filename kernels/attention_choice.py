@@ -187,9 +187,10 @@ def _file(case: Case) -> str:
 
 def key(case: Case) -> str:
     """Names the case without its rows, the card, what can do it, and the versions of what computes: where one is
-    installed that was not there, or is another, it is measured anew."""
+    installed that was not there, or is another, it is measured anew. What splits a graph is never taken, and children
+    do not see it: it does not count."""
     card = torch.cuda.get_device_name(case.device) if case.device.type == "cuda" else case.device.type
-    able = sorted(name for name, why in available(case).items() if not why)
+    able = sorted(name for name, why in available(case).items() if not why and PEERS[name].whole)
     versions = [
         torch.__version__,
         _triton(),

@@ -306,10 +306,26 @@ def test_on_a_card_a_change_of_kernels_or_of_their_peers_is_one_of_what_measures
 def test_a_card_that_cannot_be_opened_now_is_waited_for(monkeypatch, said, kind):
     device = pytest.importorskip("backends.cuda.device")
 
-    def refuse(*given):
+    rtx = pytest.importorskip("backends.rtx.device")
+
+    def refuse(*given, **more):
         raise RuntimeError(said)
 
-    monkeypatch.setattr(device.torch.cuda, "set_device", lambda index: None)
-    monkeypatch.setattr(device.torch.cuda, "mem_get_info", refuse)
-    with pytest.raises(kind, match="cannot be opened now" if kind is DeviceFull else "illegal"):
-        device.open_context(2**31)
+    for name, answer in {
+        "init": None,
+        "is_available": True,
+        "set_device": None,
+        "get_device_capability": (8, 6),
+    }.items():
+        monkeypatch.setattr(device.torch.cuda, name, lambda *a, answer=answer: answer)
+    monkeypatch.setattr(device.torch.cuda, "set_per_process_memory_fraction", lambda share: None)
+    expected = pytest.raises(kind, match="cannot be opened now" if kind is DeviceFull else "illegal")
+    with monkeypatch.context() as patch:
+        patch.setattr(device.torch.cuda, "mem_get_info", refuse)
+        for opened in (device, rtx):
+            with expected:
+                opened.open_device()
+    monkeypatch.setattr(device.torch.cuda, "mem_get_info", lambda: (2**33, 2**33))
+    monkeypatch.setattr(rtx.torch, "ones", refuse)  # another program has taken it meanwhile
+    with expected:
+        rtx.open_device()

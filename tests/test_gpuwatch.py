@@ -436,6 +436,7 @@ def test_under_wddm_what_is_not_told_stays_unknown(monkeypatch):
         ("NVIDIA GeForce RTX 2080", Power(True, 100.0), True),  # in a laptop, by its desktop card's name
         ("NVIDIA GeForce RTX 2080", Power(None, 40.0), True),
         ("NVIDIA GeForce RTX 2080", Power(), False),
+        ("NVIDIA GeForce RTX 4090", Power(None, 80.0), False),  # a mouse's battery, or a UPS's
         (b"NVIDIA GeForce RTX 2080 with Max-Q Design", Power(), True),
         ("NVIDIA GeForce RTX 4060 Laptop GPU", Power(), True),
     ],

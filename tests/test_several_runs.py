@@ -417,6 +417,30 @@ def test_a_run_starts_from_what_the_one_before_it_of_its_recipe_compiled(night):
     check(night)
 
 
+class Cut(Exception):
+    """The process ends here."""
+
+
+class HalfCopied(Compiling):
+    """Its third run is cut off while what it compiled is copied."""
+
+    def execute(self, request, on_event, stop):
+        if len(self.found) < 2:
+            return super().execute(request, on_event, stop)
+        (request.workdir / "caches-scorer").mkdir(parents=True)
+        (request.workdir / "caches-scorer" / "half").touch()
+        raise Cut
+
+
+def test_what_a_run_that_was_cut_off_left_half_copied_is_not_begun_with(night):
+    with pytest.raises(Cut):
+        loop_of(night, HalfCopied(), Ideas(2.0)).run(Limits(experiments=1))
+    executor = Compiling()
+    loop_of(night, executor, Ideas(2.0)).run(Limits(experiments=1))
+    assert executor.found[0] == ("1", ["of 2"])
+    check(night)
+
+
 def test_a_confirmation_decides_nothing(night):
     executor = Machine()
     loop = loop_of(night, executor, Ideas(2.0))

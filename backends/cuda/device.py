@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -135,7 +136,9 @@ def open_device() -> CudaDevice:
     """Sets this process up for work on the card; UserError where the card cannot be worked on."""
     _require_driver()
     os.environ.update(allocator.settings(os.environ))  # children have it from their start
-    open_context(LEAST_FREE)
+    with opening(LEAST_FREE):  # which takes some 500 MB of the card
+        torch.cuda.set_device(0)
+        torch.cuda.mem_get_info()
     name, capability = torch.cuda.get_device_name(), torch.cuda.get_device_capability()
     if capability < LEAST_CAPABILITY:
         fact = f"{name} has compute capability {capability[0]}.{capability[1]}; the cuda backend needs 8.0 or newer"
@@ -149,12 +152,12 @@ def open_device() -> CudaDevice:
     return CudaDevice(choose_dtype(capability))
 
 
-def open_context(needed: int) -> None:
-    """Opens the card for this process, which takes some 500 MB of it; `DeviceFull` where they are not there, or where
-    it is set to serve one process at a time and serves another."""
+@contextmanager
+def opening(needed: int) -> Iterator[None]:
+    """`DeviceFull` where what this process needs of the card by itself is not there, or where the card is set to serve
+    one process at a time and serves another."""
     try:
-        torch.cuda.set_device(0)
-        torch.cuda.mem_get_info()
+        yield
     except RuntimeError as error:
         said = next(iter(str(error).splitlines()), type(error).__name__)
         if not out_of_memory(error) and "unavailable" not in said:

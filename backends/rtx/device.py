@@ -9,7 +9,7 @@ import sys
 
 import torch
 
-from backends.cuda.device import CudaDevice, open_context
+from backends.cuda.device import CudaDevice, opening
 from backends.rtx.cards import SOURCE, known
 from core import allocator
 from core.allocator import cap, margin
@@ -68,7 +68,9 @@ def open_device() -> RtxDevice:
     os.environ.update(allocator.settings(os.environ))
     if not torch.cuda.is_available():
         raise no_cuda()
-    open_context(margin() + LEAST)
+    with opening(margin() + LEAST):
+        torch.cuda.set_device(0)
+        torch.cuda.mem_get_info()
     dtype = choose_dtype(torch.cuda.get_device_capability())
     free, total = torch.cuda.mem_get_info()
     free = allocator.really_free(free, os.environ)
@@ -83,5 +85,6 @@ def open_device() -> RtxDevice:
     # What the first operator of ours and the first product load, which would be the recipe's seconds where nothing is
     # compiled (Windows without Triton).
     importlib.import_module("torch._dynamo")
-    torch.ones(16, 16, device="cuda").mm(torch.ones(16, 16, device="cuda"))
+    with opening(margin() + LEAST):
+        torch.ones(16, 16, device="cuda").mm(torch.ones(16, 16, device="cuda"))
     return RtxDevice(dtype, limit)

@@ -71,6 +71,29 @@ def twice_in_one_store(X, N, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def stored_by_two(X, N, BLOCK: tl.constexpr):
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    other = tl.program_id(0) * BLOCK + BLOCK - 1 - tl.arange(0, BLOCK)
+    tl.store(X + at, 1.0, mask=at < N)
+    tl.store(X + other, 2.0, mask=other < N)
+
+
+@triton.jit
+def read_by_all_stored_by_one(X, N, BLOCK: tl.constexpr):
+    start = tl.program_id(0) * BLOCK
+    at = start + tl.arange(0, BLOCK)
+    first = tl.load(X + start + tl.arange(0, BLOCK) * 0, mask=at < N, other=0.0)
+    tl.store(X + at, first + 1, mask=at < N)
+
+
+@triton.jit
+def read_after_adding(X, N, BLOCK: tl.constexpr):
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.atomic_add(X + at, 1.0, mask=at < N)
+    tl.store(X + at, tl.load(X + at, mask=at < N) * 2, mask=at < N)
+
+
+@triton.jit
 def no_multiple(X, N, BLOCK: tl.constexpr):
     start = tl.multiple_of(tl.program_id(0) * BLOCK, 2 * BLOCK)
     at = start + tl.arange(0, BLOCK)
@@ -93,6 +116,9 @@ def of_its_own_block(X, N, BLOCK: tl.constexpr):
         (stored_beside_atomics, "race: a program"),
         (turned_round, "lanes: one stores what another"),
         (twice_in_one_store, "lanes: two of one store"),
+        (stored_by_two, "lanes: one stores what another of the program has stored"),
+        (read_by_all_stored_by_one, "lanes: one stores what another of the program has read"),
+        (read_after_adding, "lanes: the program reads what it adds to"),
         (no_multiple, "promise: a multiple of [32]"),
         (of_its_own_block, None),
     ],

@@ -3,10 +3,12 @@
 The interpreter runs the programs of a launch one after another and reads whatever lies at an address, so it computes
 what is wanted where a card would not. `watched()` finds, for every load, store and atomic of every program:
 
-- outside: an address in none of the launch's arguments. They are copied apart, with nothing that is theirs between.
+- outside: an address in the storage of none of the launch's arguments. Storages are copied apart, with nothing that is
+  theirs between; what lies beyond a view and within its storage is not told.
 - race: what one program writes, another reads or writes in the same launch, unless both add to it atomically.
 - lanes: within a program, an element that one lane reads or writes and another lane writes, with no barrier that
-  Triton would have to set; or two lanes of one store that write the same element.
+  Triton would have to set; two lanes of one store that write the same element; an element that is added to atomically
+  and read or stored otherwise.
 - undefined: an element of a `torch.empty` that is read before anything is written there.
 - promise: a `tl.multiple_of` that is not true, on which the compiler would build.
 
@@ -105,12 +107,16 @@ class Watch:
         me = self.program
         self._others(place.writer[where], "race: a program reads what another stores")
         self._others(place.adder[where], "race: a program reads what another adds to")
-        mine = place.writer[where] == me
-        if (mine & (place.write_lane[where] != lanes)).any():
+        if ((place.writer[where] == me) & (place.write_lane[where] != lanes)).any():
             self.say("lanes: one reads what another of the program has stored")
+        if (place.adder[where] == me).any():
+            self.say("lanes: the program reads what it adds to atomically")
         before = place.reader[where]
+        other = (before == me) & (place.read_lane[where] != lanes)
         place.reader[where] = np.where((before == NOBODY) | (before == me), me, SEVERAL)
-        place.read_lane[where] = lanes
+        place.read_lane[where] = np.where(other, SEVERAL, lanes)
+        elements, times = np.unique(where, return_counts=True)
+        place.read_lane[elements[times > 1]] = SEVERAL  # one load, in which several lanes read them
         raw = np.ascontiguousarray(values.data).ravel()[lanes].view(np.uint8).reshape(len(lanes), -1)
         if (raw == POISON).all(1).any():
             self.say("undefined: an element is read that nothing was written to")
@@ -125,9 +131,12 @@ class Watch:
         self._others(place.writer[where], "race: two programs store to one element")
         self._others(place.reader[where], "race: a program stores what another reads")
         self._others(place.adder[where], "race: a program stores what another adds to")
-        mine = place.reader[where] == me
-        if (mine & (place.read_lane[where] != lanes)).any():
+        if ((place.reader[where] == me) & (place.read_lane[where] != lanes)).any():
             self.say("lanes: one stores what another of the program has read")
+        if ((place.writer[where] == me) & (place.write_lane[where] != lanes)).any():
+            self.say("lanes: one stores what another of the program has stored")
+        if (place.adder[where] == me).any():
+            self.say("lanes: the program stores what it adds to atomically")
         place.writer[where], place.write_lane[where] = me, lanes
 
     def add(self, pointers: Any, mask: Any) -> None:
