@@ -19,6 +19,7 @@ import json
 import os
 import runpy
 import shutil
+from collections.abc import Callable
 from importlib import machinery, util
 from types import CodeType
 from typing import Any
@@ -68,20 +69,25 @@ def show_packages(folders: list[str], names: frozenset[str]) -> None:
 
 def copy_across_folders() -> None:
     """Landlock's first ABI refuses every rename from one folder to another, which compile caches are made by."""
-    rename = os.replace
+    os.replace = os.rename = Copying(os.replace)  # type: ignore[assignment]
 
-    def replace(src: Any, dst: Any, **options: Any) -> None:
+
+class Copying:
+    """An object, not a function: pathlib of Python 3.10 keeps os.rename in a class, where a function becomes a method."""
+
+    def __init__(self, rename: Callable[..., None]) -> None:
+        self.rename = rename
+
+    def __call__(self, src: Any, dst: Any, **options: Any) -> None:
         try:
-            rename(src, dst, **options)
+            self.rename(src, dst, **options)
         except OSError as problem:
             if problem.errno != errno.EXDEV or options:
                 raise
             beside = f"{os.fspath(dst)}.{os.getpid()}.moving"
             shutil.copyfile(src, beside)
-            rename(beside, dst)
+            self.rename(beside, dst)
             os.unlink(src)
-
-    os.replace = os.rename = replace  # type: ignore[assignment]
 
 
 def main() -> None:

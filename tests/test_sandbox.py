@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import array
+import errno
 import json
 import os
 import secrets
@@ -19,7 +20,7 @@ from typing import Any
 
 import pytest
 
-from core import attacks, landlock, paths, readable, sandbox, sandbox_macos, seccomp, selfcheck
+from core import attacks, inside, landlock, paths, readable, sandbox, sandbox_macos, seccomp, selfcheck
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="Landlock, seccomp and namespaces are Linux's")
 REFEREE = Path(__file__).with_name("sandboxed_referee.py")
@@ -485,3 +486,20 @@ def test_nothing_is_left_behind(scratch: Path) -> None:
         run(scratch, "")
     assert count()[0] == before[0]
     assert [g for p in sandbox.cgroups.places() for g in p.folder.glob(f"autoresearch-{os.getpid()}-*")] == []
+
+
+def test_a_rename_that_copies_is_no_method_where_a_class_keeps_it(tmp_path: Path) -> None:
+    """As pathlib's accessor does in Python 3.10, through which torch's compiler renames."""
+
+    def refuse_elsewhere(src: str, dst: str) -> None:
+        if Path(src).parent != Path(dst).parent:
+            raise OSError(errno.EXDEV, "Invalid cross-device link")
+        Path(src).rename(dst)
+
+    class Accessor:
+        rename = inside.Copying(refuse_elsewhere)
+
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "file").write_text("kept")
+    Accessor().rename(tmp_path / "a" / "file", tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "kept" and not list((tmp_path / "a").iterdir())

@@ -224,6 +224,8 @@ def test_the_wall_holds_without_the_lint(
         request.applymarker(pytest.mark.xfail(reason=OPEN[name], strict=False))
     cheat = read(name, dataset)
     limits = {"warmup_cap": 5.0} if name.startswith("hang_") else {}
+    if name == "memory_eaten":  # beside other tests it takes seconds to eat it
+        limits = {"budget": MOST_SECONDS}
     outcome = judge(cheat.source, lint=not cheat.lint, looks=ALL_LOOKED or name in LOOKED, settings=limits)
     if name in ("state_between_runs", "cache_poisoned"):  # whoever comes after finds nothing
         outcome = judge(cheat.source, lint=False, looks=ALL_LOOKED, caches=outcome.caches)
