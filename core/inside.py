@@ -73,7 +73,7 @@ def copy_across_folders() -> None:
 
 
 class Copying:
-    """An object, not a function: pathlib of Python 3.10 keeps os.rename in a class, where a function becomes a method."""
+    """No function: pathlib of Python 3.10 keeps os.rename in a class, where a function becomes a method."""
 
     def __init__(self, rename: Callable[..., None]) -> None:
         self.rename = rename
