@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -47,8 +48,9 @@ def attention(order: Order, dtype: torch.dtype, window: int, head: int) -> Itera
     case = Case(2, order.context, order.heads, order.heads // 2, head, window, dtype, torch.device(order.device))
     q, k, v, cos, sin = inputs(case)
     wide = [x.detach().double() for x in (q, k, v, cos, sin)]
-    wanted = gradients(reference, tuple(wide[:3]), *wide[3:], window)
-    found = gradients(attention, (q, k, v), cos, sin, window)
+    dy = output_gradient(q)  # whose shape the output has
+    wanted = gradients(reference, tuple(wide[:3]), *wide[3:], window, dy=double(dy))
+    found = gradients(attention, (q, k, v), cos, sin, window, dy=dy)
     yield compare(f"attention, heads of {head}, window {window} of {order.context}", found, wanted, dtype)
 
 
@@ -61,8 +63,9 @@ def mlp(order: Order, dtype: torch.dtype) -> Iterator[Row]:
         normal(4 * C, C, scale=C**-0.5, dtype=dtype),
         normal(C, 4 * C, scale=C**-0.5, dtype=dtype),
     )
-    wanted = gradients(linear_relu2.reference, tuple(x.double() for x in given))
-    yield compare("mlp", gradients(linear_relu2.mlp, given), wanted, dtype)
+    dy = output_gradient(given[0])  # whose shape the output has
+    wanted = gradients(linear_relu2.reference, tuple(x.double() for x in given), dy=double(dy))
+    yield compare("mlp", gradients(linear_relu2.mlp, given, dy=dy), wanted, dtype)
 
 
 def residual_norm(order: Order, dtype: torch.dtype) -> Iterator[Row]:
@@ -188,17 +191,27 @@ def gradients(
 
 def output_gradient(y: Tensor) -> Tensor | None:
     """From -1 to 1 over all elements; None for a scalar. Of large outputs it takes as long as a kernel: whoever times
-    makes it once."""
+    makes it once.
+
+    Counted in float64: in float16 the count of elements itself overflows beyond 65,504, and most were no numbers.
+    """
     if not y.dim():
         return None
-    return torch.linspace(-1, 1, y.numel(), device=y.device, dtype=y.dtype).view(y.shape)
+    return torch.linspace(-1, 1, y.numel(), device=y.device, dtype=torch.float64).to(y.dtype).view(y.shape)
+
+
+def double(dy: Tensor | None) -> Tensor | None:
+    """The rounded one for the reference too: its rounding is no error of a kernel's."""
+    return None if dy is None else dy.double()
 
 
 def error(found: Tensor, wanted: Tensor) -> float:
     """Root mean square of the difference, as a share of that of what is wanted. Where that is zeros, as on a card that
-    computes nothing, equal zeros are no proof: 1."""
+    computes nothing, equal zeros are no proof: 1. Where something is no number, infinite: a comparison with NaN is
+    false, and the largest of several errors, one of them NaN, may be any of them."""
     difference, size = (x.double().square().mean().sqrt() for x in (found.double() - wanted.double(), wanted))
-    return float(difference / size) if size > 0 else 1.0
+    share = float(difference / size) if size != 0 else 1.0
+    return share if math.isfinite(share) else math.inf
 
 
 def compare(

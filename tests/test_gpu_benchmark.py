@@ -125,6 +125,22 @@ def test_the_output_gradient_is_made_once_for_all_that_is_timed(monkeypatch):
     assert made == [(3, 2)] and rows[-1]["side"] == "ratio"
 
 
+@pytest.mark.parametrize("side", ["found", "wanted"])
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
+def test_what_is_no_number_fails(side, wrong):
+    """Also where another of the tensors is right: the larger of 0.001 and NaN is 0.001 to Python."""
+    good, bad = torch.ones(4), torch.tensor([1.0, wrong, 1.0, 1.0])
+    found, wanted = ([good, bad], [good, good]) if side == "found" else ([good, good], [good, bad])
+    row = gpu_correctness.compare("one", found, wanted, torch.float16)
+    assert row["passed"] is False and row["error"] == float("inf")
+    assert gpu_correctness.compare("one", [good], [good], torch.float16)["passed"]
+
+
+def test_the_output_gradient_of_many_halves_is_finite():
+    dy = gpu_correctness.output_gradient(torch.empty(2**10, 2**11, dtype=torch.float16))
+    assert dy.dtype == torch.float16 and dy.isfinite().all() and (float(dy.min()), float(dy.max())) == (-1.0, 1.0)
+
+
 def test_tolerances_are_those_of_the_bench():
     for ours, benchs in (("TOLERANCE", kernel_cases.TOLERANCE), ("MUON_TOLERANCE", kernel_cases.MUON_TOLERANCE)):
         assert {str(k)[6:]: v for k, v in getattr(gpu_correctness, ours).items()} == benchs
