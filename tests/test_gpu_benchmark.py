@@ -141,6 +141,36 @@ def test_the_output_gradient_of_many_halves_is_finite():
     assert dy.dtype == torch.float16 and dy.isfinite().all() and (float(dy.min()), float(dy.max())) == (-1.0, 1.0)
 
 
+def test_a_kernel_that_fails_leaves_the_others(monkeypatch):
+    def breaks(*_):
+        raise RuntimeError("PassManager::run failed\nmore")
+
+    monkeypatch.setattr("kernels.linear_relu2.mlp", breaks)
+    monkeypatch.setattr(gpu_correctness, "attention", lambda name, *_: {"kernel": name})
+    monkeypatch.setattr(gpu_correctness, "muon", lambda name, *_, of: {"kernel": name})
+    found = list(gpu_correctness.correctness(SMOKE))
+    broken = [row for row in found if row["kernel"] == "mlp"]
+    assert [row["failed"] for row in broken] == ["RuntimeError: PassManager::run failed"] * 2
+    assert not any(row["passed"] for row in broken) and found[-1]["kernel"].startswith("muon")
+
+
+def test_a_step_that_fails_is_repeated_with_tritons_attention(monkeypatch):
+    real, asked = gpu_sections.recipe, []
+
+    def recipe(order, **constants):
+        asked.append(constants)
+        if not constants:
+            raise RuntimeError("no kernel image is available")
+        return real(order, ATTENTION="reference")  # as the interpreter is not on here
+
+    monkeypatch.setattr(gpu_sections, "recipe", recipe)
+    monkeypatch.setattr(gpu_sections, "steps", lambda order, one: iter([{"ms": 1.0}]))
+    first, *others = gpu_sections.step(SMOKE)
+    assert first["failed"].endswith("no kernel image is available") and first["passed"] is False
+    assert asked == [{}, {"ATTENTION": "triton"}]
+    assert others[0]["ms"] == 1.0 and all("triton" in row["repeated"] for row in [first, *others])
+
+
 def test_tolerances_are_those_of_the_bench():
     for ours, benchs in (("TOLERANCE", kernel_cases.TOLERANCE), ("MUON_TOLERANCE", kernel_cases.MUON_TOLERANCE)):
         assert {str(k)[6:]: v for k, v in getattr(gpu_correctness, ours).items()} == benchs
