@@ -51,7 +51,7 @@ def attempt(name: str, check: Callable[[], Row], dtype: torch.dtype | None = Non
     """What the check finds; where it cannot end, a row that says why, and the checks behind it still run."""
     try:
         return check()
-    except Exception as error:  # Triton's, its compilers', the driver's and torch's own share no base but this
+    except Exception as error:  # noqa: BLE001 - Triton's, the driver's and torch's own share no base but this
         row = {"kernel": name} | ({"dtype": str(dtype)[6:]} if dtype else {})
         return row | {"failed": first_line(error), "passed": False}
 

@@ -10,6 +10,7 @@ import json
 import statistics
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -33,6 +34,8 @@ from kernels.pinned import PinnedSlots, later
 REPEATS, WARMUP = (15, 3) if torch.cuda.is_available() else (1, 1)
 LAST_LEVEL_CACHE = 128 * 2**20  # bytes, more than any card has: inputs are rotated so that none lies in it
 SEED = 42  # of the weights
+MARKS = (10, 50, 100)  # steps after which there is a row, beside the last
+SPARE = 10.0  # seconds of the section left when it makes no further step
 
 
 # --- measuring --------------------------------------------------------------------------------
@@ -264,7 +267,7 @@ def step(order: Order) -> Iterator[Row]:
     try:
         yield from our_steps(order)
         return
-    except Exception as error:  # Triton's, CUTLASS's, the packages' and the driver's own share no base but this
+    except Exception as error:  # noqa: BLE001 - Triton's, the packages' and the driver's own share no base but this
         failed = first_line(error)
     gc.collect()  # the error is gone, and with it the frames that held the training
     if torch.cuda.is_available():
@@ -370,26 +373,42 @@ def _flex(order: Order) -> Callable[..., Tensor]:
 
 
 def steps(order: Order, one: Callable[[Tokens, float], Tensor]) -> Iterator[Row]:
-    """The first step compiles what the sections before have not, and is told apart. As in a trainer a loss is read when
-    the next step is queued, and waits for its own step alone."""
-    tokens, losses, marks = Tokens(order), [], [time.perf_counter()]
+    """What there is after some of the steps and after the last: a section that is cut leaves the rows before. It stops
+    by itself when its time ends; the schedule is that of all steps nonetheless, so that sides which made different
+    counts of them can be compared where both were.
+
+    The first step compiles what the sections before have not, and is told apart. As in a trainer a loss is read when
+    the next step is queued, and waits for its own step alone; so do the rows.
+    """
+    tokens, marks, reads = Tokens(order), [time.perf_counter()], deque[Callable[[], np.ndarray]]()
     for i in range(order.steps):
-        losses.append(later(one(tokens, i / order.steps)))
+        reads.append(later(one(tokens, i / order.steps)))
         if i:
-            losses[-2]()
+            loss = float(reads.popleft()())
         marks.append(time.perf_counter())
+        if i in MARKS and i < order.steps - 1:
+            yield after(order, i, marks[: i + 1], loss)
+        if order.ends and time.time() > order.ends - SPARE:
+            break
+    loss = float(reads.popleft()())
     synchronize()
+    yield after(order, len(marks) - 1, marks, loss)
+
+
+def after(order: Order, done: int, marks: list[float], loss: float) -> Row:
+    """The row after so many steps, begun and ended at `marks`; `loss` is the last one's."""
     seconds = np.diff(marks)
+    median = float(np.median(seconds[len(seconds) // 2 :]))
     row: Row = {
-        "ms": 1e3 * float(np.median(seconds[len(seconds) // 2 :])),
-        "tokens_per_second": order.tokens / float(np.median(seconds[len(seconds) // 2 :])),
+        "steps": done,
+        "of": order.steps,
+        "ms": 1e3 * median,
+        "tokens_per_second": order.tokens / median,
         "first_seconds": float(seconds[0]),
     }
     if torch.cuda.is_available():
         row["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
-    for i in sorted({order.steps // 4, order.steps // 2, order.steps - 1}):
-        row[f"loss at {i + 1}"] = float(losses[i]())
-    yield row
+    return row | {"loss": loss}
 
 
 SECTIONS: dict[str, Callable[[Order], Iterator[Row]]] = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -171,6 +172,34 @@ def test_a_step_that_fails_is_repeated_with_tritons_attention(monkeypatch):
     assert others[0]["ms"] == 1.0 and all("triton" in row["repeated"] for row in [first, *others])
 
 
+def steps(monkeypatch, count, ends=0.0, takes=0.0):
+    """Rows of steps whose loss is how many there were before, by a clock that goes on by `takes` in each."""
+    clock, seen = [1000.0], []
+
+    def one(tokens, progress):
+        clock[0] += takes
+        seen.append(progress)
+        return torch.tensor(float(len(seen) - 1))
+
+    monkeypatch.setattr(gpu_sections.time, "time", lambda: clock[0])
+    rows = list(gpu_sections.steps(replace(SMOKE, steps=count, ends=ends), one))
+    return rows, seen
+
+
+def test_steps_tell_what_there_is_on_the_way(monkeypatch):
+    rows, _ = steps(monkeypatch, 120)
+    assert [(row["steps"], row["loss"]) for row in rows] == [(10, 9.0), (50, 49.0), (100, 99.0), (120, 119.0)]
+    assert all(row["ms"] > 0 and row["first_seconds"] > 0 for row in rows)
+    assert [row["steps"] for row in steps(monkeypatch, 100)[0]] == [10, 50, 100]
+    assert [row["steps"] for row in steps(monkeypatch, 3)[0]] == [3]
+
+
+def test_steps_end_in_time_and_keep_to_the_schedule_of_all(monkeypatch):
+    rows, seen = steps(monkeypatch, 100, ends=1040.0, takes=1.0)
+    assert [(row["steps"], row["of"], row["loss"]) for row in rows] == [(10, 100, 9.0), (31, 100, 30.0)]
+    assert seen == [i / 100 for i in range(31)]
+
+
 def test_tolerances_are_those_of_the_bench():
     for ours, benchs in (("TOLERANCE", kernel_cases.TOLERANCE), ("MUON_TOLERANCE", kernel_cases.MUON_TOLERANCE)):
         assert {str(k)[6:]: v for k, v in getattr(gpu_correctness, ours).items()} == benchs
@@ -194,14 +223,56 @@ def test_one_that_hangs_is_ended():
 
 
 def test_nine_minutes_at_most(tmp_path, monkeypatch):
-    """And ten and a half beside an upstream: every section has its time. One that finds none left says so."""
-    assert list(LIMITS).index("run") < list(LIMITS).index("rtx")
-    for names in (list(LIMITS), [n for n in LIMITS if n != "upstream"]):
-        assert sum(LIMITS[n] for n in names) <= gpu.total(names) <= (630 if "upstream" in names else 540)
+    """Also beside an upstream: every section has its time. One that finds none left says so."""
+    order = list(LIMITS)
+    assert order.index("upstream") == order.index("step") + 1 and order.index("run") < order.index("rtx")
+    assert sum(LIMITS.values()) <= gpu.TOTAL <= 540
     monkeypatch.setattr(gpu, "TOTAL", 0.01)
     assert gpu.measure(SMOKE, ["facts", "step"], tmp_path) == 1
     rows = json.loads((tmp_path / "results.json").read_text())["rows"]
     assert [row["failed"] for row in rows] == ["not done within 0 s"] * 2
+
+
+def test_rows_are_kept_as_they_come(tmp_path, monkeypatch):
+    """Whoever is killed in a section has lost nothing of it, and leaves no process behind."""
+    code = "import time; print('{\"time\": 1}', flush=True); time.sleep(60)"
+    monkeypatch.setattr(gpu.sys, "executable", printer(tmp_path, code))
+    monkeypatch.setattr(gpu, "POLL", 0.05)
+    rows = run_section("facts", SMOKE, 50)
+    began = time.monotonic()
+    assert next(rows) == {"section": "facts", "time": 1}
+    rows.close()
+    assert time.monotonic() - began < 30
+
+    def interrupted(name, *_):
+        yield {"section": name, "time": 1}
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(gpu, "run_section", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        gpu.measure(SMOKE, ["facts"], tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["rows"] == [{"section": "facts", "time": 1}]
+    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["results.json", "results.md"]
+
+
+def test_what_is_compiled_lies_outside_and_goes(tmp_path, monkeypatch):
+    given = []
+    monkeypatch.setattr(gpu, "run_section", lambda *a: given.append((a[3], a[3].is_dir())) or iter(()))
+    gpu.measure(SMOKE, ["facts", "step"], tmp_path)
+    (first, was), second = given
+    assert was and second == (first, True), "one section finds what the one before compiled"
+    assert not first.exists() and not first.is_relative_to(tmp_path)
+
+
+def test_both_sides_are_compared_after_equal_steps():
+    ours = [{"section": "step", "steps": n, "ms": 2.0, "peak_gib": 3.0, "loss": 5.0 - n / 100} for n in (10, 50, 100)]
+    peer = [{"section": "upstream", "steps": n, "ms": 3.0, "peak_gib": 6.0, "loss": 5.0} for n in (10, 50, 73)]
+    assert gpu.ratios([*ours, {"section": "step", "failed": "x"}, *peer]) == [
+        {"section": "upstream", "steps": 50, "step_ratio": 1.5},
+        {"section": "upstream", "steps": 50, "memory_ratio": 0.5},
+        {"section": "upstream", "steps": 50, "loss_difference": -0.5},
+    ]
+    assert gpu.ratios(ours) == []
 
 
 def test_the_table_has_a_column_for_every_name():
