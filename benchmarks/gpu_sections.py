@@ -7,6 +7,7 @@ import gc
 import importlib.util
 import io
 import json
+import math
 import statistics
 import sys
 import time
@@ -22,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks import blank_card, card_time, gpu_rtx
+from benchmarks import blank_card, card_time, gpu_rtx, upstream_side
 from benchmarks.gpu import ROOT, Order
 from benchmarks.gpu_correctness import TOLERANCE, Row, correctness, error, first_line, gradients, output_gradient
 from benchmarks.gpu_run import run, shape
@@ -35,6 +36,7 @@ REPEATS, WARMUP = (15, 3) if torch.cuda.is_available() else (1, 1)
 LAST_LEVEL_CACHE = 128 * 2**20  # bytes, more than any card has: inputs are rotated so that none lies in it
 SEED = 42  # of the weights
 MARKS = (10, 50, 100)  # steps after which there is a row, beside the last
+LEARNT, LEARNT_AFTER = 0.9, 50  # share of a uniform guess's loss, below which text brings it within so many steps
 SPARE = 10.0  # seconds of the section left when it makes no further step
 
 
@@ -310,11 +312,11 @@ def upstream_step(order: Order, attention: Callable[..., Tensor]) -> Callable[[T
     with torch.device("meta"):
         config = peer["GPTConfig"](order.context, order.vocab, order.depth, heads, heads, order.dim, "SSSL")
         model = peer["GPT"](config)
-    torch.manual_seed(42)
     model.to_empty(device=order.device)
     with contextlib.redirect_stdout(io.StringIO()):
         model.init_weights()
         optimizer = model.setup_optimizer(**rates(peer))
+    upstream_side.load(model, OurWeights(order))
     forward, done = compiled(model, order), [0]
 
     def one(tokens: Tokens, progress: float) -> Tensor:
@@ -336,6 +338,19 @@ def upstream_step(order: Order, attention: Callable[..., Tensor]) -> Callable[[T
         return total
 
     return one
+
+
+class OurWeights:
+    """What our recipe starts from, as a file of numpy's gives arrays: losses after equal steps say something only where
+    both sides start from the same."""
+
+    def __init__(self, order: Order) -> None:
+        self.found = recipe(order).initial_weights(order.vocab, order.dim, SEED)
+        self.files = list(self.found)
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        found: np.ndarray = self.found[name].numpy()
+        return found
 
 
 def norm_in_its_dtype(x: Tensor) -> Tensor:
@@ -408,7 +423,13 @@ def after(order: Order, done: int, marks: list[float], loss: float) -> Row:
     }
     if torch.cuda.is_available():
         row["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
-    return row | {"loss": loss}
+    row["loss"] = loss
+    if not math.isfinite(loss):
+        return row | {"passed": False, "reason": "the loss is no number"}
+    most = LEARNT * math.log(order.vocab)
+    if order.data and done >= LEARNT_AFTER and loss >= most:
+        return row | {"passed": False, "reason": f"of text it should have learnt more: a loss below {most:.2f}"}
+    return row
 
 
 SECTIONS: dict[str, Callable[[Order], Iterator[Row]]] = {

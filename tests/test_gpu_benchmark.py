@@ -200,6 +200,33 @@ def test_steps_end_in_time_and_keep_to_the_schedule_of_all(monkeypatch):
     assert seen == [i / 100 for i in range(31)]
 
 
+@pytest.mark.parametrize(
+    ("loss", "data", "done", "passed"),
+    [
+        (float("nan"), "", 3, False),
+        (float("inf"), "data", 100, False),
+        (4.5, "data", 50, False),  # ln 97 is 4.57
+        (4.1, "data", 50, True),
+        (4.5, "data", 10, True),  # too early
+        (4.5, "", 100, True),  # random tokens teach nothing
+    ],
+)
+def test_a_loss_that_says_the_training_is_wrong_fails(loss, data, done, passed):
+    row = gpu_sections.after(replace(SMOKE, data=data), done, [0.0, 1.0], loss)
+    assert row.get("passed", True) is passed and ("reason" in row) is not passed
+
+
+def test_upstream_starts_from_our_weights():
+    ours = gpu_sections.recipe(SMOKE).build(gpu_sections.spec(SMOKE)).weights()
+    loaded = gpu_sections.OurWeights(SMOKE)
+    assert sorted(loaded.files) == sorted(ours)
+    model = torch.nn.Module()
+    model.register_parameter("lm_head", torch.nn.Parameter(torch.zeros(97, 64, dtype=torch.bfloat16)))
+    with pytest.raises(ValueError, match="other names"):
+        gpu_sections.upstream_side.load(model, loaded)
+    assert all((loaded[name] == value).all() for name, value in ours.items())
+
+
 def test_tolerances_are_those_of_the_bench():
     for ours, benchs in (("TOLERANCE", kernel_cases.TOLERANCE), ("MUON_TOLERANCE", kernel_cases.MUON_TOLERANCE)):
         assert {str(k)[6:]: v for k, v in getattr(gpu_correctness, ours).items()} == benchs
