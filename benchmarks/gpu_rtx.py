@@ -5,8 +5,8 @@
 
 The peer is what ports to gaming PCs do, written here: eager PyTorch, a dense boolean mask for every windowed layer,
 each layer checkpointed, all logits at once in float32. Model, weights, optimizer, batch and tokens are the same on both
-sides, and loss and gradients of a row are held against each other: only then is there a ratio that passes. A side that does not fit
-into the limit gets half of its rows at once until it does, which is told.
+sides, and loss and gradient of one row are held against each other. A side that does not fit into the limit gets half
+of its rows at once until it does, which is told.
 """
 
 from __future__ import annotations

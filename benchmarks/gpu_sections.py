@@ -8,11 +8,12 @@ import importlib.util
 import io
 import json
 import math
+import os
 import statistics
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -35,6 +36,8 @@ from kernels.pinned import PinnedSlots, later
 REPEATS, WARMUP = (15, 3) if torch.cuda.is_available() else (1, 1)
 LAST_LEVEL_CACHE = 128 * 2**20  # bytes, more than any card has: inputs are rotated so that none lies in it
 SEED = 42  # of the weights
+BATCHES = 50  # of the loader
+REPEATED = 'with ATTENTION = "triton"'
 MARKS = (10, 50, 100)  # steps after which there is a row, beside the last
 LEARNT, LEARNT_AFTER = 0.9, 50  # share of a uniform guess's loss, below which text brings it within so many steps
 SPARE = 10.0  # seconds of the section left when it makes no further step
@@ -105,8 +108,10 @@ def attention(order: Order) -> Iterator[Row]:
         keep(case, choice)  # for the recipe of the next sections
         seen = sum(min(i, window) + 1 for i in range(order.context))
         flops = 3.5 * 4 * order.rows * order.heads * order.head_dim * seen
+        ours = choice.milliseconds.get("triton")
         for name, ms in choice.milliseconds.items():
-            yield {"window": window, "attention": name, "ms": ms, "tflops": flops / ms / 1e9}
+            row: Row = {"window": window, "attention": name, "ms": ms, "tflops": flops / ms / 1e9}
+            yield row | ({"times triton's": ms / ours} if ours else {})
         for name, why in choice.refused.items():
             yield {"window": window, "attention": name, "not measured": why}
         yield {"window": window, "attention": choice.name, "chosen": choice.reason}
@@ -153,7 +158,7 @@ def against(
     flops: int,
 ) -> Iterator[Row]:
     """Forward and backward of a kernel and of its peer: time, rate, and memory beyond the inputs."""
-    found, dy = {}, output_gradient(ours(*inputs[0]))
+    found, beyond, dy = {}, {}, output_gradient(ours(*inputs[0]))
     for name, function in (("ours", ours), ("torch.compile", compiled(plain, order))):
 
         def both(*leaves: Tensor, function: Callable[..., Tensor] = function) -> None:
@@ -166,9 +171,10 @@ def against(
         found[name] = milliseconds(both, inputs)
         row: Row = {"side": name, "ms": found[name], "tflops": flops / found[name] / 1e9}
         if torch.cuda.is_available():
-            row["mib"] = (torch.cuda.max_memory_allocated() - held) / 2**20
+            row["mib"] = beyond[name] = (torch.cuda.max_memory_allocated() - held) / 2**20
         yield row
-    yield {"side": "ratio", "speed": found["torch.compile"] / found["ours"]}
+    ratio: Row = {"side": "ratio", "speed": found["torch.compile"] / found["ours"]}
+    yield ratio | ({"memory": beyond["ours"] / beyond["torch.compile"]} if beyond.get("torch.compile") else {})
 
 
 def muon(order: Order) -> Iterator[Row]:
@@ -266,23 +272,66 @@ def recipe(order: Order, **constants: Any) -> ModuleType:
 def step(order: Order) -> Iterator[Row]:
     """Our recipe: time of a step, peak memory, loss along equal steps. Where it fails with the attention that was
     chosen, that is told, and Triton's own, which needs no package, has the rest of the time."""
+    ms, failed = 0.0, ""
     try:
-        yield from our_steps(order)
-        return
+        for row in our_steps(order):
+            ms = row.get("ms", ms)
+            yield row
     except Exception as error:  # noqa: BLE001 - Triton's, the packages' and the driver's own share no base but this
         failed = first_line(error)
-    gc.collect()  # the error is gone, and with it the frames that held the training
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-    yield {"failed": failed, "passed": False, "repeated": 'with ATTENTION = "triton"'}
-    for row in our_steps(order, ATTENTION="triton"):
-        yield row | {"repeated": 'with ATTENTION = "triton"'}
+    if failed:
+        gc.collect()  # the error is gone, and with it the frames that held the training
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        yield {"failed": failed, "passed": False, "repeated": REPEATED}
+        for row in our_steps(order, ATTENTION="triton"):
+            ms = row.get("ms", ms)
+            yield row | {"repeated": REPEATED}
+    if order.data:
+        yield loader(order, ms)
 
 
 def our_steps(order: Order, **constants: Any) -> Iterator[Row]:
     training = recipe(order, **constants).build(spec(order))
-    yield from steps(order, lambda tokens, progress: training.step(tokens, progress))
+    told = False
+    for row in steps(order, lambda tokens, progress: training.step(tokens, progress)):
+        yield row
+        if not told:  # with the first row, for one that is cut; rows are settled in the first step
+            yield from settings(training.describe())
+            told = True
+
+
+def settings(described: Mapping[str, Any]) -> Iterator[Row]:
+    """What attention each window got and why, and how many rows go through the model at once."""
+    for name, value in described.items():
+        if name.startswith(("attention over", "rows_")):
+            yield {"setting": name, "value": value}
+
+
+def loader(order: Order, ms: float) -> Row:
+    """What the trainer's own loader takes for the batches of a step of `ms` when nothing runs beside it: in a training
+    its thread works while the card does, and the host waits for less than this."""
+    try:
+        from core.data import Dataset, TokenStream
+    except ModuleNotFoundError as error:
+        return {"not measured": f"{error.name} is not installed"}
+    dataset = Dataset.open(Path(order.data), verify="quick")
+    files = dataset.open_files("train")
+    try:
+        stream = TokenStream(files, dataset.token_dtype, SEED, put=lambda x: x)
+    finally:
+        for file in files:
+            os.close(file)
+    with stream:
+        stream.next(order.rows, order.context)  # the first maps the files and starts the thread
+        began = time.perf_counter()
+        for _ in range(BATCHES):
+            stream.next(order.rows, order.context)
+        seconds = time.perf_counter() - began
+    parts = max(1, order.tokens // (order.rows * order.context))
+    row: Row = {"loader_batches": BATCHES, "loader_seconds": seconds}
+    return row | {"loader_share": 1e3 * seconds / BATCHES * parts / ms}
 
 
 def spec(order: Order) -> Spec:

@@ -37,6 +37,8 @@ def test_all_sections_run_small_and_write_what_they_found(tmp_path):
     rows = [r for name in parts for r in json.loads((tmp_path / name / "results.json").read_text())["rows"]]
     assert {row["section"] for row in rows} == LIMITS.keys() - {"upstream"}
     assert len([row for row in rows if row.get("passed")]) == 25
+    stacks = [row for row in rows if "plain reference" in row]
+    assert len(stacks) == 6 and all(row["kernel"].startswith("muon") for row in stacks)
     assert [row["side"] for row in rows if row["section"] == "rtx"] == ["ours", "peer", "ratio"]
     (scored,) = [row for row in rows if row["section"] == "run" and row.get("status")]
     assert scored["status"] == "scored" and scored["val_bpb"] > 0
@@ -225,6 +227,25 @@ def test_upstream_starts_from_our_weights():
     with pytest.raises(ValueError, match="other names"):
         gpu_sections.upstream_side.load(model, loaded)
     assert all((loaded[name] == value).all() for name, value in ours.items())
+
+
+def test_a_step_tells_its_settings_with_its_first_row_and_what_the_loader_takes(monkeypatch, dataset):
+    real, order = gpu_sections.recipe, replace(SMOKE, data=str(dataset.path), vocab=dataset.vocab_size)
+    monkeypatch.setattr(gpu_sections, "recipe", lambda order, **_: real(order, ATTENTION="reference"))
+    monkeypatch.setattr(gpu_sections, "steps", lambda order, one: iter([{"ms": 8.0}, {"ms": 10.0}]))
+    first, *told, last, loader = gpu_sections.step(order)
+    assert (first, last) == ({"ms": 8.0}, {"ms": 10.0})
+    assert [row["setting"] for row in told] == ["rows_at_once", "rows_reason", "attention over 32", "attention over 64"]
+    assert loader["loader_batches"] == 50 and loader["loader_seconds"] > 0
+    assert loader["loader_share"] == pytest.approx(loader["loader_seconds"] / 50 * 1e3 / 10.0)
+
+
+def test_attention_is_told_beside_tritons(monkeypatch):
+    choice = SimpleNamespace(milliseconds={"triton": 2.0, "flex": 3.0}, refused={}, name="triton", reason="")
+    monkeypatch.setattr("kernels.attention_choice.choose", lambda case: choice)
+    monkeypatch.setattr("kernels.attention_choice.keep", lambda *_: None)
+    times = [row["times triton's"] for row in gpu_sections.attention(SMOKE) if "ms" in row]
+    assert times == [1.0, 1.5] * 3, "per window and peer"
 
 
 def test_tolerances_are_those_of_the_bench():
