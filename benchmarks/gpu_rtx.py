@@ -142,9 +142,10 @@ def proven(training: Any, shape: Shape, device: str) -> Row:
 
 
 def apart(ours: Row, peer: Row) -> Row:
-    """How far the sides are from equal work; what is no number is not equal."""
+    """How far the sides are from equal work; what is no number is not equal, and equal zeros, as on a
+    card that computes nothing, prove nothing."""
     loss, gradient = (abs(ours[n] - peer[n]) / max(peer[n], 1e-30) for n in ("proof_loss", "proof_gradient"))
-    passed = loss < LOSSES_APART and gradient < GRADIENTS_APART
+    passed = loss < LOSSES_APART and gradient < GRADIENTS_APART and peer["proof_gradient"] > 0
     return {"losses_apart": loss, "gradients_apart": gradient, "passed": passed}
 
 

@@ -47,7 +47,8 @@ def test_a_peer_that_sees_less_is_refused(monkeypatch):
 
 
 def test_what_is_no_number_is_not_equal():
-    one, nan = ({"proof_loss": x, "proof_gradient": x} for x in (1.0, float("nan")))
+    one, nan, zero = ({"proof_loss": x, "proof_gradient": x} for x in (1.0, float("nan"), 0.0))
+    assert not gpu_rtx.apart(zero, zero)["passed"], "of a card that computes nothing"
     assert gpu_rtx.apart(one, one)["passed"]
     assert not gpu_rtx.apart(one, nan)["passed"] and not gpu_rtx.apart(nan, one)["passed"]
 
