@@ -1,13 +1,13 @@
-"""Everything that an NVIDIA card can tell of both backends, in one command, without a network: in nine minutes at most,
-beside `--upstream` in ten and a half.
+"""Everything that an NVIDIA card can tell of both backends, in one command, without a network, in nine minutes at
+most.
 
     python -m benchmarks.gpu --out results
     python -m benchmarks.gpu --out results --upstream ~/autoresearch --data FOLDER    # a clone; what `prepare` made
     python -m benchmarks.gpu --out results --only attention --only mlp
     python -m benchmarks.gpu --out results --only rtx --limit-gb 6    # as on a smaller card
 
-Each section runs in a process of its own, so that a fault of one leaves the others; what it found is written to
-`results.json` and `results.md` as it goes. `--smoke` runs small shapes on a CPU by Triton's interpreter: it shows that
+Each section runs in a process of its own, so that a fault of one leaves the others; what it finds is written to
+`results.json` and `results.md` row by row. `--smoke` runs small shapes on a CPU by Triton's interpreter: it shows that
 the command works, and its times mean nothing.
 
 It imports torch, triton, numpy and what of ours needs no more: it runs on a machine where nothing else is installed.
@@ -33,19 +33,19 @@ from core import allocator
 from core import caches as compile_caches
 
 ROOT = Path(__file__).resolve().parent.parent
-TOTAL = 540.0  # seconds, whatever sections there are; and those of `upstream` where it is one of them
-LIMITS = {  # seconds of each section, and beyond them what the sections before left over
+TOTAL = 540.0  # seconds, whatever sections there are
+LIMITS = {  # seconds of each section, and beyond them what the sections before left over; together no more than TOTAL
     "facts": 25,  # the first import of torch on a machine that just started
-    "correctness": 85,
-    "attention": 75,
-    "mlp": 20,
-    "head": 20,
-    "muon": 25,
-    "fp8": 15,
-    "step": 85,
-    "run": 125,  # a trainer that compiles in one thread, 15 s of training, a scorer and an auditor
-    "rtx": 65,
-    "upstream": 85,
+    "correctness": 60,
+    "attention": 65,
+    "mlp": 15,
+    "head": 15,
+    "muon": 20,
+    "fp8": 10,
+    "step": 80,
+    "upstream": 115,  # right behind the step: the ratio of both is what the command is for
+    "run": 95,  # a trainer that compiles in one thread, 15 s of training, a scorer and an auditor
+    "rtx": 40,
 }
 
 
@@ -53,19 +53,20 @@ LIMITS = {  # seconds of each section, and beyond them what the sections before 
 class Order:
     """What a section works on."""
 
-    rows: int = 64
+    rows: int = 128  # and the tokens below: those of the figures that upstream publishes
     context: int = 2048
     heads: int = 4
     head_dim: int = 128
     depth: int = 8
     vocab: int = 8192
-    tokens: int = 2**18  # of one optimizer step
-    steps: int = 200
+    tokens: int = 2**19  # of one optimizer step
+    steps: int = 100
     device: str = "cuda:0"
     upstream: str = ""
     data: str = ""  # folder of a prepared data set; else random tokens
     caches: str = ""  # folder of what the sections have compiled and chosen, laid out as that of a referee's child
     limit: float = 0.0  # seconds that the section has
+    ends: float = 0.0  # when they are over, by time.time(); 0: never
     limit_gb: float = 8.0  # of 10^9 bytes, to which the section `rtx` holds the card's allocator; more really fails
 
     @property
@@ -75,6 +76,7 @@ class Order:
 
 SMOKE = Order(2, 64, 2, 32, 2, 97, 128, 3, "cpu")
 KILLED_WITHIN = 10.0  # seconds
+POLL = 1.0  # seconds after which what a section has printed is read again
 WHOLE = "stderr"  # of a section that failed: in the JSON only
 
 
@@ -86,7 +88,7 @@ def run_section(name: str, order: Order, limit: float, caches: Path | None = Non
     given = os.environ.get("PYTHONPATH")  # where packages may lie that were brought along
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{given}" if given else str(ROOT)}
     environment |= allocator.settings(environment)
-    order = replace(order, limit=limit)
+    order = replace(order, limit=limit, ends=time.time() + limit)
     if caches:
         caches = caches.resolve()
         caches.mkdir(parents=True, exist_ok=True)
@@ -96,26 +98,42 @@ def run_section(name: str, order: Order, limit: float, caches: Path | None = Non
         environment |= {"TRITON_INTERPRET": "1"}
     command = [sys.executable, "-m", "benchmarks.gpu_sections", name, json.dumps(asdict(order))]
     # Files, not pipes: compilers that outlive a section's end would hold a pipe open, and this process up.
-    with tempfile.TemporaryFile("w+") as written, tempfile.TemporaryFile("w+") as complained:
-        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=written, stderr=complained)
+    with tempfile.TemporaryDirectory(prefix="autoresearch-", ignore_cleanup_errors=True) as folder:
+        written, complained = Path(folder, "rows"), Path(folder, "errors")
+        with written.open("wb") as out, complained.open("wb") as errors:
+            process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=out, stderr=errors)
         try:
-            status = process.wait(limit)
-            ended = "" if status == 0 else f"exit status {status}"
-        except subprocess.TimeoutExpired:
-            process.kill()
-            with suppress(subprocess.TimeoutExpired):  # one that is stuck in the driver stays; what it wrote is there
-                process.wait(KILLED_WITHIN)
-            ended = f"not done within {limit:.0f} s"
-        written.seek(0)
-        complained.seek(0)
-        out, errors = written.read(), complained.read()
-    for line in out.splitlines():
-        row = _row(line)
-        if row is not None:
-            yield {"section": name, **row}
+            for line in _lines(written, process, time.monotonic() + limit):
+                row = _row(line)
+                if row is not None:
+                    yield {"section": name, **row}
+            if process.poll() is None:
+                ended = f"not done within {limit:.0f} s"
+            else:
+                ended = f"exit status {process.returncode}" if process.returncode else ""
+        finally:
+            if process.poll() is None:  # its time is over, or whoever reads the rows wants no more
+                process.kill()
+                with suppress(subprocess.TimeoutExpired):  # one that is stuck in the driver stays
+                    process.wait(KILLED_WITHIN)
+        said = complained.read_text(encoding="utf-8", errors="replace")
     if ended:
-        last = next((line for line in reversed(errors.splitlines()) if line.strip()), "")
-        yield {"section": name, "failed": ended, "error": last[:400], WHOLE: errors[-6000:]}
+        last = next((line for line in reversed(said.splitlines()) if line.strip()), "")
+        yield {"section": name, "failed": ended, "error": last[:400], WHOLE: said[-6000:]}
+
+
+def _lines(written: Path, process: subprocess.Popen[bytes], end: float) -> Iterator[str]:
+    """What the process writes, line by line as it comes, until it ends or its time does."""
+    begun = b""  # of a line that is not all there
+    with written.open("rb") as file:
+        running = True
+        while running:
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(max(0.0, min(POLL, end - time.monotonic())))
+            running = process.poll() is None and time.monotonic() < end  # asked before what is there is read
+            *lines, begun = (begun + file.read()).split(b"\n")
+            yield from (line.decode("utf-8", "replace") for line in lines)
+    yield begun.decode("utf-8", "replace")
 
 
 def _row(line: str) -> dict[str, Any] | None:
@@ -148,27 +166,57 @@ def _cell(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value).replace("|", "/").replace("\n", " ")
 
 
-def total(names: Sequence[str]) -> float:
-    """Seconds that these sections may take together."""
-    return TOTAL + (LIMITS["upstream"] if "upstream" in names else 0)
+def ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Ours beside upstream, after the last count of steps that both made; nothing where there is no such count."""
+    sides: list[dict[int, dict[str, Any]]] = []
+    for section in ("step", "upstream"):
+        sides.append({row["steps"]: row for row in rows if row["section"] == section and "steps" in row})
+    ours, peer = sides
+    both = ours.keys() & peer.keys()
+    if not both:
+        return []
+    mine, other = ours[max(both)], peer[max(both)]
+    found: list[dict[str, Any]] = [{"step_ratio": other["ms"] / mine["ms"]}]
+    if "peak_gib" in mine and "peak_gib" in other:
+        found.append({"memory_ratio": mine["peak_gib"] / other["peak_gib"]})
+    found.append({"loss_difference": mine["loss"] - other["loss"]})
+    return [{"section": "upstream", "steps": max(both), **row} for row in found]
 
 
 def measure(order: Order, names: Sequence[str], out: Path) -> int:
-    """Runs these sections, within `total` seconds, and writes what they found as it goes; the exit status."""
+    """Runs these sections, within `TOTAL` seconds, and writes each row as it comes; the exit status.
+
+    What they compile lies outside of `out`, of which a borrowed machine gives a few small files back.
+    """
     out.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
-    end = time.monotonic() + total(names)
-    for i, name in enumerate(names):
-        began = time.monotonic()
-        later = sum(LIMITS[n] for n in names[i + 1 :])
-        limit = max(0.0, min(max(LIMITS[name], end - began - later), end - began))
-        for row in run_section(name, order, limit, out / "caches"):
-            rows.append(row)
-            print("  ".join(f"{k} {_cell(v)}" for k, v in row.items() if k != WHOLE), flush=True)
-        print(f"{name}: {time.monotonic() - began:.0f} s", flush=True)
-        (out / "results.json").write_text(json.dumps({"order": asdict(order), "rows": rows}, indent=1))
-        (out / "results.md").write_text(table(rows))
+
+    def keep(row: dict[str, Any]) -> None:
+        rows.append(row)
+        print("  ".join(f"{k} {_cell(v)}" for k, v in row.items() if k != WHOLE), flush=True)
+        write(out / "results.json", json.dumps({"order": asdict(order), "rows": rows}, indent=1))
+        write(out / "results.md", table(rows))
+
+    end = time.monotonic() + TOTAL
+    with tempfile.TemporaryDirectory(prefix="autoresearch-", ignore_cleanup_errors=True) as caches:
+        for i, name in enumerate(names):
+            began = time.monotonic()
+            later = sum(LIMITS[n] for n in names[i + 1 :])
+            limit = max(0.0, min(max(LIMITS[name], end - began - later), end - began))
+            for row in run_section(name, order, limit, Path(caches)):
+                keep(row)
+            if name == "upstream":
+                for row in ratios(rows):
+                    keep(row)
+            print(f"{name}: {time.monotonic() - began:.0f} s", flush=True)
     return int(any("failed" in row or row.get("passed") is False for row in rows))
+
+
+def write(file: Path, text: str) -> None:
+    """All of it or what was there before: whoever ends this process may do so at any time."""
+    made = file.with_name(file.name + ".part")
+    made.write_text(text, encoding="utf-8")
+    made.replace(file)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

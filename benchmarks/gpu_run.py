@@ -37,9 +37,9 @@ def run(order: Order) -> Iterator[dict[str, Any]]:
         yield row | {"log": outcome.log_tail[-400:]}
         return
     rate = outcome.tokens / outcome.training_seconds
-    peak = (outcome.peak_memory or 0) / 2**30
+    peak = (outcome.peak_memory or 0) / 2**30  # what the allocator holds, more than what is in use
     yield row | {"val_bpb": outcome.val_bpb, "steps": outcome.steps, "tokens_per_second": rate, "mfu": outcome.mfu}
-    yield {"scored tokens": outcome.scored_tokens, "peak_gib": peak, **outcome.timings}
+    yield {"scored tokens": outcome.scored_tokens, "reserved_gib": peak, **outcome.timings}
     if dataset.vocab_size == SMALLEST_VOCABULARY:
         yield {"setting": "vocabulary", "value": "single bytes: rustbpe, which learns merges, is not installed"}
     for name, value in outcome.describe.items():

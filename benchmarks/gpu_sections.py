@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib.util
 import io
 import json
+import math
+import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -20,9 +24,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks import blank_card, card_time, gpu_rtx
+from benchmarks import blank_card, card_time, gpu_rtx, upstream_side
 from benchmarks.gpu import ROOT, Order
-from benchmarks.gpu_correctness import TOLERANCE, Row, correctness, error, gradients, output_gradient
+from benchmarks.gpu_correctness import TOLERANCE, Row, correctness, error, first_line, gradients, output_gradient
 from benchmarks.gpu_run import run, shape
 from benchmarks.peers import PEER_NAMES, load_peer, rates, windowed_sdpa
 from core.contract import Spec
@@ -31,6 +35,12 @@ from kernels.pinned import PinnedSlots, later
 
 REPEATS, WARMUP = (15, 3) if torch.cuda.is_available() else (1, 1)
 LAST_LEVEL_CACHE = 128 * 2**20  # bytes, more than any card has: inputs are rotated so that none lies in it
+SEED = 42  # of the weights
+BATCHES = 50  # of the loader
+REPEATED = 'with ATTENTION = "triton"'
+MARKS = (10, 50, 100)  # steps after which there is a row, beside the last
+LEARNT, LEARNT_AFTER = 0.9, 50  # share of a uniform guess's loss, below which text brings it within so many steps
+SPARE = 10.0  # seconds of the section left when it makes no further step
 
 
 # --- measuring --------------------------------------------------------------------------------
@@ -98,8 +108,10 @@ def attention(order: Order) -> Iterator[Row]:
         keep(case, choice)  # for the recipe of the next sections
         seen = sum(min(i, window) + 1 for i in range(order.context))
         flops = 3.5 * 4 * order.rows * order.heads * order.head_dim * seen
+        ours = choice.milliseconds.get("triton")
         for name, ms in choice.milliseconds.items():
-            yield {"window": window, "attention": name, "ms": ms, "tflops": flops / ms / 1e9}
+            row: Row = {"window": window, "attention": name, "ms": ms, "tflops": flops / ms / 1e9}
+            yield row | ({"times triton's": ms / ours} if ours else {})
         for name, why in choice.refused.items():
             yield {"window": window, "attention": name, "not measured": why}
         yield {"window": window, "attention": choice.name, "chosen": choice.reason}
@@ -146,7 +158,7 @@ def against(
     flops: int,
 ) -> Iterator[Row]:
     """Forward and backward of a kernel and of its peer: time, rate, and memory beyond the inputs."""
-    found, dy = {}, output_gradient(ours(*inputs[0]))
+    found, beyond, dy = {}, {}, output_gradient(ours(*inputs[0]))
     for name, function in (("ours", ours), ("torch.compile", compiled(plain, order))):
 
         def both(*leaves: Tensor, function: Callable[..., Tensor] = function) -> None:
@@ -159,9 +171,10 @@ def against(
         found[name] = milliseconds(both, inputs)
         row: Row = {"side": name, "ms": found[name], "tflops": flops / found[name] / 1e9}
         if torch.cuda.is_available():
-            row["mib"] = (torch.cuda.max_memory_allocated() - held) / 2**20
+            row["mib"] = beyond[name] = (torch.cuda.max_memory_allocated() - held) / 2**20
         yield row
-    yield {"side": "ratio", "speed": found["torch.compile"] / found["ours"]}
+    ratio: Row = {"side": "ratio", "speed": found["torch.compile"] / found["ours"]}
+    yield ratio | ({"memory": beyond["ours"] / beyond["torch.compile"]} if beyond.get("torch.compile") else {})
 
 
 def muon(order: Order) -> Iterator[Row]:
@@ -257,11 +270,73 @@ def recipe(order: Order, **constants: Any) -> ModuleType:
 
 
 def step(order: Order) -> Iterator[Row]:
-    """Our recipe: time of a step, peak memory, loss along equal steps."""
+    """Our recipe: time of a step, peak memory, loss along equal steps. Where it fails with the attention that was
+    chosen, that is told, and Triton's own, which needs no package, has the rest of the time."""
+    ms, failed = 0.0, ""
+    try:
+        for row in our_steps(order):
+            ms = row.get("ms", ms)
+            yield row
+    except Exception as error:  # noqa: BLE001 - Triton's, the packages' and the driver's own share no base but this
+        failed = first_line(error)
+    if failed:
+        gc.collect()  # the error is gone, and with it the frames that held the training
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        yield {"failed": failed, "passed": False, "repeated": REPEATED}
+        for row in our_steps(order, ATTENTION="triton"):
+            ms = row.get("ms", ms)
+            yield row | {"repeated": REPEATED}
+    if order.data:
+        yield loader(order, ms)
+
+
+def our_steps(order: Order, **constants: Any) -> Iterator[Row]:
+    training = recipe(order, **constants).build(spec(order))
+    told = False
+    for row in steps(order, lambda tokens, progress: training.step(tokens, progress)):
+        yield row
+        if not told:  # with the first row, for one that is cut; rows are settled in the first step
+            yield from settings(training.describe())
+            told = True
+
+
+def settings(described: Mapping[str, Any]) -> Iterator[Row]:
+    """What attention each window got and why, and how many rows go through the model at once."""
+    for name, value in described.items():
+        if name.startswith(("attention over", "rows_")):
+            yield {"setting": name, "value": value}
+
+
+def loader(order: Order, ms: float) -> Row:
+    """What the trainer's own loader takes for the batches of a step of `ms` when nothing runs beside it: in a training
+    its thread works while the card does, and the host waits for less than this."""
+    try:
+        from core.data import Dataset, TokenStream
+    except ModuleNotFoundError as error:
+        return {"not measured": f"{error.name} is not installed"}
+    dataset = Dataset.open(Path(order.data), verify="quick")
+    files = dataset.open_files("train")
+    try:
+        stream = TokenStream(files, dataset.token_dtype, SEED, put=lambda x: x)
+    finally:
+        for file in files:
+            os.close(file)
+    with stream:
+        stream.next(order.rows, order.context)  # the first maps the files and starts the thread
+        began = time.perf_counter()
+        for _ in range(BATCHES):
+            stream.next(order.rows, order.context)
+        seconds = time.perf_counter() - began
+    parts = max(1, order.tokens // (order.rows * order.context))
+    row: Row = {"loader_batches": BATCHES, "loader_seconds": seconds}
+    return row | {"loader_share": 1e3 * seconds / BATCHES * parts / ms}
+
+
+def spec(order: Order) -> Spec:
     dtype = "float32" if order.device == "cpu" else "bfloat16"
-    spec = Spec(order.vocab, order.context, order.vocab - 1, order.device, dtype, 42, 0)
-    training = recipe(order).build(spec)
-    yield from steps(order, lambda tokens, progress: training.step(tokens, progress))
+    return Spec(order.vocab, order.context, order.vocab - 1, order.device, dtype, SEED, 0)
 
 
 def rtx(order: Order) -> Iterator[Row]:
@@ -286,11 +361,11 @@ def upstream_step(order: Order, attention: Callable[..., Tensor]) -> Callable[[T
     with torch.device("meta"):
         config = peer["GPTConfig"](order.context, order.vocab, order.depth, heads, heads, order.dim, "SSSL")
         model = peer["GPT"](config)
-    torch.manual_seed(42)
     model.to_empty(device=order.device)
     with contextlib.redirect_stdout(io.StringIO()):
         model.init_weights()
         optimizer = model.setup_optimizer(**rates(peer))
+    upstream_side.load(model, OurWeights(order))
     forward, done = compiled(model, order), [0]
 
     def one(tokens: Tokens, progress: float) -> Tensor:
@@ -312,6 +387,19 @@ def upstream_step(order: Order, attention: Callable[..., Tensor]) -> Callable[[T
         return total
 
     return one
+
+
+class OurWeights:
+    """What our recipe starts from, as a file of numpy's gives arrays: losses after equal steps say something only where
+    both sides start from the same."""
+
+    def __init__(self, order: Order) -> None:
+        self.found = recipe(order).initial_weights(order.vocab, order.dim, SEED)
+        self.files = list(self.found)
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        found: np.ndarray = self.found[name].numpy()
+        return found
 
 
 def norm_in_its_dtype(x: Tensor) -> Tensor:
@@ -349,26 +437,48 @@ def _flex(order: Order) -> Callable[..., Tensor]:
 
 
 def steps(order: Order, one: Callable[[Tokens, float], Tensor]) -> Iterator[Row]:
-    """The first step compiles what the sections before have not, and is told apart. As in a trainer a loss is read when
-    the next step is queued, and waits for its own step alone."""
-    tokens, losses, marks = Tokens(order), [], [time.perf_counter()]
+    """What there is after some of the steps and after the last: a section that is cut leaves the rows before. It stops
+    by itself when its time ends; the schedule is that of all steps nonetheless, so that sides which made different
+    counts of them can be compared where both were.
+
+    The first step compiles what the sections before have not, and is told apart. As in a trainer a loss is read when
+    the next step is queued, and waits for its own step alone; so do the rows.
+    """
+    tokens, marks, reads = Tokens(order), [time.perf_counter()], deque[Callable[[], np.ndarray]]()
     for i in range(order.steps):
-        losses.append(later(one(tokens, i / order.steps)))
+        reads.append(later(one(tokens, i / order.steps)))
         if i:
-            losses[-2]()
+            loss = float(reads.popleft()())
         marks.append(time.perf_counter())
+        if i in MARKS and i < order.steps - 1:
+            yield after(order, i, marks[: i + 1], loss)
+        if order.ends and time.time() > order.ends - SPARE:
+            break
+    loss = float(reads.popleft()())
     synchronize()
+    yield after(order, len(marks) - 1, marks, loss)
+
+
+def after(order: Order, done: int, marks: list[float], loss: float) -> Row:
+    """The row after so many steps, begun and ended at `marks`; `loss` is the last one's."""
     seconds = np.diff(marks)
+    median = float(np.median(seconds[len(seconds) // 2 :]))
     row: Row = {
-        "ms": 1e3 * float(np.median(seconds[len(seconds) // 2 :])),
-        "tokens_per_second": order.tokens / float(np.median(seconds[len(seconds) // 2 :])),
+        "steps": done,
+        "of": order.steps,
+        "ms": 1e3 * median,
+        "tokens_per_second": order.tokens / median,
         "first_seconds": float(seconds[0]),
     }
     if torch.cuda.is_available():
         row["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
-    for i in sorted({order.steps // 4, order.steps // 2, order.steps - 1}):
-        row[f"loss at {i + 1}"] = float(losses[i]())
-    yield row
+    row["loss"] = loss
+    if not math.isfinite(loss):
+        return row | {"passed": False, "reason": "the loss is no number"}
+    most = LEARNT * math.log(order.vocab)
+    if order.data and done >= LEARNT_AFTER and loss >= most:
+        return row | {"passed": False, "reason": f"of text it should have learnt more: a loss below {most:.2f}"}
+    return row
 
 
 SECTIONS: dict[str, Callable[[Order], Iterator[Row]]] = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -36,6 +37,8 @@ def test_all_sections_run_small_and_write_what_they_found(tmp_path):
     rows = [r for name in parts for r in json.loads((tmp_path / name / "results.json").read_text())["rows"]]
     assert {row["section"] for row in rows} == LIMITS.keys() - {"upstream"}
     assert len([row for row in rows if row.get("passed")]) == 25
+    stacks = [row for row in rows if "plain reference" in row]
+    assert len(stacks) == 6 and all(row["kernel"].startswith("muon") for row in stacks)
     assert [row["side"] for row in rows if row["section"] == "rtx"] == ["ours", "peer", "ratio"]
     (scored,) = [row for row in rows if row["section"] == "run" and row.get("status")]
     assert scored["status"] == "scored" and scored["val_bpb"] > 0
@@ -125,6 +128,126 @@ def test_the_output_gradient_is_made_once_for_all_that_is_timed(monkeypatch):
     assert made == [(3, 2)] and rows[-1]["side"] == "ratio"
 
 
+@pytest.mark.parametrize("side", ["found", "wanted"])
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
+def test_what_is_no_number_fails(side, wrong):
+    """Also where another of the tensors is right: the larger of 0.001 and NaN is 0.001 to Python."""
+    good, bad = torch.ones(4), torch.tensor([1.0, wrong, 1.0, 1.0])
+    found, wanted = ([good, bad], [good, good]) if side == "found" else ([good, good], [good, bad])
+    row = gpu_correctness.compare("one", found, wanted, torch.float16)
+    assert row["passed"] is False and row["error"] == float("inf")
+    assert gpu_correctness.compare("one", [good], [good], torch.float16)["passed"]
+
+
+def test_the_output_gradient_of_many_halves_is_finite():
+    dy = gpu_correctness.output_gradient(torch.empty(2**10, 2**11, dtype=torch.float16))
+    assert dy.dtype == torch.float16 and dy.isfinite().all() and (float(dy.min()), float(dy.max())) == (-1.0, 1.0)
+
+
+def test_a_kernel_that_fails_leaves_the_others(monkeypatch):
+    def breaks(*_):
+        raise RuntimeError("PassManager::run failed\nmore")
+
+    monkeypatch.setattr("kernels.linear_relu2.mlp", breaks)
+    monkeypatch.setattr(gpu_correctness, "attention", lambda name, *_: {"kernel": name})
+    monkeypatch.setattr(gpu_correctness, "muon", lambda name, *_, of: {"kernel": name})
+    found = list(gpu_correctness.correctness(SMOKE))
+    broken = [row for row in found if row["kernel"] == "mlp"]
+    assert [row["failed"] for row in broken] == ["RuntimeError: PassManager::run failed"] * 2
+    assert not any(row["passed"] for row in broken) and found[-1]["kernel"].startswith("muon")
+
+
+def test_a_step_that_fails_is_repeated_with_tritons_attention(monkeypatch):
+    real, asked = gpu_sections.recipe, []
+
+    def recipe(order, **constants):
+        asked.append(constants)
+        if not constants:
+            raise RuntimeError("no kernel image is available")
+        return real(order, ATTENTION="reference")  # as the interpreter is not on here
+
+    monkeypatch.setattr(gpu_sections, "recipe", recipe)
+    monkeypatch.setattr(gpu_sections, "steps", lambda order, one: iter([{"ms": 1.0}]))
+    first, *others = gpu_sections.step(SMOKE)
+    assert first["failed"].endswith("no kernel image is available") and first["passed"] is False
+    assert asked == [{}, {"ATTENTION": "triton"}]
+    assert others[0]["ms"] == 1.0 and all("triton" in row["repeated"] for row in [first, *others])
+
+
+def steps(monkeypatch, count, ends=0.0, takes=0.0):
+    """Rows of steps whose loss is how many there were before, by a clock that goes on by `takes` in each."""
+    clock, seen = [1000.0], []
+
+    def one(tokens, progress):
+        clock[0] += takes
+        seen.append(progress)
+        return torch.tensor(float(len(seen) - 1))
+
+    monkeypatch.setattr(gpu_sections.time, "time", lambda: clock[0])
+    rows = list(gpu_sections.steps(replace(SMOKE, steps=count, ends=ends), one))
+    return rows, seen
+
+
+def test_steps_tell_what_there_is_on_the_way(monkeypatch):
+    rows, _ = steps(monkeypatch, 120)
+    assert [(row["steps"], row["loss"]) for row in rows] == [(10, 9.0), (50, 49.0), (100, 99.0), (120, 119.0)]
+    assert all(row["ms"] > 0 and row["first_seconds"] > 0 for row in rows)
+    assert [row["steps"] for row in steps(monkeypatch, 100)[0]] == [10, 50, 100]
+    assert [row["steps"] for row in steps(monkeypatch, 3)[0]] == [3]
+
+
+def test_steps_end_in_time_and_keep_to_the_schedule_of_all(monkeypatch):
+    rows, seen = steps(monkeypatch, 100, ends=1040.0, takes=1.0)
+    assert [(row["steps"], row["of"], row["loss"]) for row in rows] == [(10, 100, 9.0), (31, 100, 30.0)]
+    assert seen == [i / 100 for i in range(31)]
+
+
+@pytest.mark.parametrize(
+    ("loss", "data", "done", "passed"),
+    [
+        (float("nan"), "", 3, False),
+        (float("inf"), "data", 100, False),
+        (4.5, "data", 50, False),  # ln 97 is 4.57
+        (4.1, "data", 50, True),
+        (4.5, "data", 10, True),  # too early
+        (4.5, "", 100, True),  # random tokens teach nothing
+    ],
+)
+def test_a_loss_that_says_the_training_is_wrong_fails(loss, data, done, passed):
+    row = gpu_sections.after(replace(SMOKE, data=data), done, [0.0, 1.0], loss)
+    assert row.get("passed", True) is passed and ("reason" in row) is not passed
+
+
+def test_upstream_starts_from_our_weights():
+    ours = gpu_sections.recipe(SMOKE).build(gpu_sections.spec(SMOKE)).weights()
+    loaded = gpu_sections.OurWeights(SMOKE)
+    assert sorted(loaded.files) == sorted(ours)
+    model = torch.nn.Module()
+    model.register_parameter("lm_head", torch.nn.Parameter(torch.zeros(97, 64, dtype=torch.bfloat16)))
+    with pytest.raises(ValueError, match="other names"):
+        gpu_sections.upstream_side.load(model, loaded)
+    assert all((loaded[name] == value).all() for name, value in ours.items())
+
+
+def test_a_step_tells_its_settings_with_its_first_row_and_what_the_loader_takes(monkeypatch, dataset):
+    real, order = gpu_sections.recipe, replace(SMOKE, data=str(dataset.path), vocab=dataset.vocab_size)
+    monkeypatch.setattr(gpu_sections, "recipe", lambda order, **_: real(order, ATTENTION="reference"))
+    monkeypatch.setattr(gpu_sections, "steps", lambda order, one: iter([{"ms": 8.0}, {"ms": 10.0}]))
+    first, *told, last, loader = gpu_sections.step(order)
+    assert (first, last) == ({"ms": 8.0}, {"ms": 10.0})
+    assert [row["setting"] for row in told] == ["rows_at_once", "rows_reason", "attention over 32", "attention over 64"]
+    assert loader["loader_batches"] == 50 and loader["loader_seconds"] > 0
+    assert loader["loader_share"] == pytest.approx(loader["loader_seconds"] / 50 * 1e3 / 10.0)
+
+
+def test_attention_is_told_beside_tritons(monkeypatch):
+    choice = SimpleNamespace(milliseconds={"triton": 2.0, "flex": 3.0}, refused={}, name="triton", reason="")
+    monkeypatch.setattr("kernels.attention_choice.choose", lambda case: choice)
+    monkeypatch.setattr("kernels.attention_choice.keep", lambda *_: None)
+    times = [row["times triton's"] for row in gpu_sections.attention(SMOKE) if "ms" in row]
+    assert times == [1.0, 1.5] * 3, "per window and peer"
+
+
 def test_tolerances_are_those_of_the_bench():
     for ours, benchs in (("TOLERANCE", kernel_cases.TOLERANCE), ("MUON_TOLERANCE", kernel_cases.MUON_TOLERANCE)):
         assert {str(k)[6:]: v for k, v in getattr(gpu_correctness, ours).items()} == benchs
@@ -148,14 +271,56 @@ def test_one_that_hangs_is_ended():
 
 
 def test_nine_minutes_at_most(tmp_path, monkeypatch):
-    """And ten and a half beside an upstream: every section has its time. One that finds none left says so."""
-    assert list(LIMITS).index("run") < list(LIMITS).index("rtx")
-    for names in (list(LIMITS), [n for n in LIMITS if n != "upstream"]):
-        assert sum(LIMITS[n] for n in names) <= gpu.total(names) <= (630 if "upstream" in names else 540)
+    """Also beside an upstream: every section has its time. One that finds none left says so."""
+    order = list(LIMITS)
+    assert order.index("upstream") == order.index("step") + 1 and order.index("run") < order.index("rtx")
+    assert sum(LIMITS.values()) <= gpu.TOTAL <= 540
     monkeypatch.setattr(gpu, "TOTAL", 0.01)
     assert gpu.measure(SMOKE, ["facts", "step"], tmp_path) == 1
     rows = json.loads((tmp_path / "results.json").read_text())["rows"]
     assert [row["failed"] for row in rows] == ["not done within 0 s"] * 2
+
+
+def test_rows_are_kept_as_they_come(tmp_path, monkeypatch):
+    """Whoever is killed in a section has lost nothing of it, and leaves no process behind."""
+    code = "import time; print('{\"time\": 1}', flush=True); time.sleep(60)"
+    monkeypatch.setattr(gpu.sys, "executable", printer(tmp_path, code))
+    monkeypatch.setattr(gpu, "POLL", 0.05)
+    rows = run_section("facts", SMOKE, 50)
+    began = time.monotonic()
+    assert next(rows) == {"section": "facts", "time": 1}
+    rows.close()
+    assert time.monotonic() - began < 30
+
+    def interrupted(name, *_):
+        yield {"section": name, "time": 1}
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(gpu, "run_section", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        gpu.measure(SMOKE, ["facts"], tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["rows"] == [{"section": "facts", "time": 1}]
+    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["results.json", "results.md"]
+
+
+def test_what_is_compiled_lies_outside_and_goes(tmp_path, monkeypatch):
+    given = []
+    monkeypatch.setattr(gpu, "run_section", lambda *a: given.append((a[3], a[3].is_dir())) or iter(()))
+    gpu.measure(SMOKE, ["facts", "step"], tmp_path)
+    (first, was), second = given
+    assert was and second == (first, True), "one section finds what the one before compiled"
+    assert not first.exists() and not first.is_relative_to(tmp_path)
+
+
+def test_both_sides_are_compared_after_equal_steps():
+    ours = [{"section": "step", "steps": n, "ms": 2.0, "peak_gib": 3.0, "loss": 5.0 - n / 100} for n in (10, 50, 100)]
+    peer = [{"section": "upstream", "steps": n, "ms": 3.0, "peak_gib": 6.0, "loss": 5.0} for n in (10, 50, 73)]
+    assert gpu.ratios([*ours, {"section": "step", "failed": "x"}, *peer]) == [
+        {"section": "upstream", "steps": 50, "step_ratio": 1.5},
+        {"section": "upstream", "steps": 50, "memory_ratio": 0.5},
+        {"section": "upstream", "steps": 50, "loss_difference": -0.5},
+    ]
+    assert gpu.ratios(ours) == []
 
 
 def test_the_table_has_a_column_for_every_name():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
@@ -25,7 +26,31 @@ def test_both_sides_start_from_one_loss():
     assert done.returncode == 0, done.stderr
     ours, peer, ratio = (json.loads(line) for line in done.stdout.splitlines())
     assert (ours["side"], peer["side"]) == ("ours", "peer") and ours["rows_at_once"] == 2
-    assert ratio["passed"] and ratio["losses_apart"] < 1e-5 and ratio["speed"] > 0
+    assert ratio["passed"] and ratio["losses_apart"] < 1e-5 and ratio["gradients_apart"] < 1e-4 and ratio["speed"] > 0
+    assert ours["proof_gradient"] > 1e-3, "a gradient of zeros proves nothing"
+
+
+def test_a_peer_that_sees_less_is_refused(monkeypatch):
+    """From the recipe's own first weights it would pass: what attention finds reaches nothing there."""
+    real = gpu_rtx.make_peer
+
+    def broken(training, module):
+        training.model.windows = [1] * len(training.model.windows)
+        real(training, module)
+
+    monkeypatch.setattr(gpu_rtx, "make_peer", broken)
+    monkeypatch.setattr(gpu_rtx, "SMOKE", replace(gpu_rtx.SMOKE, steps=1))
+    ratio = list(gpu_rtx.small())[-1]
+    assert ratio["side"] == "ratio" and ratio["passed"] is False and ratio["gradients_apart"] > 0.05
+    monkeypatch.setattr(gpu_rtx, "randomize", lambda training: None)
+    assert list(gpu_rtx.small())[-1]["losses_apart"] < gpu_rtx.LOSSES_APART
+
+
+def test_what_is_no_number_is_not_equal():
+    one, nan, zero = ({"proof_loss": x, "proof_gradient": x} for x in (1.0, float("nan"), 0.0))
+    assert not gpu_rtx.apart(zero, zero)["passed"], "of a card that computes nothing"
+    assert gpu_rtx.apart(one, one)["passed"]
+    assert not gpu_rtx.apart(one, nan)["passed"] and not gpu_rtx.apart(nan, one)["passed"]
 
 
 @pytest.mark.parametrize(
