@@ -150,6 +150,7 @@ BESIDE = {
     },
     "test_dryrun": {
         "test_a_good_recipe_and_one_that_prints_orders_before_it_fails",
+        "test_a_want_of_memory_beside_others_is_not_held_against_a_candidate",
         "test_it_starts_from_a_copy_of_the_caches_that_it_is_given",
         "test_the_batch_is_made_small_unless_the_recipe_needs_it",
         "test_the_shipped_recipe_in_seconds",

@@ -84,13 +84,28 @@ def test_a_child_sees_the_card_and_this_process_does_not(caches, tmp_path):
         blank_card.counts()
 
 
+PROOF = """
+import json, sys
+import backends
+from backends import reference
+from core.recipe import constants, replace
+loaded = backends.load(sys.argv[1])
+recipe = loaded.recipe().decode()
+if "ATTENTION" in constants(recipe):  # else the others are compiled, to be timed, which takes a minute
+    recipe = replace(recipe, {"ATTENTION": "triton"})
+found = reference.computed(recipe.encode(), loaded.open_device())
+checks = list(reference.compare(found, reference.reference()))
+print(json.dumps([sorted({c.name.split()[0] for c in checks}), sum(not c.passed for c in checks)]))
+"""
+
+
 @pytest.mark.parametrize("backend", ["cuda", "rtx"])
 def test_the_proof_in_float32_comes_to_its_end(backend, caches):
     """In which kernels and products are asked for that no training asks for. Of a blank card all numbers are wrong."""
-    done = blank_card.python(CARDS["h100"], ["-m", "backends.reference", "--backend", backend], caches, timeout=500)
-    lines = [line.split()[:3] for line in done.stdout.splitlines()]
-    assert lines == [["FAIL", backend, what] for what in ("logits", "loss", "gradient", "step")], done.stderr[-2000:]
-    assert done.returncode == 1
+    done = blank_card.python(CARDS["h100"], ["-c", PROOF, backend], caches, timeout=500)
+    assert done.returncode == 0, done.stderr[-2000:]
+    kinds, failed = json.loads(done.stdout.splitlines()[-1])
+    assert kinds == ["gradient", "logits", "loss", "step"] and failed > 60
 
 
 def test_it_is_built_once_and_says_what_it_lacks(monkeypatch):
