@@ -186,7 +186,7 @@ def ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def measure(order: Order, names: Sequence[str], out: Path) -> int:
     """Runs these sections, within `TOTAL` seconds, and writes each row as it comes; the exit status.
 
-    What they compile lies outside of `out`, of which a borrowed machine gives a few small files back.
+    What they compile lies outside of `out`, which holds two small files that can be sent.
     """
     out.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
