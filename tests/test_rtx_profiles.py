@@ -206,7 +206,8 @@ def test_children_devices_and_benchmarks_set_the_allocator_alike(monkeypatch, tm
     monkeypatch.setattr("platform.release", lambda: WSL[1])
     assert not names & set(sandbox.environment(tmp_path, tmp_path, tmp_path))
     given = []
-    monkeypatch.setattr("subprocess.Popen", lambda command, env, **more: given.append(env) or SimpleNamespace(wait=int))
+    ended = SimpleNamespace(wait=int, poll=lambda: 0, returncode=0)
+    monkeypatch.setattr("subprocess.Popen", lambda command, env, **more: given.append(env) or ended)
     list(gpu.run_section("rtx", gpu.SMOKE, 1.0))
     for backend in ("rtx", "cuda"):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
