@@ -31,6 +31,7 @@ from typing import Any
 
 from core import allocator
 from core import caches as compile_caches
+from core.files import replace_file
 
 ROOT = Path(__file__).resolve().parent.parent
 TOTAL = 540.0  # seconds, whatever sections there are
@@ -194,8 +195,8 @@ def measure(order: Order, names: Sequence[str], out: Path) -> int:
     def keep(row: dict[str, Any]) -> None:
         rows.append(row)
         print("  ".join(f"{k} {_cell(v)}" for k, v in row.items() if k != WHOLE), flush=True)
-        write(out / "results.json", json.dumps({"order": asdict(order), "rows": rows}, indent=1))
-        write(out / "results.md", table(rows))
+        replace_file(out / "results.json", json.dumps({"order": asdict(order), "rows": rows}, indent=1).encode())
+        replace_file(out / "results.md", table(rows).encode())
 
     end = time.monotonic() + TOTAL
     with tempfile.TemporaryDirectory(prefix="autoresearch-", ignore_cleanup_errors=True) as caches:
@@ -210,13 +211,6 @@ def measure(order: Order, names: Sequence[str], out: Path) -> int:
                     keep(row)
             print(f"{name}: {time.monotonic() - began:.0f} s", flush=True)
     return int(any("failed" in row or row.get("passed") is False for row in rows))
-
-
-def write(file: Path, text: str) -> None:
-    """All of it or what was there before: whoever ends this process may do so at any time."""
-    made = file.with_name(file.name + ".part")
-    made.write_text(text, encoding="utf-8")
-    made.replace(file)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from core.apart import apart
-from core.windows import under_wsl, windows_powershell
+from core.windows import STAY_AWAKE_BY_HAND, under_wsl, windows_powershell
 
 STAYS = 1.0 if sys.platform == "win32" else 0.3  # seconds after which a helper that still runs was not refused
 ANSWERS = 20.0  # seconds in which PowerShell starts, on a busy machine
@@ -30,7 +30,6 @@ _FROM_WSL = (
     "[Console]::Out.WriteLine('held'); [void][Console]::In.ReadToEnd()"
 )
 ENCODED = "-EncodedCommand"
-BY_HAND = "in Windows: powercfg /change standby-timeout-ac 0"
 
 
 def command(
@@ -40,7 +39,7 @@ def command(
     if under_wsl() if wsl is None else wsl:
         shell = windows_powershell()
         if shell is None:
-            return None, f"sleep is not held off: Windows cannot be asked from here; {BY_HAND}"
+            return None, f"sleep is not held off: Windows cannot be asked from here; {STAY_AWAKE_BY_HAND}"
         script = base64.b64encode(_FROM_WSL.encode("utf-16-le")).decode()  # no quotes that two systems would read
         return [shell, "-NoProfile", "-NonInteractive", ENCODED, script], "Windows is asked to stay awake"
     if platform == "darwin":
@@ -91,7 +90,7 @@ def _refused(helper: subprocess.Popen[bytes], name: str) -> str:
     if helper.stdout is not None:
         if select.select([helper.stdout], [], [], ANSWERS)[0] and helper.stdout.readline().strip() == b"held":
             return ""
-        return f"sleep is not held off: Windows' PowerShell did not do it; {BY_HAND}"
+        return f"sleep is not held off: Windows' PowerShell did not do it; {STAY_AWAKE_BY_HAND}"
     try:
         return f"sleep is not held off: {name} ended with status {helper.wait(STAYS)}"
     except subprocess.TimeoutExpired:

@@ -31,7 +31,7 @@ from core.errors import UserError
 from core.hardware import GIB, Hardware, choose, remedy, suits
 from core.paths import data_root, home, project_root
 from core.places import synced_by
-from core.windows import long_paths, restart_pending, windows_powershell
+from core.windows import STAY_AWAKE_BY_HAND, long_paths, restart_pending, windows_powershell
 
 OURS = ("cli", "prepare", "core", "backends", "researchers", "benchmarks", "kernels")
 NEEDED = (
@@ -442,8 +442,8 @@ def _sleep_check(hardware: Hardware) -> Check:
     if hardware.wsl:  # what keeps Linux awake in it is nothing to Windows
         if windows_powershell():
             return Check("sleep", True, "`run` asks Windows to stay awake, through its PowerShell")
-        action = "in Windows: powercfg /change standby-timeout-ac 0"
-        return Check("sleep", None, "Windows' PowerShell cannot be called from here, to ask it to stay awake", action)
+        fact = "Windows' PowerShell cannot be called from here, to ask it to stay awake"
+        return Check("sleep", None, fact, STAY_AWAKE_BY_HAND)
     tool = {"darwin": "caffeinate", "linux": "systemd-inhibit"}.get(hardware.os)
     if tool is None:
         return Check("sleep", True, "`run` asks Windows to stay awake")

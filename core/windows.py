@@ -24,6 +24,9 @@ def under_wsl(release: str | None = None) -> bool:
     return "microsoft" in (platform.release() if release is None else release).lower()
 
 
+STAY_AWAKE_BY_HAND = "in Windows: powercfg /change standby-timeout-ac 0"
+
+
 def windows_powershell() -> str | None:
     """Windows' own PowerShell as WSL2 sees it, also where Windows' PATH is not added to ours."""
     return shutil.which("powershell.exe") or shutil.which(

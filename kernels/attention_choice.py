@@ -191,11 +191,8 @@ def key(case: Case) -> str:
     do not see it: it does not count."""
     card = torch.cuda.get_device_name(case.device) if case.device.type == "cuda" else case.device.type
     able = sorted(name for name, why in available(case).items() if not why and PEERS[name].whole)
-    versions = [
-        torch.__version__,
-        _triton(),
-        os.environ.get("TORCH_COMPILE_CACHE_KEY_TAG", ""),
-    ]  # the last: our kernels
+    ours = os.environ.get("TORCH_COMPILE_CACHE_KEY_TAG", "")  # children have it: of these kernels' code
+    versions = [torch.__version__, _triton(), ours]
     parts = [case.length, case.heads, case.key_heads, case.head, case.window, case.dtype, card, able, versions]
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 

@@ -138,12 +138,11 @@ def open_device() -> CudaDevice:
     os.environ.update(allocator.settings(os.environ))  # children have it from their start
     with opening(LEAST_FREE):  # which takes some 500 MB of the card
         torch.cuda.set_device(0)
-        torch.cuda.mem_get_info()
+        free, total = torch.cuda.mem_get_info()
     name, capability = torch.cuda.get_device_name(), torch.cuda.get_device_capability()
     if capability < LEAST_CAPABILITY:
         fact = f"{name} has compute capability {capability[0]}.{capability[1]}; the cuda backend needs 8.0 or newer"
         raise UserError(fact, "choose --backend rtx or cpu")
-    free, total = torch.cuda.mem_get_info()
     if free < LEAST_FREE:
         fact = f"{name} has {free / 2**30:.1f} of {total / 2**30:.1f} GiB free, {LEAST_FREE / 2**30:.0f} are needed"
         action = "end what uses it (nvidia-smi lists it), or choose another card by CUDA_VISIBLE_DEVICES"

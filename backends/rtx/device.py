@@ -70,9 +70,8 @@ def open_device() -> RtxDevice:
         raise no_cuda()
     with opening(margin() + LEAST):
         torch.cuda.set_device(0)
-        torch.cuda.mem_get_info()
+        free, total = torch.cuda.mem_get_info()
     dtype = choose_dtype(torch.cuda.get_device_capability())
-    free, total = torch.cuda.mem_get_info()
     free = allocator.really_free(free, os.environ)
     limit = cap(free, total, margin())
     if limit <= 0:
