@@ -170,21 +170,30 @@ def own_environment(t: Targets) -> str | None:
 def open_descriptors(t: Targets) -> str | None:
     """Anything inherited besides standard input, output, error, the channel and mere names of what /proc tells all.
 
-    By a name alone (O_PATH) nothing is read, and to open it anew is judged as to open the path.
+    By a name alone (O_PATH) nothing is read, and to open it anew is judged as to open the path. A library whose code
+    runs here may hold its own file open to read, as newer builds of libffi do for the callbacks of ctypes.
     """
     expected = {0, 1, 2, int(os.environ["AUTORESEARCH_CHANNEL"])}
-    own = f"/proc/{os.getpid()}"
+    own, libraries = f"/proc/{os.getpid()}", running_files()
     found = []
     for name in listed("/proc/self/fd"):
         try:
             target = os.readlink(f"/proc/self/fd/{name}")
         except OSError:
             continue  # the one that listed
-        mere = fcntl.fcntl(int(name), fcntl.F_GETFL) & os.O_PATH
-        told = target in (own, f"{own}/task") or re.match(r"/proc/[a-z]", target)
-        if int(name) not in expected and not (mere and told):
+        flags = fcntl.fcntl(int(name), fcntl.F_GETFL)
+        told = flags & os.O_PATH and (target in (own, f"{own}/task") or re.match(r"/proc/[a-z]", target))
+        library = flags & os.O_ACCMODE == os.O_RDONLY and target in libraries
+        if int(name) not in expected and not (told or library):
             found.append(f"{name} -> {target}")
     return ", ".join(found) or None
+
+
+def running_files() -> set[str]:
+    """The files that this process runs code of."""
+    with open("/proc/self/maps") as maps:
+        lines = [line.split(maxsplit=5) for line in maps]
+    return {line[5].rstrip("\n") for line in lines if len(line) == 6 and "x" in line[1]}
 
 
 def write_outside(t: Targets) -> str | None:

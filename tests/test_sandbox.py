@@ -15,6 +15,7 @@ import sysconfig
 import tempfile
 import time
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +115,26 @@ def test_attacks_are_refused(name: str, tmp_path: Path) -> None:
     network = "tcp udp ipv6 unix_path unix_abstract unix_datagram unix_serve netlink listen"
     for attack in network.split():
         assert results[attack][1] == "EACCES"
+
+
+def test_a_running_library_that_holds_its_own_file_is_no_inherited_descriptor(tmp_path: Path) -> None:
+    """As libffi does where ctypes can be used without writable code, such as Debian 14."""
+    library, other = import_module("_ctypes").__file__, tmp_path / "other"
+    other.write_text("")
+    script = f"""
+import _ctypes, os, sys
+sys.path.insert(0, {str(paths.project_root())!r})
+from core import attacks
+for name, flags in (({library!r}, os.O_RDONLY), ({str(other)!r}, os.O_RDONLY), ({str(other)!r}, os.O_PATH)):
+    fd = os.open(name, flags)
+    print(attacks.open_descriptors({{}}))
+    os.close(fd)
+"""
+    environment = {**os.environ, "AUTORESEARCH_CHANNEL": "0"}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
+    mine, inherited, named = done.stdout.splitlines()
+    assert mine == "None"
+    assert inherited.endswith(str(other)) and named.endswith(str(other))
 
 
 def test_attacks_work_outside(tmp_path: Path) -> None:
