@@ -223,15 +223,15 @@ def _devices(nvml: Any, driver: str) -> list[Gpu]:
 
 def _device(nvml: Any, index: int, driver: str) -> Gpu:
     handle = nvml.nvmlDeviceGetHandleByIndex(index)
-    memory = nvml.nvmlDeviceGetMemoryInfo(handle)
+    total, free = _memory(nvml, handle)
     major, minor = nvml.nvmlDeviceGetCudaComputeCapability(handle)
     capability = (int(major), int(minor))
     return Gpu(
         index=index,
         name=text_of(nvml.nvmlDeviceGetName(handle)),
         uuid=text_of(nvml.nvmlDeviceGetUUID(handle)),
-        memory=int(memory.total),
-        memory_free=int(memory.free),
+        memory=total,
+        memory_free=free,
         capability=capability,
         driver=driver,
         processes=_processes(nvml, handle),
@@ -244,6 +244,16 @@ def refusals(nvml: Any) -> tuple[type[Exception], ...]:
     """What pynvml raises where a card, driver or system does not tell something. For processes, of which drivers before
     R510 do not tell, it has an error that is no NVMLError; older releases of it have no such error."""
     return nvml.NVMLError, getattr(nvml, "NVMLLibraryMismatchError", nvml.NVMLError)
+
+
+def _memory(nvml: Any, handle: Any) -> tuple[int, int]:
+    """Bytes of a card, and those that are free: the machine's where it shares them (GB10), of which NVML tells none."""
+    try:
+        memory = nvml.nvmlDeviceGetMemoryInfo(handle)
+    except getattr(nvml, "NVMLError_NotSupported", ()):
+        shared = psutil.virtual_memory()
+        return shared.total, shared.available
+    return int(memory.total), int(memory.free)
 
 
 def _processes(nvml: Any, handle: Any) -> int:

@@ -352,7 +352,8 @@ def suits(hardware: Hardware, name: str) -> tuple[bool, str]:
     if gpu.memory < _MIN_GPU_MEMORY * _MEMORY_TOLERANCE:
         return False, f"{gpu.name} has {_gib(gpu.memory)}, below {_gib(_MIN_GPU_MEMORY)}"
     if name == "cuda" and gpu.capability not in _DATACENTRE:
-        return False, f"{what} is no data-centre GPU"
+        own = ", ".join(f"{major}.{minor}" for major, minor in sorted(_DATACENTRE))
+        return False, f"{what} is none of the cards that the cuda backend is for (compute capability {own})"
     if wrong := _wrong_torch(hardware):
         return False, f"{what}: {wrong.fact}"
     return True, what

@@ -6,6 +6,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import psutil
@@ -29,6 +30,7 @@ class Nvml:
         self._battery = LocalFacts().power() != Power()
         self._uuids: dict[str, str] = {}
         self._seen = 0  # microseconds: samples of processes up to here were read
+        self._opened = False
 
     def look(self, device: str, ours: Sequence[int]) -> Look:
         try:
@@ -36,18 +38,26 @@ class Nvml:
         except ImportError:
             return Look(error="the package nvidia-ml-py is not installed")
         try:
-            pynvml.nvmlInit()
-        except pynvml.NVMLError as error:
-            return Look(error=str(error))
-        try:
+            self._open(pynvml)
             uuid = self._uuid(device)
             if not uuid:
                 return Look(error=f"no card was found for {device}")
             return self._read(pynvml, pynvml.nvmlDeviceGetHandleByUUID(uuid), ours)
         except pynvml.NVMLError as error:
+            self._close(pynvml)  # a driver that was renewed has to be opened anew
             return Look(error=str(error))
-        finally:
-            pynvml.nvmlShutdown()
+
+    def _open(self, nvml: Any) -> None:
+        """Once for all looks: to search for a card by its UUID may start others, which end with the last that asks."""
+        if not self._opened:
+            nvml.nvmlInit()
+            self._opened = True
+
+    def _close(self, nvml: Any) -> None:
+        if self._opened:
+            self._opened = False
+            with suppress(nvml.NVMLError):
+                nvml.nvmlShutdown()
 
     def _uuid(self, device: str) -> str:
         """The card that "cuda:1" stands for, as CUDA counts; looked up once."""
@@ -82,31 +92,33 @@ class Nvml:
         )
 
     def _others_share(self, ask: Callable[..., Any], ours: Sequence[int]) -> tuple[float | None, str]:
-        """What others use of the card (None: not told), and why Windows did not tell it.
+        """What others use of the card (None: not told), and why it is not known.
 
         Windows schedules the card itself, so it is asked before NVML, which may answer there and know of some programs
         only. Without a process of ours it cannot say which card is meant: then all that is busy is others'."""
         if self._users is None:
-            return self._others(ask, ours), ""
+            return self._others(ask, ours)
         if not ours:
             return None, ""
         share = self._users.others_busy({os.getpid(), *ours})
-        return (self._others(ask, ours) if share is None else share), self._users.problem
+        return (self._others(ask, ours)[0] if share is None else share), self._users.problem
 
-    def _others(self, ask: Callable[..., Any], ours: Sequence[int]) -> float | None:
-        """Share of the card that other processes used since the last look; None where processes are not told apart."""
+    def _others(self, ask: Callable[..., Any], ours: Sequence[int]) -> tuple[float | None, str]:
+        """Share of the card that other processes used since the last look, None where processes are not told apart; and
+        why they are not where the driver names some."""
         since = max(self._seen, int((time.time() - 5) * 1e6))  # older samples are of what has ended
         samples = ask("nvmlDeviceGetProcessUtilization", since)
         if samples is None:
-            return None
+            return None, ""
         # Some drivers give older samples than those asked for, and shares above 100 % (Syllo/nvtop #110).
         samples = [s for s in samples if int(s.timeStamp) > since and int(s.smUtil) <= 100]
         self._seen = max([since, *(int(s.timeStamp) for s in samples)])
-        if ours and samples and not any(s.pid in ours for s in samples):
-            return None  # in a container: the driver counts processes as the host does, and ours are among them
         mine = {os.getpid(), *ours}
+        known = ours or [s.pid for s in samples if psutil.pid_exists(s.pid)]
+        if samples and not any(s.pid in known for s in samples):
+            return None, "in a container the driver numbers processes as its host does: whose work it is cannot be told"
         share = {s.pid: int(s.smUtil) for s in samples if s.pid not in mine and psutil.pid_exists(s.pid)}
-        return min(1.0, sum(share.values()) / 100)
+        return min(1.0, sum(share.values()) / 100), ""
 
 
 def _bytes_of(processes: Any, ours: Sequence[int]) -> int | None:

@@ -84,6 +84,35 @@ def test_a_child_sees_the_card_and_this_process_does_not(caches, tmp_path):
         blank_card.counts()
 
 
+OPENED = """
+import json, sys, torch
+import backends
+backends.load(sys.argv[1]).open_device()
+segments = torch.cuda.memory._snapshot()["segments"]
+print(json.dumps([s["is_expandable"] for s in segments]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "backend", "grows"),
+    [("NVIDIA A40-48C", "rtx", False), ("GRID A100-40C", "cuda", False), ("NVIDIA A100-SXM4-80GB", "cuda", True)],
+)
+def test_segments_grow_but_on_a_virtual_card(name, backend, grows, caches):
+    """Whose driver may refuse it, which every run would end by, as a fault of its recipe."""
+    card = replace(CARDS["a100"], name=name)
+    done = blank_card.python(card, ["-W", "error::FutureWarning", "-c", OPENED, backend], caches, timeout=200)
+    assert done.returncode == 0, done.stderr[-2000:]
+    segments = json.loads(done.stdout.splitlines()[-1])
+    assert segments and set(segments) == {grows}
+
+
+def test_a_card_that_refuses_such_segments_is_told_with_what_to_set():
+    from backends.cuda.device import opening
+
+    with pytest.raises(UserError, match="set PYTORCH_ALLOC_CONF=expandable_segments:False"), opening(1):
+        raise RuntimeError("CUDA driver error: operation not supported")
+
+
 PROOF = """
 import json, sys
 import backends

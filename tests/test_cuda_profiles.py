@@ -211,7 +211,10 @@ def test_a_part_of_a_card_has_not_the_peak_of_the_whole():
     device = pytest.importorskip("backends.cuda.device", exc_type=ImportError)
     whole = device.known_peak("NVIDIA H100 80GB HBM3")
     assert whole is not None and whole.flops_per_second == 989.4e12
-    assert device.known_peak("NVIDIA H100 80GB HBM3 MIG 1g.10gb") is None
+    for part in ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", "GRID A100-10C", "NVIDIA H100-20C", "NVIDIA A100X-40C"):
+        assert device.known_peak(part) is None
+    pcie, other = device.known_peak("NVIDIA H800 PCIe"), device.known_peak("NVIDIA H100 PCIe")
+    assert pcie == other and pcie.flops_per_second == 756e12
 
 
 # --- which card children run on ------------------------------------------------------------------
@@ -316,6 +319,7 @@ def test_a_card_that_cannot_be_opened_now_is_waited_for(monkeypatch, said, kind)
         "is_available": True,
         "set_device": None,
         "get_device_capability": (8, 6),
+        "get_device_name": "NVIDIA GeForce RTX 4060",
     }.items():
         monkeypatch.setattr(device.torch.cuda, name, lambda *a, answer=answer: answer)
     monkeypatch.setattr(device.torch.cuda, "set_per_process_memory_fraction", lambda share: None)
@@ -327,5 +331,6 @@ def test_a_card_that_cannot_be_opened_now_is_waited_for(monkeypatch, said, kind)
                 opened.open_device()
     monkeypatch.setattr(device.torch.cuda, "mem_get_info", lambda: (2**33, 2**33))
     monkeypatch.setattr(rtx.torch, "ones", refuse)  # another program has taken it meanwhile
-    with expected:
-        rtx.open_device()
+    for opened in (device, rtx):
+        with expected:
+            opened.open_device()

@@ -416,7 +416,33 @@ def test_in_a_container_whose_processes_have_other_numbers_for_the_driver_nobody
         ComputeRunningProcesses=[SimpleNamespace(pid=324, usedGpuMemory=0)],
         ProcessUtilization=[sample],
     )
-    assert (found.others_busy, found.ours) == (None, None)
+    assert (found.others_busy, found.ours) == (None, None) and "in a container" in found.untold
+
+
+def test_in_a_container_a_busy_card_is_busy_with_others_where_nothing_of_ours_runs(monkeypatch):
+    busy = SimpleNamespace(pid=GONE, smUtil=95, timeStamp=now())
+    found = looked(monkeypatch, UtilizationRates=SimpleNamespace(gpu=95), ProcessUtilization=[busy])
+    assert found.others_busy is None and "95% busy" in gpuwatch.in_use(found)
+    here = SimpleNamespace(pid=1, smUtil=4, timeStamp=now())  # our last child beside somebody who can be seen
+    found = looked(monkeypatch, UtilizationRates=SimpleNamespace(gpu=95), ProcessUtilization=[busy, here])
+    assert found.others_busy == 0.04 and not gpuwatch.in_use(found)
+
+
+def test_nvml_is_opened_once_for_all_looks_and_anew_after_an_error(monkeypatch):
+    calls, module = [], nvml(UtilizationRates=SimpleNamespace(gpu=1))
+    module.nvmlInit, module.nvmlShutdown = (lambda: calls.append("open")), (lambda: calls.append("close"))
+    monkeypatch.setitem(sys.modules, "pynvml", module)
+    monkeypatch.setattr("core.nvml.cuda_uuid", lambda index: "GPU-1")
+    source = Nvml()
+    assert [source.look("cuda:0", ()).busy for _ in range(3)] == [0.01] * 3 and calls == ["open"]
+
+    def lost(uuid):
+        raise Error("GPU is lost")
+
+    monkeypatch.setattr(module, "nvmlDeviceGetHandleByUUID", lost)
+    assert source.look("cuda:0", ()).error == "GPU is lost" and calls == ["open", "close"]
+    monkeypatch.setattr(module, "nvmlDeviceGetHandleByUUID", lambda uuid: uuid)
+    assert source.look("cuda:0", ()).busy == 0.01 and calls == ["open", "close", "open"]
 
 
 def test_under_wddm_what_is_not_told_stays_unknown(monkeypatch):

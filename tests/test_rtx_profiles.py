@@ -249,6 +249,10 @@ def test_other_cards_of_a_number_are_not_taken_for_it():
     assert known("NVIDIA GeForce GTX 1650") is None and known("NVIDIA GeForce RTX 4070 Ti Foo") is None
     small, large = (known("NVIDIA GeForce RTX 3050", int(gib * GIB)) for gib in (5.8, 7.9))
     assert small is not None and large is not None and small.flops < large.flops
+    names = (("3080", 10), ("3080", 12), ("2060", 6), ("2060", 12), ("3060", 8), ("3060", 12))
+    found = [known(f"NVIDIA GeForce RTX {number}", int((gib - 0.3) * GIB)) for number, gib in names]
+    assert [card.processors for card in found] == [68, 70, 30, 34, 28, 28]
+    assert [card.bandwidth / 1e9 for card in found] == [760, 912, 336, 336, 240, 360]
 
 
 def test_a_reference_step_takes_the_share_of_upstreams_memory_that_was_promised():

@@ -159,12 +159,15 @@ class Mismatch(Exception):
 CARD = facts.Gpu(0, "NVIDIA GeForce RTX 4060", "GPU-a", 8 * 2**30, 7 * 2**30, (8, 9), "581.29")
 
 
-def cards(count, lost, monkeypatch, driver="581.29", processes=None):
+def cards(count, lost, monkeypatch, driver="581.29", processes=None, memory_told=True):
     """A pynvml that counts so many cards, of which these are lost: an eGPU that was pulled out.
 
     `processes`: what is called for those that compute; by default it refuses."""
 
     class Lost(Exception):
+        pass
+
+    class NotSupported(Lost):
         pass
 
     def handle(index):
@@ -173,23 +176,32 @@ def cards(count, lost, monkeypatch, driver="581.29", processes=None):
         return index
 
     def refuse(*arguments):
-        raise Lost("Not Supported")
+        raise NotSupported("Not Supported")
 
     memory = SimpleNamespace(total=8 * 2**30, free=7 * 2**30)
     answers = {"Count": count, "MemoryInfo": memory, "CudaComputeCapability": (8, 9), "UUID": "GPU-a"}
     answers |= {"Name": b"NVIDIA GeForce RTX 4060"}
-    nvml = SimpleNamespace(NVMLError=Lost, nvmlDeviceGetHandleByIndex=handle)
+    nvml = SimpleNamespace(NVMLError=Lost, NVMLError_NotSupported=NotSupported, nvmlDeviceGetHandleByIndex=handle)
     nvml.nvmlSystemGetDriverVersion = lambda: driver
     nvml.nvmlInit = nvml.nvmlShutdown = lambda: None
     for name, answer in answers.items():
         setattr(nvml, f"nvmlDeviceGet{name}", lambda *a, answer=answer: answer)
     for name in ("ComputeRunningProcesses", "DisplayActive", "MigMode"):
         setattr(nvml, f"nvmlDeviceGet{name}", refuse)
+    if not memory_told:
+        nvml.nvmlDeviceGetMemoryInfo = refuse
     if processes:
         nvml.NVMLLibraryMismatchError = Mismatch
         nvml.nvmlDeviceGetComputeRunningProcesses = processes
     monkeypatch.setitem(sys.modules, "pynvml", nvml)
     return facts.LocalFacts().nvidia()
+
+
+def test_a_card_that_shares_the_machines_memory_has_all_of_it(monkeypatch):
+    """GB10: NVML tells nothing of its memory. With that it was no card at all, and a driver was asked for."""
+    (found,) = cards(1, (), monkeypatch, memory_told=False)
+    total, available = facts.LocalFacts().memory()
+    assert found.memory == total and found.memory_free == pytest.approx(available, rel=0.2)
 
 
 def test_a_card_that_is_lost_hides_no_other_and_is_named(monkeypatch):

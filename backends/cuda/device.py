@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import math
 import os
+import re
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -30,6 +32,7 @@ PEAKS = {  # FLOP/s without sparsity; the longest name that a card's name contai
     "H100 PCIe": 756e12,
     "H100 NVL": 835e12,
     "H800": 989.4e12,
+    "H800 PCIe": 756e12,
     "H200": 989.4e12,
     "H200 NVL": 835e12,
     "GH200": 989.4e12,
@@ -115,15 +118,21 @@ class CudaDevice:
 def known_peak(name: str) -> Peak | None:
     """The data sheet's figure for a card's name ("NVIDIA H100 80GB HBM3"); None for one that is in no table.
 
-    A part of a card ("NVIDIA H100 80GB HBM3 MIG 1g.10gb") has a part of its processors, and is in none.
+    A part of a card ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", "GRID A100-10C") has a part of its processors or of its time,
+    and is in none.
     """
     words = name.replace("-", " ").split()
-    if "MIG" in words:
+    if "MIG" in words or is_virtual(name):
         return None
     fitting = [known for known in PEAKS if all(word in words for word in known.split())]
     if not fitting:
         return None
     return Peak(PEAKS[max(fitting, key=len)], PEAK_SOURCE)
+
+
+def is_virtual(name: str) -> bool:
+    """Whether it is a card of NVIDIA vGPU, whose profile ends the name: "GRID A100-10C", "NVIDIA A40-48Q"."""
+    return re.search(r"-\d+[ABCQ]$", name) is not None
 
 
 def choose_dtype(capability: tuple[int, int]) -> Choice:
@@ -147,8 +156,19 @@ def open_device() -> CudaDevice:
         fact = f"{name} has {free / 2**30:.1f} of {total / 2**30:.1f} GiB free, {LEAST_FREE / 2**30:.0f} are needed"
         action = "end what uses it (nvidia-smi lists it), or choose another card by CUDA_VISIBLE_DEVICES"
         raise DeviceFull(fact, action, LEAST_FREE)
+    with opening(LEAST_FREE):  # by a first block, so that a card that gives none is not told as a fault of the recipe
+        suit_allocator(name)
+        torch.ones(1, device="cuda")
     torch.set_float32_matmul_precision("high")
     return CudaDevice(choose_dtype(capability))
+
+
+def suit_allocator(name: str) -> None:
+    """Before the first allocation. Segments do not grow on a virtual card: its driver may refuse to (unsloth#1446)."""
+    if is_virtual(name):
+        with warnings.catch_warnings():  # its other name is younger than torch 2.10
+            warnings.simplefilter("ignore", FutureWarning)
+            torch.cuda.memory._set_allocator_settings("expandable_segments:False")
 
 
 @contextmanager
@@ -159,6 +179,9 @@ def opening(needed: int) -> Iterator[None]:
         yield
     except RuntimeError as error:
         said = next(iter(str(error).splitlines()), type(error).__name__)
+        if "operation not supported" in said:
+            action = "set PYTORCH_ALLOC_CONF=expandable_segments:False, and run it again"
+            raise UserError(f"the card's driver refuses memory that grows ({said})", action) from None
         if not out_of_memory(error) and "unavailable" not in said:
             raise
         raise DeviceFull(f"the card cannot be opened now ({said})", "end what uses it: nvidia-smi", needed) from None

@@ -74,8 +74,15 @@ CARDS = _table(
     5090: 170, 2407, 1792
     """
 )
-# The 3050 with 6 GB is a smaller card under the same name; only its memory tells it apart.
-SMALL_3050 = Card(18, 1470e6, 168e9)
+# Other cards under the same name, which only their memory in GB tells apart.
+BY_MEMORY = _table(
+    """
+    2060 12: 34, 1650, 336
+    3050 6: 18, 1470, 168
+    3060 8: 28, 1777, 240
+    3080 12: 70, 1710, 912
+    """
+)
 
 
 def known(name: str, memory: int = 0) -> Card | None:
@@ -87,6 +94,4 @@ def known(name: str, memory: int = 0) -> Card | None:
     if is_laptop(name) or "RTX" not in words:
         return None
     wanted = " ".join(w for w in words[words.index("RTX") + 1 :] if not w.lower().endswith("gb"))
-    if wanted == "3050" and 0 < memory < 7 * 2**30:
-        return SMALL_3050
-    return CARDS.get(wanted)
+    return BY_MEMORY.get(f"{wanted} {round(memory / 2**30)}", CARDS.get(wanted))

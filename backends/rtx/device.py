@@ -9,7 +9,7 @@ import sys
 
 import torch
 
-from backends.cuda.device import CudaDevice, opening
+from backends.cuda.device import CudaDevice, opening, suit_allocator
 from backends.rtx.cards import SOURCE, known
 from core import allocator
 from core.allocator import cap, margin
@@ -84,6 +84,7 @@ def open_device() -> RtxDevice:
     # What the first operator of ours and the first product load, which would be the recipe's seconds where nothing is
     # compiled (Windows without Triton).
     importlib.import_module("torch._dynamo")
+    suit_allocator(torch.cuda.get_device_name())
     with opening(margin() + LEAST):
         torch.ones(16, 16, device="cuda").mm(torch.ones(16, 16, device="cuda"))
     return RtxDevice(dtype, limit)

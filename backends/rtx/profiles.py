@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from backends.rtx.cards import SMALL_3050, Card, known
+from backends.rtx.cards import BY_MEMORY, Card, known
 from backends.rtx.memory import RECOMPUTES, Plan, Shape, peak
 from backends.scaling import COMPILING_CAP, Range, refit
 from core.errors import UserError
@@ -65,7 +65,7 @@ TIERS = (  # the largest first; the last takes what is below it, too
     Tier("rtx-16", 16, _card("4060 Ti"), _constants(8, 64, 2**15), logits=MANY),
     Tier("rtx-12", 10, _card("3060"), _constants(8, 64, 2**14)),
     Tier("rtx-8", 8, _card("3050"), _constants(8, 48, 2**14)),
-    Tier("rtx-6", 6, ("3050 6GB", SMALL_3050), _constants(6, 64, 2**14)),
+    Tier("rtx-6", 6, ("3050 6GB", BY_MEMORY["3050 6"]), _constants(6, 64, 2**14)),
 )
 
 
