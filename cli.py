@@ -441,6 +441,7 @@ def diff(number: int, as_json: bool, lab: str | None) -> None:
 @click.option("--tokens", type=click.IntRange(1, 100_000), default=200, show_default=True, metavar="N")
 @click.option("--temperature", type=click.FloatRange(min=0), default=0.8, show_default=True, metavar="X")
 @click.option("--seed", type=int, default=0, show_default=True, metavar="N")
+@click.option("--beside", is_flag=True, help="Although an experiment runs on the device, which this slows down.")
 def sample(lab: str | None, as_json: bool, prompt: str, **options: Any) -> None:
     """Let the best model write.
 

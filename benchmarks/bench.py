@@ -58,6 +58,10 @@ def bench_verb(
     if count > len(SEEDS):
         raise UserError(f"{count} seeds were asked for", f"--seeds takes {len(SEEDS)} at most")
     together = running.together(found, hardware)
+    devices = sorted({backends.device_name(c.name, hardware) for c in found if c.name != running.UPSTREAM})
+    for device in devices:  # one that is in use is told before data are prepared for minutes
+        with locks.hold_device(device):
+            pass
     plan = running.Plan(chosen, found, repeats, SEEDS[:count], quick, together, fresh or not quick)
     file = results.reserve(out or Path(f"bench-{chosen.name}-{date.today().isoformat()}.json"), out is not None)
     dataset = prepare(chosen.data, vocab_size=chosen.vocab_size, progress=lambda line: _aside(screen, line))

@@ -58,6 +58,27 @@ class Tried:
 
 
 @dataclass(frozen=True)
+class Again:
+    """Baseline and best measured again on seeds that decided nothing (core.effects): bpb by which the best is better,
+    its 95 % interval where the lab has two such runs of one recipe, the runs of each, and whether the gain holds."""
+
+    gain: Number
+    low: Number | None
+    high: Number | None
+    runs_before: int
+    runs_after: int
+    state: Literal["replicated", "not replicated", "open", "unconfirmed"]
+
+    def text(self) -> str:
+        """'measured again -0.0123 (95 %: -0.0150 to -0.0096), holds on fresh seeds'."""
+        from console.figures import STATE_WORDS
+
+        known = self.low is not None and self.high is not None
+        range_ = f" (95 %: {-(self.high or 0):+.4f} to {-(self.low or 0):+.4f})" if known else ""
+        return f"measured again {-self.gain:+.4f}{range_}, {STATE_WORDS[self.state]}"
+
+
+@dataclass(frozen=True)
 class LabFacts:
     """One lab."""
 
@@ -71,6 +92,8 @@ class LabFacts:
     first_source: str
     best_source: str
     tried: list[Tried] = field(default_factory=list)
+    again: Again | None = None  # None: the gain was not measured again, or there is none
+    disturbed: list[int] = field(default_factory=list)  # of baseline and best: measured while others used the device
     kind: Literal["autoresearch-lab"] = "autoresearch-lab"
     schema: int = SCHEMA
 
@@ -121,7 +144,19 @@ def of_lab(lab: Lab, data: str, machine: str) -> LabFacts:
         _text(first),
         _text(lab.best_source()),
         tried,
+        _again(lab),
+        [e.number for e in experiments if e.tainted and (e is baseline or (best and e.number == best.number))],
     )
+
+
+def _again(lab: Lab) -> Again | None:
+    from console.findings import findings, read  # here, as it loads what only statistics need
+
+    gain = findings(read(lab)).gain
+    found = gain.validation if gain else None
+    if gain is None or found is None:
+        return None
+    return Again(found.gain, found.low, found.high, found.runs_before, found.runs_after, gain.state)
 
 
 def _text(source: bytes) -> str:
@@ -213,4 +248,7 @@ def load(path: Path) -> LabFacts:
 
 def require_several(facts: Sequence[LabFacts]) -> None:
     if len(facts) < 2:
-        raise UserError(f"{len(facts)} lab was given", "name two or more: labs here, or files of `bench labs --export`")
+        raise UserError(
+            f"{'one lab was' if facts else 'no lab was'} given",
+            "name two or more: labs here, or files of `bench labs --export`",
+        )

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 ABOUT = (
     "Each lab started from a recipe that was fitted to its machine, and kept what lowered val_bpb there. A line is one "
     "constant or definition of train.py; where labs moved it in opposite directions, or one kept what another tried "
-    "in vain, the best recipe may depend on the hardware; --transfer measures it. The gain of an experiment that "
-    "changed several things stands at each."
+    "in vain, the best recipe may depend on the hardware; --transfer measures it. The gain at a change is the one "
+    "that it was kept for, which flatters it, and of an experiment that changed several things stands at each."
 )
 MARKS = {"up": ("^", 0, "kept, raised"), "down": ("v", 1, "kept, lowered"), "changed": ("o", 2, "kept, changed")}
 MOST = 24  # lines of the plot

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from benchmarks.lab_facts import Change, LabFacts, Tried
+from console.words import plural
 from core.recipe import constants
 
 
@@ -102,12 +103,23 @@ def sentences(labs: Sequence[LabFacts]) -> Iterator[str]:
         if lab.best_bpb is None or lab.baseline_bpb is None:
             yield f"{lab.tag} has no score yet"
             continue
-        tries, gain = len(lab.tried), lab.baseline_bpb - lab.best_bpb
-        keeps = f"{len(lab.kept)} of {tries} candidates kept" if lab.kept else f"none of {tries} candidates was kept"
-        yield f"{lab.tag}: {keeps}, {lab.baseline_bpb:.4f} to {lab.best_bpb:.4f} ({-gain:+.4f}) on {lab.scale()}"
+        yield f"{lab.tag}: {_found(lab, lab.baseline_bpb, lab.best_bpb)}, on {lab.scale()}"
+        if lab.disturbed:
+            numbers = " and ".join(f"#{n}" for n in lab.disturbed)
+            yield f"{lab.tag}: {numbers} ran while other programs used the device, so these figures may say little"
     for lab in labs[1:]:
         if why := labs[0].comparable(lab):
             yield f"{labs[0].tag} and {lab.tag} were measured with {why}: their val_bpb are not compared"
+
+
+def _found(lab: LabFacts, baseline: float, best: float) -> str:
+    """What a lab kept, and what that gave: as it was decided, which flatters, and on fresh seeds."""
+    tries = plural(len(lab.tried), "candidate")
+    if not lab.kept:
+        back = ", ".join(f"#{t.number}" for t in lab.tried if t.status == "undone")
+        return f"none of {tries} is kept{f' ({back} taken back)' if back else ''}; its baseline has {baseline:.4f}"
+    again = lab.again.text() if lab.again else "not confirmed"
+    return f"{len(lab.kept)} of {tries} kept, {baseline:.4f} to {best:.4f} ({best - baseline:+.4f}; {again})"
 
 
 def moved(tried: Tried) -> str:

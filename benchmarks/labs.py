@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import threading
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -135,7 +136,8 @@ def _document(
         "labs": [
             {"tag": lab.tag, "backend": lab.settings["backend"], "machine": lab.machine, "scale": lab.scale(),
              "baseline_bpb": lab.baseline_bpb, "best_bpb": lab.best_bpb, "tried": len(lab.tried),
-             "kept": [t.number for t in lab.kept]} for lab in labs
+             "kept": [t.number for t in lab.kept], "again": asdict(lab.again) if lab.again else None,
+             "disturbed": lab.disturbed} for lab in labs
         ],
         "notes": list(lab_table.sentences(labs)),
         "changes": [

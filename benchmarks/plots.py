@@ -85,8 +85,8 @@ def scores(found: Sequence[Series]) -> Figure | None:
     for line, (i, s) in enumerate(values):
         axes.plot(s.backend.bpbs(), [line] * len(s.backend.bpbs()), MARKERS[i % 7], color=colour(i), markersize=8,
                   markeredgecolor=GROUND, alpha=0.9)  # fmt: skip
-        mean = statistics.fmean(s.backend.bpbs())
-        axes.annotate(f"{mean:.4f}", (max(s.backend.bpbs()), line), (9, 0), textcoords="offset points", va="center",
+        middle = statistics.median(s.backend.bpbs())  # as the tables have it
+        axes.annotate(f"{middle:.4f}", (max(s.backend.bpbs()), line), (9, 0), textcoords="offset points", va="center",
                       color=INK)  # fmt: skip
     categories(axes, [s.name for _, s in values])
     low, high = axes.get_xlim()

@@ -172,7 +172,7 @@ def _trained_on(s: Series) -> str:
 
 
 NIGHT = [
-    Column("experiments in 8 h", _night),
+    Column("runs in 8 h", _night),
     Column("tokens in 8 h", _trained_on),
     Column("tokens/s", lambda s: spread(speeds(s), count)),
     Column("energy per 1000 tokens", _energy),

@@ -168,7 +168,7 @@ def _trust(found: Findings) -> str:
     spread, rules, m = found.spread, found.rules, found.machine
     lines = ["Noise is not known: no recipe ran twice on fresh seeds."]
     if spread.sd is not None:
-        of = f"{spread.runs} runs of {spread.recipes} recipes"
+        of = f"{spread.runs} runs of {plural(spread.recipes, 'recipe')}"
         lines = [f"Noise between seeds: {spread.sd:.4f} (standard deviation, {of})."]
     if found.noise.repeat_sd is not None:
         repeated = plural(found.noise.repeat_df, "repeat")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,11 +14,16 @@ from console.words import bpb, duration
 from core.errors import UserError
 
 if TYPE_CHECKING:
+    from core.lab import Lab
+    from core.ledger import Experiment
     from core.tokenizer import Tokenizer
 
 
-def sample_verb(screen: Screen, given: str | None, prompt: str, tokens: int, temperature: float, seed: int) -> None:
-    from core import referee
+def sample_verb(
+    screen: Screen, given: str | None, prompt: str, tokens: int, temperature: float, seed: int, beside: bool
+) -> None:
+    """`beside`: although something is measured on the device, which is then slower."""
+    from core import locks
 
     lab = places.find(screen, given)
     best = lab.best()
@@ -27,6 +33,15 @@ def sample_verb(screen: Screen, given: str | None, prompt: str, tokens: int, tem
     if weights is None:
         fact = f"the weights of #{best.number} are not there any more: only those of the latest best are kept"
         raise UserError(fact, "autoresearch train --out DIR makes them again, for use elsewhere; or `run` on")
+    with nullcontext() if beside else locks.hold_device(lab.settings.device):
+        _write(screen, lab, best, weights, prompt, tokens, temperature, seed)
+
+
+def _write(
+    screen: Screen, lab: Lab, best: Experiment, weights: Path, prompt: str, tokens: int, temperature: float, seed: int
+) -> None:
+    from core import referee
+
     tokenizer = lab.dataset().tokenizer()
     start = tokenizer.encode(prompt)
     screen.say(f"#{best.number}, {bpb(best.val_bpb)} ({places.scale(lab)})")

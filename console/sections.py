@@ -381,7 +381,8 @@ def _noise(found: Findings) -> str:
             "<code>autoresearch confirm</code> measures it.</p>"
         )
     sd = fact("noise.sd", spread.sd, f"{spread.sd:.4f}")
-    of = f"{number('noise.runs', spread.runs)} runs of {number('noise.recipes', spread.recipes)} recipes"
+    many = "recipe" if spread.recipes == 1 else "recipes"
+    of = f"{number('noise.runs', spread.runs)} runs of {number('noise.recipes', spread.recipes)} {many}"
     return (
         f"<h3>Noise</h3><p>Runs of one recipe on different seeds lie {sd} apart (standard deviation; {of} that no "
         f"decision has chosen). All intervals are Student's, with this figure.{_repeats(found.noise)}</p>"

@@ -43,7 +43,7 @@ def log_table(rows: Sequence[Row], scale: Scale, screen: Screen) -> Table:
     for name, right in (("#", True), ("status", False), ("val_bpb", True), ("change", True)):
         table.add_column(name, justify="right" if right else "left", no_wrap=True)
     if several:
-        table.add_column("with 95 %", justify="right", no_wrap=True)
+        table.add_column("95 % interval", justify="right", no_wrap=True)
         table.add_column("runs", justify="right", no_wrap=True)
     table.add_column("what", overflow="fold", ratio=1)
     if wide:
@@ -92,7 +92,7 @@ def verdict_lines(r: Row) -> list[str]:
         low, high = r.interval
         against = f", against {plural(int(v['control_runs']), 'run')} of the best" if v.get("control_runs") else ""
         noise = f"; noise {v['noise']['sd']:.6f}" if v.get("noise") else ""
-        lines.append(f"gain  {v['gain']:+.6f}, with 95 % between {low:+.6f} and {high:+.6f}{against}{noise}")
+        lines.append(f"gain  {v['gain']:+.6f}, 95 % interval {low:+.6f} to {high:+.6f}{against}{noise}")
     if early := v.get("stopped_early"):
         lines.append(f"saved  {duration(early.get('saved_seconds'))} of training")
     if r.simple and r.simple != r.status:

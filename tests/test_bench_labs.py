@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sqlite3
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ from browser import BROWSER, assert_readable, look
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
+from nights import NIGHT, confirmed, kept, night, small
 from scripted import Limits, Loop, Scripted, make_lab
 
 from benchmarks import lab_page, lab_table, transfer
@@ -181,7 +183,7 @@ def test_what_cannot_be_compared_is_told(
     labs: tuple[Lab, Lab], facts: list[LabFacts], tmp_path: Path, settings: Settings, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(str(labs[0].path)) == 1
-    assert "1 lab was given; name two or more" in capsys.readouterr().err
+    assert "one lab was given; name two or more" in capsys.readouterr().err
     assert run(str(labs[0].path), str(labs[1].path), "--transfer", "--home", "gamma") == 1
     assert "no lab here is called 'gamma'; given are: alpha, beta" in capsys.readouterr().err
     away = replace(facts[0], settings={**facts[0].settings, "backend": "cuda", "device": "cuda:0"})
@@ -192,7 +194,7 @@ def test_what_cannot_be_compared_is_told(
     empty = [researched(tmp_path / name, settings, []) for name in ("empty", "idle")]
     assert run(*(str(lab.path) for lab in empty)) == 0
     out = capsys.readouterr().out
-    assert "no lab has kept anything yet" in out and "none of 0 candidates was kept" in out
+    assert "no lab has kept anything yet" in out and "none of 0 candidates is kept" in out
 
 
 def test_no_place_for_the_page(labs: tuple[Lab, Lab], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -262,3 +264,43 @@ def test_the_page_in_a_browser(width: int, facts: list[LabFacts], tmp_path: Path
             for who, b in (("alpha", 1.5), ("beta", 1.6))]  # fmt: skip
     page = lab_page.html(facts, lines, runs)
     assert_readable(look(page, width, tmp_path), figures=2)
+
+
+# --- what a gain is worth -------------------------------------------------------------------------
+
+
+def test_a_gain_is_told_as_it_came_out_on_fresh_seeds_or_as_not_confirmed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lab, loop, _ = night(tmp_path / "nov24", small(tmp_path), monkeypatch, NIGHT[:12])
+    assert "not confirmed" in next(lab_table.sentences([of_lab(lab, "words", "a PC")]))
+    first, last = kept(lab)[0], kept(lab)[-1]
+    confirmed(lab, loop, [first, last])
+    found = of_lab(lab, "words", "a PC")
+    assert found.again is not None and found.again.runs_before == found.again.runs_after == 4
+    assert found.again.low is not None and found.again.low < found.again.gain < found.again.high
+    said = next(lab_table.sentences([found]))
+    assert f"measured again {-found.again.gain:+.4f} (95 %: {-found.again.high:+.4f} to " in said
+    (tmp_path / "sent.json").write_text(dumps(found))
+    assert load(tmp_path / "sent.json").again == found.again
+    assert run(str(lab.path), str(tmp_path / "sent.json"), "--json") == 0
+    assert [one["again"]["gain"] for one in json.loads(capsys.readouterr().out)["labs"]] == [found.again.gain] * 2
+
+
+def test_a_file_of_before_that_was_told_is_read(facts: list[LabFacts], tmp_path: Path) -> None:
+    older = json.loads(dumps(facts[0]))
+    del older["again"], older["disturbed"]
+    (tmp_path / "older.json").write_text(json.dumps(older))
+    assert load(tmp_path / "older.json").tried == facts[0].tried
+
+
+def test_who_was_disturbed_and_what_was_taken_back_is_told(tmp_path: Path, settings: Settings) -> None:
+    lab = researched(tmp_path / "lab", settings, [source(1.9, DEPTH=5)])
+    assert of_lab(lab, "kjv", "a Mac").disturbed == []
+    with sqlite3.connect(lab.record / "ledger.sqlite") as db:
+        db.execute("UPDATE experiments SET tainted = 1 WHERE number = 2")
+    told = list(lab_table.sentences([of_lab(lab, "kjv", "a Mac")]))
+    assert told[1] == "lab: #2 ran while other programs used the device, so these figures may say little"
+    lab.undo(2)
+    (told_,) = lab_table.sentences([of_lab(lab, "kjv", "a Mac")])
+    assert told_.startswith("lab: none of 1 candidate is kept (#2 taken back); its baseline has 2.0000, on kjv")

@@ -192,7 +192,7 @@ def test_an_experiment_of_a_night_does_not_compile_what_the_first_process_has() 
 def test_experiments_a_night_and_energy_stand_beside_speed() -> None:
     heads, lines = shown.grid(shown.series([a_result()]), shown.NIGHT)
     night = dict(zip(heads, lines[0], strict=True))
-    assert night["experiments in 8 h"] == f"{8 * 3600 / 305:.0f}" and night["energy per 1000 tokens"] == "1.1 J"
+    assert night["runs in 8 h"] == f"{8 * 3600 / 305:.0f}" and night["energy per 1000 tokens"] == "1.1 J"
 
 
 def test_results_of_different_work_are_never_in_one_table() -> None:

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from core import locks
 from core.lab import Lab
 from core.settings import Settings
 
@@ -346,6 +347,12 @@ class TestASmallLab:
         assert done["prompt"] == "And God said" and done["tokens"] <= 12
         text = small("sample", "--prompt", "And God said", "--tokens", "12", "--seed", "3").stdout
         assert "And God said" + done["text"] in text
+
+    def test_sample_slows_no_experiment_down_unless_asked(self, small: Shell) -> None:
+        with locks.hold_device("cpu"):
+            refused = small("sample", "--prompt", "And", status=1)
+            assert "the device cpu is in use" in refused.stderr and "And" not in refused.stdout
+            assert small.json("sample", "--prompt", "And", "--tokens", "3", "--beside")["tokens"] <= 3
 
     def test_train_prints_upstreams_summary_and_exports(self, small: Shell, tmp_path: Path) -> None:
         out = tmp_path / "model"
