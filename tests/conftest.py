@@ -38,7 +38,6 @@ ALONE = frozenset(
         "bench",
         "bench_kernels",
         "bench_labs",
-        "blank_card",
         "claude_code",
         "claude_stop",
         "cli",
@@ -162,6 +161,10 @@ BESIDE = {
 }
 
 
+# Files whose tests look at what takes half a minute to make once: with several workers, each would make it.
+TOGETHER = frozenset({"test_blank_card", "test_compile_caches", "test_report"})
+
+
 def runs_alone(item: pytest.Item) -> bool:
     name, file = getattr(item, "originalname", item.name), item.path.stem
     return item.name in ALONE_TESTS.get(file, ()) or (file in ALONE and name not in BESIDE.get(file, ()))
@@ -175,10 +178,13 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     return None if listed or "pytest.mark.alone" in collection_path.read_text("utf-8") else True
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist and -m look at the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if runs_alone(item):
             item.add_marker("alone")
+        if item.path.stem in TOGETHER:
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
 
 
 @pytest.fixture(scope="session", autouse=True)
