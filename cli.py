@@ -163,7 +163,7 @@ def cli() -> None:
 @_lab_argument
 @click.option("--experiments", type=click.IntRange(min=1), metavar="N", help="Stop after N more experiments.")
 @click.option("--hours", type=click.FloatRange(0, 720, min_open=True), metavar="H", help="Stop after H hours.")
-@click.option("--until", type=Moment(), metavar="HH:MM", help="Stop at this time of day.")
+@click.option("--until", type=Moment(), metavar="HH:MM", help="Stop at this time of day (or 2026-12-01T07:30).")
 @click.option("--researcher", metavar="NAME", default="search", show_default=True, help="Who proposes; A+B: in turns.")
 @click.option("--meanwhile", metavar="NAME", help="Who proposes while that one cannot answer, for example search.")
 @click.option("--demo", is_flag=True, help="About five minutes on two cores: small text, short budgets.")

@@ -39,7 +39,7 @@ def log_verb(screen: Screen, given: str | None, follow: bool, limit: int | None,
          "spent": asdict(lab.ledger.spent())}
     )  # fmt: skip
     if not view.rows:
-        screen.say("No experiment yet. Next: autoresearch run")
+        screen.say(f"No experiment yet. Next: {places.command('run', lab)}")
         return
     screen.show(tables.log_table(chosen, view.scale, screen))
     screen.say(tables.tally_line(view.total))
@@ -129,9 +129,8 @@ def status_verb(screen: Screen, given: str | None) -> None:
         )
     screen.say(f"verdict      {_verdict_line(_verdict(lab))}")
     if state is None:
-        screen.say(
-            "next         autoresearch run" if view.rows else "next         autoresearch run   (the baseline first)"
-        )
+        first = "" if view.total.experiments else "   (the baseline first)"
+        screen.say(f"next         {places.command('run', lab)}{first}")
 
 
 def _verdict(lab: Lab) -> dict[str, Any]:
@@ -208,7 +207,7 @@ def best_verb(
     view = places.look(lab)
     if view.best is None:
         raise UserError(
-            f"lab {lab.tag} has no best yet: {plural(view.total.experiments, 'experiment')}", "autoresearch run"
+            f"lab {lab.tag} has no best yet: {plural(view.total.experiments, 'experiment')}", places.command("run", lab)
         )
     recipe = lab.best_source() if without is None else _source_without(lab, without)
     if out is not None:

@@ -45,18 +45,27 @@ class Change(click.ParamType):
 
 
 class Moment(click.ParamType):
-    """HH:MM, today or tomorrow, whichever comes next; as a Unix time."""
+    """HH:MM, today or tomorrow, whichever comes next, or with its date 2026-12-01T07:30; as a Unix time."""
 
     name = "HH:MM"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
         from datetime import datetime, timedelta
 
+        now = datetime.now()
         try:
+            if "T" in str(value):
+                dated = datetime.strptime(str(value), "%Y-%m-%dT%H:%M")
+                if dated <= now:
+                    self.fail(f"{value} is over", param, ctx)
+                return dated.timestamp()
             wanted = datetime.strptime(str(value), "%H:%M")
         except ValueError:
-            self.fail(f"{value!r} is not a time of day; write it as HH:MM, for example 07:30", param, ctx)
-        now = datetime.now()
+            self.fail(
+                f"{value!r} is not a time of day; write it as HH:MM, for example 07:30, or {now:%Y-%m-%d}T07:30",
+                param,
+                ctx,
+            )
         moment = now.replace(hour=wanted.hour, minute=wanted.minute, second=0, microsecond=0)
         return (moment if moment > now else moment + timedelta(days=1)).timestamp()
 

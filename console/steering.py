@@ -23,7 +23,7 @@ def ask_verb(screen: Screen, given: str | None, what: str) -> None:
     lab = places.find(screen, given)
     state = running_state(lab)
     if state is None:
-        raise UserError(f"nothing runs in lab {lab.tag}", "autoresearch run")
+        raise UserError(f"nothing runs in lab {lab.tag}", places.command("run", lab))
     lab.ask(what)
     screen.document({"lab": places.about(lab), "asked": what, "pid": state["pid"]})
     screen.say(f"{lab.tag} (process {state['pid']}) {SAYS[what]}")

@@ -155,7 +155,7 @@ def _wait(screen: Screen, lab: Lab, number: int, timeout: float | None) -> int:
             shown = _phase(screen, state, number, shown)
         elif time.monotonic() - (idle_since or 0.0) > IDLE:
             if found.researcher != BY_HAND:
-                raise UserError(f"experiment {number} waits and nothing runs it", "autoresearch run")
+                raise UserError(f"experiment {number} waits and nothing runs it", places.command("run", lab))
             _spawn(lab, number)  # whoever judged it was ended
             idle_since = None
         if give_up is not None and time.monotonic() >= give_up:
