@@ -398,6 +398,8 @@ def status(lab: str | None, as_json: bool) -> None:
 def best(lab: str | None, as_json: bool, source: bool, without: int | None, out: Path | None) -> None:
     """The best experiment so far, and what led to it.
 
+    --source --out train.py, in the lab, drops an edit: what was never judged is saved in git first.
+
     \b
     autoresearch best
     autoresearch best --source --out train.py
@@ -479,7 +481,7 @@ def mcp(lab: str | None, as_json: bool) -> None:
 @verb("pause")
 @_lab_argument
 def pause(lab: str | None, as_json: bool) -> None:
-    """Let the running experiment end, then wait for `resume`.
+    """Let the run under way end, then wait for `resume`. An experiment may take several runs; the rest come after.
 
     \b
     autoresearch pause

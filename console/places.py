@@ -155,6 +155,13 @@ def new_folder(given: str | None, tag: str | None) -> tuple[Path, str]:
     return folder, chosen
 
 
+def holder(lab: Lab) -> int | None:
+    """The process that runs the lab now; None: nobody."""
+    from core import locks
+
+    return locks.holder(lab.record / "run.lock")
+
+
 def scale(lab: Lab) -> Scale:
     s = lab.settings
     return Scale(re.sub(r"-[0-9a-f]{8}$", "", s.data), s.sequence_len, s.budget, s.backend, s.device)
@@ -171,8 +178,9 @@ class Picture:
 
 
 def look(lab: Lab) -> Picture:
+    runs = holder(lab) is not None  # before the ledger is read: what ends meanwhile has left nothing open
     experiments, best, samples = lab.ledger.experiments(), lab.best(), by_number(lab.ledger.all_samples())
-    found = rows(experiments, samples)
+    found = rows(experiments, samples, runs)
     ablations = [s for a in lab.ledger.ablations() for s in a.runs]
     total = tally(found, best.number if best else None, uses(found, samples, ablations))
     return Picture(found, total, scale(lab), total.best)

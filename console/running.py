@@ -287,6 +287,8 @@ class _Narrator:
             self._decided(int(data["number"]))
         elif event.kind in ("note", "waiting"):
             self._screen.line({"event": event.kind, **data})
+            if data.get("paused"):
+                self._ticker.end()  # nothing runs
             self._ticker.say(f"     {data.get('text', '')}")
         else:
             self._ticker.feed(event)
@@ -337,13 +339,13 @@ def _banner(screen: Screen, lab: Lab, researcher: str, limits: Limits, sleep: st
     train = lab.dataset().part("train")
     measured = [r for r in view.rows if r.seconds and r.outcome.get("training_seconds")]
     each = expected(s.budget, [(r.seconds or 0.0) - r.outcome["training_seconds"] for r in measured], OVERHEAD)
-    first = (Rule().baseline_runs - 1) * each if s.verdict == "statistical" and not measured else 0.0
+    first = 0.0 if measured else each * (Rule().baseline_runs if s.verdict == "statistical" else 1)
     each *= _runs_each(s.verdict, [r.runs for r in measured if r.number > 1])
-    kept_back = reserve(lab, limits.deadline) + first
+    kept_back = reserve(lab, limits.deadline)
     left = max(0.0, limits.deadline - time.time() - kept_back) if limits.deadline else None
     rates = [r.outcome["tokens"] / r.outcome["training_seconds"] for r in measured if r.outcome.get("tokens")]
     passes = passes_line(train.tokens, max(rates, default=None), s.budget)
-    plan = finish_line(each, limits.experiments, left)
+    plan = finish_line(each, limits.experiments, left, first)
     ends_at = (
         f"; at {clock(datetime.fromtimestamp(limits.deadline).astimezone())} at the latest" if limits.deadline else ""
     )
@@ -411,12 +413,15 @@ def _ending(screen: Screen, lab: Lab, before: set[int], asked: Asked, summary: A
 
 
 def _kept(screen: Screen, view: places.Picture, new: list[Row]) -> None:
-    failed = sum(r.failed for r in new)
-    kept = [r for r in new if r.kept and not (view.total.baseline and r.number == view.total.baseline.number)]
-    screen.say(
-        f"{plural(len(new), 'experiment')} in this run: {len(kept)} kept beyond the baseline"
-        + (f", {failed} failed" if failed else "")
-    )
+    baseline = view.total.baseline.number if view.total.baseline else None
+    kept = [r for r in new if r.kept and r.number != baseline]
+    now = replace(
+        view.total, experiments=len(new), kept=len(kept), discarded=sum(r.status == "discard" for r in new),
+        failed=sum(r.failed for r in new), undone=sum(r.undone for r in new), best=None,
+        baseline=view.total.baseline if any(r.number == baseline for r in new) else None,
+    )  # fmt: skip
+    counts = f": {tables.counts_line(now)}" if new else ""
+    screen.say(f"{plural(len(new), 'experiment')} in this run{counts}")
     for r in kept[-10:]:
         screen.say(f"  #{r.number:<4} {bpb(r.val_bpb)}  {delta(r.delta)}  {r.description}")
     if any(r.tainted for r in new):

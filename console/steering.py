@@ -10,7 +10,7 @@ from console.words import bpb, plural, size
 from core.errors import UserError
 
 SAYS = {
-    "pause": "will pause after the experiment that is running; go on with: autoresearch resume",
+    "pause": "pauses after the run under way, of which an experiment may take several; go on with: autoresearch resume",
     "resume": "goes on",
     "stop": "ends now; the running experiment is dropped, not counted. Go on with: autoresearch run",
 }

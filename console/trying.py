@@ -180,9 +180,16 @@ def _phase(screen: Screen, state: dict[str, Any], number: int, shown: str) -> st
 
 
 def _unfinished(screen: Screen, lab: Lab, found: Experiment, state: dict[str, Any] | None) -> int:
-    parts = ", ".join(progress_parts(state or {})) or found.state
-    screen.document({"lab": places.about(lab), "experiment": row(found).to_json(), "running": state})
-    screen.say(f"#{found.number} still runs: {parts}; see: autoresearch wait {found.number}")
+    other = (state or {}).get("number")
+    parts = ", ".join(progress_parts(state or {}))
+    screen.document({
+        "lab": places.about(lab), "experiment": row(found).to_json(), "running": state,
+        "waits_for": None if other == found.number else other,
+    })  # fmt: skip
+    doing = (
+        "waits" if other is None else "still runs" if other == found.number else f"waits for #{other}, which still runs"
+    )
+    screen.say(f"#{found.number} {doing}{parts and f': {parts}'}; see: autoresearch wait {found.number}")
     return STILL_RUNNING
 
 
