@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
 from console.looking import progress_parts
-from console.output import Screen, plain
+from console.output import Screen, plain, typed
 from console.words import duration, plural, shorten
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ class Ticker:
     def say(self, line: str, style: str | None = None) -> None:
         """A line that stays."""
         if self._live is not None:
-            self.screen.console.print(plain(line), style=style, soft_wrap=True)
+            self.screen.console.print(plain(typed(line)), style=style, soft_wrap=True)
         else:
             self.screen.say(line, style if self.screen.interactive else None)
         self._spoken = time.monotonic()

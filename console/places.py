@@ -89,6 +89,10 @@ def find(screen: Screen, given: str | None) -> Lab:
     """The lab that a verb means; says which one where it was not given. Raises `LabError`."""
     from core.lab import Lab
 
+    if given and not place(given).exists():
+        near = mistyped(place(given))
+        hint = f"did you mean {near}? " if near else ""
+        raise LabError(f"there is no lab {given} at {spelled(place(given))}", f"{hint}`autoresearch labs` lists all")
     lab, how = Lab.find(str(place(given)) if given else None)
     if given is None:
         screen.say(f"lab {lab.tag} ({how}): {spelled(lab.path)}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 import time
@@ -16,12 +17,12 @@ from console.display import Ticker, expected, finish_line
 from console.looking import running_state
 from console.making import Wishes, free_disk, make, passes_line
 from console.notifying import Notifier, checked, notifying
-from console.output import Screen
+from console.output import Screen, typed
 from console.rows import Row, row
 from console.signals import Asked, ends
 from console.words import below, bpb, clock, count, delta, duration, plural
 from core.commands import quoted
-from core.errors import Busy, UserError
+from core.errors import Busy, LabError, UserError
 
 if TYPE_CHECKING:
     from core.lab import Lab
@@ -67,7 +68,7 @@ class Again:
         for name, value in options.items():
             if value is not None:
                 words += [f"--{name.replace('_', '-')}"] + ([] if value is True else [str(value)])
-        return " ".join(map(quoted, words))
+        return typed(" ".join(map(quoted, words)))
 
 
 def until_word(deadline: float) -> str:
@@ -123,12 +124,12 @@ def run_verb(
 def _options(
     researcher: str, asking: Mapping[str, Any], meanwhile: str | None, notify: str | None, strict: bool
 ) -> dict[str, Any]:
-    """What the next run has to be given as this one was."""
+    """What the next run has to be given as this one was. The URL is a secret, so that its place is left for it."""
     return {
         "researcher": researcher if researcher != "search" else None,
         **asking,
         "meanwhile": meanwhile,
-        "notify": notify if notify != os.environ.get(NOTIFY) else None,  # found there again, and may hold a secret
+        "notify": "URL" if notify and notify != os.environ.get(NOTIFY) else None,  # else it is found there again
         "strict": strict or None,
     }
 
@@ -261,14 +262,21 @@ def _run(
 
 
 def _must_be_free(lab: Lab) -> None:
-    """Before the banner: the loop refuses the same, but a banner followed by an error would mislead."""
-    state = running_state(lab)
+    """Before the banner: the loop refuses the same, but a banner followed by an error would mislead. Raises `Busy` of
+    lab and device, `LabError` of a train.py that nobody handed in."""
+    from core import locks
+
+    state, where = running_state(lab), quoted(places.spelled(lab.path))
     if state is not None:
         doing = f" with experiment {state['number']}" if state.get("number") else ""
         raise Busy(
             f"lab {lab.tag} is in use by process {state['pid']}{doing}",
-            f"see `autoresearch status {places.spelled(lab.path)}`, or end it with `autoresearch stop`",
+            f"see `autoresearch status {where}`, or end it with `autoresearch stop {where}`",
         )
+    with locks.hold_device(lab.settings.device):
+        pass
+    if lab.is_dirty() and not lab.ledger.knows_source(hashlib.sha256(lab.working_source()).hexdigest()):
+        raise LabError("train.py has changes that were not judged", lab.how_to_restore())
 
 
 class _Narrator:

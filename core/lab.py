@@ -143,8 +143,9 @@ class Lab:
         replace_file(self.path / ".git" / "info" / "exclude", lines.encode())
 
     @classmethod
-    def open(cls, path: Path) -> Lab:
-        """Raises `LabError` when there is no lab, it is damaged, or its locked settings were edited."""
+    def open(cls, path: Path, used: bool = True) -> Lab:
+        """Raises `LabError` when there is no lab, it is damaged, or its locked settings were edited. `used`: whether it
+        is the last used one from now on."""
         path = path.expanduser().absolute()
         if not path.is_dir():
             raise LabError(f"there is no lab at {path}", "make one: autoresearch init")
@@ -166,7 +167,8 @@ class Lab:
         except LabError:
             ledger.close()
             raise
-        lab._remember()
+        if used:
+            lab._remember()
         return lab
 
     @classmethod
