@@ -4,25 +4,17 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from functools import wraps
 from pathlib import Path
 from typing import Any, NoReturn
 
 import click
 
 from console import failing
-from console.options import ASKING, Change, Duration, Moment, asking_options, making_options
+from console.options import ASKING, Change, Duration, Moment, NumberOrLab, asking_options, making_options
 from console.output import complain
+from console.verbs import SECTIONS, VERBS
 
-SECTIONS = {
-    "The three that matter": ["run", "log", "report"],
-    "Before": ["doctor", "prepare", "init"],
-    "One experiment": ["try", "wait", "train"],
-    "Afterwards": ["confirm", "finalize"],
-    "Look": ["status", "best", "show", "diff", "sample"],
-    "Compare": ["bench"],
-    "For agents": ["mcp"],
-    "Steer": ["pause", "resume", "stop", "undo", "clean"],
-}
 LAZY = {  # verbs that live elsewhere and are not imported for a help page: module, command, what the page says
     "prepare": ("prepare", "main", "Fetch and tokenize a data set, once."),
     "bench": ("benchmarks.command", "bench", "Benchmark backends, machines and kernels on the same work."),
@@ -33,7 +25,7 @@ class Verbs(click.Group):
     """Groups the verbs in the help, and turns every error into one line and an exit status."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return [name for names in SECTIONS.values() for name in names]
+        return list(VERBS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name in LAZY:
@@ -65,7 +57,7 @@ class Verbs(click.Group):
         if name in LAZY:
             return LAZY[name][2]
         command = super().get_command(ctx, name)
-        return command.get_short_help_str(90) if command else ""
+        return command.get_short_help_str(200) if command else ""
 
     def main(self, args: Sequence[str] | None = None, prog_name: str | None = None, **_: Any) -> NoReturn:  # type: ignore[override]
         """Exit status: 0 done, 1 a clear error or a negative answer, 2 bad usage, 128 + signal when ended by one."""
@@ -115,14 +107,25 @@ def _json_option(function: Callable[..., Any]) -> Callable[..., Any]:
     return click.option("--json", "as_json", is_flag=True, help="For programs: JSON on stdout, errors too.")(function)
 
 
-def _lab_argument(function: Callable[..., Any]) -> Callable[..., Any]:
-    return click.argument("lab", required=False)(function)
+LAB = "A lab's folder or name; plain LAB says the same. Default: the lab you stand in, else the last used."
+NEW_LAB = "The new lab's folder or name; plain LAB says the same. Default: labs/TAG."
+RUN_LAB = f"{LAB} A name that is not there makes a new lab."
 
 
-def _lab_option(function: Callable[..., Any]) -> Callable[..., Any]:
-    return click.option("--lab", metavar="LAB", help="Path or tag; default: the lab you stand in, else the last used.")(
-        function
-    )
+def _lab(says: str = LAB) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """LAB behind the verb's own arguments, or --lab: the same."""
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(function)
+        def with_lab(*, lab: str | None, lab_option: str | None, **given: Any) -> Any:
+            if lab is not None and lab_option is not None:
+                raise click.UsageError(f"LAB ({lab}) and --lab ({lab_option}) say the same; give one of them")
+            return function(lab=lab if lab_option is None else lab_option, **given)
+
+        option = click.option("--lab", "lab_option", metavar="LAB", help=says)
+        return click.argument("lab", required=False)(option(with_lab))
+
+    return decorate
 
 
 def verb(name: str) -> Callable[[Callable[..., Any]], Any]:
@@ -160,10 +163,10 @@ def cli() -> None:
 
 
 @verb("run")
-@_lab_argument
+@_lab(RUN_LAB)
 @click.option("--experiments", type=click.IntRange(min=1), metavar="N", help="Stop after N more experiments.")
 @click.option("--hours", type=click.FloatRange(0, 720, min_open=True), metavar="H", help="Stop after H hours.")
-@click.option("--until", type=Moment(), metavar="HH:MM", help="Stop at this time of day.")
+@click.option("--until", type=Moment(), metavar="HH:MM", help="Stop at this time of day (or 2026-12-01T07:30).")
 @click.option("--researcher", metavar="NAME", default="search", show_default=True, help="Who proposes; A+B: in turns.")
 @click.option("--meanwhile", metavar="NAME", help="Who proposes while that one cannot answer, for example search.")
 @click.option("--demo", is_flag=True, help="About five minutes on two cores: small text, short budgets.")
@@ -172,7 +175,7 @@ def cli() -> None:
 @asking_options
 @making_options
 def run(lab: str | None, as_json: bool, **options: Any) -> int:
-    """Research until told to stop. Makes the lab and the data where they are missing.
+    """Research until told to stop. Goes on with a lab, or makes one, and its data, where it is missing.
 
     The first experiment is the baseline. Ctrl-C ends at once; the running experiment is dropped, not counted, and
     `run` again continues. With --json: one JSON line for each event.
@@ -181,7 +184,7 @@ def run(lab: str | None, as_json: bool, **options: Any) -> int:
     autoresearch run --demo
     autoresearch run --until 07:30
     autoresearch run labs/nov24 --experiments 20
-    autoresearch run --text ~/books --budget 5m --hours 8
+    autoresearch run novels --text ~/books --budget 5m --hours 8
     autoresearch run --researcher claude --max-cost 5 --hours 8
     autoresearch run --researcher claude-code --hours 8
     """
@@ -194,7 +197,7 @@ def run(lab: str | None, as_json: bool, **options: Any) -> int:
 
 
 @verb("log")
-@_lab_argument
+@_lab()
 @click.option("--follow", "-f", is_flag=True, help="Keep printing as things happen.")
 @click.option("--limit", "-n", type=click.IntRange(min=1), metavar="N", help="Only the last N.")
 @click.option("--kept", is_flag=True, help="Only what was kept.")
@@ -212,7 +215,7 @@ def log(lab: str | None, as_json: bool, follow: bool, limit: int | None, kept: b
 
 
 @verb("report")
-@_lab_argument
+@_lab()
 @click.option("--out", type=click.Path(path_type=Path), metavar="DIR", help="Where to write; default: the lab.")
 def report(lab: str | None, as_json: bool, out: Path | None) -> None:
     """The night as a page, report.html, with its picture, report.png, and in short, report.md. Never trains.
@@ -233,14 +236,16 @@ def report(lab: str | None, as_json: bool, out: Path | None) -> None:
 
 
 @verb("confirm")
-@click.argument("number", type=click.IntRange(min=1), metavar="[N]", required=False)
-@click.option("--seeds", type=click.IntRange(1, 64), default=4, show_default=True, metavar="K", help="Of each.")
+@click.argument("number", type=NumberOrLab(), metavar="[N]", required=False)
+@click.option(
+    "--seeds", type=click.IntRange(1, 64), default=4, show_default=True, metavar="K", help="Fresh seeds per recipe."
+)
 @click.option("--kept", is_flag=True, help="All that was kept, each against the one before it.")
 @click.option("--without", type=Change(), metavar="N|all", help="The winner without kept change N, or without each.")
 @click.option("--holdout/--no-holdout", default=None, help="Score the holdout too; default: for baseline and winner.")
 @click.option("--cost", is_flag=True, help="Only say how long it would take.")
-@_lab_option
-def confirm(number: int | None, as_json: bool, lab: str | None, **options: Any) -> int:
+@_lab()
+def confirm(number: int | str | None, as_json: bool, lab: str | None, **options: Any) -> int:
     """Measure again on fresh seeds, which no decision has seen: baseline and winner, or experiment N.
 
     A score that was kept because it came out low flatters; fresh seeds do not. --without tells whether the winner still
@@ -255,11 +260,15 @@ def confirm(number: int | None, as_json: bool, lab: str | None, **options: Any) 
     """
     from console.confirming import confirm_verb
 
+    if isinstance(number, str):  # `confirm nov24`
+        if lab is not None:
+            raise click.UsageError(f"{number!r} is not the number of an experiment")
+        lab, number = number, None
     return confirm_verb(_screen(as_json), lab, number, **options)
 
 
 @verb("finalize")
-@_lab_argument
+@_lab()
 @click.option("--branch", metavar="NAME", help="Default: autoresearch/TAG-final.")
 @click.option("--unconfirmed", is_flag=True, help="Also what is not settled or not confirmed; commits say so.")
 @click.option("--dry-run", is_flag=True, help="Only say what it would do.")
@@ -296,7 +305,7 @@ def doctor(as_json: bool, backend: str | None, bundle: bool) -> int:
 
 
 @verb("init")
-@_lab_argument
+@_lab(NEW_LAB)
 @making_options
 def init(lab: str | None, as_json: bool, **options: Any) -> None:
     """Make a lab without running it: fits the recipe to this machine, commits it, locks the settings.
@@ -318,7 +327,7 @@ def init(lab: str | None, as_json: bool, **options: Any) -> None:
 
 
 @verb("try")
-@_lab_argument
+@_lab()
 @click.option("-m", "--message", required=True, metavar="TEXT", help="What was changed, and why.")
 @click.option("--no-wait", is_flag=True, help="Print the number and return; see `wait`.")
 @click.option("--timeout", type=Duration(), metavar="S", help="Wait at most this long; the experiment goes on.")
@@ -340,7 +349,7 @@ def try_(lab: str | None, as_json: bool, message: str, no_wait: bool, timeout: f
 @verb("wait")
 @click.argument("number", type=click.IntRange(min=0), metavar="N")
 @click.option("--timeout", type=Duration(), metavar="S", help="Return after this long with status 124.")
-@_lab_option
+@_lab()
 def wait(number: int, as_json: bool, lab: str | None, timeout: float | None) -> int:
     """Wait for experiment N and print its verdict.
 
@@ -356,7 +365,7 @@ def wait(number: int, as_json: bool, lab: str | None, timeout: float | None) -> 
 
 
 @verb("train")
-@_lab_argument
+@_lab()
 @click.option("--recipe", type=click.Path(path_type=Path), metavar="FILE", help="Default: the lab's best.")
 @click.option("--budget", type=Duration(least=0.5), metavar="S", help="Training time; default: the lab's.")
 @click.option("--out", type=click.Path(path_type=Path), metavar="DIR", help="Export weights, tokenizer and recipe.")
@@ -376,8 +385,21 @@ def train(lab: str | None, as_json: bool, recipe: Path | None, budget: float | N
 # --- look --------------------------------------------------------------------------------------
 
 
+@verb("labs")
+def labs(as_json: bool) -> None:
+    """The labs of this machine: what each has reached, on what, where it lies, whether it runs.
+
+    \b
+    autoresearch labs
+    autoresearch labs --json | jq -r .labs[].path
+    """
+    from console.labs import labs_verb
+
+    labs_verb(_screen(as_json))
+
+
 @verb("status")
-@_lab_argument
+@_lab()
 def status(lab: str | None, as_json: bool) -> None:
     """Is it running, and how far is it?
 
@@ -391,12 +413,14 @@ def status(lab: str | None, as_json: bool) -> None:
 
 
 @verb("best")
-@_lab_argument
+@_lab()
 @click.option("--source", is_flag=True, help="Print its train.py and nothing else.")
 @click.option("--without", type=click.IntRange(min=1), metavar="N", help="With --source: without the kept change N.")
 @click.option("--out", type=click.Path(path_type=Path), metavar="FILE", help="With --source: write it to this file.")
 def best(lab: str | None, as_json: bool, source: bool, without: int | None, out: Path | None) -> None:
     """The best experiment so far, and what led to it.
+
+    --source --out train.py, in the lab, drops an edit: what was never judged is saved in git first.
 
     \b
     autoresearch best
@@ -409,7 +433,7 @@ def best(lab: str | None, as_json: bool, source: bool, without: int | None, out:
 
 @verb("show")
 @click.argument("number", type=click.IntRange(min=0), metavar="N")
-@_lab_option
+@_lab()
 def show(number: int, as_json: bool, lab: str | None) -> None:
     """Everything about experiment N.
 
@@ -423,7 +447,7 @@ def show(number: int, as_json: bool, lab: str | None) -> None:
 
 @verb("diff")
 @click.argument("number", type=click.IntRange(min=0), metavar="N")
-@_lab_option
+@_lab()
 def diff(number: int, as_json: bool, lab: str | None) -> None:
     """What experiment N changed in train.py.
 
@@ -436,7 +460,7 @@ def diff(number: int, as_json: bool, lab: str | None) -> None:
 
 
 @verb("sample")
-@_lab_argument
+@_lab()
 @click.option("--prompt", default="", metavar="TEXT", help="Text to continue.")
 @click.option("--tokens", type=click.IntRange(1, 100_000), default=200, show_default=True, metavar="N")
 @click.option("--temperature", type=click.FloatRange(min=0), default=0.8, show_default=True, metavar="X")
@@ -458,7 +482,7 @@ def sample(lab: str | None, as_json: bool, prompt: str, **options: Any) -> None:
 
 
 @verb("mcp")
-@_lab_argument
+@_lab()
 def mcp(lab: str | None, as_json: bool) -> None:
     """Serve a lab to an agent, as an MCP server.
 
@@ -478,9 +502,9 @@ def mcp(lab: str | None, as_json: bool) -> None:
 
 
 @verb("pause")
-@_lab_argument
+@_lab()
 def pause(lab: str | None, as_json: bool) -> None:
-    """Let the running experiment end, then wait for `resume`.
+    """Let the run under way end, then wait for `resume`. An experiment may take several runs; the rest come after.
 
     \b
     autoresearch pause
@@ -491,7 +515,7 @@ def pause(lab: str | None, as_json: bool) -> None:
 
 
 @verb("resume")
-@_lab_argument
+@_lab()
 def resume(lab: str | None, as_json: bool) -> None:
     """Go on after `pause`.
 
@@ -504,7 +528,7 @@ def resume(lab: str | None, as_json: bool) -> None:
 
 
 @verb("stop")
-@_lab_argument
+@_lab()
 def stop(lab: str | None, as_json: bool) -> None:
     """End a run now, as Ctrl-C would: the running experiment is dropped, not counted.
 
@@ -518,7 +542,7 @@ def stop(lab: str | None, as_json: bool) -> None:
 
 @verb("undo")
 @click.argument("number", type=click.IntRange(min=0), metavar="N")
-@_lab_option
+@_lab()
 def undo(number: int, as_json: bool, lab: str | None) -> None:
     """Take back the kept experiment N: the best before it is the best again. Its record stays.
 
@@ -531,7 +555,7 @@ def undo(number: int, as_json: bool, lab: str | None) -> None:
 
 
 @verb("clean")
-@_lab_argument
+@_lab()
 @click.option("--yes", is_flag=True, help="Free it; without this it is only shown.")
 def clean(lab: str | None, as_json: bool, yes: bool) -> None:
     """Show what can be freed (old logs, caches, scratch), and with --yes free it.

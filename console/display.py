@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
 from console.looking import progress_parts
-from console.output import Screen, plain
+from console.output import Screen, plain, typed
 from console.words import duration, plural, shorten
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ class Ticker:
     def say(self, line: str, style: str | None = None) -> None:
         """A line that stays."""
         if self._live is not None:
-            self.screen.console.print(plain(line), style=style, soft_wrap=True)
+            self.screen.console.print(plain(typed(line)), style=style, soft_wrap=True)
         else:
             self.screen.say(line, style if self.screen.interactive else None)
         self._spoken = time.monotonic()
@@ -125,11 +125,14 @@ def expected(budget: float, overheads: list[float], guess: float) -> float:
     return budget + ordered[len(ordered) // 2]
 
 
-def finish_line(each: float, experiments: int | None, seconds: float | None) -> str:
-    """'about 7 experiments of 31 s, done in 3 min 37 s' for limits in experiments, in seconds, in both or in none."""
+def finish_line(each: float, experiments: int | None, seconds: float | None, baseline: float = 0.0) -> str:
+    """'about 7 experiments (31 s each), done in about 3 min 37 s' for limits in experiments, in seconds, in both or in
+    none. `baseline`: seconds that it takes, as the first of the experiments; 0 where it is measured already."""
+    took = f"{duration(each)} each" + (f"; the baseline {duration(baseline)}" if baseline else "")
     if experiments is None and seconds is None:
-        return f"about {3600 / each:.0f} experiments an hour ({duration(each)} each), until it is stopped"
-    fits = max(1, int(seconds / each)) if seconds is not None else None
+        return f"about {3600 / each:.0f} experiments an hour ({took}), until it is stopped"
+    first = 1 if baseline else 0
+    fits = max(1, first + max(0, int((seconds - baseline) / each))) if seconds is not None else None
     number = min(x for x in (experiments, fits) if x is not None)
-    total = duration(number * each if experiments == number else seconds)
-    return f"about {plural(number, 'experiment')} ({duration(each)} each), done in about {total}"
+    total = duration(baseline + (number - first) * each if experiments == number else seconds)
+    return f"about {plural(number, 'experiment')} ({took}), done in about {total}"

@@ -39,7 +39,7 @@ def log_verb(screen: Screen, given: str | None, follow: bool, limit: int | None,
          "spent": asdict(lab.ledger.spent())}
     )  # fmt: skip
     if not view.rows:
-        screen.say("No experiment yet. Next: autoresearch run")
+        screen.say(f"No experiment yet. Next: {places.command('run', lab)}")
         return
     screen.show(tables.log_table(chosen, view.scale, screen))
     screen.say(tables.tally_line(view.total))
@@ -51,6 +51,9 @@ def log_verb(screen: Screen, given: str | None, follow: bool, limit: int | None,
         screen.say(other)
     if any(r.tainted for r in chosen):
         screen.say(tables.TAINTED)
+    for r in chosen:
+        if r.cut_off:
+            screen.say(f"#{r.number} was interrupted: {_goes_on(r)} ({places.command('run', lab)})")
 
 
 def _with_ablations(lab: Lab, chosen: list[Row], full: bool = False) -> list[dict[str, Any]]:
@@ -92,9 +95,9 @@ def _follow(screen: Screen, lab: Lab, limit: int | None, kept: bool) -> None:
 
 def running_state(lab: Lab) -> dict[str, Any] | None:
     """What the lab's running process says of itself; None where none runs."""
-    from core import live, locks
+    from core import live
 
-    pid = locks.holder(lab.record / "run.lock")
+    pid = places.holder(lab)
     if pid is None:
         return None
     state = live.read(lab.record)
@@ -117,21 +120,28 @@ def status_verb(screen: Screen, given: str | None) -> None:
     screen.say(_running_line(state))
     for line in _progress_lines(state, screen):
         screen.say(line)
+    for r in view.rows:
+        if r.cut_off:
+            screen.say(f"interrupted  #{r.number}  {r.description}: {_goes_on(r)}")
     done = tables.tally_line(view.total) if view.total.experiments else "none yet: the first is the baseline"
     screen.say(f"experiments  {done}")
     if view.best:
         screen.say(f"best         {bpb(view.best.val_bpb)}  #{view.best.number}  {view.best.description}")
         screen.say(f"             ({view.scale})")
-    if kept:
+    if len(kept) > 1:  # the first is the baseline
         last = kept[-1]
         screen.say(
             f"last keep    #{last.number} at {clock(moment(last.finished))}  {delta(last.delta)}  {last.description}"
         )
     screen.say(f"verdict      {_verdict_line(_verdict(lab))}")
     if state is None:
-        screen.say(
-            "next         autoresearch run" if view.rows else "next         autoresearch run   (the baseline first)"
-        )
+        first = "" if view.total.experiments else "   (the baseline first)"
+        screen.say(f"next         {places.command('run', lab)}{first}")
+
+
+def _goes_on(r: Row) -> str:
+    """What the next start does with one that was cut off."""
+    return "the next run repeats it" if r.status == "running" else "it is measured, and the next run decides it"
 
 
 def _verdict(lab: Lab) -> dict[str, Any]:
@@ -167,7 +177,9 @@ def _running_line(state: dict[str, Any] | None) -> str:
     since = state.get("since")
     started = f", since {clock(datetime.fromtimestamp(since).astimezone())}" if isinstance(since, int | float) else ""
     quiet = f", silent for {duration(state['age'])}" if state["age"] > STALE and state.get("updated") else ""
-    return f"running      {state.get('state') or 'yes'} (process {state['pid']}{started}{quiet})"
+    doing = state.get("state") or "yes"
+    pending = "; pauses after the run under way" if state.get("pause_asked") and doing != "paused" else ""
+    return f"running      {doing} (process {state['pid']}{started}{quiet}){pending}"
 
 
 def _progress_lines(state: dict[str, Any] | None, screen: Screen) -> list[str]:
@@ -206,22 +218,25 @@ def best_verb(
     quiet = Screen(True) if source and not screen.as_json else screen
     lab = places.find(quiet, given)
     view = places.look(lab)
-    if view.best is None:
+    if view.best is None and out is None:  # a file can get the recipe that the lab begins with
         raise UserError(
-            f"lab {lab.tag} has no best yet: {plural(view.total.experiments, 'experiment')}", "autoresearch run"
+            f"lab {lab.tag} has no best yet: {plural(view.total.experiments, 'experiment')}", places.command("run", lab)
         )
     recipe = lab.best_source() if without is None else _source_without(lab, without)
-    if out is not None:
-        _write(lab, out, recipe)
+    aside = _write(lab, out, recipe) if out is not None else ""
     text = recipe.decode("utf-8", "replace")
     if source and not screen.as_json:
-        print(text if out is None else f"written to {plain(str(out))}\n", end="")
+        print(text if out is None else plain(f"written to {out}\n"), end="")
+        if aside:
+            print(plain(f"what lay there was never judged, and is kept: {aside}"))
         return
     path = [r for r in view.rows if r.kept]
     screen.document({
-        "lab": places.about(lab), "best": view.best.to_json(full=True), "kept": [r.to_json() for r in path],
-        "source": text if source else None,
+        "lab": places.about(lab), "best": view.best and view.best.to_json(full=True),
+        "kept": [r.to_json() for r in path], "source": text if source else None, "set_aside": aside or None,
     })  # fmt: skip
+    if view.best is None:
+        return
     for line in tables.card(view.best, view.scale, screen):
         screen.say(line)
     screen.say("how it got there:")
@@ -229,15 +244,23 @@ def best_verb(
         screen.say(f"  #{r.number:<4} {bpb(r.val_bpb)}  {delta(r.delta):<8} {r.description}")
 
 
-def _write(lab: Lab, file: Path, recipe: bytes) -> None:
-    """Byte for byte, which a shell's `>` does not do everywhere. Not over what could not be had again."""
+def _write(lab: Lab, file: Path, recipe: bytes) -> str:
+    """Byte for byte, which a shell's `>` does not do everywhere. Not over what could not be had again: a `train.py` of
+    the lab that was never judged is saved first, and the command that prints it is returned."""
+    aside = ""
     try:
         present = file.read_bytes() if file.exists() else None
-        if present not in (None, recipe) and not lab.ledger.knows_source(hashlib.sha256(present or b"").hexdigest()):
-            raise UserError(f"{file} holds what was never judged, and would be lost", "name another file, or move it")
+        if present is not None and present != recipe:
+            if file.resolve() == (lab.path / "train.py").resolve():
+                aside = lab.set_aside(present)
+            elif not lab.ledger.knows_source(hashlib.sha256(present).hexdigest()):
+                raise UserError(
+                    f"{file} holds what was never judged, and would be lost", "name another file, or move it"
+                )
         replace_file(file, recipe)
     except OSError as error:
         raise UserError(f"{file} cannot be written: {error.strerror}", "name another file") from None
+    return aside
 
 
 def _source_without(lab: Lab, number: int) -> bytes:
@@ -253,7 +276,8 @@ def show_verb(screen: Screen, given: str | None, number: int) -> None:
     from console import again
 
     lab = places.find(screen, given)
-    found = row(lab.ledger.get(number), lab.ledger.samples(number))
+    runs = places.holder(lab) is not None
+    found = row(lab.ledger.get(number), lab.ledger.samples(number), runs)
     spent, measured = lab.ledger.spent(number), again.again(lab, number)
     screen.document({
         "lab": places.about(lab), "experiment": _with_ablations(lab, [found], full=True)[0], "diff": lab.diff(number),

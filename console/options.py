@@ -44,19 +44,42 @@ class Change(click.ParamType):
         return int(value)
 
 
+class NumberOrLab(click.ParamType):
+    """The number of an experiment; anything else is taken for a lab."""
+
+    name = "N|LAB"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | str:
+        text = str(value)
+        if not text.lstrip("-").isdecimal():
+            return text
+        if int(text) < 1:
+            self.fail(f"{text} is not the number of an experiment: they begin at 1", param, ctx)
+        return int(text)
+
+
 class Moment(click.ParamType):
-    """HH:MM, today or tomorrow, whichever comes next; as a Unix time."""
+    """HH:MM, today or tomorrow, whichever comes next, or with its date 2026-12-01T07:30; as a Unix time."""
 
     name = "HH:MM"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
         from datetime import datetime, timedelta
 
+        now = datetime.now()
         try:
+            if "T" in str(value):
+                dated = datetime.strptime(str(value), "%Y-%m-%dT%H:%M")
+                if dated <= now:
+                    self.fail(f"{value} is over", param, ctx)
+                return dated.timestamp()
             wanted = datetime.strptime(str(value), "%H:%M")
         except ValueError:
-            self.fail(f"{value!r} is not a time of day; write it as HH:MM, for example 07:30", param, ctx)
-        now = datetime.now()
+            self.fail(
+                f"{value!r} is not a time of day; write it as HH:MM, for example 07:30, or {now:%Y-%m-%d}T07:30",
+                param,
+                ctx,
+            )
         moment = now.replace(hour=wanted.hour, minute=wanted.minute, second=0, microsecond=0)
         return (moment if moment > now else moment + timedelta(days=1)).timestamp()
 
@@ -92,15 +115,25 @@ def asking_options(function: Callable[..., Any]) -> Callable[..., Any]:
     options = [
         click.option("--model", metavar="NAME", help="Which model answers; default: claude-opus-5-5."),
         click.option("--effort", metavar="E", help="low, medium, high, xhigh or max; default: high."),
-        click.option("--max-cost", type=click.FloatRange(min=0), metavar="USD", help="Most that this run spends; 10."),
+        click.option(
+            "--max-cost",
+            type=click.FloatRange(min=0),
+            metavar="USD",
+            help="Stop before this run has spent this many US dollars; default: 10.",
+        ),
         click.option("--max-tokens", type=click.IntRange(min=1), metavar="N", help="The same in tokens of all kinds."),
         click.option(
             "--command", metavar="LINE", help='A coding agent, with --researcher command: "agent {prompt_file}".'
         ),
-        click.option("--time-limit", type=Duration(least=1), metavar="S", help="For one answer of an agent; 20m."),
+        click.option(
+            "--time-limit",
+            type=Duration(least=1),
+            metavar="S",
+            help="Time limit for one answer of an agent; default: 20m.",
+        ),
         click.option("--pass-env", metavar="A,B", help="Variables that an agent gets on top of the usual ones."),
         click.option(
-            "--attempts", type=click.IntRange(1, 3), metavar="N", help="At one idea that crashes; default: 3."
+            "--attempts", type=click.IntRange(1, 3), metavar="N", help="Tries per idea, repairs included; default: 3."
         ),
     ]
     for option in reversed(options):

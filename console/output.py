@@ -5,13 +5,20 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import sys
+from functools import cache
 from pathlib import Path
+from shutil import which
 from typing import TYPE_CHECKING, Any
+
+from console.verbs import VERBS
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+PROGRAM = "autoresearch"
+_COMMAND = re.compile(rf"(?<![\w./\\-]){PROGRAM}(?= (?:--\w|(?:{'|'.join(VERBS)})\b))")
 _ASCII = str.maketrans({"→": "->", "·": "-", "–": "-", "—": "-", "−": "-", "±": "+-", "…": "...", "²": "2", "×": "x",
                         "Δ": "delta", "≈": "~", "≤": "<=", "≥": ">=", "°": "", "✓": "+", "✗": "x", "○": "o",
                         "“": '"', "”": '"', "’": "'"})  # fmt: skip
@@ -26,6 +33,26 @@ def ascii_only(stream: Any = None) -> bool:
 def plain(text: str, stream: Any = None) -> str:
     """The text with its typographic signs spelled in ASCII where the stream needs that."""
     return text.translate(_ASCII) if ascii_only(stream) else text
+
+
+def typed(text: str) -> str:
+    """The text with its commands as they have to be typed here: README's first line calls the program by its path, in
+    an environment that nobody has activated."""
+    called = _called()
+    return text if called == PROGRAM else _COMMAND.sub(lambda found: called, text)
+
+
+@cache
+def _called() -> str:
+    """The program as it was called where a shell would not find it by its name alone."""
+    from core.commands import quoted  # here, because a page of help loads nothing of core
+
+    called = Path(sys.argv[0])
+    if called.stem != PROGRAM or which(PROGRAM) is not None:
+        return PROGRAM
+    below = called.is_absolute() and called.is_relative_to(Path.cwd())
+    word = quoted(f".{os.sep}{called.relative_to(Path.cwd())}" if below else sys.argv[0])
+    return f"& {word}" if word.startswith('"') else word  # PowerShell would print a quoted word, and not run it
 
 
 def tidy(value: Any) -> Any:
@@ -78,9 +105,9 @@ class Screen:
         if self.as_json:
             return
         if style is None:
-            print(plain(text), flush=True)
+            print(plain(typed(text)), flush=True)
         else:
-            self.console.print(plain(text), style=style, soft_wrap=True)
+            self.console.print(plain(typed(text)), style=style, soft_wrap=True)
 
     def show(self, renderable: Any) -> None:
         """A rich table or text for people."""
@@ -106,9 +133,10 @@ class Screen:
 
 def complain(kind: str, fact: str, action: str, as_json: bool) -> None:
     """An error, on stderr: one clear line for people, one JSON object for programs."""
+    action = typed(action)
     if as_json:
         error = {"error": {"kind": kind, "fact": fact, "action": action}}
         print(json.dumps(error, ensure_ascii=True), file=sys.stderr, flush=True)
         return
-    text = " ".join(f"{fact}; {action}".split()) if action else " ".join(fact.split())
+    text = typed(" ".join(f"{fact}; {action}".split()) if action else " ".join(fact.split()))
     print(plain(f"error: {text}", sys.stderr), file=sys.stderr, flush=True)

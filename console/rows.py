@@ -12,6 +12,7 @@ from core.ledger import earlier
 
 KEPT = ("keep", "simplify")
 FAILED = ("crash", "timeout", "invalid")
+STARTED = ("running", "scored", "audited")  # states that only a process that holds the lab leaves
 MARKS = {"keep": "*", "simplify": "*", "discard": " ", "crash": "x", "timeout": "x", "invalid": "!"}
 
 
@@ -60,6 +61,7 @@ class Row:
     detail: dict[str, Any] = field(default_factory=dict)
     outcome: dict[str, Any] = field(default_factory=dict)
     verdict: dict[str, Any] = field(default_factory=dict)  # what the decision was made from
+    cut_off: bool = False  # the process that ran it was ended; the next start goes on with it
     numbered: Sequence[Mapping[str, Any]] = ()  # seed, bpb, seconds, … of its own runs that have a number, oldest first
 
     @property
@@ -132,6 +134,8 @@ class Row:
 
     @property
     def shown_status(self) -> str:
+        if self.cut_off:
+            return "interrupted"
         return f"{self.status}, undone" if self.undone else f"{self.status}, tainted" if self.tainted else self.status
 
     def to_json(self, full: bool = False) -> dict[str, Any]:
@@ -141,14 +145,15 @@ class Row:
             "tainted": self.tainted, "undone": self.undone, "commit": self.commit or None, "seconds": self.seconds,
             "started": self.started or None, "finished": self.finished or None, "idle": self.idle,
             "runs": self.runs, "device_seconds": self.device_seconds, "interval": self.interval,
-            "simple": self.simple or None,
+            "simple": self.simple or None, "cut_off": self.cut_off,
         }  # fmt: skip
         more = {"parent": self.parent, "detail": self.detail, "outcome": self.outcome, "verdict": self.verdict}
         return {**short, **more} if full else short
 
 
-def row(experiment: Any, samples: Iterable[Any] = ()) -> Row:
-    """A `core.ledger.Experiment` -> `Row`. `samples`: of it; what was decided has its runs on record all the same."""
+def row(experiment: Any, samples: Iterable[Any] = (), runs: bool = True) -> Row:
+    """A `core.ledger.Experiment` -> `Row`. `samples`: of it; what was decided has its runs on record all the same.
+    `runs`: whether a process holds the lab."""
     verdict = dict(experiment.verdict or {})
     made = [s.told() for s in samples if s.purpose == "verdict"]
     return Row(
@@ -169,13 +174,16 @@ def row(experiment: Any, samples: Iterable[Any] = ()) -> Row:
         detail=dict(experiment.detail or {}),
         outcome=dict(experiment.outcome or {}),
         verdict=verdict,
+        cut_off=not runs and experiment.state in STARTED,
         numbered=tuple(verdict.get("all_runs") or made),
     )
 
 
-def rows(experiments: Iterable[Any], samples: Mapping[int, Sequence[Any]] | None = None) -> list[Row]:
-    """`samples`: by experiment."""
-    return [row(experiment, (samples or {}).get(experiment.number, ())) for experiment in experiments]
+def rows(
+    experiments: Iterable[Any], samples: Mapping[int, Sequence[Any]] | None = None, runs: bool = True
+) -> list[Row]:
+    """`samples`: by experiment; `runs`: whether a process holds the lab."""
+    return [row(experiment, (samples or {}).get(experiment.number, ()), runs) for experiment in experiments]
 
 
 def by_number(samples: Iterable[Any]) -> dict[int, list[Any]]:
@@ -215,6 +223,7 @@ class Tally:
     kept: int  # the baseline not counted
     discarded: int
     failed: int
+    undone: int  # kept, and taken back later
     baseline: Row | None
     best: Row | None
     gain: float | None  # bpb below the baseline, as `recorded_gain` has it
@@ -223,6 +232,7 @@ class Tally:
     def to_json(self) -> dict[str, Any]:
         return {
             "experiments": self.experiments, "kept": self.kept, "discarded": self.discarded, "failed": self.failed,
+            "undone": self.undone,
             "baseline": self.baseline and self.baseline.to_json(), "best": self.best and self.best.to_json(),
             "gain": self.gain, "device": self.uses.to_json(),
         }  # fmt: skip
@@ -239,6 +249,7 @@ def tally(all_rows: Sequence[Row], best: int | None, uses: Uses = NO_USE) -> Tal
         kept=max(len(kept) - 1, 0),
         discarded=sum(r.status == "discard" for r in decided),
         failed=sum(r.failed for r in decided),
+        undone=sum(r.status in KEPT and r.undone for r in decided),
         baseline=kept[0] if kept else None,
         best=found,
         gain=recorded_gain([r for r in kept if found and r.number <= found.number]) if found else None,

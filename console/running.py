@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
@@ -15,17 +17,18 @@ from console.display import Ticker, expected, finish_line
 from console.looking import running_state
 from console.making import Wishes, free_disk, make, passes_line
 from console.notifying import Notifier, checked, notifying
-from console.output import Screen
+from console.output import Screen, typed
 from console.rows import Row, row
 from console.signals import Asked, ends
 from console.words import below, bpb, clock, count, delta, duration, plural
 from core.commands import quoted
-from core.errors import Busy, UserError
+from core.errors import Busy, LabError, UserError
 
 if TYPE_CHECKING:
     from core.lab import Lab
     from core.live import Event
 
+NOTIFY = "AUTORESEARCH_NOTIFY"  # the variable that stands in for --notify
 DEMO_TAG = "demo"
 DEMO_EXPERIMENTS = 7
 VERDICTS = {
@@ -43,7 +46,37 @@ class Limits:
 
     experiments: int | None
     deadline: float | None
-    again: str  # the command that goes on after an interruption
+
+
+@dataclass(frozen=True)
+class Again:
+    """The command that goes on as this run would have, after an interruption. A lab knows what it was made from."""
+
+    words: Sequence[str]  # from "run" on
+    options: Mapping[str, Any]  # None: not given; True: a flag
+    experiments: int | None
+    deadline: float | None
+    counts_all: bool = False  # whether `experiments` are those of the lab, as with --demo, or more of them
+
+    def spelled(self, decided: int = 0) -> str:
+        """`decided`: in this run, so far. "" where nothing was left to do."""
+        left = self.experiments if self.experiments is None or self.counts_all else self.experiments - decided
+        if (left is not None and left <= 0) or (self.deadline is not None and self.deadline <= time.time()):
+            return ""
+        options = {"experiments": left, "until": self.deadline and until_word(self.deadline), **self.options}
+        words = ["autoresearch", *self.words]
+        for name, value in options.items():
+            if value is not None:
+                words += [f"--{name.replace('_', '-')}"] + ([] if value is True else [str(value)])
+        return typed(" ".join(map(quoted, words)))
+
+
+def until_word(deadline: float) -> str:
+    """A Unix time as --until takes it: the time of day that comes next, else with its date. To the minute, and not
+    before it, as a time of day that is just over would be tomorrow's."""
+    minute = math.ceil(deadline / 60) * 60
+    when = datetime.fromtimestamp(minute).astimezone()
+    return f"{when:%H:%M}" if minute - time.time() < 86400 else f"{when:%Y-%m-%dT%H:%M}"
 
 
 def run_verb(
@@ -74,6 +107,7 @@ def run_verb(
 
     wishes = Wishes(**making)
     deadline = until if until is not None else time.time() + hours * 3600 if hours is not None else None
+    named, wanted = given, experiments
     if demo:
         given, wishes, experiments = _demo(given, wishes, experiments)
     who = researchers.make(researcher, **(asking or {}))  # an unknown name must not leave a lab behind
@@ -81,19 +115,23 @@ def run_verb(
     if notify is not None:
         checked(notify)
     lab = _lab(screen, given, wishes)
-    asked = {**(asking or {}), "meanwhile": meanwhile}
-    again = "autoresearch run --demo" if demo else _again(lab, researcher, deadline, asked)
-    return _run(screen, lab, (who, stand_in), Limits(experiments, deadline, again), demo, notify)
+    words = ["run", *([named] if named else []), "--demo"] if demo else ["run", places.spelled(lab.path)]
+    options = _options(researcher, asking or {}, meanwhile, notify, strict)
+    again = Again(words, options, wanted, deadline, counts_all=demo)
+    return _run(screen, lab, (who, stand_in), Limits(experiments, deadline), again, demo, notify)
 
 
-def _again(lab: Lab, researcher: str, deadline: float | None, asking: Mapping[str, Any]) -> str:
-    """The command that goes on where this run is interrupted. A lab knows what it was made from."""
-    options = {"researcher": researcher if researcher != "search" else None, **asking}
-    if deadline is not None:
-        options["until"] = f"{datetime.fromtimestamp(deadline).astimezone():%H:%M}"
-    given = [(f"--{name.replace('_', '-')}", str(value)) for name, value in options.items() if value is not None]
-    words = ["autoresearch", "run", places.spelled(lab.path), *(word for pair in given for word in pair)]
-    return " ".join(map(quoted, words))
+def _options(
+    researcher: str, asking: Mapping[str, Any], meanwhile: str | None, notify: str | None, strict: bool
+) -> dict[str, Any]:
+    """What the next run has to be given as this one was. The URL is a secret, so that its place is left for it."""
+    return {
+        "researcher": researcher if researcher != "search" else None,
+        **asking,
+        "meanwhile": meanwhile,
+        "notify": "URL" if notify and notify != os.environ.get(NOTIFY) else None,  # else it is found there again
+        "strict": strict or None,
+    }
 
 
 def _stand_in(name: str | None, who: Any) -> Any:
@@ -141,6 +179,7 @@ def _lab(screen: Screen, given: str | None, wishes: Wishes) -> Lab:
         screen.say("the last used lab is the demo; this run gets a lab of its own, fitted to this machine")
         found = None
     if found is None:
+        _tell_new(screen, given, wishes)
         lab, _ = make(screen, given, wishes)
         screen.say(f"lab {lab.tag} (new): {places.spelled(lab.path)}")
         return lab
@@ -148,6 +187,22 @@ def _lab(screen: Screen, given: str | None, wishes: Wishes) -> Lab:
     _check_locked(lab, wishes)
     screen.say(f"lab {lab.tag} ({how}): {places.spelled(lab.path)}")
     return lab
+
+
+def _tell_new(screen: Screen, given: str | None, wishes: Wishes) -> None:
+    """A name that is not there makes a lab, which has to be told before the time that this takes, or is refused where
+    it looks mistyped: nobody wants a night in the wrong lab. Raises `UserError`."""
+    folder, tag = places.new_folder(given, wishes.tag)
+    near = places.mistyped(folder) if given is not None and not wishes.given() else None
+    if near is not None:
+        where, meant = places.spelled(folder), places.spelled(folder.with_name(near))
+        raise UserError(
+            f"there is no lab {tag}; did you mean {near}?",
+            f"`autoresearch run {quoted(meant)}`, or for a new one `autoresearch init {quoted(where)}` first",
+        )
+    others = places.beside(folder)
+    here = f"; beside it: {', '.join(others[:6])}{' ...' if len(others) > 6 else ''}" if given and others else ""
+    screen.say(f"makes a new lab {tag}: {places.spelled(folder)}{here}")
 
 
 def _is_demo(lab: Lab, how: str) -> bool:
@@ -180,7 +235,9 @@ def _check_locked(lab: Lab, wishes: Wishes) -> None:
 # --- the run -----------------------------------------------------------------------------------
 
 
-def _run(screen: Screen, lab: Lab, who: tuple[Any, Any], limits: Limits, demo: bool, notify: str | None) -> int:
+def _run(
+    screen: Screen, lab: Lab, who: tuple[Any, Any], limits: Limits, again: Again, demo: bool, notify: str | None
+) -> int:
     """`who`: the researcher, and who stands in for it (None: nobody)."""
     from console.confirming import research
     from core.executor import LocalExecutor
@@ -192,7 +249,7 @@ def _run(screen: Screen, lab: Lab, who: tuple[Any, Any], limits: Limits, demo: b
     with awake() as sleep, Ticker(screen, events=True) as ticker, notifying(notify, lab.tag, _each(lab)) as notifier:
         loop = Loop(lab, who[0], LocalExecutor(), _Narrator(screen, ticker, lab, notifier), meanwhile=who[1])
         with ends(loop.stop) as asked:
-            _banner(screen, lab, " or else ".join(w.name for w in who if w), limits, sleep)
+            _banner(screen, lab, " or else ".join(w.name for w in who if w), limits, sleep, again.spelled())
             for warning in warnings(lab.path, os.environ):
                 screen.say(f"  warning: {warning}")
             _prices(screen, lab, [w for w in who if w])
@@ -201,18 +258,25 @@ def _run(screen: Screen, lab: Lab, who: tuple[Any, Any], limits: Limits, demo: b
     if lost:
         screen.line({"event": "note", "text": lost})
         screen.say(lost)
-    return _ending(screen, lab, before, asked, summary, demo, limits.again)
+    return _ending(screen, lab, before, asked, summary, demo, again)
 
 
 def _must_be_free(lab: Lab) -> None:
-    """Before the banner: the loop refuses the same, but a banner followed by an error would mislead."""
-    state = running_state(lab)
+    """Before the banner: the loop refuses the same, but a banner followed by an error would mislead. Raises `Busy` of
+    lab and device, `LabError` of a train.py that nobody handed in."""
+    from core import locks
+
+    state, where = running_state(lab), quoted(places.spelled(lab.path))
     if state is not None:
         doing = f" with experiment {state['number']}" if state.get("number") else ""
         raise Busy(
             f"lab {lab.tag} is in use by process {state['pid']}{doing}",
-            f"see `autoresearch status {places.spelled(lab.path)}`, or end it with `autoresearch stop`",
+            f"see `autoresearch status {where}`, or end it with `autoresearch stop {where}`",
         )
+    with locks.hold_device(lab.settings.device):
+        pass
+    if lab.is_dirty() and not lab.ledger.knows_source(hashlib.sha256(lab.working_source()).hexdigest()):
+        raise LabError("train.py has changes that were not judged", lab.how_to_restore())
 
 
 class _Narrator:
@@ -231,6 +295,8 @@ class _Narrator:
             self._decided(int(data["number"]))
         elif event.kind in ("note", "waiting"):
             self._screen.line({"event": event.kind, **data})
+            if data.get("paused"):
+                self._ticker.end()  # nothing runs
             self._ticker.say(f"     {data.get('text', '')}")
         else:
             self._ticker.feed(event)
@@ -271,7 +337,7 @@ def _runs_each(rule: str, seen: list[int]) -> float:
     return TYPICAL_RUNS if rule == "statistical" else 1.0
 
 
-def _banner(screen: Screen, lab: Lab, researcher: str, limits: Limits, sleep: str) -> None:
+def _banner(screen: Screen, lab: Lab, researcher: str, limits: Limits, sleep: str, again: str) -> None:
     from console.confirming import reserve, reserve_line
     from core.sandbox import abilities
     from core.verdict import Rule
@@ -281,20 +347,20 @@ def _banner(screen: Screen, lab: Lab, researcher: str, limits: Limits, sleep: st
     train = lab.dataset().part("train")
     measured = [r for r in view.rows if r.seconds and r.outcome.get("training_seconds")]
     each = expected(s.budget, [(r.seconds or 0.0) - r.outcome["training_seconds"] for r in measured], OVERHEAD)
-    first = (Rule().baseline_runs - 1) * each if s.verdict == "statistical" and not measured else 0.0
+    first = 0.0 if measured else each * (Rule().baseline_runs if s.verdict == "statistical" else 1)
     each *= _runs_each(s.verdict, [r.runs for r in measured if r.number > 1])
-    kept_back = reserve(lab, limits.deadline) + first
+    kept_back = reserve(lab, limits.deadline)
     left = max(0.0, limits.deadline - time.time() - kept_back) if limits.deadline else None
     rates = [r.outcome["tokens"] / r.outcome["training_seconds"] for r in measured if r.outcome.get("tokens")]
     passes = passes_line(train.tokens, max(rates, default=None), s.budget)
-    plan = finish_line(each, limits.experiments, left)
+    plan = finish_line(each, limits.experiments, left, first)
     ends_at = (
         f"; at {clock(datetime.fromtimestamp(limits.deadline).astimezone())} at the latest" if limits.deadline else ""
     )
     screen.line({
         "event": "run", "lab": places.about(lab), "researcher": researcher, "experiments": limits.experiments,
         "deadline": limits.deadline, "seconds_each": each, "known": len(view.rows), "sleep": sleep,
-        "again": limits.again,
+        "again": again,
     })  # fmt: skip
     screen.say(f"  device      {s.device or s.backend}, {s.dtype} (backend {s.backend}, profile {s.profile})")
     screen.say(
@@ -330,13 +396,14 @@ def _prices(screen: Screen, lab: Lab, who: list[Any]) -> None:
         screen.say(f"  so far      {spent}")
 
 
-def _ending(screen: Screen, lab: Lab, before: set[int], asked: Asked, summary: Any, demo: bool, again: str) -> int:
+def _ending(screen: Screen, lab: Lab, before: set[int], asked: Asked, summary: Any, demo: bool, again: Again) -> int:
     view = places.look(lab)
     new = [r for r in view.rows if r.decided and r.number not in before]
+    goes_on = again.spelled(len(new)) if asked.signal else ""
     reason = getattr(summary, "reason", "") or ""
     screen.line({
         "event": "end", "reason": reason, "signal": asked.name or None, "new": len(new), "total": view.total.to_json(),
-        "kept": [r.to_json() for r in new if r.kept],
+        "kept": [r.to_json() for r in new if r.kept], "again": goes_on or None,
     })  # fmt: skip
     if screen.as_json:
         return asked.status
@@ -349,17 +416,20 @@ def _ending(screen: Screen, lab: Lab, before: set[int], asked: Asked, summary: A
     spent = tables.cost_line(lab.ledger.spent())
     if spent:
         screen.say(spent)
-    _next(screen, lab, view, again if asked.signal else "", demo)
+    _next(screen, lab, view, goes_on, demo)
     return asked.status
 
 
 def _kept(screen: Screen, view: places.Picture, new: list[Row]) -> None:
-    failed = sum(r.failed for r in new)
-    kept = [r for r in new if r.kept and not (view.total.baseline and r.number == view.total.baseline.number)]
-    screen.say(
-        f"{plural(len(new), 'experiment')} in this run: {len(kept)} kept beyond the baseline"
-        + (f", {failed} failed" if failed else "")
-    )
+    baseline = view.total.baseline.number if view.total.baseline else None
+    kept = [r for r in new if r.kept and r.number != baseline]
+    now = replace(
+        view.total, experiments=len(new), kept=len(kept), discarded=sum(r.status == "discard" for r in new),
+        failed=sum(r.failed for r in new), undone=sum(r.undone for r in new), best=None,
+        baseline=view.total.baseline if any(r.number == baseline for r in new) else None,
+    )  # fmt: skip
+    counts = f": {tables.counts_line(now)}" if new else ""
+    screen.say(f"{plural(len(new), 'experiment')} in this run{counts}")
     for r in kept[-10:]:
         screen.say(f"  #{r.number:<4} {bpb(r.val_bpb)}  {delta(r.delta)}  {r.description}")
     if any(r.tainted for r in new):
@@ -374,21 +444,21 @@ def _kept(screen: Screen, view: places.Picture, new: list[Row]) -> None:
 
 def _next(screen: Screen, lab: Lab, view: places.Picture, again: str, demo: bool) -> None:
     """`again`: the command that goes on, after an interruption."""
-    where = places.spelled(lab.path)
+    where = quoted(places.spelled(lab.path))
     commands: list[tuple[str, str]] = []
     if again:
         commands.append((again, "go on"))
     if view.best:
         commands.append((f"autoresearch log {where}", "everything that was tried"))
         if view.total.kept:
-            commands.append((f"autoresearch diff {view.best.number}", "what the best changed"))
-        commands.append(('autoresearch sample --prompt "In the beginning"', "let it write"))
-        commands.append(("autoresearch report", "the picture"))
+            commands.append((f"autoresearch diff {view.best.number} {where}", "what the best changed"))
+        commands.append((f'autoresearch sample {where} --prompt "In the beginning"', "let it write"))
+        commands.append((f"autoresearch report {where}", "the picture"))
     if demo:
         tag = places.free_tag(places.default_tag())
         commands.append((f"autoresearch run {tag} --hours 8", "a real night, fitted to this machine"))
     elif not again:
-        commands.append(("autoresearch run", "go on"))
+        commands.append((places.command("run", lab), "go on"))
     wide = max(len(command) for command, _ in commands)
     screen.say("next:")
     for command, what in commands:

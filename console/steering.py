@@ -10,7 +10,7 @@ from console.words import bpb, plural, size
 from core.errors import UserError
 
 SAYS = {
-    "pause": "will pause after the experiment that is running; go on with: autoresearch resume",
+    "pause": "pauses after the run under way, of which an experiment may take several; go on with: autoresearch resume",
     "resume": "goes on",
     "stop": "ends now; the running experiment is dropped, not counted. Go on with: autoresearch run",
 }
@@ -23,7 +23,7 @@ def ask_verb(screen: Screen, given: str | None, what: str) -> None:
     lab = places.find(screen, given)
     state = running_state(lab)
     if state is None:
-        raise UserError(f"nothing runs in lab {lab.tag}", "autoresearch run")
+        raise UserError(f"nothing runs in lab {lab.tag}", places.command("run", lab))
     lab.ask(what)
     screen.document({"lab": places.about(lab), "asked": what, "pid": state["pid"]})
     screen.say(f"{lab.tag} (process {state['pid']}) {SAYS[what]}")

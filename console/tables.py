@@ -107,13 +107,20 @@ def _box(screen: Screen) -> Box:
 
 
 def tally_line(total: Tally) -> str:
-    """'12 experiments: 3 kept, 7 discarded, 1 failed; best 1.8010 (#9), 0.0490 below the baseline'."""
-    counts = f"{total.kept} kept, {total.discarded} discarded, {total.failed} failed"
-    text = f"{plural(total.experiments, 'experiment')}: {counts}"
+    """'12 experiments: baseline, 3 kept, 7 discarded, 1 failed; best 1.8010 (#9), 0.0490 below the baseline'."""
+    text = f"{plural(total.experiments, 'experiment')}: {counts_line(total)}"
     if total.best is None:
         return text
     text += f"; best {bpb(total.best.val_bpb)} (#{total.best.number})"
     return f"{text}, {below(total.gain)}" if total.gain else text
+
+
+def counts_line(total: Tally) -> str:
+    """'baseline, 3 kept, 7 discarded, 1 failed': all that were decided, each once."""
+    parts = ["baseline"] if total.baseline else []
+    parts += [f"{total.kept} kept", f"{total.discarded} discarded", f"{total.failed} failed"]
+    parts += [f"{total.undone} taken back"] if total.undone else []
+    return ", ".join(parts)
 
 
 def cost_line(spent: Spent) -> str:

@@ -155,7 +155,7 @@ def _wait(screen: Screen, lab: Lab, number: int, timeout: float | None) -> int:
             shown = _phase(screen, state, number, shown)
         elif time.monotonic() - (idle_since or 0.0) > IDLE:
             if found.researcher != BY_HAND:
-                raise UserError(f"experiment {number} waits and nothing runs it", "autoresearch run")
+                raise UserError(f"experiment {number} waits and nothing runs it", places.command("run", lab))
             _spawn(lab, number)  # whoever judged it was ended
             idle_since = None
         if give_up is not None and time.monotonic() >= give_up:
@@ -180,9 +180,16 @@ def _phase(screen: Screen, state: dict[str, Any], number: int, shown: str) -> st
 
 
 def _unfinished(screen: Screen, lab: Lab, found: Experiment, state: dict[str, Any] | None) -> int:
-    parts = ", ".join(progress_parts(state or {})) or found.state
-    screen.document({"lab": places.about(lab), "experiment": row(found).to_json(), "running": state})
-    screen.say(f"#{found.number} still runs: {parts}; see: autoresearch wait {found.number}")
+    other = (state or {}).get("number")
+    parts = ", ".join(progress_parts(state or {}))
+    screen.document({
+        "lab": places.about(lab), "experiment": row(found).to_json(), "running": state,
+        "waits_for": None if other == found.number else other,
+    })  # fmt: skip
+    doing = (
+        "waits" if other is None else "still runs" if other == found.number else f"waits for #{other}, which still runs"
+    )
+    screen.say(f"#{found.number} {doing}{parts and f': {parts}'}; see: autoresearch wait {found.number}")
     return STILL_RUNNING
 
 

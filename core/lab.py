@@ -143,8 +143,9 @@ class Lab:
         replace_file(self.path / ".git" / "info" / "exclude", lines.encode())
 
     @classmethod
-    def open(cls, path: Path) -> Lab:
-        """Raises `LabError` when there is no lab, it is damaged, or its locked settings were edited."""
+    def open(cls, path: Path, used: bool = True) -> Lab:
+        """Raises `LabError` when there is no lab, it is damaged, or its locked settings were edited. `used`: whether it
+        is the last used one from now on."""
         path = path.expanduser().absolute()
         if not path.is_dir():
             raise LabError(f"there is no lab at {path}", "make one: autoresearch init")
@@ -166,7 +167,8 @@ class Lab:
         except LabError:
             ledger.close()
             raise
-        lab._remember()
+        if used:
+            lab._remember()
         return lab
 
     @classmethod
@@ -398,12 +400,18 @@ class Lab:
             present = self.working_source()
             if present == best:
                 return
-            if not self.ledger.knows_source(hashlib.sha256(present).hexdigest()):
-                blob = self.git.blob(present)
-                name = self.candidate_ref(f"saved/{blob}")
-                self.git.update_refs({name: blob})
-                self.ledger.event("saved", f"a train.py that was never judged: git cat-file blob {name}")
+            self.set_aside(present)
         replace_file(file, best)
+
+    def set_aside(self, recipe: bytes) -> str:
+        """Save a recipe that was never judged in git. Returns the command that prints it, "" for one of the ledger."""
+        if self.ledger.knows_source(hashlib.sha256(recipe).hexdigest()):
+            return ""
+        blob = self.git.blob(recipe)
+        name = self.candidate_ref(f"saved/{blob}")
+        self.git.update_refs({name: blob})
+        self.ledger.event("saved", f"a train.py that was never judged: git cat-file blob {name}")
+        return f"git -C {quoted(self.path)} cat-file blob {name}"
 
     def write_results_tsv(self) -> str:
         """Upstream's five columns. What failed has an empty val_bpb, not a number that would win.
@@ -464,7 +472,7 @@ class Lab:
                 raise LabError(f"experiment {number} is not a keep that stands", f"keeps that can be undone: {numbers}")
             if number == kept[0].number:
                 raise LabError(f"experiment {number} is the baseline, from which all others start", "make a new lab")
-            self.git.keep_bytes()  # else what `how_to_restore` says would change nothing
+            self.git.keep_bytes()  # else the user's own `git checkout` would leave it changed
             if self.is_dirty():
                 raise LabError("train.py has changes that were not judged", f"{self.how_to_restore()} first")
             undone = [e.number for e in kept if e.number >= number]
@@ -481,7 +489,7 @@ class Lab:
 
     def how_to_restore(self) -> str:
         judge = f"autoresearch try {quoted(self.path)} -m '...'"
-        return f"`{judge}` judges them, `{_checkout(self.path / RECIPE)}` drops them"
+        return f"`{judge}` judges them, `{_put_back(self.path)}` drops them (and says where they are kept)"
 
     def clean(self, dry_run: bool) -> list[tuple[str, int]]:
         """What only takes room: (path, bytes). Frees it unless `dry_run`."""
@@ -564,8 +572,9 @@ def _last_used() -> Path | None:
     return last if (last / POINTER).is_file() else None
 
 
-def _checkout(path: Path) -> str:
-    return f"git -C {quoted(path.parent)} checkout {path.name}"
+def _put_back(lab: Path) -> str:
+    """A command of ours: agents are told to keep off `git checkout`, and it would lose what was edited."""
+    return f"autoresearch best {quoted(lab)} --source --out {quoted(lab / RECIPE)}"
 
 
 def _read_plain(path: Path) -> bytes:
@@ -573,7 +582,7 @@ def _read_plain(path: Path) -> bytes:
     try:
         fd = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
     except FileNotFoundError:
-        raise LabError(f"{path} is missing", f"put it back: {_checkout(path)}") from None
+        raise LabError(f"{path} is missing", f"put it back: {_put_back(path.parent)}") from None
     except OSError as error:
         raise LabError(f"{path} cannot be read ({error.strerror})", "it has to be a plain file") from error
     facts = os.fstat(fd)

@@ -64,7 +64,7 @@ class Live:
 
     def begin(self, number: int, description: str) -> None:
         """A new experiment: what was said of the one before is gone."""
-        keep = {k: self._state[k] for k in ("pid", "since")}
+        keep: dict[str, Any] = {k: self._state[k] for k in ("pid", "since", "pause_asked") if k in self._state}
         with self._lock:
             self._state = {
                 **keep,

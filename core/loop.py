@@ -442,13 +442,15 @@ class Loop:
             self._paused.set()
         elif asked == "resume":
             self._paused.clear()
+        if asked in ("pause", "resume"):
+            self._session.live.update(pause_asked=asked == "pause")
 
     def wait_while_paused(self, deadline: float | None = None) -> None:
         """Until nobody wants a pause any more, a stop, or the deadline (Unix time)."""
         if not self._paused.is_set():
             return
         self._session.live.update(state="paused", number=None, phase=None)
-        self._session.on_event(Event("waiting", {"text": "paused; go on with: autoresearch resume"}))
+        self._session.on_event(Event("waiting", {"text": "paused; go on with: autoresearch resume", "paused": True}))
         with self._session.idle.waits_for("paused"):
             while self._paused.is_set() and not self._stop.is_set():
                 if deadline is not None and time.time() > deadline:

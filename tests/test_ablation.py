@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
+import subprocess
 import sys
 from dataclasses import replace
 
@@ -388,8 +390,14 @@ def test_the_source_is_written_as_it_is_and_over_nothing_that_would_be_lost(twic
     assert verb(monkeypatch, world, *write).endswith("written to train.py\n")
     assert lab.working_source() == leave_out(lab, 2).source != lab.best_source()
     assert "written to" in verb(monkeypatch, world, *write)  # there already
-    said = verb(monkeypatch, world, "best", "--source", "--out", "train.py", status=1)  # it was not handed in yet
-    assert "train.py holds what was never judged" in said and lab.working_source() == leave_out(lab, 2).source
+    never_judged = lab.working_source()
+    (lab.path / "other.py").write_bytes(never_judged)
+    said = verb(monkeypatch, world, "best", "--source", "--out", "other.py", status=1)  # it was not handed in yet
+    assert "other.py holds what was never judged" in said and (lab.path / "other.py").read_bytes() == never_judged
+    said = verb(monkeypatch, world, "best", "--source", "--out", "train.py")  # of the lab's own, git keeps it
+    assert lab.working_source() == lab.best_source() != never_judged
+    again = said.partition("is kept: ")[2]
+    assert subprocess.run(shlex.split(again), capture_output=True, check=True).stdout == never_judged
     for number in (2, 4):
         (lab.path / "train.py").write_bytes(lab.source(number))
         document = json.loads(verb(monkeypatch, world, *write, "--json"))

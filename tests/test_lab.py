@@ -411,7 +411,9 @@ def test_stale_locks_of_dead_processes(lab, name):
 def test_changes_that_were_not_judged_stop_a_run(lab):
     run(lab, 2)
     (lab.path / "train.py").write_bytes(recipe(1.0, mark="mine"))
-    with pytest.raises(LabError, match=r"not judged; .*autoresearch try .* judges them, .*checkout train\.py"):
+    with pytest.raises(
+        LabError, match=r"not judged; .*autoresearch try .* judges them, .*autoresearch best .*train\.py` drops them"
+    ):
         run(lab, 1)
     assert lab.working_source() == recipe(1.0, mark="mine")
     assert judge(lab, lab.working_source(), "mine").status == "keep"

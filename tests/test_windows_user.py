@@ -109,11 +109,15 @@ def edit(lab: Lab) -> None:
     (lab.path / "train.py").write_bytes(recipe(1.0, mark="an edit of my own"))
 
 
-def dropped_by(refused: LabError) -> str:
-    """The command that the error gives to drop what was edited."""
-    found = re.search(r"`(git -C .*? checkout train\.py)`", str(refused))
+def drop_as_told(lab: Lab, refused: LabError) -> None:
+    """The command that the error gives to drop what was edited does so, and `git checkout`, which many would use."""
+    found = re.search(r"`autoresearch (best .*? --source --out .*?train\.py'?)`", str(refused))
     assert found
-    return found[1]
+    here = f"{commands.quoted(sys.executable)} {commands.quoted(ROOT / 'cli.py')}"
+    for typed in (f"{here} {found[1]}", f"git -C {commands.quoted(lab.path)} checkout train.py"):
+        edit(lab)
+        subprocess.run(typed, shell=True, check=True)
+        assert lab.working_source() == lab.best_source() and b"\r" not in lab.working_source()
 
 
 def one_more(lab: Lab) -> None:
@@ -132,8 +136,7 @@ def test_the_command_that_drops_an_edit_does_so(crlf: None, settings: Settings, 
     edit(lab)
     with pytest.raises(LabError, match="not judged") as refused:
         one_more(lab)
-    subprocess.run(dropped_by(refused.value), shell=True, check=True)
-    assert lab.working_source() == lab.best_source() and b"\r" not in lab.working_source()
+    drop_as_told(lab, refused.value)
     one_more(lab)
     if made == "before":
         assert attributes.read_text().splitlines() == ["*.py text eol=crlf", "* -text"]
@@ -153,7 +156,7 @@ def test_undo_in_a_lab_from_before_gives_a_command_that_works(crlf: None, settin
     edit(lab)
     with pytest.raises(LabError, match="not judged") as refused:
         lab.undo(2)
-    subprocess.run(dropped_by(refused.value), shell=True, check=True)
+    drop_as_told(lab, refused.value)
     assert lab.undo(2) == [2]
     assert lab.working_source() == lab.best_source()
 
