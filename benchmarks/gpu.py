@@ -8,7 +8,8 @@ most.
 
 Each section runs in a process of its own, so that a fault of one leaves the others; what it finds is written to
 `results.json` and `results.md` row by row. `--smoke` runs small shapes on a CPU by Triton's interpreter: it shows that
-the command works, and its times mean nothing.
+the command works, and its times mean nothing. On a card the first section says how many rows at once fit into what is
+free, and the others take as many.
 
 It imports torch, triton, numpy and what of ours needs no more: it runs on a machine where nothing else is installed.
 The section `run` wants tiktoken, pyarrow and psutil too, and says so where one is missing.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from types import SimpleNamespace
 
 import pytest
@@ -11,10 +11,18 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("triton")
 
-from benchmarks import gpu, gpu_correctness, gpu_fit, gpu_sections, upstream_attention  # noqa: E402 - after the skips
+from benchmarks import (  # noqa: E402 - after the skips
+    blank_card,
+    gpu,
+    gpu_correctness,
+    gpu_fit,
+    gpu_sections,
+    upstream_attention,
+)
 from benchmarks.gpu import SMOKE, Order  # noqa: E402
 
-MIB = 2**20
+BESIDE = Order(upstream="clone")
+on_a_blank_card = pytest.mark.skipif(bool(blank_card.obstacle()), reason=f"no blank card: {blank_card.obstacle()}")
 
 
 def no_memory(*_, **__):
@@ -69,6 +77,16 @@ def test_what_fits_is_asked_whatever_is_wished_for(tmp_path, monkeypatch, more, 
     assert given == [names]
 
 
+@on_a_blank_card
+@pytest.mark.parametrize(("card", "rows"), [("4060", 16), ("h100", 128)])
+def test_the_facts_of_a_card_say_what_fits(card, rows, tmp_path):
+    section = ["-m", "benchmarks.gpu_sections", "facts", json.dumps(asdict(BESIDE))]
+    done = blank_card.python(blank_card.CARDS[card], section, tmp_path, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    *_, fits = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert fits["rows_at_once"] == rows and fits["free_mib"] * 2**20 < blank_card.CARDS[card].bytes
+
+
 # --- out of memory ----------------------------------------------------------------------------
 
 
@@ -87,6 +105,26 @@ def test_a_reference_that_does_not_fit_is_no_failure_of_the_kernel(monkeypatch, 
     monkeypatch.setattr("kernels.softcapped_loss.reference", no_memory)
     for row in losses():
         assert row["not measured"].startswith("out of memory") and "passed" not in row and "failed" not in row
+
+
+REFERENCE = """
+import json, torch
+from benchmarks.gpu_correctness import *
+check = partial(softcapped_loss, "softcapped_loss", Order(rows=ROWS), torch.bfloat16)
+print(json.dumps(attempt("softcapped_loss", check, torch.bfloat16)))
+"""
+
+
+@on_a_blank_card
+@pytest.mark.parametrize(("rows", "fits"), [(128, False), (16, True)])
+def test_eight_gigabytes_hold_the_reference_of_the_rows_that_fit(rows, fits, tmp_path):
+    """By PyTorch's own allocator, on a card that computes nothing: what it can compare is all wrong."""
+    done = blank_card.python(
+        blank_card.CARDS["4060"], ["-c", REFERENCE.replace("ROWS", str(rows))], tmp_path, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    row = json.loads(done.stdout.splitlines()[-1])
+    assert ("not measured" in row) is not fits and ("error" in row) is fits and "failed" not in row
 
 
 def test_a_kernel_that_does_not_fit_fails(monkeypatch, others_left_out):
