@@ -8,7 +8,8 @@ most.
 
 Each section runs in a process of its own, so that a fault of one leaves the others; what it finds is written to
 `results.json` and `results.md` row by row. `--smoke` runs small shapes on a CPU by Triton's interpreter: it shows that
-the command works, and its times mean nothing.
+the command works, and its times mean nothing. On a card the first section says how many rows at once fit into what is
+free, and the others take as many.
 
 It imports torch, triton, numpy and what of ours needs no more: it runs on a machine where nothing else is installed.
 The section `run` wants tiktoken, pyarrow and psutil too, and says so where one is missing.
@@ -54,7 +55,7 @@ LIMITS = {  # seconds of each section, and beyond them what the sections before 
 class Order:
     """What a section works on."""
 
-    rows: int = 128  # and the tokens below: those of the figures that upstream publishes
+    rows: int = 128  # at once, or what fits; these and the tokens below are of the figures that upstream publishes
     context: int = 2048
     heads: int = 4
     head_dim: int = 128
@@ -168,26 +169,34 @@ def _cell(value: Any) -> str:
 
 
 def ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Ours beside upstream, after the last count of steps that both made; nothing where there is no such count."""
+    """Ours beside upstream, after the last count of steps that both told. Where there is none, as on a slow card, time
+    and memory of each side's last, and no losses; nothing where a side made one step only, which compiles.
+
+    Upstream's attention is named beside its time: it is what was at hand, and decides what the ratio means.
+    """
     sides: list[dict[int, dict[str, Any]]] = []
     for section in ("step", "upstream"):
         sides.append({row["steps"]: row for row in rows if row["section"] == section and "steps" in row})
     ours, peer = sides
     both = ours.keys() & peer.keys()
-    if not both:
+    if not both and min(max(ours, default=0), max(peer, default=0)) < 2:
         return []
-    mine, other = ours[max(both)], peer[max(both)]
-    found: list[dict[str, Any]] = [{"step_ratio": other["ms"] / mine["ms"]}]
+    mine, other = (side[max(both or side)] for side in sides)
+    named = {"upstream_attention": other["attention"]} if "attention" in other else {}
+    found: list[dict[str, Any]] = [{"step_ratio": other["ms"] / mine["ms"], **named}]
     if "peak_gib" in mine and "peak_gib" in other:
         found.append({"memory_ratio": mine["peak_gib"] / other["peak_gib"]})
-    found.append({"loss_difference": mine["loss"] - other["loss"]})
-    return [{"section": "upstream", "steps": max(both), **row} for row in found]
+    if both:
+        found.append({"loss_difference": mine["loss"] - other["loss"]})
+    counts = {"steps": other["steps"]} | ({} if both else {"our_steps": mine["steps"]})
+    return [{"section": "upstream", **counts, **row} for row in found]
 
 
 def measure(order: Order, names: Sequence[str], out: Path) -> int:
     """Runs these sections, within `TOTAL` seconds, and writes each row as it comes; the exit status.
 
-    What they compile lies outside of `out`, which holds two small files that can be sent.
+    All that follow `facts` have as many rows at once as it says fit into the card. What they compile lies outside of
+    `out`, which holds two small files that can be sent.
     """
     out.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
@@ -205,6 +214,8 @@ def measure(order: Order, names: Sequence[str], out: Path) -> int:
             later = sum(LIMITS[n] for n in names[i + 1 :])
             limit = max(0.0, min(max(LIMITS[name], end - began - later), end - began))
             for row in run_section(name, order, limit, Path(caches)):
+                if name == "facts" and "rows_at_once" in row:
+                    order = replace(order, rows=row["rows_at_once"])
                 keep(row)
             if name == "upstream":
                 for row in ratios(rows):
@@ -235,7 +246,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(f"--limit-gb {given.limit_gb:g} leaves no memory; give a positive number of GB")
     wishes = {"upstream": str(given.upstream or ""), "data": str(given.data or ""), "limit_gb": given.limit_gb}
     order = Order(**{**asdict(SMOKE if given.smoke else Order()), **wishes})
-    names = [n for n in LIMITS if (not given.only or n in given.only) and (n != "upstream" or given.upstream)]
+    wanted = {*(given.only or LIMITS)} | (set() if given.smoke else {"facts"})  # which say what fits into the card
+    names = [n for n in LIMITS if n in wanted and (n != "upstream" or given.upstream)]
     sys.exit(measure(order, names, given.out))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu import Order
+from kernels.errors import out_of_memory
 
 Row = dict[str, Any]
 # Of the root mean square of what is wanted; as in benchmarks/kernel_cases.py, which needs more packages than are here.
@@ -19,6 +21,7 @@ TOLERANCE = {torch.bfloat16: 0.03, torch.float16: 0.01, torch.float32: 1e-4}
 MUON_TOLERANCE = {torch.bfloat16: 0.06, torch.float16: 0.06, torch.float32: 5e-3}
 RATES = (1.0, 0.9, 0.5)  # Muon's learning rate, momentum and weight decay: each of them shows in one step
 OTHER_HEAD = 64  # channels of a head, beside the order's own
+NO_MEMORY = "out of memory"
 
 
 def correctness(order: Order) -> Iterator[Row]:
@@ -49,16 +52,33 @@ def correctness(order: Order) -> Iterator[Row]:
 
 def attempt(name: str, check: Callable[[], Row], dtype: torch.dtype | None = None) -> Row:
     """What the check finds; where it cannot end, a row that says why, and the checks behind it still run."""
+    row: Row = {"kernel": name} | ({"dtype": str(dtype)[6:]} if dtype else {})
     try:
         return check()
+    except NotMeasured as why:
+        return row | {"not measured": str(why)}
     except Exception as error:  # noqa: BLE001 - Triton's, the driver's and torch's own share no base but this
-        row = {"kernel": name} | ({"dtype": str(dtype)[6:]} if dtype else {})
         return row | {"failed": first_line(error), "passed": False}
 
 
 def first_line(error: Exception) -> str:
     said = next((line for line in str(error).splitlines() if line.strip()), "")
     return f"{type(error).__name__}: {said}"[:300]
+
+
+class NotMeasured(Exception):
+    """What ours is held against does not fit into the card: that says nothing about ours."""
+
+
+@contextmanager
+def of_a_reference() -> Iterator[None]:
+    """In it a reference or a peer computes. NotMeasured where it runs out of memory; ours, outside of it, fails so."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
+        raise NotMeasured(f"{NO_MEMORY}, of what it is held against: {first_line(error)}") from error
 
 
 # --- kernels ----------------------------------------------------------------------------------
@@ -71,10 +91,9 @@ def attention(name: str, order: Order, dtype: torch.dtype, window: int, head: in
 
     case = Case(2, order.context, order.heads, order.heads // 2, head, window, dtype, torch.device(order.device))
     q, k, v, cos, sin = inputs(case)
-    wide = [x.detach().double() for x in (q, k, v, cos, sin)]
     dy = output_gradient(q)  # whose shape the output has
-    wanted = gradients(reference, tuple(wide[:3]), *wide[3:], window, dy=double(dy))
     found = gradients(attention, (q, k, v), cos, sin, window, dy=dy)
+    wanted = references(reference, (q, k, v), cos.double(), sin.double(), window, dy=dy)
     return compare(name, found, wanted, dtype)
 
 
@@ -88,8 +107,8 @@ def mlp(name: str, order: Order, dtype: torch.dtype) -> Row:
         normal(C, 4 * C, scale=C**-0.5, dtype=dtype),
     )
     dy = output_gradient(given[0])  # whose shape the output has
-    wanted = gradients(linear_relu2.reference, tuple(x.double() for x in given), dy=double(dy))
-    return compare(name, gradients(linear_relu2.mlp, given, dy=dy), wanted, dtype)
+    found = gradients(linear_relu2.mlp, given, dy=dy)
+    return compare(name, found, references(linear_relu2.reference, given, dy=dy), dtype)
 
 
 def residual_norm(name: str, order: Order, dtype: torch.dtype, scaled: bool) -> Row:
@@ -108,8 +127,8 @@ def residual_norm(name: str, order: Order, dtype: torch.dtype, scaled: bool) -> 
     scalars = [torch.tensor([value], device=order.device) for value in (0.9, 0.2)] if scaled else []
     dy = x0 + normal(rows(order), order.dim, dtype=dtype)
     given = (x, x0, *scalars)
-    wanted = gradients(norm_of(kernel.reference), tuple(y.double() for y in given), dy=dy.double())
-    return compare(name, gradients(norm_of(kernel.residual_norm), given, dy=dy), wanted, dtype)
+    found = gradients(norm_of(kernel.residual_norm), given, dy=dy)
+    return compare(name, found, references(norm_of(kernel.reference), given, dy=dy), dtype)
 
 
 def softcapped_loss(name: str, order: Order, dtype: torch.dtype) -> Row:
@@ -121,7 +140,7 @@ def softcapped_loss(name: str, order: Order, dtype: torch.dtype) -> Row:
     targets = torch.randint(order.vocab, (n,), device=order.device)
     scale = torch.tensor(float(n), device=order.device)
     found = gradients(kernel.softcapped_loss, (x, head), targets, 15.0, dy=scale)
-    wanted = gradients(kernel.reference, (x.double(), head.double()), targets, 15.0, dy=scale.double())
+    wanted = references(kernel.reference, (x, head), targets, 15.0, dy=scale)
     return compare(name, found, wanted, dtype)
 
 
@@ -132,7 +151,9 @@ def symmetric(name: str, order: Order, dtype: torch.dtype) -> Row:
 
     x = source(order)(2, order.dim, 4 * order.dim, dtype=dtype)
     product = kernel.launch_symmetric(x, None, 1 / order.dim, 0.0, choose(kernel.SYMMETRIC, x))
-    return compare(name, [product], [x.double() @ x.double().mT / order.dim], dtype)
+    with of_a_reference():
+        wanted = x.double() @ x.double().mT / order.dim
+    return compare(name, [product], [wanted], dtype)
 
 
 def muon(name: str, order: Order, dtype: torch.dtype, of: tuple[int, int, int]) -> Row:
@@ -144,13 +165,15 @@ def muon(name: str, order: Order, dtype: torch.dtype, of: tuple[int, int, int]) 
     rates = torch.tensor(RATES, device=order.device)
     state = [normal(L, m, n, scale=s) for s in (max(m, n) ** -0.5, 1.0, 0.1)]
     ours = [*state, normal(*((L, m, 1) if m >= n else (L, 1, n))).square_().add_(0.1).div_(max(m, n))]
-    plain, wide = [t.clone() for t in ours], [t.double() for t in ours]
-    kernel.reference(wide[0], wide[1], wide[2], wide[3], rates.double(), torch.float64)
-    kernel.reference(plain[0], plain[1], plain[2], plain[3], rates, dtype)
+    with of_a_reference():
+        plain, wide = [t.clone() for t in ours], [t.double() for t in ours]
+        kernel.reference(wide[0], wide[1], wide[2], wide[3], rates.double(), torch.float64)
+        kernel.reference(plain[0], plain[1], plain[2], plain[3], rates, dtype)
     kernel.muon_(*ours, rates, dtype)
     found, rounded, wanted = ([t[0], t[2], t[3]] for t in (ours, plain, wide))  # the gradients are used up
     row = compare(name, found, wanted, dtype, MUON_TOLERANCE)
-    return row | {"plain reference": largest_error(rounded, wanted)}
+    with of_a_reference():
+        return row | {"plain reference": largest_error(rounded, wanted)}
 
 
 # --- what comes and goes beside the card's work -----------------------------------------------------
@@ -216,6 +239,14 @@ def gradients(
     return [y.detach(), *torch.autograd.grad(y, [x for x in wanted if x.requires_grad], dy)]
 
 
+def references(
+    function: Callable[..., Tensor], leaves: tuple[Tensor, ...], *rest: Any, dy: Tensor | None = None
+) -> list[Tensor]:
+    """`gradients` of a reference, of leaves in float64. NotMeasured where it runs out of memory."""
+    with of_a_reference():
+        return gradients(function, tuple(x.detach().double() for x in leaves), *rest, dy=double(dy))
+
+
 def output_gradient(y: Tensor) -> Tensor | None:
     """From -1 to 1 over all elements; None for a scalar. Of large outputs it takes as long as a kernel: whoever times
     makes it once.
@@ -248,7 +279,8 @@ def compare(
     dtype: torch.dtype,
     tolerance: dict[torch.dtype, float] = TOLERANCE,
 ) -> Row:
-    worst = largest_error(found, wanted)
+    with of_a_reference():  # both are made float64 here
+        worst = largest_error(found, wanted)
     return {"kernel": name, "dtype": str(dtype)[6:], "error": worst, "passed": worst <= tolerance[dtype]}
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import importlib.util
 import io
 import json
 import math
@@ -24,13 +23,29 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks import blank_card, card_time, gpu_rtx, upstream_side
+from benchmarks import blank_card, card_time, gpu_fit, gpu_rtx, upstream_side
 from benchmarks.gpu import ROOT, Order
-from benchmarks.gpu_correctness import TOLERANCE, Row, correctness, error, first_line, gradients, output_gradient
+from benchmarks.gpu_correctness import (
+    TOLERANCE,
+    NotMeasured,
+    Row,
+    attempt,
+    correctness,
+    error,
+    first_line,
+    gradients,
+    of_a_reference,
+    output_gradient,
+)
 from benchmarks.gpu_run import run, shape
-from benchmarks.peers import PEER_NAMES, load_peer, rates, windowed_sdpa
+from benchmarks.peers import PEER_NAMES, load_peer, rates
+from benchmarks.upstream_attention import standing
+from core.allocator import cap, margin
 from core.contract import Spec
 from core.recipe import replace
+from kernels import attention_choice
+from kernels.attention_choice import Case, Choice
+from kernels.errors import out_of_memory
 from kernels.pinned import PinnedSlots, later
 
 REPEATS, WARMUP = (15, 3) if torch.cuda.is_available() else (1, 1)
@@ -80,6 +95,30 @@ def compiled(function: Callable[..., Any], order: Order) -> Callable[..., Any]:
     return torch.compile(function, dynamic=False) if order.device != "cpu" else function
 
 
+def sides(ours: tuple[str, Callable[[], Row]], peer: tuple[str, Callable[[], Row]]) -> Iterator[Row]:
+    """What both measured, each under its name, then how many times as long the peer takes. Where the card is too small
+    for ours, that is a failure; where it is for the peer, there is no ratio."""
+    found: list[Row] = []
+    for (name, measured), is_ours in ((ours, True), (peer, False)):
+        row: Row = {"side": name}
+        try:
+            with contextlib.nullcontext() if is_ours else of_a_reference():
+                row |= measured()
+                found.append(row)
+        except NotMeasured as why:
+            row |= {"not measured": str(why)}
+        except RuntimeError as failure:
+            if not out_of_memory(failure):
+                raise
+            row |= {"failed": first_line(failure), "passed": False}
+        yield row
+        gc.collect()
+    if len(found) == 2:
+        mine, other = found
+        ratio: Row = {"side": "ratio", "speed": other["ms"] / mine["ms"]}
+        yield ratio | ({"memory": mine["mib"] / other["mib"]} if other.get("mib") else {})
+
+
 # --- sections ---------------------------------------------------------------------------------
 
 
@@ -93,19 +132,37 @@ def facts(order: Order) -> Iterator[Row]:
     if blank_card.within():
         row["blank"] = "no kernel was run: numbers are zeros and times mean nothing"
     yield row
+    if order.device != "cpu" and torch.cuda.is_available():
+        free, total = torch.cuda.mem_get_info()  # with this process's context, as every section has one
+        yield gpu_fit.fit(order, cap(free, total, margin()))
+
+
+def chosen(case: Case) -> Choice:
+    """The choice, left for the recipe of the next sections. Where one of those that are timed, of which it is not told
+    which, does not fit into the card, Triton's alone: if that does not fit, it fails here."""
+    try:
+        choice = attention_choice.choose(case)
+    except RuntimeError as failure:
+        if not out_of_memory(failure):
+            raise
+        said = first_line(failure)
+    else:
+        attention_choice.keep(case, choice)
+        return choice
+    gc.collect()
+    ours = attention_choice.choose(case, "triton")
+    ms = attention_choice.milliseconds(ours.run, case)
+    return Choice(ours.name, ours.run, "the others were not timed", {ours.name: ms}, {"the others": said})
 
 
 def attention(order: Order) -> Iterator[Row]:
     """Forward and backward with norm and RoPE, of everything that is installed behind the one signature."""
-    from kernels.attention_choice import Case, choose, keep
-
     for window in (order.context, order.context // 2, order.context // 8):
         case = Case(
             order.rows, order.context, order.heads, order.heads, order.head_dim, window, torch.bfloat16,
             torch.device(order.device),
         )  # fmt: skip
-        choice = choose(case)
-        keep(case, choice)  # for the recipe of the next sections
+        choice = chosen(case)
         seen = sum(min(i, window) + 1 for i in range(order.context))
         flops = 3.5 * 4 * order.rows * order.heads * order.head_dim * seen
         ours = choice.milliseconds.get("triton")
@@ -158,31 +215,31 @@ def against(
     flops: int,
 ) -> Iterator[Row]:
     """Forward and backward of a kernel and of its peer: time, rate, and memory beyond the inputs."""
-    found, beyond, dy = {}, {}, output_gradient(ours(*inputs[0]))
-    for name, function in (("ours", ours), ("torch.compile", compiled(plain, order))):
+    dy = output_gradient(ours(*inputs[0]))
 
-        def both(*leaves: Tensor, function: Callable[..., Tensor] = function) -> None:
+    def measured(function: Callable[..., Tensor]) -> Row:
+        def both(*leaves: Tensor) -> None:
             gradients(function, leaves, dy=dy)
 
         both(*inputs[0])
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
         held = torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
-        found[name] = milliseconds(both, inputs)
-        row: Row = {"side": name, "ms": found[name], "tflops": flops / found[name] / 1e9}
-        if torch.cuda.is_available():
-            row["mib"] = beyond[name] = (torch.cuda.max_memory_allocated() - held) / 2**20
-        yield row
-    ratio: Row = {"side": "ratio", "speed": found["torch.compile"] / found["ours"]}
-    yield ratio | ({"memory": beyond["ours"] / beyond["torch.compile"]} if beyond.get("torch.compile") else {})
+        ms = milliseconds(both, inputs)
+        row: Row = {"ms": ms, "tflops": flops / ms / 1e9}
+        beyond = {"mib": (torch.cuda.max_memory_allocated() - held) / 2**20} if torch.cuda.is_available() else {}
+        return row | beyond
+
+    peer = compiled(plain, order)
+    yield from sides(("ours", partial(measured, ours)), ("torch.compile", partial(measured, peer)))
 
 
 def muon(order: Order) -> Iterator[Row]:
     from kernels import muon as kernel
 
     rates_ = torch.tensor([0.02, 0.9, 0.1], device=order.device)
-    found = {}
-    for name, function in (("ours", kernel.muon_), ("torch.compile", compiled(kernel.reference, order))):
+
+    def measured(function: Callable[..., None]) -> Row:
         total = 0.0
         for L, m, n in ((4 * order.depth, order.dim, order.dim), (order.depth, 4 * order.dim, order.dim)):
 
@@ -194,14 +251,15 @@ def muon(order: Order) -> Iterator[Row]:
 
             inputs = [make() for _ in range(2)]
 
-            def step(*tensors: Tensor, function: Callable[..., None] = function) -> None:
+            def step(*tensors: Tensor) -> None:
                 with torch.no_grad():
                     function(*tensors, rates_, torch.bfloat16)
 
             total += milliseconds(step, inputs)
-        found[name] = total
-        yield {"side": name, "ms": total}
-    yield {"side": "ratio", "speed": found["torch.compile"] / found["ours"]}
+        return {"ms": total}
+
+    peer = compiled(kernel.reference, order)
+    yield from sides(("ours", partial(measured, kernel.muon_)), ("torch.compile", partial(measured, peer)))
 
 
 def fp8(order: Order) -> Iterator[Row]:
@@ -217,19 +275,26 @@ def fp8(order: Order) -> Iterator[Row]:
     if why := kernel.obstacle(*make()):
         yield {"not measured": why}
         return
-    found, dy = {}, output_gradient(F.linear(*make()))
-    for name, function in (("fp8", kernel.linear), ("bfloat16", F.linear)):
+    dy = output_gradient(F.linear(*make()))
+
+    def measured(function: Callable[..., Tensor]) -> Row:
         ready = compiled(function, order)
 
-        def both(*leaves: Tensor, function: Callable[..., Tensor] = ready) -> None:
-            gradients(function, leaves, dy=dy)
+        def both(*leaves: Tensor) -> None:
+            gradients(ready, leaves, dy=dy)
 
-        found[name] = milliseconds(both, copies(make))
-        yield {"side": name, "ms": found[name], "tflops": 3 * 2 * N * C * 4 * C / found[name] / 1e9}
-    yield {"side": "ratio", "speed": found["bfloat16"] / found["fp8"]}
-    x, w = make()
-    difference = error(kernel.linear(x, w), kernel.reference(x.double(), w.double()))
-    yield {"kernel": "fp8 linear", "error": difference, "passed": difference <= TOLERANCE[torch.bfloat16]}
+        ms = milliseconds(both, copies(make))
+        return {"ms": ms, "tflops": 3 * 2 * N * C * 4 * C / ms / 1e9}
+
+    yield from sides(("fp8", partial(measured, kernel.linear)), ("bfloat16", partial(measured, F.linear)))
+    yield attempt("fp8 linear", partial(_fp8_right, kernel.linear, kernel.reference, *make()))
+
+
+def _fp8_right(linear: Callable[..., Tensor], reference: Callable[..., Tensor], x: Tensor, w: Tensor) -> Row:
+    found = linear(x, w)
+    with of_a_reference():
+        difference = error(found, reference(x.double(), w.double()))
+    return {"kernel": "fp8 linear", "error": difference, "passed": difference <= TOLERANCE[torch.bfloat16]}
 
 
 # --- whole steps ------------------------------------------------------------------------------
@@ -345,8 +410,16 @@ def rtx(order: Order) -> Iterator[Row]:
 
 
 def upstream(order: Order) -> Iterator[Row]:
-    """Upstream's model and optimizer as they stand, compiled, with the best attention at hand in place of its own."""
-    yield from steps(order, upstream_step(order, flash(order)))
+    """Upstream's model and optimizer as they stand, compiled, with the fastest attention at hand in place of its own,
+    which every row of its steps names."""
+    attention = standing(order)
+    yield from attention.rows
+    try:
+        with of_a_reference():
+            for row in steps(order, upstream_step(order, attention.call)):
+                yield row | {"attention": attention.name}
+    except NotMeasured as why:
+        yield {"not measured": str(why), "attention": attention.name}
 
 
 def upstream_step(order: Order, attention: Callable[..., Tensor]) -> Callable[[Tokens, float], Tensor]:
@@ -407,33 +480,6 @@ def norm_in_its_dtype(x: Tensor) -> Tensor:
     stream would be read and kept twice as wide, and FlashAttention 3 takes no such q and k. No work of upstream's."""
     with torch.autocast(x.device.type, enabled=False):
         return F.rms_norm(x, (x.size(-1),))
-
-
-def flash(order: Order) -> Callable[..., Tensor]:
-    """FlashAttention 3's signature: the package where it is installed, else FlexAttention with a window."""
-    if order.device == "cpu":
-        return windowed_sdpa
-    return _flash3() if importlib.util.find_spec("flash_attn_interface") else _flex(order)
-
-
-def _flash3() -> Callable[..., Tensor]:
-    function: Callable[..., Tensor] = importlib.import_module("flash_attn_interface").flash_attn_func
-    return lambda q, k, v, causal, window_size: function(q, k, v, causal=causal, window_size=window_size)
-
-
-def _flex(order: Order) -> Callable[..., Tensor]:
-    from torch.nn.attention.flex_attention import flex_attention
-
-    from kernels.attention_choice import block_mask
-
-    run = compiled(flex_attention, order)
-
-    def call(q: Tensor, k: Tensor, v: Tensor, causal: bool, window_size: tuple[int, int]) -> Tensor:
-        mask = block_mask(q.size(1), min(window_size[0], q.size(1)), q.device)
-        y: Tensor = run(*(x.transpose(1, 2) for x in (q, k, v)), block_mask=mask)
-        return y.transpose(1, 2)
-
-    return call
 
 
 def steps(order: Order, one: Callable[[Tokens, float], Tensor]) -> Iterator[Row]:

@@ -1,8 +1,8 @@
 """Upstream's model and optimizer on a bench's weights and batches. Imports torch, numpy and nothing of ours.
 
 Run by `benchmarks.upstream` as `python -I side.py ORDER`, from a copy in an empty folder. As they stand in the clone:
-model, optimizer, schedules, torch.compile and bfloat16 autocast. Replaced: FlashAttention 3, which is downloaded for
-Hopper only, by FlexAttention on a card and scaled_dot_product_attention on a CPU; both are told with the answer.
+model, optimizer, schedules, torch.compile and bfloat16 autocast. Replaced: FlashAttention 3, which is downloaded from a
+hub, by FlexAttention on a card and scaled_dot_product_attention on a CPU; both are told with the answer.
 """
 
 from __future__ import annotations

@@ -54,6 +54,7 @@ CARDS: Mapping[str, Card] = {
     "h100": Card("NVIDIA H100 80GB HBM3", 90, 132, 85_017_493_504),
     "h200": Card("NVIDIA H200", 90, 132, 150_754_820_096),
     "a100": Card("NVIDIA A100-SXM4-80GB", 80, 108, 84_987_740_160),
+    "a100-40": Card("NVIDIA A100-SXM4-40GB", 80, 108, int(39.39 * GIB)),
     "b200": Card("NVIDIA B200", 100, 148, 191_503_138_816),
     "2080ti": Card("NVIDIA GeForce RTX 2080 Ti", 75, 68, 11 * GIB),
     "3060": Card("NVIDIA GeForce RTX 3060", 86, 28, 12 * GIB),
