@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -13,11 +12,13 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu import Order
+from kernels import tolerance
+from kernels.attention_agreement import apart
 from kernels.errors import out_of_memory
 
 Row = dict[str, Any]
-# Of the root mean square of what is wanted; as in benchmarks/kernel_cases.py, which needs more packages than are here.
-TOLERANCE = {torch.bfloat16: 0.03, torch.float16: 0.01, torch.float32: 1e-4}
+TOLERANCE = {getattr(torch, name): share for name, share in tolerance.TOLERANCE.items()}
+# As in benchmarks/kernel_cases.py, which needs more packages than are here.
 MUON_TOLERANCE = {torch.bfloat16: 0.06, torch.float16: 0.06, torch.float32: 5e-3}
 RATES = (1.0, 0.9, 0.5)  # Muon's learning rate, momentum and weight decay: each of them shows in one step
 OTHER_HEAD = 64  # channels of a head, beside the order's own
@@ -264,12 +265,10 @@ def double(dy: Tensor | None) -> Tensor | None:
 
 
 def error(found: Tensor, wanted: Tensor) -> float:
-    """Root mean square of the difference, as a share of that of what is wanted. Where that is zeros, as on a card that
-    computes nothing, equal zeros are no proof: 1. Where something is no number, infinite: a comparison with NaN is
-    false, and the largest of several errors, one of them NaN, may be any of them."""
-    difference, size = (x.double().square().mean().sqrt() for x in (found.double() - wanted.double(), wanted))
-    share = float(difference / size) if size != 0 else 1.0
-    return share if math.isfinite(share) else math.inf
+    """How far apart these are (kernels/attention_agreement.py). Where zeros are wanted, as on a card that computes
+    nothing, equal zeros are no proof: 1. Where something is no number, infinite: a comparison with NaN is false, and
+    the largest of several errors, one of them NaN, may be any of them."""
+    return apart(found, wanted) if bool(wanted.any()) else 1.0
 
 
 def compare(

@@ -26,9 +26,9 @@ from benchmarks.results import KernelResult, Peak
 from benchmarks.work import BenchProfile
 from core.paths import project_root
 from core.recipe import replace as replace_constants
+from kernels.tolerance import TOLERANCE
 
 Direction = Literal["forward", "both", "step"]  # both: forward and backward; step: of an optimizer
-TOLERANCE = {"float32": 1e-4, "bfloat16": 0.03, "float16": 0.01}  # of the root mean square of what is wanted
 # The orthogonalisation multiplies the smallest singular values a thousandfold, and the roundings in them.
 MUON_TOLERANCE = {"float32": 5e-3, "bfloat16": 0.06, "float16": 0.06}
 LAST_LEVEL_CACHE = 32 * 2**20  # bytes, where the system does not tell

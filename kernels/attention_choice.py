@@ -1,11 +1,12 @@
-"""The choice of what computes attention: by capability, then by time on the device, kept with its reason.
+"""The choice of what computes attention: by capability, numbers and time on the device, kept with its reason.
 
     choice = choose(Case(rows, length, heads, key_heads, head, window, dtype, device))
     y = choice.run(q, k, v, cos, sin, window, scale)      # shapes as in kernels/attention.py
     choice.name, choice.reason, choice.milliseconds       # kept for the record
 
 Without a forced name all that can do the case are timed, norm and RoPE included, forward and backward; what cannot
-says why. A forced name is taken or refused, never replaced.
+says why, and so does what was timed and gives other numbers (kernels/attention_agreement.py). A forced name is taken or
+refused, never replaced, and neither timed nor compared.
 
 `settled` is the same for a recipe: the first process that asks measures, and leaves what it found among the compile
 caches, from which trainer, scorer and auditor of one experiment read it, and the next experiment too. Two processes
@@ -30,8 +31,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from kernels.attention_agreement import inputs, why_apart
 from kernels.attention_peers import PEERS, Attention, Case, block_mask
 from kernels.errors import out_of_memory
+from kernels.tolerance import TOLERANCE
 
 __all__ = ["Attention", "Case", "Choice", "available", "block_mask", "choose", "inputs", "milliseconds", "settled"]
 
@@ -49,7 +52,9 @@ class Choice:
     run: Attention
     reason: str
     milliseconds: dict[str, float] = field(default_factory=dict)  # forward and backward, of all that were timed
-    refused: dict[str, str] = field(default_factory=dict)  # name -> why it cannot do the case, or was not timed
+    refused: dict[str, str] = field(
+        default_factory=dict
+    )  # name -> why it cannot do the case, is wrong, or was not timed
 
     def packed(self, qkv: Tensor, cos: Tensor, sin: Tensor, window: int) -> Tensor:
         """(B, T, 3, H, D) -> y (B, T, H, D). Triton's kernels write the three gradients into one tensor; for the
@@ -111,7 +116,7 @@ def choose(case: Case, forced: str | None = None, patience: float = float("inf")
 
 
 def _timed(case: Case, names: list[str], patience: float) -> tuple[dict[str, float], dict[str, str]]:
-    """Milliseconds of each that runs; and why the others, which could do the case, have none."""
+    """Milliseconds of each that runs and is right; and why the others, which could do the case, have none."""
     times: dict[str, float] = {}
     passed_by: dict[str, str] = {}
     used = 0.0  # seconds of those that compile, beyond the first
@@ -122,7 +127,12 @@ def _timed(case: Case, names: list[str], patience: float) -> tuple[dict[str, flo
             continue
         began = time.monotonic()
         try:
-            times[name] = milliseconds(PEERS[name].make(case), case)
+            run = PEERS[name].make(case)
+            took, why = milliseconds(run, case), why_apart(run, case)
+            if why:
+                passed_by[name] = f"refused: {why}"
+            else:
+                times[name] = took
         except Exception as error:  # Triton's, CUTLASS's and the packages' own share no base but this
             if out_of_memory(error):
                 raise  # of the recipe's whole step, which is made smaller then; it says nothing about a peer
@@ -186,13 +196,13 @@ def _file(case: Case) -> str:
 
 
 def key(case: Case) -> str:
-    """Names the case without its rows, the card, what can do it, and the versions of what computes: where one is
-    installed that was not there, or is another, it is measured anew. What splits a graph is never taken, and children
-    do not see it: it does not count."""
+    """Names the case without its rows, the card, what can do it, the versions of what computes, and how right it has to
+    be: where something is installed that was not there, or one of these is another, it is measured anew. What splits a
+    graph is never taken, and children do not see it: it does not count."""
     card = torch.cuda.get_device_name(case.device) if case.device.type == "cuda" else case.device.type
     able = sorted(name for name, why in available(case).items() if not why and PEERS[name].whole)
     ours = os.environ.get("TORCH_COMPILE_CACHE_KEY_TAG", "")  # children have it: of these kernels' code
-    versions = [torch.__version__, _triton(), ours]
+    versions = [torch.__version__, _triton(), ours, sorted(TOLERANCE.items())]
     parts = [case.length, case.heads, case.key_heads, case.head, case.window, case.dtype, card, able, versions]
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
@@ -235,13 +245,3 @@ def milliseconds(run: Attention, case: Case) -> float:
         marks.append((start, end))
     torch.cuda.synchronize(case.device)
     return statistics.median(start.elapsed_time(end) for start, end in marks[WARMUP:])
-
-
-def inputs(case: Case, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Random q, k, v, which want gradients, and the cosines and sines of RoPE at base 10000."""
-    rng = torch.Generator(case.device).manual_seed(seed)
-    shapes = [(case.rows, case.length, h, case.head) for h in (case.heads, case.key_heads, case.key_heads)]
-    q, k, v = (torch.randn(s, generator=rng, device=case.device, dtype=case.dtype).requires_grad_() for s in shapes)
-    turns = 10000.0 ** (-torch.arange(0, case.head, 2, device=case.device) / case.head)
-    angle = torch.outer(torch.arange(case.length, device=case.device, dtype=torch.float32), turns)
-    return q, k, v, angle.cos(), angle.sin()

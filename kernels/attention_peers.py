@@ -18,9 +18,7 @@ from importlib.machinery import PathFinder
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kernels.attention_reference import reference, reference_rotated
 
@@ -112,28 +110,47 @@ def _flash4(case: Case) -> Attention:
     return disabled
 
 
-def _sdpa(backend: SDPBackend, case: Case) -> Attention:
+def _whole_context(name: str, product: Callable[..., Tensor], case: Case) -> Attention:
+    """product: (q, k, v, scale), each (B, H or Hkv, T, D) -> (B, H, T, D), causal."""
     turn = _turning(case)
 
     def run(
         q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, window: int, scale: float | None = None
     ) -> Tensor:
         if window < q.size(1) - 1:
-            raise ValueError(f"{backend.name} knows no windows; {window} of {q.size(1)} tokens asked for")
+            raise ValueError(f"{name} knows no windows; {window} of {q.size(1)} tokens asked for")
         q, k, v = (x.transpose(1, 2) for x in (turn(q, cos, sin), turn(k, cos, sin), v))
-        with sdpa_kernel(backend):
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=q.size(1) != k.size(1))
-        return y.transpose(1, 2)
+        return product(q, k, v, scale).transpose(1, 2)
 
     return run
 
 
+# scaled_dot_product_attention takes one of these two where sdpa_kernel names it, with these arguments. They are called
+# by themselves because a graph that holds sdpa_kernel is never found again: torch's cache of graphs with their backward
+# does not know what Dynamo puts there for it. Of the statistics that a backward needs cuDNN makes none without one.
+
+
 def _cudnn(case: Case) -> Attention:
-    return _sdpa(SDPBackend.CUDNN_ATTENTION, case)
+    attend = torch.ops.aten._scaled_dot_product_cudnn_attention.default
+
+    def product(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
+        kept = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+        y: Tensor = attend(q, k, v, None, kept, 0.0, True, False, scale=scale)[0]  # no bias, no dropout, causal
+        return y
+
+    return _whole_context("cuDNN", product, case)
 
 
 def _sdpa_flash(case: Case) -> Attention:
-    return _sdpa(SDPBackend.FLASH_ATTENTION, case)
+    ops = torch.ops.aten
+    on_card = case.device.type == "cuda"
+    attend = ops._scaled_dot_product_flash_attention if on_card else ops._scaled_dot_product_flash_attention_for_cpu
+
+    def product(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
+        y: Tensor = attend.default(q, k, v, 0.0, True, scale=scale)[0]  # no dropout, causal
+        return y
+
+    return _whole_context("torch's flash attention", product, case)
 
 
 def _flex(case: Case) -> Attention:
@@ -217,6 +234,8 @@ def _no_cudnn(case: Case) -> str:
 def _no_sdpa_flash(case: Case) -> str:
     if case.device.type == "cuda" and case.capability < 80:
         return f"torch's flash attention needs sm_80, not {_card(case)}"
+    if case.device.type == "cuda" and case.head % 8:
+        return f"torch's flash attention takes heads of 8, 16, .. 256 channels, not {case.head}"
     return (_half(case) if case.device.type == "cuda" else "") or _windowless(case)
 
 

@@ -80,6 +80,7 @@ def test_what_splits_the_graph_is_timed_and_told_but_not_taken(monkeypatch):
              for n, p in PEERS.items()}  # fmt: skip
     monkeypatch.setattr(choice, "PEERS", peers)
     monkeypatch.setattr(choice, "milliseconds", lambda run, _: times[run()])
+    monkeypatch.setattr(choice, "why_apart", lambda run, _: "")
     found = choice.choose(hopper(monkeypatch))
     assert found.name == "triton" and found.whole and found.milliseconds == times
     assert found.reason == "3.000 ms forward and backward; fa4 1.000, not taken as it would split the graph"

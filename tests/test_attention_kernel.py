@@ -106,6 +106,7 @@ def test_the_fastest_that_runs_is_taken_and_failures_are_told(monkeypatch):
 
     pytest.importorskip("triton")
     monkeypatch.setattr(choice, "milliseconds", measured)
+    monkeypatch.setattr(choice, "why_apart", lambda run, wanted: "")
     found = choice.choose(card(monkeypatch, 90))
     assert found.name == "flash" and found.reason.startswith("1.500 ms") and found.milliseconds == times
     assert "reference" not in found.milliseconds
@@ -179,6 +180,7 @@ def settle(monkeypatch, folder, times, capability=90, **given):
     made = card(monkeypatch, capability, **given)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "NVIDIA H100")
     monkeypatch.setattr(choice, "milliseconds", measured)
+    monkeypatch.setattr(choice, "why_apart", lambda run, wanted: "")
     monkeypatch.setattr(choice, "PEERS", {n: replace(p, make=lambda c: reference) for n, p in PEERS.items()})
     return choice.settled(made, folder=folder), asked
 

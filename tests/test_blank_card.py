@@ -186,6 +186,24 @@ def test_the_next_experiment_finds_all_that_was_compiled_in_its_copy_of_the_cach
 
 
 @pytest.mark.slow
+def test_the_next_experiment_finds_its_graph_with_torchs_attention_too(caches, tmp_path):
+    (made,) = told(CARDS["h100"], caches, "blank_cuda.py", "first", "flash")
+    compile_caches.copy(caches, tmp_path)
+    (found,) = told(CARDS["h100"], tmp_path, "blank_cuda.py", "first", "flash")
+    assert (made["graphs hit"], made["graphs bypass"]) == (0, 0) and made["graphs miss"] > 0
+    assert (found["graphs hit"], found["graphs miss"], found["graphs bypass"]) == (made["graphs miss"], 0, 0)
+
+
+@pytest.mark.slow
+def test_torchs_attention_is_the_graph_that_its_public_function_gives(caches):
+    """Operators, arguments and what is kept for the backward, of flash attention and of cuDNN's."""
+    for case in told(CARDS["h100"], caches, "blank_attention.py"):
+        ways = ["", "_backward"] if case["gradients"] else [""]
+        assert case["operators"] == [f"aten._scaled_dot_product_{case['name']}_attention{way}.default" for way in ways]
+        assert case["same"]
+
+
+@pytest.mark.slow
 def test_an_experiment_goes_through_warm_up_training_and_hand_over_in_the_sandbox(caches):
     """Up to the scorer, which loads the weights, finds what the trainer compiled, and refuses a blank card's zeros."""
     (ended,) = told(CARDS["h100"], caches, "blank_run.py")
