@@ -145,7 +145,8 @@ def _fitted(screen: Screen, chosen: Plan, dataset: Dataset, recipe: bytes, keep_
     backend = backends.load(chosen.choice.value)
     profile = replace(chosen.profile, budget=chosen.budget, vocab_size=dataset.vocab_size)
     settings = _lock(chosen, dataset, _first_dtype(chosen))
-    screen.say("fitting: timing the recipe on this machine ...")
+    slow = "; it is compiled first, which takes a minute or two" if settings.device.startswith("cuda") else ""
+    screen.say(f"fitting: timing the recipe on this machine{slow} ...")
     facts = _measure(screen, recipe, settings)
     if facts["dtype"] != settings.dtype:
         settings = replace(settings, dtype=facts["dtype"])
@@ -153,7 +154,8 @@ def _fitted(screen: Screen, chosen: Plan, dataset: Dataset, recipe: bytes, keep_
     fits = not keep_shape and not fitting.shared(facts)
     fitted = backend.scale(profile, facts["seconds_per_step"]) if fits else profile
     if not keep_shape and (ways := backend.plans(fitted, chosen.hardware)):
-        fitted = replace(fitted, constants={**fitted.constants, **_way(screen, chosen, fitted, ways, settings)})
+        timed = facts if fitted.constants == profile.constants else None
+        fitted = replace(fitted, constants={**fitted.constants, **_way(screen, chosen, fitted, ways, settings, timed)})
     steps = chosen.budget / facts["seconds_per_step"]
     if fitted.constants != profile.constants:
         recipe = backends.fit(backend.recipe(), fitted)
@@ -185,9 +187,15 @@ def _first_dtype(chosen: Plan) -> str:
 
 
 def _way(
-    screen: Screen, chosen: Plan, fitted: Profile, ways: list[dict[str, Any]], settings: Settings
+    screen: Screen,
+    chosen: Plan,
+    fitted: Profile,
+    ways: list[dict[str, Any]],
+    settings: Settings,
+    timed: dict[str, Any] | None,
 ) -> dict[str, Any]:
-    """The constants of the fastest way for the batch through the device's memory."""
+    """The constants of the fastest way for the batch through the device's memory. `timed`: what the timing of the
+    profile as it is found, where there was one."""
     import backends
     from console import fitting
     from core.versions import versions
@@ -200,6 +208,9 @@ def _way(
 
     def measure(constants: Mapping[str, Any]) -> dict[str, Any]:
         tried = replace(fitted, constants={**fitted.constants, **constants})
+        if timed is not None and tried.constants == fitted.constants:
+            return timed  # it takes as long to compile as any other
+        screen.say(f"  timing {fitting.told(constants)} ...")
         return _measure(screen, backends.fit(backend.recipe(), tried), settings)
 
     return fitting.choose(ways, measure, screen.say, known_as)

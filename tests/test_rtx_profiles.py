@@ -379,6 +379,15 @@ def test_a_lab_on_windows_is_told_once_that_nothing_is_looked_at_on_its_way(fitt
     assert sum("hopeless candidates train to their end" in line for line in said) == (platform == "win32")
 
 
+def test_no_way_through_the_card_is_timed_twice_and_each_is_told_before_it_is_compiled(fitted, tmp_path, monkeypatch):
+    """A timing compiles the whole recipe: minutes, of which a user has to know what they are for."""
+    monkeypatch.setenv("AUTORESEARCH_HOME", str(tmp_path))
+    said, timed, _ = fitted(rtx("3060", 11.76, (8, 6)), {}, keep_shape=False)
+    assert len(timed) == fitting.TRIED  # the first of the ways is the profile as it is, which is timed anyway
+    assert "compiled first" in said[0]
+    assert sum(line.startswith("  timing ") for line in said) == fitting.TRIED - 1
+
+
 GAME = {
     "card": {"tainted": "other programs kept the card 80% busy"},
     "tainted": "other programs kept the card 80% busy",
