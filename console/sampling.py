@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def sample_verb(screen: Screen, given: str | None, prompt: str, tokens: int, temperature: float, seed: int) -> None:
-    from core import referee
+    from core import locks, referee
 
     lab = places.find(screen, given)
     best = lab.best()
@@ -37,7 +37,9 @@ def sample_verb(screen: Screen, given: str | None, prompt: str, tokens: int, tem
     folder = lab.record / "tmp"
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        with tempfile.TemporaryDirectory(prefix="sample-", dir=folder) as workdir:
+        # Beside a training it would take memory and time of the device, and that run would count as disturbed.
+        device = locks.hold_device(lab.settings.device)
+        with device, tempfile.TemporaryDirectory(prefix="sample-", dir=folder) as workdir:
             text = [tokenizer.bos_id, *start]
             for token in referee.sample(
                 lab.best_source(), weights, lab.settings, text, tokens, temperature, seed, Path(workdir)

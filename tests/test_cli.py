@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from core import locks
 from core.lab import Lab
 from core.settings import Settings
 
@@ -346,6 +347,13 @@ class TestASmallLab:
         assert done["prompt"] == "And God said" and done["tokens"] <= 12
         text = small("sample", "--prompt", "And God said", "--tokens", "12", "--seed", "3").stdout
         assert "And God said" + done["text"] in text
+
+    def test_nothing_is_sampled_beside_a_training(self, small: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+        """It would take memory and time of the device, and the running experiment would be measured again."""
+        monkeypatch.setenv("AUTORESEARCH_HOME", str(small.home))
+        with locks.hold_device("cpu"):
+            error = small.json_error("sample", "--prompt", "And God said")
+        assert "the device cpu is in use by process" in error["fact"]
 
     def test_train_prints_upstreams_summary_and_exports(self, small: Shell, tmp_path: Path) -> None:
         out = tmp_path / "model"
