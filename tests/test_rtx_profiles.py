@@ -344,7 +344,7 @@ def fitted(monkeypatch, tmp_path):
         chosen = making.plan(None, making.Wishes(backend="rtx", tag="x"))
         said, timed = [], []
 
-        def measure(screen, recipe, settings):
+        def measure(screen, recipe, settings, compiled):
             timed.append(settings)
             usual = {"dtype": device.choose_dtype(here.gpus[0].capability).value, "dtype_reason": here.gpus[0].arch}
             return {**usual, "seconds_per_step": 0.1, "params": 10**7, "describe": {}, "health": {}, **facts}
@@ -352,7 +352,7 @@ def fitted(monkeypatch, tmp_path):
         monkeypatch.setattr(making, "_measure", measure)
         data = SimpleNamespace(path=Path("text"), sha256="0" * 64, vocab_size=8192, bos_id=0)
         recipe = backends.fit(backends.load("rtx").recipe(), chosen.profile)
-        _, settings = making._fitted(SimpleNamespace(say=said.append), chosen, data, recipe, keep_shape)
+        _, settings = making._fitted(SimpleNamespace(say=said.append), chosen, data, recipe, keep_shape, tmp_path)
         return said, [s.dtype for s in timed], settings
 
     return fit
@@ -422,7 +422,7 @@ def test_a_timing_beside_a_game_is_taken_again(monkeypatch, tmp_path, games, tim
         return {"seconds_per_step": 0.1, "health": GAME if len(made) <= games else {"card": {"tainted": ""}}}
 
     monkeypatch.setattr("core.referee.measure", measure)
-    facts = making._measure(SimpleNamespace(say=lines.append), b"", SimpleNamespace(device="cuda:0"))
+    facts = making._measure(SimpleNamespace(say=lines.append), b"", SimpleNamespace(device="cuda:0"), tmp_path)
     assert len(made) == timings and made[0] == 7, "the card was waited for until it was quiet twice"
     assert "90% busy with other programs: waits until it is free" in lines[0]
     assert [line.split(": ")[-1] for line in lines[1:] if "timed again" in line] == said
