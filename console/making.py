@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 OWN_PROGRAM = "program.md"
 DRIVING = "## For an agent that drives this lab"  # where the second part of it begins
 FEW_STEPS = 200
+BASELINE = 1  # the number of a lab's first experiment
 READINGS = 3  # timings of one recipe, beside others on the card, before the last is taken for what it is
 AMPERE = (8, 0)  # the first compute capability that multiplies bfloat16
 
@@ -104,16 +105,32 @@ def make(screen: Screen, given: str | None, wishes: Wishes) -> tuple[Lab, Import
     for remark in backend.remarks(chosen.hardware):
         screen.say(f"  {remark}")
     dataset = ready_data(screen, wishes, chosen.profile)
-    recipe, settings = _fitted(screen, chosen, dataset, recipe, keep_shape=bool(taken and taken.constants))
-    lab = Lab.create(
-        chosen.folder,
-        recipe=recipe,
-        program=_program(taken.program) if taken and taken.program else _template(),
-        settings=settings,
-        message=_message(chosen, taken),
-        history=taken.history if taken else None,
-    )
+    with _folder("fit-") as folder:
+        compiled = folder / "caches"
+        keep_shape = bool(taken and taken.constants)
+        recipe, settings = _fitted(screen, chosen, dataset, recipe, keep_shape, compiled)
+        lab = Lab.create(
+            chosen.folder,
+            recipe=recipe,
+            program=_program(taken.program) if taken and taken.program else _template(),
+            settings=settings,
+            message=_message(chosen, taken),
+            history=taken.history if taken else None,
+        )
+        if compiled.is_dir():
+            lab.products.keep(BASELINE, None, compiled)
     return lab, taken
+
+
+@contextmanager
+def _folder(prefix: str) -> Iterator[Path]:
+    """A folder for now, beside the records."""
+    from core import paths
+
+    place = paths.home() / "tmp"
+    place.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=prefix, dir=place, ignore_cleanup_errors=True) as folder:
+        yield Path(folder)
 
 
 def plan(given: str | None, wishes: Wishes) -> Plan:
@@ -134,10 +151,13 @@ def plan(given: str | None, wishes: Wishes) -> Plan:
     return Plan(folder, tag, hardware, choice, profile, wishes.budget or profile.budget, rule, least)
 
 
-def _fitted(screen: Screen, chosen: Plan, dataset: Dataset, recipe: bytes, keep_shape: bool) -> tuple[bytes, Settings]:
+def _fitted(
+    screen: Screen, chosen: Plan, dataset: Dataset, recipe: bytes, keep_shape: bool, compiled: Path
+) -> tuple[bytes, Settings]:
     """Time the recipe on this machine, and make it smaller or larger where its steps would be too few or too many.
 
-    `keep_shape`: the constants were asked for, so that they are only told about.
+    `keep_shape`: the constants were asked for, so that they are only told about. `compiled`: where what one timing
+    compiles is left for the next, and for the baseline.
     """
     import backends
     from console import fitting
@@ -145,15 +165,18 @@ def _fitted(screen: Screen, chosen: Plan, dataset: Dataset, recipe: bytes, keep_
     backend = backends.load(chosen.choice.value)
     profile = replace(chosen.profile, budget=chosen.budget, vocab_size=dataset.vocab_size)
     settings = _lock(chosen, dataset, _first_dtype(chosen))
-    screen.say("fitting: timing the recipe on this machine ...")
-    facts = _measure(screen, recipe, settings)
+    slow = "; it is compiled first, which takes a minute or two" if settings.device.startswith("cuda") else ""
+    screen.say(f"fitting: timing the recipe on this machine{slow} ...")
+    facts = _measure(screen, recipe, settings, compiled)
     if facts["dtype"] != settings.dtype:
         settings = replace(settings, dtype=facts["dtype"])
-        facts = _measure(screen, recipe, settings)
+        facts = _measure(screen, recipe, settings, compiled)
     fits = not keep_shape and not fitting.shared(facts)
     fitted = backend.scale(profile, facts["seconds_per_step"]) if fits else profile
     if not keep_shape and (ways := backend.plans(fitted, chosen.hardware)):
-        fitted = replace(fitted, constants={**fitted.constants, **_way(screen, chosen, fitted, ways, settings)})
+        timed = facts if fitted.constants == profile.constants else None
+        way = _way(screen, chosen, fitted, ways, settings, compiled, timed)
+        fitted = replace(fitted, constants={**fitted.constants, **way})
     steps = chosen.budget / facts["seconds_per_step"]
     if fitted.constants != profile.constants:
         recipe = backends.fit(backend.recipe(), fitted)
@@ -185,9 +208,16 @@ def _first_dtype(chosen: Plan) -> str:
 
 
 def _way(
-    screen: Screen, chosen: Plan, fitted: Profile, ways: list[dict[str, Any]], settings: Settings
+    screen: Screen,
+    chosen: Plan,
+    fitted: Profile,
+    ways: list[dict[str, Any]],
+    settings: Settings,
+    compiled: Path,
+    timed: dict[str, Any] | None,
 ) -> dict[str, Any]:
-    """The constants of the fastest way for the batch through the device's memory."""
+    """The constants of the fastest way for the batch through the device's memory. `timed`: what the timing of the
+    profile as it is found, where there was one."""
     import backends
     from console import fitting
     from core.versions import versions
@@ -200,12 +230,15 @@ def _way(
 
     def measure(constants: Mapping[str, Any]) -> dict[str, Any]:
         tried = replace(fitted, constants={**fitted.constants, **constants})
-        return _measure(screen, backends.fit(backend.recipe(), tried), settings)
+        if timed is not None and tried.constants == fitted.constants:
+            return timed  # it takes as long to compile as any other
+        screen.say(f"  timing {fitting.told(constants)} ...")
+        return _measure(screen, backends.fit(backend.recipe(), tried), settings, compiled)
 
     return fitting.choose(ways, measure, screen.say, known_as)
 
 
-def _measure(screen: Screen, recipe: bytes, settings: Settings) -> dict[str, Any]:
+def _measure(screen: Screen, recipe: bytes, settings: Settings, compiled: Path) -> dict[str, Any]:
     """The recipe timed, again where others used the card meanwhile; the last reading may be disturbed all the same."""
     from console import fitting
     from core import locks, verdict
@@ -213,7 +246,7 @@ def _measure(screen: Screen, recipe: bytes, settings: Settings) -> dict[str, Any
     with locks.hold_device(settings.device):
         for reading in range(1, READINGS + 1):
             _wait_for_card(screen, settings.device)
-            facts = _timed(recipe, settings)
+            facts = _timed(recipe, settings, compiled)
             if not (shared := fitting.shared(facts)) or reading == READINGS:
                 break
             screen.say(f"  {shared}: timed again")
@@ -226,14 +259,12 @@ def _measure(screen: Screen, recipe: bytes, settings: Settings) -> dict[str, Any
     return facts
 
 
-def _timed(recipe: bytes, settings: Settings) -> dict[str, Any]:
-    from core import paths, referee
+def _timed(recipe: bytes, settings: Settings, compiled: Path) -> dict[str, Any]:
+    from core import referee
 
-    folder = paths.home() / "tmp"
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="fit-", dir=folder, ignore_cleanup_errors=True) as workdir:
+    with _folder("timing-") as workdir:
         try:
-            return referee.measure(recipe, settings, Path(workdir), seconds=1.0)
+            return referee.measure(recipe, settings, workdir, seconds=1.0, compiled=compiled)
         except referee.RecipeFailed as failed:
             raise UserError(
                 f"the recipe does not run on this machine ({failed.status}): {failed.reason}", "autoresearch doctor"

@@ -97,6 +97,7 @@ class LocalExecutor:
 
         def say(text: str) -> None:
             on_event(Event("phase", {"phase": text, "experiment": request.experiment}))
+            on_event(Event("waiting", {"text": text}))  # for hours, maybe: where nothing is redrawn, a line that stays
 
         while True:
             left = max(0.0, self._card_wait - (time.monotonic() - began))

@@ -47,6 +47,7 @@ else:
 
 
 _held: dict[int, str] = {}  # CUDA devices that this process holds, by number
+_names: dict[str, str] = {}  # of the cards that were seen, by UUID
 LETTING_GO = 2.0  # seconds: a child that was just forked has its dead parent's lock until it executes its program
 
 
@@ -107,6 +108,15 @@ def cuda_uuid(index: int) -> str:
 
     gpus = hardware.probe().gpus
     return gpus[index].uuid if index < len(gpus) else ""
+
+
+def cuda_name(index: int) -> str:
+    """The name of that card as the driver gives it ("NVIDIA H100 80GB HBM3"); "" where it never told it. One that once
+    did and does not answer for a moment is no other card."""
+    from core import hardware
+
+    _names.update({gpu.uuid: gpu.name for gpu in hardware.probe().gpus})
+    return _names.get(cuda_uuid(index), "")
 
 
 @contextmanager

@@ -283,7 +283,8 @@ class Measuring:
             seed=seed,
             experiment=f"{lab.tag}-{e.number}",
             workdir=workdir,
-            caches=compiled or lab.best_caches(),  # of the same recipe, where it was run before: it compiles nothing
+            # Of the same recipe, where it was run before: it compiles nothing. Of a baseline what its fitting compiled.
+            caches=compiled or lab.best_caches() or lab.products.caches(e.number),
             card_bytes=self._card_bytes(e),
         )
 

@@ -19,7 +19,7 @@ CURVE_POINTS = 200
 @dataclass(frozen=True)
 class Event:
     """Something to show. `kind`: "phase" (data: phase), "progress" (step, loss, tokens_per_second, mfu, remaining,
-    fraction) or "log" (text)."""
+    fraction), "waiting" (text: why nothing goes on) or "log" (text)."""
 
     kind: str
     data: Mapping[str, Any]

@@ -260,13 +260,19 @@ class _Experiment:
 
 
 def measure(
-    source: bytes, settings: Settings, workdir: Path, *, seconds: float = 3.0, stop: threading.Event | None = None
+    source: bytes,
+    settings: Settings,
+    workdir: Path,
+    *,
+    seconds: float = 3.0,
+    stop: threading.Event | None = None,
+    compiled: Path | None = None,
 ) -> dict[str, Any]:
     """How fast a recipe trains here: seconds_per_step, tokens_per_step, steps, warmup, compiled, params, peak_memory,
     peak_flops, peak_source, describe, health (of `core.health.Watch`). Random tokens, no data. `RecipeFailed` when it
-    does not get that far."""
+    does not get that far. `compiled`: a folder of compile caches to start from, to which what it compiles is added."""
     place = Place(settings, workdir, stop or threading.Event())
-    return _ask(source, place, "measure", "measured", None, seconds=seconds, watched=True)
+    return _ask(source, place, "measure", "measured", compiled, seconds=seconds, watched=True)
 
 
 def dry_build(
@@ -307,19 +313,22 @@ def _ask(
     watched: bool = False,
 ) -> dict[str, Any]:
     """The child's answer. `watched`: it says when it is warm, and from then on the card is looked at; before that our
-    own part of its memory grows."""
+    own part of its memory grows. What such a child compiles is added to `compiled`: it waits meanwhile."""
     settings = place.settings
     place.workdir.mkdir(parents=True, exist_ok=True)
     worker = Worker(role, place)
     try:
-        worker.begin(source, settings.seed, compiled, seconds=seconds)
+        worker.begin(source, settings.seed, compiled if compiled and compiled.is_dir() else None, seconds=seconds)
         if watched:
             worker.expect("warm", settings.warmup_cap + 30.0, "import, build and warm-up")
         every = min(gpuwatch.EVERY, seconds / LOOKS) if watched else gpuwatch.EVERY
         watch = Watch(worker.child.pid, settings.device if watched else "", every=every)
         message = worker.expect(answer, settings.warmup_cap + 30.0, "import, build and steps")
         found = {k: v for k, v in message.fields.items() if k not in ("describe", "health")}
-        return found | {"describe": plain(message), "health": watch.report()}
+        found |= {"describe": plain(message), "health": watch.report()}
+        if watched and compiled is not None and not caches.is_empty(worker.caches):
+            caches.copy(worker.caches, compiled)
+        return found
     except Ended as end:
         raise _failed(end, worker) from None
     finally:

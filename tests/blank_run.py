@@ -1,13 +1,16 @@
 """A whole experiment of the cuda recipe in the sandbox, on a blank card: JSON of how it ended.
 
-The card's numbers are zeros, which scoring refuses; all that comes before it is as on a card. The sandbox gives its
-children an environment of their own, to which what makes the card is added here.
+The card's numbers are zeros, which scoring refuses; all that comes before it is as on a card. With the argument
+"uniform" they are what makes a uniform guess of them, whose score is audited. The sandbox gives its children an
+environment of their own, to which what makes the card is added here.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
+import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -33,9 +36,13 @@ def main() -> None:
     order = replace(Order(), rows=4, tokens=2**14, context=512, depth=2, heads=2)
     with tempfile.TemporaryDirectory() as folder:
         os.environ["AUTORESEARCH_HOME"] = folder
-        outcome = gpu_run.experiment(order, gpu_run.data(order, Path(folder)), Path(folder) / "work")
-    print(json.dumps({"status": outcome.status, "reason": outcome.reason, "log": outcome.log_tail[-2000:],
-                      "steps": outcome.steps, "device": outcome.describe.get("rows_reason", "")}))  # fmt: skip
+        data = gpu_run.data(order, Path(folder))
+        if sys.argv[1:] == ["uniform"]:
+            CARD["BLANK_CARD_VALUE"] = repr(math.log(data.vocab_size))
+        outcome = gpu_run.experiment(order, data, Path(folder) / "work")
+    found = {"status": outcome.status, "reason": outcome.reason, "log": outcome.log_tail[-2000:]}
+    found |= {"steps": outcome.steps, "points": outcome.audit.get("points")}
+    print(json.dumps(found | {"device": outcome.describe.get("rows_reason", "")}))
 
 
 if __name__ == "__main__":

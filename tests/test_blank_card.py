@@ -4,6 +4,8 @@ real, and no kernel is run. Whether numbers are right is for other tests, and ho
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -113,6 +115,48 @@ def test_a_card_that_refuses_such_segments_is_told_with_what_to_set():
         raise RuntimeError("CUDA driver error: operation not supported")
 
 
+SHARED = """
+import json, sys
+import torch
+from core.facts import LocalFacts
+from core.nvml import Nvml
+x = torch.empty(int(sys.argv[1]), dtype=torch.uint8, device="cuda")
+(gpu,), look = LocalFacts().nvidia(), Nvml().look("cuda:0", ())
+print(json.dumps([gpu.name, gpu.memory, gpu.processes, look.used, look.others_busy, torch.cuda.mem_get_info()[0]]))
+sys.stdout.flush()
+input()
+"""
+
+
+def test_processes_share_a_card_where_they_are_told_to(caches, tmp_path, monkeypatch):
+    """What one has the other cannot take, NVML tells of both, and what is killed leaves nothing."""
+    monkeypatch.setenv("BLANK_CARD_SHARED", str(tmp_path / "card"))
+    monkeypatch.setenv("BLANK_CARD_SHARE", "40")
+    card, context, part = CARDS["4060"], CARDS["4060"].context, 1000 * MIB  # of whole segments, which have 20 MiB
+    held = 5 * GIB + part + 2 * context
+
+    def user(size):
+        pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+        command = [sys.executable, "-c", SHARED, str(size)]
+        process = subprocess.Popen(command, env=blank_card.environment(card, caches), text=True, **pipes)
+        return process, process.stdout.readline()
+
+    first, said = user(5 * GIB)
+    try:
+        assert json.loads(said) == [card.name, 8 * GIB, 0, 5 * GIB + context, 0.0, 3 * GIB - context]
+        second, said = user(part)
+        second.communicate()
+        assert json.loads(said) == [card.name, 8 * GIB, 1, held, 0.4, 8 * GIB - held]
+        third, said = user(3 * GIB)
+        assert not said and "CUDA out of memory" in third.communicate()[1]
+    finally:
+        first.kill()
+        first.communicate()
+    last, said = user(7 * part)
+    last.communicate()
+    assert json.loads(said)[2:4] == [0, 7 * part + context]
+
+
 PROOF = """
 import json, sys
 import backends
@@ -208,6 +252,13 @@ def test_an_experiment_goes_through_warm_up_training_and_hand_over_in_the_sandbo
     """Up to the scorer, which loads the weights, finds what the trainer compiled, and refuses a blank card's zeros."""
     (ended,) = told(CARDS["h100"], caches, "blank_run.py")
     assert (ended["status"], ended["reason"]) == ("invalid", "logits(): logits that are not finite"), ended["log"]
+
+
+@pytest.mark.slow
+def test_an_experiment_whose_numbers_are_a_uniform_guess_is_scored_and_audited_in_the_sandbox(caches):
+    (ended,) = told(CARDS["h100"], caches, "blank_run.py", "uniform")
+    assert (ended["status"], ended["reason"]) == ("scored", ""), ended["log"]
+    assert ended["points"] > 1024  # and the pairs
 
 
 @pytest.mark.slow

@@ -348,7 +348,8 @@ class TestASmallLab:
         text = small("sample", "--prompt", "And God said", "--tokens", "12", "--seed", "3").stdout
         assert "And God said" + done["text"] in text
 
-    def test_sample_slows_no_experiment_down_unless_asked(self, small: Shell) -> None:
+    def test_sample_slows_no_experiment_down_unless_asked(self, small: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("AUTORESEARCH_HOME", str(small.home))
         with locks.hold_device("cpu"):
             refused = small("sample", "--prompt", "And", status=1)
             assert "the device cpu is in use" in refused.stderr and "And" not in refused.stdout

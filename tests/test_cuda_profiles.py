@@ -289,6 +289,25 @@ def test_a_card_that_is_held_stays_what_it_is_when_another_comes_or_goes(shown, 
     assert shown([OTHER]) == "GPU-other"
 
 
+def test_a_lab_that_goes_on_on_another_card_is_told_of_a_change(settings, monkeypatch):
+    """On a rented machine "cuda:0" is whatever was free; by a faster card no recipe gained."""
+    there = {"gpus": [replace(H100, uuid="GPU-a")]}
+    monkeypatch.setattr("core.hardware.LocalFacts", lambda: Machine(**there))
+    on_card = replace(settings, backend="cuda", device="cuda:0")
+    first = versions(on_card)
+    assert first["card"] == H100.name and "card" not in versions(settings)
+    there["gpus"] = [replace(H100, uuid="GPU-b")]
+    assert changes(first, versions(on_card)) == []  # its twin
+    there["gpus"] = "NVML: Unknown Error"
+    assert versions(on_card)["card"] is None  # unknown is not taken for the same
+    there["gpus"] = [replace(H100, uuid="GPU-c", name="NVIDIA A100-SXM4-80GB")]
+    assert changes(first, versions(on_card)) == [f"card {H100.name} -> NVIDIA A100-SXM4-80GB"]
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    with locks.hold_device("cuda:0"):  # in the middle of a run the driver may not answer for a moment
+        there["gpus"] = "NVML: Unknown Error"
+        assert versions(on_card)["card"] == "NVIDIA A100-SXM4-80GB"
+
+
 def test_on_a_card_a_change_of_kernels_or_of_their_peers_is_one_of_what_measures(settings, monkeypatch, tmp_path):
     card = replace(settings, backend="cuda", device="cuda:0")
     for root in ("before", "after"):

@@ -235,6 +235,7 @@ def test_the_executor_waits_and_then_says_what_to_do():
     with pytest.raises(UserError, match="other programs have kept the card busy"):
         executor.execute(request, said.append, threading.Event())
     assert "waits until it is free" in said[0].data["phase"]
+    assert [said[1].kind, said[1].data["text"]] == ["waiting", said[0].data["phase"]]  # in a log file a line of its own
 
 
 class Runs:
@@ -262,7 +263,7 @@ def on_card(monkeypatch, tmp_path):
         settings = SimpleNamespace(device="cuda:0")
         request = SimpleNamespace(settings=settings, experiment="night-1", card_bytes=needed, workdir=tmp_path / "work")
         executor = LocalExecutor(card=card, card_wait=card_wait, card_every=0.001)
-        tell = lambda event: said.append(event.data["phase"])  # noqa: E731
+        tell = lambda event: said.append(event.data["text"]) if event.kind == "waiting" else None  # noqa: E731
         return executor.execute(request, tell, threading.Event()), runs.made, said
 
     return execute

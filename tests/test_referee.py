@@ -348,6 +348,16 @@ def test_measure(tiny_recipe: str, settings: Settings, tmp_path: Path) -> None:
     assert left_behind() == []
 
 
+def test_what_a_timing_compiles_is_there_for_the_next(tiny_recipe: str, settings: Settings, tmp_path: Path) -> None:
+    """A model that is fitted to a card is compiled several times, and the baseline is one of them."""
+    leave = "import os, pathlib\np = pathlib.Path(os.environ['XDG_CACHE_HOME'])\np.mkdir(exist_ok=True)\n"
+    count = "(p / f'made-{len(list(p.iterdir()))}').write_text('code')\n"
+    compiled = tmp_path / "compiled"
+    for made in ({"made-0"}, {"made-0", "made-1"}):
+        measure(f"{leave}{count}{tiny_recipe}".encode(), settings, tmp_path / "work", seconds=0.1, compiled=compiled)
+        assert {file.name for file in (compiled / "xdg").iterdir()} == made
+
+
 def test_a_timing_watches_its_card_from_the_end_of_the_warm_up(
     tiny_recipe: str, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -336,6 +336,20 @@ def test_a_disturbed_experiment_is_wasted_time_and_its_reason_is_told(tmp_path, 
         assert "other processes kept 1.9 cores busy beside our 2.0" in said
 
 
+def test_the_cards_that_were_measured_on_are_told(tmp_path, settings, monkeypatch):
+    """By name and driver, each once: "cuda:0" says nothing a week later."""
+    lab, _, _ = night(tmp_path / "cards", settings, monkeypatch, NIGHT[:3])
+    with sqlite3.connect(lab.record / "ledger.sqlite") as db:
+        for number, card in ((1, "A <b> card"), (2, "A <b> card"), (3, "Another card")):
+            versions = {"device": "cuda:0", "card": card, "driver": "580.65", "torch": "2.14.1"}
+            db.execute("UPDATE samples SET versions = ? WHERE number = ?", (json.dumps(versions), number))
+    assert findings(read(lab)).machine.cards == [
+        f"{card}, driver 580.65, torch 2.14.1" for card in ("A <b> card", "Another card")
+    ]
+    html, text = sane(lab)
+    assert "A &lt;b&gt; card, driver 580.65" in html and "Measured on Another card, driver 580.65" in text
+
+
 def test_runs_that_were_dropped_are_told_with_the_reason(tmp_path, settings, monkeypatch):
     """Beside a game nothing is on the record, whatever the rule."""
     world = World(Clock(monkeypatch))

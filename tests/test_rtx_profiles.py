@@ -348,7 +348,7 @@ def fitted(monkeypatch, tmp_path):
         chosen = making.plan(None, making.Wishes(backend="rtx", tag="x"))
         said, timed = [], []
 
-        def measure(screen, recipe, settings):
+        def measure(screen, recipe, settings, compiled):
             timed.append(settings)
             usual = {"dtype": device.choose_dtype(here.gpus[0].capability).value, "dtype_reason": here.gpus[0].arch}
             return {**usual, "seconds_per_step": 0.1, "params": 10**7, "describe": {}, "health": {}, **facts}
@@ -356,7 +356,7 @@ def fitted(monkeypatch, tmp_path):
         monkeypatch.setattr(making, "_measure", measure)
         data = SimpleNamespace(path=Path("text"), sha256="0" * 64, vocab_size=8192, bos_id=0)
         recipe = backends.fit(backends.load("rtx").recipe(), chosen.profile)
-        _, settings = making._fitted(SimpleNamespace(say=said.append), chosen, data, recipe, keep_shape)
+        _, settings = making._fitted(SimpleNamespace(say=said.append), chosen, data, recipe, keep_shape, tmp_path)
         return said, [s.dtype for s in timed], settings
 
     return fit
@@ -381,6 +381,15 @@ def test_a_lab_on_windows_is_told_once_that_nothing_is_looked_at_on_its_way(fitt
     said, _, settings = fitted(rtx("3060", 11.76, (8, 6)), {})
     assert settings.probe == (platform == "linux")
     assert sum("hopeless candidates train to their end" in line for line in said) == (platform == "win32")
+
+
+def test_no_way_through_the_card_is_timed_twice_and_each_is_told_before_it_is_compiled(fitted, tmp_path, monkeypatch):
+    """A timing compiles the whole recipe: minutes, of which a user has to know what they are for."""
+    monkeypatch.setenv("AUTORESEARCH_HOME", str(tmp_path))
+    said, timed, _ = fitted(rtx("3060", 11.76, (8, 6)), {}, keep_shape=False)
+    assert len(timed) == fitting.TRIED  # the first of the ways is the profile as it is, which is timed anyway
+    assert "compiled first" in said[0]
+    assert sum(line.startswith("  timing ") for line in said) == fitting.TRIED - 1
 
 
 GAME = {
@@ -417,7 +426,7 @@ def test_a_timing_beside_a_game_is_taken_again(monkeypatch, tmp_path, games, tim
         return {"seconds_per_step": 0.1, "health": GAME if len(made) <= games else {"card": {"tainted": ""}}}
 
     monkeypatch.setattr("core.referee.measure", measure)
-    facts = making._measure(SimpleNamespace(say=lines.append), b"", SimpleNamespace(device="cuda:0"))
+    facts = making._measure(SimpleNamespace(say=lines.append), b"", SimpleNamespace(device="cuda:0"), tmp_path)
     assert len(made) == timings and made[0] == 7, "the card was waited for until it was quiet twice"
     assert "90% busy with other programs: waits until it is free" in lines[0]
     assert [line.split(": ")[-1] for line in lines[1:] if "timed again" in line] == said

@@ -417,6 +417,17 @@ def test_a_run_starts_from_what_the_one_before_it_of_its_recipe_compiled(night):
     check(night)
 
 
+def test_a_baseline_starts_from_what_its_fitting_compiled(night, tmp_path):
+    (tmp_path / "fitting").mkdir()
+    (tmp_path / "fitting" / "of the fitting").touch()
+    night.products.keep(1, None, tmp_path / "fitting")
+    executor = Compiling()
+    loop_of(night, executor, Ideas(2.0, 1.9)).run(Limits(experiments=1))
+    assert [names for _, names in executor.found[:2]] == [["of the fitting"], ["of 1"]]
+    assert [p.name for p in (night.record / "caches").iterdir()] == ["1"]
+    check(night)
+
+
 class Cut(Exception):
     """The process ends here."""
 

@@ -14,6 +14,9 @@ grid and shared memory it is launched.
 What it is not: no kernel is run, so numbers on the card are zeros or what was copied there, nothing is right or wrong,
 and no time means anything. What it does not stand in for answers "not supported" and is counted as absent.
 
+Processes whose BLANK_CARD_SHARED names one file share a card: what one holds the others cannot take, and NVML tells of
+all. BLANK_CARD_VALUE is a number that stands on the host for every one that a kernel would have written.
+
 The real libcuda is hidden from those children alone that are given `environment`; nothing is changed in this process.
 """
 

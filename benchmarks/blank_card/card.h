@@ -16,11 +16,28 @@ void blank_count(int kind, const char *name, long long bytes);
 int blank_product(const char *name); /* one of cuBLAS; returns success */
 int blank_absent(const char *name);  /* notes a call of what is not stood in for; returns "not supported" */
 
+#define CARD_UUID "GPU-74686520-626c-616e-6b20-636172642020" /* "the blank card  " */
+
 const char *card_name(void);
 size_t card_memory(void);  /* bytes, as sold */
 size_t card_context(void); /* bytes that the driver's own context takes of it */
+unsigned card_share(void); /* percent of the card's time that this process is said to use */
 int card_capability(void); /* 90 for sm_90 */
 int card_shared(void);     /* bytes of shared memory that one block can have */
 int card_attribute(int which);
+
+/* --- sharing.c: how much of it is taken, and by whom ------------------------------------------------------ */
+
+enum { CARD_USERS = 64 }; /* at most */
+typedef struct {
+  unsigned pid, share; /* percent of the card's time, as NVML tells it */
+  size_t bytes;
+} User;
+
+void card_open(void); /* this process has a context from now on */
+int card_take(size_t bytes); /* whether there was room */
+void card_give_back(size_t bytes);
+size_t card_free(void); /* bytes that nobody has */
+int card_users(User *users); /* how many there are now; `users` has room for CARD_USERS */
 
 #endif

@@ -25,6 +25,8 @@ size_t card_memory(void) {
 
 size_t card_context(void) { return (size_t)number("BLANK_CARD_CONTEXT", 0); }
 
+unsigned card_share(void) { return (unsigned)number("BLANK_CARD_SHARE", 30); }
+
 int card_capability(void) { return (int)number("BLANK_CARD_CAPABILITY", 90); }
 
 /* Table "Technical Specifications per Compute Capability" of the CUDA programming guide: KiB of a processor. */

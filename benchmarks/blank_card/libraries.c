@@ -1,4 +1,4 @@
-/* cuBLAS and NVML, as much as PyTorch asks for. Products themselves are generated, one counting function a name. */
+/* cuBLAS, as much as PyTorch asks for. Products themselves are generated, one counting function a name. */
 #include "card.h"
 
 #include <stdlib.h>
@@ -52,26 +52,3 @@ int cublasLtMatmulAlgoGetHeuristic(void *handle, void *operation, void *a, void 
   *n = 1;
   return 0;
 }
-
-/* --- NVML -------------------------------------------------------------------------------------------------------- */
-
-enum { NVML_NOT_SUPPORTED = 3 };
-
-int nvmlInit_v2(void) { return 0; }
-int nvmlShutdown(void) { return 0; }
-int nvmlSystemGetCudaDriverVersion_v2(int *version) {
-  *version = CUDART_VERSION;
-  return 0;
-}
-int nvmlDeviceGetHandleByPciBusId_v2(const char *id, void **device) {
-  static char the_card;
-  *device = &the_card;
-  return 0;
-}
-int nvmlDeviceGetComputeRunningProcesses(void *device, unsigned *n, void *infos) {
-  *n = 0;
-  return 0;
-}
-int nvmlDeviceGetGpuFabricInfoV(void *device, void *info) { return NVML_NOT_SUPPORTED; }
-int nvmlDeviceGetNvLinkRemoteDeviceType(void *device, unsigned link, int *type) { return NVML_NOT_SUPPORTED; }
-int nvmlDeviceGetNvLinkRemotePciInfo_v2(void *device, unsigned link, void *pci) { return NVML_NOT_SUPPORTED; }

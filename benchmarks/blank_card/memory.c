@@ -1,6 +1,7 @@
 /* Memory of the card: address space that nothing touches, given out until the card is full. */
 #include "card.h"
 
+#include <math.h>
 #include <pthread.h>
 #include <stdlib.h>
 #include <string.h>
@@ -9,30 +10,12 @@
 typedef struct Block { char *start; size_t size; int on_host; struct Block *next; } Block;
 
 static Block *blocks;
-static size_t held;
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 
-/* --- how much of the card is taken --------------------------------------------------------------------- */
-
-static size_t room(void) { return card_memory() - card_context(); }
-
-static int take(size_t size) {
-  pthread_mutex_lock(&lock);
-  int fits = held + size <= room();
-  if (fits) held += size;
-  pthread_mutex_unlock(&lock);
-  return fits;
-}
-
-static void give_back(size_t size) {
-  pthread_mutex_lock(&lock);
-  held -= size;
-  pthread_mutex_unlock(&lock);
-}
-
 cudaError_t cudaMemGetInfo(size_t *unused, size_t *total) {
+  card_open(); /* as with a card: asking makes the context */
   *total = card_memory();
-  *unused = room() - held;
+  *unused = card_free();
   return cudaSuccess;
 }
 
@@ -118,10 +101,10 @@ CUresult cuMemGetAddressRange_v2(CUdeviceptr *base, size_t *size, CUdeviceptr p)
 cudaError_t cudaMalloc(void **p, size_t size) {
   *p = NULL;
   if (!size) return cudaSuccess;
-  if (!take(size)) return cudaErrorMemoryAllocation;
+  if (!card_take(size)) return cudaErrorMemoryAllocation;
   void *start = map(size, PROT_READ | PROT_WRITE);
   if (start) *p = remember(start, size, 0);
-  else give_back(size);
+  else card_give_back(size);
   return start ? cudaSuccess : cudaErrorMemoryAllocation;
 }
 
@@ -130,7 +113,7 @@ cudaError_t cudaFree(void *p) {
   Block b = forget(p);
   if (!b.start) return cudaErrorInvalidValue;
   munmap(b.start, b.size);
-  give_back(b.size);
+  card_give_back(b.size);
   return cudaSuccess;
 }
 
@@ -175,13 +158,13 @@ CUresult cuMemAddressFree(CUdeviceptr p, size_t size) {
 
 CUresult cuMemCreate(CUmemGenericAllocationHandle *handle, size_t size, const CUmemAllocationProp *p,
                      unsigned long long flags) {
-  if (!take(size)) return CUDA_ERROR_OUT_OF_MEMORY;
+  if (!card_take(size)) return CUDA_ERROR_OUT_OF_MEMORY;
   *handle = (CUmemGenericAllocationHandle)size; /* all that its release needs */
   return CUDA_SUCCESS;
 }
 
 CUresult cuMemRelease(CUmemGenericAllocationHandle handle) {
-  give_back((size_t)handle);
+  card_give_back((size_t)handle);
   return CUDA_SUCCESS;
 }
 
@@ -206,11 +189,27 @@ CUresult cuMemGetAllocationGranularity(size_t *bytes, const CUmemAllocationProp 
 
 /* --- copies ---------------------------------------------------------------------------------------------- */
 
+/* What a kernel would have written is zeros, or what was copied there before: numbers of tokens, mostly. On the host
+ * BLANK_CARD_VALUE, a number in float32, stands for every word that is no normal float32, and 1 for a byte beside
+ * words (a bool) that is 0. Without it nothing is changed. */
+static void shown(char *at, size_t size) {
+  const char *given = getenv("BLANK_CARD_VALUE");
+  if (!given) return;
+  float value = strtof(given, NULL), found;
+  for (size_t i = 0; i + 4 <= size; i += 4) {
+    memcpy(&found, at + i, 4);
+    if (!isnormal(found)) memcpy(at + i, &value, 4);
+  }
+  for (size_t i = size & ~(size_t)3; i < size; i++)
+    if (!at[i]) at[i] = 1;
+}
+
 /* Only what crosses to or from the card is moved: what lies on it is zeros otherwise, and moving them would fill the
  * computer's memory with them. */
 static int copy(void *to, const void *from, size_t size) {
   int source = on_card(from), target = on_card(to);
   if (!(source && target)) memcpy(to, from, size);
+  if (source && !target) shown(to, size);
   return source && target ? ON_CARD : source ? TO_HOST : TO_CARD;
 }
 

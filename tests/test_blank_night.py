@@ -1,0 +1,157 @@
+"""Nights on cards that are not there, by the console's own commands: fitting, training, scoring, auditing, the card
+watched and shared. Recipes run eagerly here; what torch.compile makes of them is for test_blank_card.py."""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("torch")
+pytest.importorskip("triton")
+
+from benchmarks import blank_card
+from benchmarks.blank_card import CARDS, GIB
+
+HERE = Path(__file__).resolve().parent
+VOCAB = 512
+TIMEOUT = 400.0
+
+if why := blank_card.obstacle():
+    pytest.skip(f"no blank card here: {why}", allow_module_level=True)
+pytestmark = pytest.mark.slow
+
+
+class Desk:
+    """A machine with one blank card, a home and a working directory of its own."""
+
+    def __init__(self, card, folder):
+        self.folder, self.shared = folder, folder / "shared" / "card"
+        for place in (self.shared.parent, folder / "work"):
+            place.mkdir(parents=True)
+        self.env = blank_card.environment(CARDS[card]) | {
+            "AUTORESEARCH_HOME": str(folder / "home"),
+            "BLANK_CARD_SHARED": str(self.shared),
+            "BLANK_CARD_VALUE": repr(math.log(VOCAB)),
+            "TORCHDYNAMO_DISABLE": "1",
+            "NO_COLOR": "1",
+        }
+
+    def start(self, *arguments, **env):
+        pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        command = [sys.executable, str(HERE / "blank_console.py"), *arguments]
+        return subprocess.Popen(command, cwd=self.folder / "work", env=self.env | env, text=True, **pipes)
+
+    def __call__(self, *arguments, status=0):
+        process = self.start(*arguments)
+        said, _ = process.communicate(timeout=TIMEOUT)
+        assert process.returncode == status, said
+        return said
+
+    @contextmanager
+    def used(self, size, share):
+        """Another program has so many bytes of the card, and keeps it busy for `share` percent."""
+        taken = f"import torch; x = torch.empty({size}, dtype=torch.uint8, device='cuda')"
+        code = f"{taken}; print('there', flush=True); input()"
+        env = self.env | {"BLANK_CARD_SHARE": str(share)}
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+        process = subprocess.Popen([sys.executable, "-c", code], env=env, text=True, **pipes)
+        try:
+            assert process.stdout.readline() == "there\n"
+            yield process
+        finally:
+            process.kill()
+            process.communicate()
+
+    def look(self):
+        """What the driver says of the card."""
+        code = "from core.nvml import Nvml; print(vars(Nvml().look('cuda:0', ())))"
+        done = subprocess.run([sys.executable, "-c", code], env=self.env, capture_output=True, text=True, check=True)
+        return eval(done.stdout)
+
+
+def night(desk, *options):
+    """A lab named night, and what was said while it was made and run."""
+    text = ("--text", str(HERE.parent / "docs"), "--vocab", str(VOCAB), "--tag", "night")
+    return desk("run", *text, "--budget", "2", "--verdict", "simple", *options)
+
+
+def experiments(desk):
+    rows = json.loads(desk("log", "labs/night", "--json"))["experiments"]
+    return [json.loads(desk("show", str(row["number"]), "--lab", "labs/night", "--json"))["experiment"] for row in rows]
+
+
+@pytest.fixture(scope="module")
+def h100(tmp_path_factory):
+    desk = Desk("h100", tmp_path_factory.mktemp("h100"))
+    return desk, night(desk, "--backend", "cuda", "--experiments", "2")
+
+
+def test_a_night_on_a_data_centre_card_is_scored_audited_and_goes_on(h100):
+    desk, said = h100
+    assert "backend cuda: " in said and "NVIDIA H100 80GB HBM3, 79 GiB, sm_90" in said
+    assert "fitting: timing the recipe on this machine; it is compiled first" in said
+    first, second = experiments(desk)
+    for found in (first, second):
+        outcome, card = found["outcome"], found["outcome"]["health"]["card"]
+        assert outcome["status"] == "scored" and outcome["steps"] > 3 and not found["tainted"]
+        assert outcome["versions"]["card"] == "NVIDIA H100 80GB HBM3" and "data sheet" in outcome["describe"]["peak"]
+        assert 0 < outcome["peak_memory"] < GIB and card["others_busy"] == 0.0 and card["others_bytes"] == [0, 0, 0]
+    assert first["status"] == "keep" and first["outcome"]["audited"] and first["outcome"]["audit"]["points"] > 100
+    assert desk.look()["used"] == 0  # nothing of ours is left on it
+
+
+def test_what_follows_a_night_works_with_a_card(h100):
+    desk, _ = h100
+    assert "12 tokens in" in desk("sample", "labs/night", "--prompt", "The", "--tokens", "12")
+    desk("report", "labs/night")
+    assert "Measured on NVIDIA H100 80GB HBM3, driver 580" in (desk.folder / "work/labs/night/report.md").read_text()
+    assert "peak_vram_mb" in desk("train", "labs/night", "--budget", "2", "--out", "model")
+
+
+def test_a_night_that_is_killed_leaves_the_card_free_and_goes_on(h100):
+    desk, _ = h100
+    running = desk.start("run", "labs/night", "--experiments", "1", "--json")
+    for line in running.stdout:
+        if '"phase": "train"' in line or desk.look()["used"]:
+            break
+    assert desk.look()["used"]
+    running.send_signal(signal.SIGKILL)
+    running.wait()
+    until = time.monotonic() + 30
+    while desk.look()["used"] and time.monotonic() < until:
+        time.sleep(0.2)
+    assert desk.look()["used"] == 0
+    assert "was cut off and will be repeated" in desk("run", "labs/night", "--experiments", "1")
+
+
+def test_a_busy_card_is_waited_for(h100):
+    desk, _ = h100
+    with desk.used(GIB, 90) as game:
+        running = desk.start("run", "labs/night", "--experiments", "1")
+        said = []
+        for line in running.stdout:
+            said.append(line)
+            if "busy with other programs: waits until it is free" in line:
+                break
+        game.kill()
+        said += [*running.stdout]
+    assert running.wait() == 0, "".join(said)
+    assert not experiments(desk)[-1]["tainted"]
+
+
+@pytest.mark.parametrize(("card", "dtype"), [("4060", "bfloat16"), ("2080ti", "float16")])
+def test_a_night_on_a_card_of_gamers(card, dtype, tmp_path):
+    desk = Desk(card, tmp_path / "desk")
+    said = night(desk, "--backend", "rtx", "--experiments", "1")
+    assert f"compute in {dtype}" in said
+    (found,) = experiments(desk)
+    assert found["outcome"]["status"] == "scored" and found["outcome"]["describe"]["dtype"] == dtype
+    assert found["outcome"]["versions"]["card"] == CARDS[card].name
