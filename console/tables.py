@@ -100,6 +100,15 @@ def verdict_lines(r: Row) -> list[str]:
     return lines
 
 
+def reapplied_line(r: Row) -> str:
+    """Said of what was proposed as a change of one best and measured as the same change of another; else ""."""
+    made = r.detail.get("reapplied") or {}
+    if not made:
+        return ""
+    first = f"#{made['from']}" if made.get("from") else "an earlier recipe"
+    return f"it was made to {first}; what is judged is the same change to #{made['to']}, which was kept meanwhile"
+
+
 def _box(screen: Screen) -> Box:
     from rich import box
 
@@ -147,6 +156,7 @@ def card(r: Row, scale: Scale, screen: Screen) -> list[str]:
         lines.append(f"  {bpb(r.val_bpb)}{change}  ({scale})")
     if r.reason:
         lines.append(f"  {r.reason}")
+    lines += [f"  {line}" for line in (reapplied_line(r),) if line]
     lines += [f"  {line}" for line in verdict_lines(r)]
     pairs = facts(r)
     wide = max((len(what) for what, _ in pairs), default=0)

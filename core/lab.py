@@ -115,6 +115,7 @@ class Lab:
                 "when": when,
             }
             self.ledger.set_meta("first", first)
+            self.ledger.set_meta("put there", first["recipe"])
             self.propose_baseline()
         self.make_repository()
         self.publish()
@@ -225,7 +226,16 @@ class Lab:
     def best_source(self) -> bytes:
         """The recipe that everything starts from: the best's, before there is one the first."""
         best = self.best()
-        return self.ledger.source(best.source_sha256 if best else self.ledger.meta("first")["recipe"])
+        return self.ledger.source(best.source_sha256) if best else self.first_source()
+
+    def first_source(self) -> bytes:
+        """The recipe that the lab was made with."""
+        return self.ledger.source(self.ledger.meta("first")["recipe"])
+
+    def put_there(self) -> str | None:
+        """The sha256 of the `train.py` that this program put into the lab last; None in a lab of an earlier version."""
+        found = self.ledger.meta("put there")
+        return str(found) if found else None
 
     def best_weights(self) -> Path | None:
         best = self.best()
@@ -394,16 +404,17 @@ class Lab:
     def restore_recipe(self) -> None:
         """Put the best's `train.py` back. What lies there instead is in the ledger, or is saved in git first."""
         file, best = self.path / RECIPE, self.best_source()
-        if file.exists():
-            present = self.working_source()
-            if present == best:
-                return
-            if not self.ledger.knows_source(hashlib.sha256(present).hexdigest()):
-                blob = self.git.blob(present)
-                name = self.candidate_ref(f"saved/{blob}")
-                self.git.update_refs({name: blob})
-                self.ledger.event("saved", f"a train.py that was never judged: git cat-file blob {name}")
-        replace_file(file, best)
+        present = self.working_source() if file.exists() else None
+        known = present in (None, best) or self.ledger.knows_source(hashlib.sha256(present or b"").hexdigest())
+        if present is not None and not known:
+            blob = self.git.blob(present)
+            name = self.candidate_ref(f"saved/{blob}")
+            self.git.update_refs({name: blob})
+            self.ledger.event("saved", f"a train.py that was never judged: git cat-file blob {name}")
+        if present != best:
+            replace_file(file, best)
+        if self.put_there() != (sha256 := hashlib.sha256(best).hexdigest()):
+            self.ledger.set_meta("put there", sha256)
 
     def write_results_tsv(self) -> str:
         """Upstream's five columns. What failed has an empty val_bpb, not a number that would win.

@@ -25,7 +25,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from core import locks, objections
+from core import locks, objections, rebase
+from core.commands import quoted
 from core.contract import Exhausted, Proposal, Researcher, Unavailable, View
 from core.data import Dataset
 from core.deciding import AGAIN, STATISTICAL, Deciding
@@ -120,7 +121,7 @@ class Loop:
         self, source: bytes, description: str, researcher: str = "you", detail: Mapping[str, Any] | None = None
     ) -> Experiment:
         """Propose `source` and judge it. The same bytes again: the experiment that they are already."""
-        same = [e for e in self.ledger.experiments() if e.source_sha256 == hashlib.sha256(source).hexdigest()]
+        same = self.ledger.of_source(hashlib.sha256(source).hexdigest())
         if same:
             return self.judge_pending(same[-1].number)
         proposal = Proposal(source, description, dict(detail or {}))
@@ -387,7 +388,10 @@ class Loop:
     def _experiment(self, number: int) -> None:
         """One step of an experiment: a run of it, or of the best for its sake, or the decision."""
         self.lab.check_settings()
-        dataset, e = self.lab.dataset(), self.ledger.get(number)
+        e = self._on_the_best(self.ledger.get(number))
+        if e.status is not None:
+            return
+        dataset = self.lab.dataset()
         self._measuring.settle(e, dataset)
         if self._stop.is_set() or not self._measuring.best_again(dataset):
             return
@@ -403,6 +407,25 @@ class Loop:
             self._measuring.control(seed, step.reason, dataset)
         else:
             self._deciding.decide(e)
+
+    def _on_the_best(self, e: Experiment) -> Experiment:
+        """`e`, which waits, as a change of the present best: made to it, if it was proposed on another one and waited
+        while this was kept. Decided, where the two do not fit."""
+        best = self.lab.best()
+        if best is None or e.parent == best.number:
+            return e
+        found = rebase.onto(self.lab, e.parent, self.lab.source(e.number), best, self._session.executor.lint)
+        if found.source is None:
+            commit = f"git -C {quoted(self.lab.path)} show {self.lab.candidate_ref(e.number)}:train.py"
+            self._deciding.refuse(e, f"{found.refused}; what was handed in: {commit}")
+            return self.ledger.get(e.number)
+        with self.ledger.transaction():
+            self.ledger.rebase(e.number, found.source, fingerprint(found.source), best.number)
+            made = self.ledger.get(e.number)
+            if made.source_sha256 != e.source_sha256:
+                to = f"#{e.parent}" if e.parent else "the first recipe"
+                self._session.note(f"#{e.number} was made to {to}; its change is made to #{best.number}, the best now")
+        return made
 
     def _run(self, e: Experiment, seed: int, dataset: Dataset) -> None:
         """From proposed to decided, or back to proposed: after a stop, or for another run."""
