@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from console.output import Screen, plain
-from console.rows import Row, Scale, Tally
+from console.rows import Row, Scale, Tally, disturbed
 from console.words import below, bpb, clock, count, delta, duration, moment, plural, shorten, sparkline
 
 if TYPE_CHECKING:
@@ -88,6 +88,7 @@ def verdict_lines(r: Row) -> list[str]:
         f"{run['bpb']:.6f} (seed {run['seed']}{', disturbed' if run.get('tainted') else ''})" for run in v["all_runs"]
     ]
     lines = [f"runs  {', '.join(runs)}"] if runs else []
+    lines += [f"seed {run['seed']} was disturbed: {run['disturbed']}" for run in v["all_runs"] if run.get("disturbed")]
     if r.interval is not None:
         low, high = r.interval
         against = f", against {plural(int(v['control_runs']), 'run')} of the best" if v.get("control_runs") else ""
@@ -122,7 +123,10 @@ def tally_line(total: Tally) -> str:
     if total.best is None:
         return text
     text += f"; best {bpb(total.best.val_bpb)} (#{total.best.number})"
-    return f"{text}, {below(total.gain)}" if total.gain else text
+    if not total.gain or total.baseline is None:
+        return text
+    doubt = disturbed(total.baseline, total.best)
+    return f"{text}, {below(total.gain)}" + (f", but {doubt}" if doubt else "")
 
 
 def cost_line(spent: Spent) -> str:

@@ -105,6 +105,7 @@ class Sample:
             "seconds": (outcome.get("timings") or {}).get("total"),
             "idle": outcome.get("idle") or {},
             "tainted": self.tainted,
+            "disturbed": (outcome.get("health") or {}).get("disturbed") or "",
             "epoch": self.epoch,
         }
 
