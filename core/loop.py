@@ -44,6 +44,7 @@ from core.recovery import unfinished
 from core.session import Session
 from core.settings import Settings
 from core.thinking import Thinking, Wait
+from core.verdict import Step
 from core.versions import versions
 
 PERIOD = 0.5  # seconds between two looks at what was asked while it waits
@@ -449,8 +450,11 @@ class Loop:
             self._deciding.record(number, {**slim(outcome), "idle": idle}, seed, disturbed)
             self._measuring.look_at_baseline(number, disturbed)
         step = self._deciding.decide(self.ledger.get(number))
-        if step.status in ("more", "control"):
-            self._session.on_event(Event("note", {"text": f"#{number} with seed {seed}: {step.reason}"}))
+        if step.status in WAITS:
+            self._session.on_event(Event("note", {"text": f"#{number} with seed {seed}: {self._following(step)}"}))
+
+    def _following(self, step: Step) -> str:
+        return f"run again: {step.reason}" if step.status == AGAIN else step.reason
 
     # --- telling and being told --------------------------------------------------------------------
 
