@@ -16,6 +16,7 @@ from console.rows import Row, row
 from console.words import bpb, duration
 from core.apart import apart
 from core.errors import Busy, UserError
+from core.ledger import BY_HAND
 
 if TYPE_CHECKING:
     from core.lab import Lab
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
 FINISHES_WITHIN = 10.0  # seconds from a decision to the files that follow it
 POLL = 0.3  # seconds between two looks at the ledger
 STARTS_WITHIN = 20.0  # seconds in which the judging process must have taken the lab
-BY_HAND = "you"  # the researcher of what `try` hands in
 IDLE = 2.0  # seconds without a running process after which one is started
 REFUSED = "refused edit"  # in the ledger: the file that does not fit the best, and the best, as they were told last
 STILL_RUNNING = 124  # exit status, as of timeout(1)

@@ -28,6 +28,7 @@ from core.schema import SCHEMA
 STATES = ("proposed", "running", "scored", "audited", "decided")
 PURPOSES = ("verdict", "control", "confirm")
 UNSAMPLED = ("log_tail", "sandbox", "versions", "curve", "weights", "caches")  # of an outcome, not kept for each run
+BY_HAND = "you"  # the researcher of what somebody hands in
 KEPT = ("keep", "simplify")
 SCORED = (*KEPT, "discard")  # these have a number, discards that were not stopped early
 FAILED = ("crash", "timeout", "invalid")  # these never have one

@@ -33,12 +33,14 @@ from core.deciding import AGAIN, STATISTICAL, Deciding
 from core.errors import Busy, LabError, UserError
 from core.executor import Executor
 from core.files import remove
+from core.gap import Stopped
 from core.idle import Idle
 from core.lab import Lab
-from core.ledger import Experiment
+from core.ledger import BY_HAND, Experiment
 from core.live import Event, Live
 from core.measuring import Measuring, slim
 from core.outcome import Outcome
+from core.quoting import TAIL, unquoted
 from core.recipe import fingerprint
 from core.recovery import unfinished
 from core.session import Session
@@ -92,6 +94,7 @@ class Loop:
         self._deciding = Deciding(self._session)
         self._decided = self._deciding.decided
         self._held = False  # are lab and device ours at the moment?
+        self._tried: set[int] = set()  # what was handed in and has been tried out
         self._meanwhile = meanwhile
         self._limits = Limits()
         self._told_wait: Wait | None = None
@@ -119,7 +122,7 @@ class Loop:
         return Summary(reason, len(self._decided), kept)
 
     def judge(
-        self, source: bytes, description: str, researcher: str = "you", detail: Mapping[str, Any] | None = None
+        self, source: bytes, description: str, researcher: str = BY_HAND, detail: Mapping[str, Any] | None = None
     ) -> Experiment:
         """Propose `source` and judge it. The same bytes again: the experiment that they are already."""
         same = self.ledger.of_source(hashlib.sha256(source).hexdigest())
@@ -392,12 +395,15 @@ class Loop:
         e = self._on_the_best(self.ledger.get(number))
         if e.status is not None:
             return
+        is_new = not self.ledger.samples(number, "verdict")
+        control = self.lab.settings.verdict == STATISTICAL and is_new
+        if self._try_out(None if control and self._measuring.due() else number):
+            return
         dataset = self.lab.dataset()
         self._measuring.settle(e, dataset)
         if self._stop.is_set() or not self._measuring.best_again(dataset):
             return
-        is_new = not self.ledger.samples(number, "verdict")
-        if self.lab.settings.verdict == STATISTICAL and is_new and (due := self._measuring.due()):
+        if control and (due := self._measuring.due()):
             self._measuring.control(*due, dataset)
             return
         step = self._deciding.next(e)
@@ -408,6 +414,29 @@ class Loop:
             self._measuring.control(seed, step.reason, dataset)
         else:
             self._deciding.decide(e)
+
+    def _try_out(self, first: int | None) -> bool:
+        """Whoever hands something in that does not run at all is told before other runs are made: it is built once,
+        without a clock. Experiment `first` is run now, and tells by itself. Was anything decided?"""
+        decided = False
+        for e in self.ledger.pending():
+            if e.researcher != BY_HAND or e.number == first or e.number in self._tried or self._stop.is_set():
+                continue
+            self._tried.add(e.number)
+            if self.ledger.samples(e.number, "verdict"):
+                continue
+            self._session.live.begin(e.number, e.description)
+            self._session.live.update(phase="dry build")
+            try:
+                with self._session.gap.between(self._stop):
+                    refused = self._session.dry_build(self.lab.source(e.number), self._stop)
+            except Stopped:
+                break
+            if refused:
+                reason, _, tail = refused.partition(TAIL)
+                self._deciding.refuse(e, reason, "crash", unquoted(tail))
+                decided = True
+        return decided
 
     def _on_the_best(self, e: Experiment) -> Experiment:
         """`e`, which waits, as a change of the present best: made to it, if it was proposed on another one and waited
