@@ -45,7 +45,8 @@ def try_verb(screen: Screen, given: str | None, message: str, wait: bool, timeou
     if state.get("number") not in (None, number):
         screen.say(f"#{state['number']} is running; #{number} comes next")
     if not wait:
-        screen.document({"lab": places.about(lab), "number": number, "state": lab.ledger.get(number).state})
+        screen.document({"lab": places.about(lab), "number": number, "state": lab.ledger.get(number).state,
+                         "parent": lab.ledger.get(number).parent})  # fmt: skip
         screen.say(f"#{number} is being judged; see: autoresearch wait {number}")
         return 0
     if known is not None:
