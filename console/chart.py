@@ -150,7 +150,7 @@ def _name(r: Row, frame: Frame, named: bool) -> str:
         return f'<text class="name axis" x="{x + 6:.1f}" y="{y - 7:.1f}">#{r.number}</text>'
     left, top = x + 7, y - 8
     room = int((frame.width - 6 - left) / 6.1)  # characters up to the edge, at 12 px and this slant
-    text = escape(shorten(r.description, max(8, min(38, room))))
+    text = escape(shorten(f"{'disturbed: ' * r.tainted}{r.description}", max(8, min(38, room))))
     return f'<text class="name says" transform="translate({left:.1f} {top:.1f}) rotate(-24)">{text}</text>'
 
 

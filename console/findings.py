@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from console import ablations
 from console.machine import Machine, machine
 from console.places import look
-from console.rows import KEPT, Row, Scale, Tally, tally
+from console.rows import KEPT, Row, Scale, Tally, disturbed, tally
 from console.themes import Theme, themes, untried
 from console.timeuse import TimeUse, time_use, uses
 from core import ablation, confirming, effects
@@ -36,6 +36,10 @@ class Kept:
     seconds: float  # that `confirm` of it would still take
     without: Without | None  # the winner without it; None: nobody has left it out
 
+    @property
+    def disturbed(self) -> str:
+        return disturbed(self.before, self.row)
+
 
 @dataclass(frozen=True)
 class Near:
@@ -59,6 +63,10 @@ class Gain:
     simpler: bool  # nothing but simplifications was kept: no gain was claimed
     state: Replication
     seconds: float  # that confirming both would still take; 0: done
+
+    @property
+    def disturbed(self) -> str:
+        return disturbed(self.baseline, self.winner)
 
 
 @dataclass(frozen=True)

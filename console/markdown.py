@@ -43,7 +43,8 @@ def answer(found: Findings) -> list[str]:
         if total.experiments == 1:
             return [f"Only the baseline was measured: {best}. There is nothing to compare it with yet."]
         return [f"Nothing was kept over the baseline, {best}, in {plural(total.experiments, 'experiment')}."]
-    recorded = f"#{gain.winner.number} came out {signed(-gain.recorded)} against the baseline when it was kept."
+    doubt = f", but {gain.disturbed}" if gain.disturbed else ""
+    recorded = f"#{gain.winner.number} came out {signed(-gain.recorded)} against the baseline when it was kept{doubt}."
     if gain.validation is None:
         return [
             recorded,
@@ -97,7 +98,8 @@ def _without(k: Kept) -> str:
 
 def _kept_line(k: Kept) -> list[str]:
     cost = f", about {roughly(k.seconds)}: `confirm {k.row.number}`" if k.state == "unconfirmed" and k.seconds else ""
-    claimed = "" if k.row.delta is None else signed(k.row.delta)
+    doubt = f" ({k.disturbed})" if k.disturbed else ""
+    claimed = "" if k.row.delta is None else signed(k.row.delta) + doubt
     simpler = " (simpler)" if k.row.status == "simplify" else ""
     again = changed(k.again) if k.again else ""
     return [f"#{k.row.number}", _plain(k.row.description) + simpler, claimed, again, STATE_WORDS[k.state] + cost]

@@ -85,6 +85,7 @@ def facts(r: Row) -> list[tuple[str, str]]:
     rates = o.get("tokens") and o.get("training_seconds")
     found = [
         ("researcher", r.researcher),
+        ("disturbed", r.disturbed),
         ("runs", f"{r.runs}, {duration(r.device_seconds)} in all; the last one:" if r.runs > 1 else ""),
         ("steps", count(o["steps"]) if o.get("steps") else ""),
         ("tokens", count(o["tokens"]) if o.get("tokens") else ""),

@@ -164,7 +164,7 @@ def _labels(axes: Axes, rows: Sequence[Row], low: float, high: float) -> None:
     wide = max(r.number for r in rows) - min(r.number for r in rows) or 1
     for r in crowd(rows, wide / 30):
         axes.annotate(
-            f"{shorten(r.description, 40)}  {bpb(r.val_bpb)}",
+            f"{shorten(r.description, 40)}  {bpb(r.val_bpb)}{', disturbed' * r.tainted}",
             (r.number, r.val_bpb or low),
             xytext=(6, 7),
             textcoords="offset points",
@@ -186,6 +186,7 @@ def title(tag: str, rows: Sequence[Row]) -> str:
     gain = recorded_gain(kept)
     if len(kept) < 2 or gain is None:
         return text
+    doubt = " (disturbed)" if kept[0].tainted or kept[-1].tainted else ""
     if kept[0].epoch != kept[-1].epoch:  # the machine has moved: the two scores do not compare
-        return f"{text}, {below(gain)}"
-    return f"{text}, {bpb(kept[0].val_bpb)} to {bpb(kept[-1].val_bpb)}"
+        return f"{text}, {below(gain)}{doubt}"
+    return f"{text}, {bpb(kept[0].val_bpb)} to {bpb(kept[-1].val_bpb)}{doubt}"

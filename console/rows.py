@@ -13,6 +13,7 @@ from core.ledger import earlier
 KEPT = ("keep", "simplify")
 FAILED = ("crash", "timeout", "invalid")
 STARTED = ("running", "scored", "audited")  # states that only a process that holds the lab leaves
+TAINTED = "something else used the machine meanwhile"  # what is said where the record has no reason
 MARKS = {"keep": "*", "simplify": "*", "discard": " ", "crash": "x", "timeout": "x", "invalid": "!"}
 
 
@@ -121,6 +122,12 @@ class Row:
         return found
 
     @property
+    def disturbed(self) -> str:
+        """Why it is tainted; "" where it is not."""
+        told = self.verdict.get("disturbed") or (self.outcome.get("health") or {}).get("disturbed")
+        return str(told or TAINTED) if self.tainted else ""
+
+    @property
     def kept(self) -> bool:
         return self.status in KEPT and not self.undone
 
@@ -149,6 +156,13 @@ class Row:
         }  # fmt: skip
         more = {"parent": self.parent, "detail": self.detail, "outcome": self.outcome, "verdict": self.verdict}
         return {**short, **more} if full else short
+
+
+def disturbed(before: Row, after: Row) -> str:
+    """Which of the two scores that a change was recorded between are of disturbed runs: "both runs were disturbed",
+    "the run of #1 was disturbed"; "" where neither is."""
+    found = [f"#{r.number}" for r in (before, after) if r.tainted]
+    return "both runs were disturbed" if len(found) == 2 else f"the run of {found[0]} was disturbed" if found else ""
 
 
 def row(experiment: Any, samples: Iterable[Any] = (), runs: bool = True) -> Row:

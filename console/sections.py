@@ -60,7 +60,8 @@ def _answer(found: Findings) -> tuple[str, str, str]:
         came = (
             f"{link(gain.winner.number)} came out <b>{change('gain.recorded', gain.recorded)}</b> against the baseline"
         )
-        lead = f"{came} when it was kept. That is not confirmed yet."
+        doubt = f", but {gain.disturbed}" if gain.disturbed else ""
+        lead = f"{came} when it was kept{doubt}. That is not confirmed yet."
         more = "<p>A figure that was chosen because it was low flatters. On fresh seeds it is known after "
         return "", lead, more + f"{cost('gain.seconds', gain.seconds)}: <code>autoresearch confirm</code></p>"
     size = f"<b>{change('gain.val', again.gain)}</b> val_bpb"
@@ -97,7 +98,8 @@ def _forest(found: Findings) -> str:
     gain = found.gain
     if gain is None:
         return ""
-    lines = [("when it was kept", Whisker(-gain.recorded, pale=True), change("gain.recorded", gain.recorded))]
+    doubt = f", but {gain.disturbed}" if gain.disturbed else ""
+    lines = [(f"when it was kept{doubt}", Whisker(-gain.recorded, pale=True), change("gain.recorded", gain.recorded))]
     lines += [
         (what, _whisker(again), change(name, again.gain))
         for what, name, again in (
@@ -212,10 +214,11 @@ def _kept(k: Kept, within: tuple[float, float], asked: bool) -> str:
             f"<code>confirm {number(f'kept.{n}.number', n)}</code>"
         )
     simpler = " (simpler)" if k.row.status == "simplify" else ""
+    doubt = f'<br><span class="soft">{escape(k.disturbed)}</span>' if k.disturbed else ""
     return cells(
         ("n head", "#", link(n)),
         ("what", "what", f'<span class="says">{escape(k.row.description)}</span>{simpler}'),
-        ("n", "when kept", change(f"kept.{n}.delta", None if k.row.delta is None else -k.row.delta)),
+        ("n", "when kept", change(f"kept.{n}.delta", None if k.row.delta is None else -k.row.delta) + doubt),
         ("n", "on fresh seeds", again + runs),
         ("plot", "95 %", plot),
         ("w", "does it hold?", state(k.state, takes)),

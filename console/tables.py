@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from console.output import Screen, plain
-from console.rows import Row, Scale, Tally
+from console.rows import Row, Scale, Tally, disturbed
 from console.words import below, bpb, clock, count, delta, duration, moment, plural, shorten, sparkline
 
 if TYPE_CHECKING:
@@ -88,6 +88,7 @@ def verdict_lines(r: Row) -> list[str]:
         f"{run['bpb']:.6f} (seed {run['seed']}{', disturbed' if run.get('tainted') else ''})" for run in v["all_runs"]
     ]
     lines = [f"runs  {', '.join(runs)}"] if runs else []
+    lines += [f"seed {run['seed']} was disturbed: {run['disturbed']}" for run in v["all_runs"] if run.get("disturbed")]
     if r.interval is not None:
         low, high = r.interval
         against = f", against {plural(int(v['control_runs']), 'run')} of the best" if v.get("control_runs") else ""
@@ -98,6 +99,15 @@ def verdict_lines(r: Row) -> list[str]:
     if r.simple and r.simple != r.status:
         lines.append(f"upstream's rule would have said: {r.simple}")
     return lines
+
+
+def reapplied_line(r: Row) -> str:
+    """Said of what was proposed as a change of one best and measured as the same change of another; else ""."""
+    made = r.detail.get("reapplied") or {}
+    if not made:
+        return ""
+    first = f"#{made['from']}" if made.get("from") else "an earlier recipe"
+    return f"it was made to {first}; what is judged is the same change to #{made['to']}, which was kept meanwhile"
 
 
 def _box(screen: Screen) -> Box:
@@ -112,7 +122,10 @@ def tally_line(total: Tally) -> str:
     if total.best is None:
         return text
     text += f"; best {bpb(total.best.val_bpb)} (#{total.best.number})"
-    return f"{text}, {below(total.gain)}" if total.gain else text
+    if not total.gain or total.baseline is None:
+        return text
+    doubt = disturbed(total.baseline, total.best)
+    return f"{text}, {below(total.gain)}" + (f", but {doubt}" if doubt else "")
 
 
 def counts_line(total: Tally) -> str:
@@ -154,6 +167,7 @@ def card(r: Row, scale: Scale, screen: Screen) -> list[str]:
         lines.append(f"  {bpb(r.val_bpb)}{change}  ({scale})")
     if r.reason:
         lines.append(f"  {r.reason}")
+    lines += [f"  {line}" for line in (reapplied_line(r),) if line]
     lines += [f"  {line}" for line in verdict_lines(r)]
     pairs = facts(r)
     wide = max((len(what) for what, _ in pairs), default=0)

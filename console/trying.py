@@ -16,6 +16,7 @@ from console.rows import Row, row
 from console.words import bpb, duration
 from core.apart import apart
 from core.errors import Busy, UserError
+from core.ledger import BY_HAND
 
 if TYPE_CHECKING:
     from core.lab import Lab
@@ -24,8 +25,8 @@ if TYPE_CHECKING:
 FINISHES_WITHIN = 10.0  # seconds from a decision to the files that follow it
 POLL = 0.3  # seconds between two looks at the ledger
 STARTS_WITHIN = 20.0  # seconds in which the judging process must have taken the lab
-BY_HAND = "you"  # the researcher of what `try` hands in
 IDLE = 2.0  # seconds without a running process after which one is started
+REFUSED = "refused edit"  # in the ledger: the file that does not fit the best, and the best, as they were told last
 STILL_RUNNING = 124  # exit status, as of timeout(1)
 
 
@@ -37,14 +38,15 @@ def try_verb(screen: Screen, given: str | None, message: str, wait: bool, timeou
     known = _known(lab, source)
     if known is not None and known.status is not None:
         return _told(screen, lab, row(known), again=True)
-    number = known.number if known else _propose(lab, source, message)
+    number = known.number if known else _propose(screen, lab, source, message)
     if not _is_judged(lab):
         _spawn(lab, number)
     state = running_state(lab) or {}
     if state.get("number") not in (None, number):
         screen.say(f"#{state['number']} is running; #{number} comes next")
     if not wait:
-        screen.document({"lab": places.about(lab), "number": number, "state": lab.ledger.get(number).state})
+        screen.document({"lab": places.about(lab), "number": number, "state": lab.ledger.get(number).state,
+                         "parent": lab.ledger.get(number).parent})  # fmt: skip
         screen.say(f"#{number} is being judged; see: autoresearch wait {number}")
         return 0
     if known is not None:
@@ -91,8 +93,7 @@ def judge(path: str, number: int) -> int:
 
 def _known(lab: Lab, source: bytes) -> Experiment | None:
     """The experiment that this very file is: waiting, running or judged. The last one, where it was judged twice."""
-    sha256 = hashlib.sha256(source).hexdigest()
-    same = [e for e in lab.ledger.experiments() if e.source_sha256 == sha256]
+    same = lab.ledger.of_source(hashlib.sha256(source).hexdigest())
     return next((e for e in same if e.status is None), same[-1] if same else None)
 
 
@@ -100,22 +101,50 @@ def _is_judged(lab: Lab) -> bool:
     return running_state(lab) is not None
 
 
-def _propose(lab: Lab, source: bytes, message: str) -> int:
+def _propose(screen: Screen, lab: Lab, source: bytes, message: str) -> int:
     from core import guard
     from core.recipe import fingerprint
 
     guard.require(source)
-    best = lab.best()
-    return int(
-        lab.ledger.propose(
-            source=source,
-            program=lab.program(),
-            fingerprint=fingerprint(source),
-            description=" ".join(message.split()),
-            researcher=BY_HAND,
-            parent=best.number if best else None,
-        )
+    return lab.ledger.propose(
+        source=source,
+        program=lab.program(),
+        fingerprint=fingerprint(source),
+        description=" ".join(message.split()),
+        researcher=BY_HAND,
+        parent=_made_to(screen, lab, source),
     )
+
+
+def _made_to(screen: Screen, lab: Lab, source: bytes) -> int | None:
+    """The number of the best that train.py is an edit of; None before there is one. Raises `UserError`, once for each
+    file, where that is not the best any more and the edit does not fit the one that is."""
+    from core import rebase
+    from core.executor import LocalExecutor
+
+    best, base = lab.best(), rebase.began_from(lab, source)
+    if best is None or base is None:
+        return None
+    handed_in = [hashlib.sha256(source).hexdigest(), best.number]
+    if base.number != best.number and lab.ledger.meta(REFUSED) == handed_in:
+        screen.say(f"train.py is judged as it is written, as a change of #{best.number}")
+        return best.number
+    if base.number != best.number:
+        found = rebase.onto(lab, base.number, source, best, LocalExecutor().lint)
+        if found.source is None:
+            lab.ledger.set_meta(REFUSED, handed_in)
+            raise UserError(
+                f"train.py is no change of the best: {found.refused}",
+                "make its change to what `autoresearch best --source` prints; the same file handed in again is judged "
+                "as it is written",
+            )
+        screen.say(f"train.py was edited from #{base.number}; #{best.number} is the best now: the edit is made to that")
+    elif (older := rebase.takes_back(lab, source)) is not None:
+        screen.say(
+            f"train.py is nearer to #{older.number} than to the best, #{best.number}: it takes back what was kept "
+            "since, and is judged as it is written"
+        )
+    return base.number
 
 
 def _spawn(lab: Lab, number: int) -> None:
@@ -210,6 +239,8 @@ def _told(screen: Screen, lab: Lab, found: Row, again: bool) -> int:
         tail = (found.outcome.get("log_tail") or "").strip().splitlines()
         for line in tail[-6:]:
             screen.say(f"  | {line[:110]}")
+    if line := tables.reapplied_line(found):
+        screen.say(f"  {line}")
     if not again:
         says = "kept: train.py is committed and is the best now" if found.kept else "train.py is the best again"
         screen.say(f"  {says}; `autoresearch show {found.number}` tells all")

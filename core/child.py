@@ -20,7 +20,7 @@ import psutil
 
 from core import allocator, caches, files, locks, sandbox, wire
 from core.contract import Spec
-from core.errors import DeviceFull, UserError
+from core.errors import DeviceFull, Transient, UserError
 from core.nvml import Nvml
 from core.outcome import Status
 from core.settings import Settings
@@ -68,6 +68,10 @@ class SandboxFailed(UserError):
 
 class BackendFailed(UserError):
     """The backend's own code or library did not start; nothing of the recipe has run."""
+
+
+class NotInTime(BackendFailed, Transient):
+    """It had not started when its time was up."""
 
 
 @dataclass(frozen=True)
@@ -146,11 +150,7 @@ class Worker:
         except Ended as end:
             if end.status == "stopped":
                 raise
-            backend = self.place.settings.backend
-            raise BackendFailed(
-                f"the backend {backend} cannot be loaded: {end.reason}",
-                f"see `autoresearch doctor`; its last lines: {self.child.log_tail(3)}",
-            ) from None
+            raise self._backend_failed(end, f"the backend {self.place.settings.backend} cannot be loaded") from None
         self._ready = True
 
     def begin(self, source: bytes, seed: int, compiled: Path | None, **fields: Any) -> None:
@@ -170,11 +170,15 @@ class Worker:
         except Ended as end:
             if end.status == "stopped":
                 raise
-            raise BackendFailed(
-                f"the device of the backend {self.place.settings.backend} cannot be used: {end.reason}",
-                f"see `autoresearch doctor`; its last lines: {self.child.log_tail(3)}",
-            ) from None
+            what = f"the device of the backend {self.place.settings.backend} cannot be used"
+            raise self._backend_failed(end, what) from None
         self._opened = True
+
+    def _backend_failed(self, end: Ended, what: str) -> BackendFailed:
+        kind, tail = NotInTime if end.status == "timeout" else BackendFailed, self.child.log_tail(3).strip()
+        return kind(
+            f"{what}: {end.reason}", "see `autoresearch doctor`" + (f"; its last lines: {tail}" if tail else "")
+        )
 
     def send(
         self,

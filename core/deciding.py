@@ -77,7 +77,7 @@ class Deciding:
 
     def decide(self, e: Experiment) -> Step:
         """What follows for experiment `e`, done: decided, or back among those that wait. Returns what it was."""
-        step = self._answer(e)
+        step = Step(AGAIN, "another best stands since its run") if self._is_outdated(e) else self._answer(e)
         if step.status in KEPT and (unheard := self._unaudited(e)):
             step = Step(AGAIN, f"{len(unheard)} of its runs were not audited")
             self._session.ledger.requeue(e.number, step.reason, counts=True, drop=unheard)
@@ -89,15 +89,25 @@ class Deciding:
             self._session.ledger.next_run(e.number)
         return step
 
-    def _conclude(self, e: Experiment, step: Step) -> None:
-        """Objects, then refs, then the ledger, then the lab's files."""
+    def refuse(self, e: Experiment, reason: str, status: str = "invalid", log_tail: str = "") -> None:
+        """What waits ends as it is, without a run."""
+        record = {"rule": self._session.lab.settings.verdict, "simple": status}
+        outcome = {"status": status, "reason": reason, "log_tail": log_tail}
+        self._conclude(e, Step(status, reason, record=record), outcome=json.dumps(outcome))
+
+    def _is_outdated(self, e: Experiment) -> bool:
+        """Was its last run made from a best that was taken back meanwhile?"""
+        best = self._session.lab.best()
+        return e.val_bpb is not None and best is not None and e.parent not in (None, best.number)
+
+    def _conclude(self, e: Experiment, step: Step, **columns: Any) -> None:
+        """Objects, then refs, then the ledger, with these `columns` too, then the lab's files."""
         lab, ledger = self._session.lab, self._session.ledger
-        best, before = lab.best(), lab.best_bpb()
+        before = lab.best_bpb()
         samples = ledger.samples(e.number, "verdict")
         bpb = None if step.status in FAILED else self._score(e, samples)
-        parent = best.number if best else None
         finished = e.finished or now()
-        decided = replace(e, status=step.status, parent=parent, val_bpb=bpb, finished=finished)
+        decided = replace(e, status=step.status, val_bpb=bpb, finished=finished)
         commit = lab.commit_of(decided)
         refs = {lab.candidate_ref(e.number): commit}
         if step.status in KEPT:
@@ -108,13 +118,13 @@ class Deciding:
             "decided",
             status=step.status,
             reason=step.reason,
-            parent=parent,
             commit=commit,
             best_before=before,
             val_bpb=bpb,
             finished=finished,
             tainted=int(bool(step.record.get("disturbed", e.tainted))),
             verdict=json.dumps({**step.record, "all_runs": [s.told() for s in samples]}),
+            **columns,
         )
         self.finish(ledger.get(e.number))
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from core import referee
 from core.errors import UserError
 from core.gap import Stopped
-from core.quoting import quote
+from core.quoting import TAIL, quote
 from core.recipe import constants, replace
 from core.settings import Settings
 
@@ -71,7 +71,7 @@ def _try(
 
 def told(failed: referee.RecipeFailed) -> str:
     log = quote(failed.log_tail, LOG_LINES, LOG_CHARACTERS)
-    return f"it does not run ({failed.status}): {failed.reason}" + (f"\nThe end of its log:\n{log}" if log else "")
+    return f"it does not run ({failed.status}): {failed.reason}" + (f"{TAIL}{log}" if log else "")
 
 
 def smaller(source: bytes, settings: Settings) -> bytes:

@@ -19,6 +19,10 @@ class Busy(UserError):
     """Somebody else holds what is asked for (a lab, a device); names the holder's pid."""
 
 
+class Transient(UserError):
+    """The machine could not at that moment, being too slow or too busy; the same again a little later may work."""
+
+
 class DeviceFull(UserError):
     """Others hold so much of a card's memory that no work can begin on it; with `needed` free bytes it could."""
 

@@ -115,6 +115,7 @@ class Lab:
                 "when": when,
             }
             self.ledger.set_meta("first", first)
+            self.ledger.set_meta("put there", first["recipe"])
             self.propose_baseline()
         self.make_repository()
         self.publish()
@@ -227,7 +228,16 @@ class Lab:
     def best_source(self) -> bytes:
         """The recipe that everything starts from: the best's, before there is one the first."""
         best = self.best()
-        return self.ledger.source(best.source_sha256 if best else self.ledger.meta("first")["recipe"])
+        return self.ledger.source(best.source_sha256) if best else self.first_source()
+
+    def first_source(self) -> bytes:
+        """The recipe that the lab was made with."""
+        return self.ledger.source(self.ledger.meta("first")["recipe"])
+
+    def put_there(self) -> str | None:
+        """The sha256 of the `train.py` that this program put into the lab last; None in a lab of an earlier version."""
+        found = self.ledger.meta("put there")
+        return str(found) if found else None
 
     def best_weights(self) -> Path | None:
         best = self.best()
@@ -396,12 +406,13 @@ class Lab:
     def restore_recipe(self) -> None:
         """Put the best's `train.py` back. What lies there instead is in the ledger, or is saved in git first."""
         file, best = self.path / RECIPE, self.best_source()
-        if file.exists():
-            present = self.working_source()
-            if present == best:
-                return
-            self.set_aside(present)
-        replace_file(file, best)
+        present = self.working_source() if file.exists() else None
+        if present != best:
+            if present is not None:
+                self.set_aside(present)
+            replace_file(file, best)
+        if self.put_there() != (sha256 := hashlib.sha256(best).hexdigest()):
+            self.ledger.set_meta("put there", sha256)
 
     def set_aside(self, recipe: bytes) -> str:
         """Save a recipe that was never judged in git. Returns the command that prints it, "" for one of the ledger."""

@@ -28,6 +28,7 @@ from core.schema import SCHEMA
 STATES = ("proposed", "running", "scored", "audited", "decided")
 PURPOSES = ("verdict", "control", "confirm")
 UNSAMPLED = ("log_tail", "sandbox", "versions", "curve", "weights", "caches")  # of an outcome, not kept for each run
+BY_HAND = "you"  # the researcher of what somebody hands in
 KEPT = ("keep", "simplify")
 SCORED = (*KEPT, "discard")  # these have a number, discards that were not stopped early
 FAILED = ("crash", "timeout", "invalid")  # these never have one
@@ -74,6 +75,11 @@ class Experiment:
     def is_kept(self) -> bool:
         return self.status in KEPT and self.undone is None
 
+    @property
+    def handed_in(self) -> str:
+        """The sha256 of the source as it was proposed."""
+        return str((self.detail.get("reapplied") or {}).get("source") or self.source_sha256)
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -100,6 +106,7 @@ class Sample:
             "seconds": (outcome.get("timings") or {}).get("total"),
             "idle": outcome.get("idle") or {},
             "tainted": self.tainted,
+            "disturbed": (outcome.get("health") or {}).get("disturbed") or "",
             "epoch": self.epoch,
         }
 
@@ -256,8 +263,13 @@ class Ledger:
 
     def is_decided(self, source_sha256: str) -> bool:
         """Was exactly this source judged, or is it the lab's first?"""
-        query = "SELECT 1 FROM experiments WHERE source_sha256 = ? AND status IS NOT NULL"
-        return bool(self._rows(query, source_sha256)) or self.meta("first")["recipe"] == source_sha256
+        judged = any(e.status is not None for e in self.of_source(source_sha256))
+        return judged or self.meta("first")["recipe"] == source_sha256
+
+    def of_source(self, sha256: str) -> list[Experiment]:
+        """The experiments that this very file was handed in as, oldest first: what is measured may be its change made
+        to a newer best (`rebase`)."""
+        return [e for e in self.experiments() if sha256 in (e.source_sha256, e.handed_in)]
 
     def get(self, number: int) -> Experiment:
         rows = self._rows("SELECT * FROM experiments WHERE number = ?", number)
@@ -371,9 +383,8 @@ class Ledger:
         """
         with self.transaction():
             sha256 = self.add_source(source)
-            waiting = self._rows("SELECT number FROM experiments WHERE source_sha256 = ? AND status IS NULL", sha256)
-            if waiting:
-                return int(waiting[0]["number"])
+            if waiting := [e for e in self.of_source(sha256) if e.status is None]:
+                return waiting[0].number
             number = int(self._rows("SELECT coalesce(max(number), 0) + 1 AS next FROM experiments")[0]["next"])
             self._connection.execute(
                 "INSERT INTO experiments (number, state, description, researcher, detail, source_sha256,"
@@ -428,6 +439,21 @@ class Ledger:
             if present.state != "proposed":
                 self.advance(number, "proposed", attempts=attempts, started=None, val_bpb=None, tainted=0, **nothing)
             self.event("requeued", why, number)
+
+    def rebase(self, number: int, source: bytes, fingerprint: str, parent: int) -> None:
+        """What waits is made to another best, `parent`: `source` is what will be measured. What was handed in stays on
+        the record; its runs, if there are any, were of something else and are dropped."""
+        with self.transaction():
+            e = self.get(number)
+            sha256, drop = self.add_source(source), self.samples(number, "verdict")
+            if drop:
+                self.requeue(number, f"#{parent} is the best now; its runs were of another recipe", False, drop)
+            detail = e.detail
+            if sha256 != e.source_sha256:
+                made_to = (detail.get("reapplied") or {}).get("from", e.parent)
+                detail = {**detail, "reapplied": {"from": made_to, "to": parent, "source": e.handed_in}}
+            columns = {"source_sha256": sha256, "fingerprint": fingerprint, "detail": json.dumps(detail)}
+            self._set(number, parent=parent, **columns)
 
     def next_run(self, number: int) -> None:
         """Back to proposed: this run is on the record, and the verdict asks for another."""

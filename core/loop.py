@@ -25,24 +25,28 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from core import locks, objections
+from core import locks, objections, rebase
+from core.commands import quoted
 from core.contract import Exhausted, Proposal, Researcher, Unavailable, View
 from core.data import Dataset
 from core.deciding import AGAIN, STATISTICAL, Deciding
 from core.errors import Busy, LabError, UserError
 from core.executor import Executor
 from core.files import remove
+from core.gap import Stopped
 from core.idle import Idle
 from core.lab import Lab
-from core.ledger import Experiment
+from core.ledger import BY_HAND, Experiment
 from core.live import Event, Live
 from core.measuring import Measuring, slim
 from core.outcome import Outcome
+from core.quoting import TAIL, unquoted
 from core.recipe import fingerprint
 from core.recovery import unfinished
 from core.session import Session
 from core.settings import Settings
 from core.thinking import Thinking, Wait
+from core.verdict import Step
 from core.versions import versions
 
 PERIOD = 0.5  # seconds between two looks at what was asked while it waits
@@ -90,6 +94,7 @@ class Loop:
         self._deciding = Deciding(self._session)
         self._decided = self._deciding.decided
         self._held = False  # are lab and device ours at the moment?
+        self._tried: set[int] = set()  # what was handed in and has been tried out
         self._meanwhile = meanwhile
         self._limits = Limits()
         self._told_wait: Wait | None = None
@@ -117,10 +122,10 @@ class Loop:
         return Summary(reason, len(self._decided), kept)
 
     def judge(
-        self, source: bytes, description: str, researcher: str = "you", detail: Mapping[str, Any] | None = None
+        self, source: bytes, description: str, researcher: str = BY_HAND, detail: Mapping[str, Any] | None = None
     ) -> Experiment:
         """Propose `source` and judge it. The same bytes again: the experiment that they are already."""
-        same = [e for e in self.ledger.experiments() if e.source_sha256 == hashlib.sha256(source).hexdigest()]
+        same = self.ledger.of_source(hashlib.sha256(source).hexdigest())
         if same:
             return self.judge_pending(same[-1].number)
         proposal = Proposal(source, description, dict(detail or {}))
@@ -387,12 +392,18 @@ class Loop:
     def _experiment(self, number: int) -> None:
         """One step of an experiment: a run of it, or of the best for its sake, or the decision."""
         self.lab.check_settings()
-        dataset, e = self.lab.dataset(), self.ledger.get(number)
+        e = self._on_the_best(self.ledger.get(number))
+        if e.status is not None:
+            return
+        is_new = not self.ledger.samples(number, "verdict")
+        control = self.lab.settings.verdict == STATISTICAL and is_new
+        if self._try_out(None if control and self._measuring.due() else number):
+            return
+        dataset = self.lab.dataset()
         self._measuring.settle(e, dataset)
         if self._stop.is_set() or not self._measuring.best_again(dataset):
             return
-        is_new = not self.ledger.samples(number, "verdict")
-        if self.lab.settings.verdict == STATISTICAL and is_new and (due := self._measuring.due()):
+        if control and (due := self._measuring.due()):
             self._measuring.control(*due, dataset)
             return
         step = self._deciding.next(e)
@@ -403,6 +414,48 @@ class Loop:
             self._measuring.control(seed, step.reason, dataset)
         else:
             self._deciding.decide(e)
+
+    def _try_out(self, first: int | None) -> bool:
+        """Whoever hands something in that does not run at all is told before other runs are made: it is built once,
+        without a clock. Experiment `first` is run now, and tells by itself. Was anything decided?"""
+        decided = False
+        for e in self.ledger.pending():
+            if e.researcher != BY_HAND or e.number == first or e.number in self._tried or self._stop.is_set():
+                continue
+            self._tried.add(e.number)
+            if self.ledger.samples(e.number, "verdict"):
+                continue
+            self._session.live.begin(e.number, e.description)
+            self._session.live.update(phase="dry build")
+            try:
+                with self._session.gap.between(self._stop):
+                    refused = self._session.dry_build(self.lab.source(e.number), self._stop)
+            except Stopped:
+                break
+            if refused:
+                reason, _, tail = refused.partition(TAIL)
+                self._deciding.refuse(e, reason, "crash", unquoted(tail))
+                decided = True
+        return decided
+
+    def _on_the_best(self, e: Experiment) -> Experiment:
+        """`e`, which waits, as a change of the present best: made to it, if it was proposed on another one and waited
+        while this was kept. Decided, where the two do not fit."""
+        best = self.lab.best()
+        if best is None or e.parent == best.number:
+            return e
+        found = rebase.onto(self.lab, e.parent, self.lab.source(e.number), best, self._session.executor.lint)
+        if found.source is None:
+            commit = f"git -C {quoted(self.lab.path)} show {self.lab.candidate_ref(e.number)}:train.py"
+            self._deciding.refuse(e, f"{found.refused}; what was handed in: {commit}")
+            return self.ledger.get(e.number)
+        with self.ledger.transaction():
+            self.ledger.rebase(e.number, found.source, fingerprint(found.source), best.number)
+            made = self.ledger.get(e.number)
+            if made.source_sha256 != e.source_sha256:
+                to = f"#{e.parent}" if e.parent else "the first recipe"
+                self._session.note(f"#{e.number} was made to {to}; its change is made to #{best.number}, the best now")
+        return made
 
     def _run(self, e: Experiment, seed: int, dataset: Dataset) -> None:
         """From proposed to decided, or back to proposed: after a stop, or for another run."""
@@ -426,8 +479,11 @@ class Loop:
             self._deciding.record(number, {**slim(outcome), "idle": idle}, seed, disturbed)
             self._measuring.look_at_baseline(number, disturbed)
         step = self._deciding.decide(self.ledger.get(number))
-        if step.status in ("more", "control"):
-            self._session.on_event(Event("note", {"text": f"#{number} with seed {seed}: {step.reason}"}))
+        if step.status in WAITS:
+            self._session.on_event(Event("note", {"text": f"#{number} with seed {seed}: {self._following(step)}"}))
+
+    def _following(self, step: Step) -> str:
+        return f"run again: {step.reason}" if step.status == AGAIN else step.reason
 
     # --- telling and being told --------------------------------------------------------------------
 

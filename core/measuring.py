@@ -61,10 +61,16 @@ class Measuring:
             idle = session.idle.end()
             self._think_ahead()
             try:
-                return session.executor.execute(request, session.forward, session.stop), idle
+                return session.patiently(lambda: self._execute(request), session.stop), idle
+            except Stopped:
+                return Outcome("stopped", "stopped on request"), idle
             finally:
                 session.idle.begin()
                 self._ended = time.time()
+
+    def _execute(self, request: Request) -> Outcome:
+        remove(request.workdir)  # what a run before this one left that did not come to an outcome
+        return self._session.executor.execute(request, self._session.forward, self._session.stop)
 
     def disturbed(self, number: int, outcome: Outcome) -> str:
         """Why this run of experiment `number` is to be taken again, "" if it is not."""
@@ -257,7 +263,11 @@ class Measuring:
             return
         request = self._request(session.lab.best() or e, dataset, session.lab.settings.seed)
         with self._measured():
-            done = session.executor.settle(request, session.waiting, session.stop)
+            settle = lambda: session.executor.settle(request, session.waiting, session.stop)  # noqa: E731
+            try:
+                done = session.patiently(settle, session.stop)
+            except Stopped:
+                return
         if done:
             session.note(done)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from core.outcome import printable
 
 MARK = "| "
+TAIL = "\nThe end of its log:\n"  # between the reason of a failure and the quotation of its log
 LINES = 50
 WIDTH = 240  # characters of a line
 CHARACTERS = 6000  # of a whole quotation
@@ -28,6 +29,11 @@ def quote(text: str, lines: int = LINES, characters: int = CHARACTERS) -> str:
         kept.append(f"{MARK}{line}")
     left_out = len(found) - len(kept)
     return "\n".join([*([f"{MARK}({left_out} lines before)"] if left_out else []), *reversed(kept)])
+
+
+def unquoted(text: str) -> str:
+    """A quotation without its marks, for a person's eyes."""
+    return "\n".join(line.removeprefix(MARK) for line in text.splitlines())
 
 
 def one_line(text: str, characters: int = 200) -> str:

@@ -75,8 +75,9 @@ class Runs:
             if found := steady.rate(s.outcome or {}):
                 rates[s.number].append(found)
         own = [found for s in good if s.number == number and (found := steady.rate(s.outcome or {}))]
-        health = ((good[0] if good else present[-1]).outcome or {}).get("health") or {}
-        return Steady(health, bool(good), own, steady.spread(list(rates.values())))
+        health = _health(good[0] if good else present[-1])
+        most = 0.0 if good else max(float(_health(s).get("our_cores") or 0.0) for s in present)
+        return Steady(health, bool(good), most, own, steady.spread(list(rates.values())))
 
     def to_repeat(self, number: int, is_baseline: bool) -> int | None:
         """A seed of the best for its next run that makes the second on it; None where enough of them are known, or none
@@ -117,6 +118,11 @@ def night(experiments: Sequence[Experiment]) -> Night:
     """What these candidates, oldest first, leave for the next one. What was taken back is tested, but not kept."""
     records = [{k: v for k, v in e.verdict.items() if k != "kept" or e.undone is None} for e in experiments]
     return Night.from_records(records)
+
+
+def _health(s: Sample) -> Mapping[str, Any]:
+    found: Mapping[str, Any] = (s.outcome or {}).get("health") or {}
+    return found
 
 
 def _run(s: Sample) -> Run:

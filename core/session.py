@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
+from core.errors import Transient, UserError
 from core.executor import Executor
 from core.files import remove
-from core.gap import Gap
+from core.gap import Gap, Stopped
 from core.idle import Idle
 from core.lab import Lab
 from core.ledger import Ledger
 from core.live import Event, Live
 from core.outcome import Event as RefereeEvent
+
+T = TypeVar("T")
+TRIED_AGAIN = (15.0, 60.0, 240.0)  # seconds after which what the machine could not do is tried again
+SLICE = 0.2  # seconds between two looks at the stop
 
 
 @dataclass
@@ -42,6 +48,30 @@ class Session:
         self.live.update(state="waiting", number=None, phase=text, **fields)
         self.on_event(Event("waiting", {"text": text, **fields}))
 
+    def patiently(self, call: Callable[[], T], stop: threading.Event) -> T:
+        """The result of `call`, which is made again a few times, with waits between, while it raises `Transient`. At
+        last raises `UserError`; `Stopped` after a stop."""
+        for times, seconds in enumerate(TRIED_AGAIN, 1):
+            try:
+                return call()
+            except Transient as failed:
+                text = f"{failed.fact}: tried again in {seconds:.0f} s ({times} of {len(TRIED_AGAIN)})"
+                self.ledger.event("note", text)
+                self.live.update(phase=text)
+                self.on_event(Event("waiting", {"text": text}))
+            until = time.monotonic() + seconds
+            while (left := until - time.monotonic()) > 0 and not stop.is_set():
+                time.sleep(min(SLICE, left))
+            if stop.is_set():
+                raise Stopped
+        try:
+            return call()
+        except Transient as failed:
+            raise UserError(
+                f"{failed.fact}, {1 + len(TRIED_AGAIN)} times in a row",
+                f"end what else uses the machine, then `autoresearch run` goes on: nothing is lost ({failed.action})",
+            ) from failed
+
     def dry_build(self, source: bytes, stop: threading.Event) -> str:
         """Why a recipe does not run at all, "" if it does. Raises `Stopped`.
 
@@ -50,7 +80,7 @@ class Session:
         try:
             best = lab.best()
             caches = lab.products.copy_caches(best.number, workdir / "caches") if best else None
-            return self.executor.dry_build(source, lab.settings, workdir, stop, caches)
+            return self.patiently(lambda: self.executor.dry_build(source, lab.settings, workdir, stop, caches), stop)
         finally:
             remove(workdir)
 

@@ -19,6 +19,8 @@ from core.verdict import TAINTING_SHARE, crowded, taint
 SLEPT = 1.0  # seconds
 CLOCK_SET = 2.0  # seconds by which the time of day may be corrected meanwhile
 STALLED = 0.05  # of the time that some process waits for memory, more than in the steady state
+STARVED = 0.6  # of the cores that we had in the steady state, on a machine without an idle one
+FULL = 0.9  # of all cores busy: none is idle
 SLOWER = 0.05  # of the steps per second of the same recipe
 QUARTILE = 2.2219  # standard deviation of a normal distribution over that quartile
 POWER = 0.9  # of the power limit that a laptop's card ends with in the steady state
@@ -28,11 +30,13 @@ SPREADS = 4.0  # the same in relative standard deviations of step rates, where t
 @dataclass(frozen=True)
 class Steady:
     """What a run is compared with. `health`: of the lab's first good run in this epoch, before there is one of its last
-    run, None before there is any. `is_good`: whether that run was. `rates`: steps per second of the same recipe's good
-    runs; `spread`: relative sd of such rates between runs of one recipe."""
+    run, None before there is any. `is_good`: whether that run was. `most_cores`: before there is a good run, the most
+    cores that a run of ours had on average, as it is the best's run that others are judged by. `rates`: steps per
+    second of the same recipe's good runs; `spread`: relative sd of such rates between runs of one recipe."""
 
     health: Mapping[str, Any] | None = None
     is_good: bool = False
+    most_cores: float = 0.0
     rates: Sequence[float] = ()
     spread: float = 0.0
 
@@ -74,7 +78,20 @@ def _unlike(health: Mapping[str, Any], steady: Steady) -> str:
     disturbed = taint(health)
     if steady.health is None or (not steady.is_good and not disturbed):
         return disturbed
-    return _changed(health, steady.health)
+    return _changed(health, steady.health) or _starved(health, steady)
+
+
+def _starved(now: Mapping[str, Any], steady: Steady) -> str:
+    """Others that take all they get cannot be told by their cores: where we had half of one, and have a quarter now,
+    they have hardly more. Nor is it told where a core idles: then a recipe that needs fewer has fewer. Beside a card
+    the processor's share says little."""
+    ours, others, cores = (float(now.get(name) or 0.0) for name in ("our_cores", "others_cores", "cores"))
+    usual = max(float((steady.health or {}).get("our_cores") or 0.0), steady.most_cores)
+    taken = others >= usual - ours and (not cores or ours + others >= FULL * cores)
+    if now.get("card") or ours >= STARVED * usual or not taken:
+        return ""
+    before = "in this lab's steady state" if steady.is_good else "in an earlier run"
+    return f"other processes kept {others:.1f} cores busy and left us {ours:.2f}, after {usual:.2f} {before}"
 
 
 def _changed(now: Mapping[str, Any], before: Mapping[str, Any]) -> str:

@@ -25,7 +25,7 @@ NOT_MEASURING = frozenset(
         *("verdict", "versions", "deciding", "measuring", "schema", "session"),
         *("ablation", "confirming", "database", "discovery", "effects", "evidence", "finalizing"),
         *("noise", "runs", "sequential", "size", "steady"),
-        *("gap", "idle", "objections", "reapply", "thinking", "waiting"),
+        *("gap", "idle", "objections", "reapply", "rebase", "thinking", "waiting"),
     }
 )
 LIBRARIES = ("torch", "mlx", "triton", "triton-windows", "numpy")

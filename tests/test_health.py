@@ -88,6 +88,38 @@ def test_beside_a_card_what_runs_on_idle_cores_is_no_departure():
     assert "slower" in departure(run(busy, training_seconds=12.0), Steady(quiet, True, rates=[10.0, 10.1]))
 
 
+# Of a night of demo runs on two cores that eight others wanted: our cores, others' cores, steps in 30 s.
+CROWDED = [(0.847, 1.15, 130), (1.119, 0.853, 321), (0.466, 1.532, 48), (0.244, 1.75, 28), (0.323, 1.669, 21),
+           (0.458, 1.503, 68)]  # fmt: skip
+
+
+def test_a_starved_run_is_no_good_one_though_others_can_hardly_have_more():
+    samples = []
+    for number, (ours, others, steps) in enumerate(CROWDED, 1):
+        health = {"our_cores": ours, "others_cores": others, "cores": 2}
+        outcome = run(health, steps, 30.0)
+        why = departure(outcome, Runs(samples, 0, {"torch": "2"}).steady(number))
+        samples.append(sample(number, 42, 2.0, id=number, tainted=bool(why), outcome=outcome))
+        if number >= 4:
+            assert why.endswith(f"cores busy and left us {ours:.2f}, after 1.12 in an earlier run")
+    assert all(s.tainted for s in samples)
+
+
+def test_a_run_that_has_far_fewer_cores_than_the_good_one_is_disturbed():
+    def cores(ours, others, **more):
+        return {"our_cores": ours, "others_cores": others, "cores": 2, **more}
+
+    good = Steady(cores(0.47, 1.53), True)
+    assert "left us 0.24, after 0.47 in this lab's steady state" in departure(run(cores(0.24, 1.75)), good)
+    assert departure(run(cores(0.4, 1.6)), good) == "", "no more than others' cores tell"
+    assert departure(run(cores(0.24, 1.5)), good) == "", "a core idles: this recipe needs fewer"
+    alone = Steady({"our_cores": 1.9, "others_cores": 0.1}, True)
+    assert departure(run({"our_cores": 0.9, "others_cores": 0.1}), alone) == "", "others have not taken what it lacks"
+    assert (
+        departure(run(cores(0.24, 1.75, card={"looks": 9})), Steady(cores(0.47, 1.53, card={"looks": 9}), True)) == ""
+    )
+
+
 def test_before_there_is_a_good_run_a_quiet_machine_is_one():
     assert departure(run(QUIET), Steady()) == "" and "1.0 cores busy" in departure(run(BUSY), Steady())
     assert departure(run(QUIET), Steady(BUSY, False)) == ""

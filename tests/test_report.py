@@ -14,17 +14,19 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 from nights import FIRST, NIGHT, Clock, Story, World, confirmed, edit, kept, left_out, night, small, tell
-from scripted import Limits, Loop, make_lab
+from scripted import Limits, Loop, Scripted, make_lab, recipe
+from several import Disturbed, Machine, ends
 from traced import Figures, Truth, expected, look_up
 
 from cli import cli
 from console import again, places, tables
 from console.findings import findings, read
+from console.looking import best_verb, show_verb
 from console.markdown import markdown
 from console.output import Screen
 from console.page import page
 from console.picture import title
-from console.report import write
+from console.report import report_verb, write
 from console.running import _kept as ending
 from console.style import STYLE
 from core.confirming import pair
@@ -363,6 +365,48 @@ def test_runs_that_were_dropped_are_told_with_the_reason(tmp_path, settings, mon
     assert "1 run watched; disturbed: 0. Dropped, and repeated: 1." in text
     for said in (html, text):
         assert "other programs kept the card 80% busy" in said
+
+
+def test_a_gain_between_disturbed_runs_is_told_as_one_wherever_it_stands(tmp_path, settings, capsys):
+    """Under the simple rule a disturbed run decides all the same."""
+    lab = make_lab(tmp_path / "busy", settings, recipe(2.0))
+    world = Scripted(health={"others_cores": 1.5, "our_cores": 0.5})
+    loop = Loop(lab, None, world, lambda event: None)
+    loop.judge_pending(1)
+    loop.judge(recipe(1.9, mark="quiet meanwhile"), "quiet meanwhile")
+    assert not lab.ledger.get(2).tainted, "as busy as the last time"
+    world.changes["health"] = {"others_cores": 1.9, "our_cores": 0.1}
+    loop.judge(recipe(1.8, mark="better"), "better")
+    assert [e.tainted for e in lab.ledger.experiments()] == [True, False, True]
+    report_verb(Screen(), str(lab.path), None)
+    said = capsys.readouterr().out
+    assert "0.2000 below the baseline, but both runs were disturbed" in said
+    assert "#3 came out −0.2000 against the baseline when it was kept, but both runs were disturbed." in said
+    assert "better, disturbed" in said and "quiet meanwhile, disturbed" not in said
+    found = findings(read(lab))
+    html, text = page(found, "now"), markdown(found, "now")
+    assert "when it was kept, but both runs were disturbed. That is not confirmed yet." in html
+    assert html.count("the run of #1 was disturbed") == 1 and html.count("the run of #3 was disturbed") == 1
+    assert "| −0.1000 (the run of #3 was disturbed) |" in text
+    assert title("busy", found.rows).endswith("2.0000 to 1.8000 (disturbed)")
+    for number, why in (
+        (1, "1.5 cores busy beside our 0.5"),
+        (3, "1.9 cores busy, and 1.5 in this lab's steady state"),
+    ):
+        show_verb(Screen(), str(lab.path), number)
+        said = capsys.readouterr().out
+        assert why in said and f"#{number}  keep, tainted" in said
+    best_verb(Screen(), str(lab.path), source=False)
+    assert "1.9 cores busy, and 1.5 in this lab's steady state" in capsys.readouterr().out
+
+
+def test_why_a_run_of_several_was_disturbed_is_shown(tmp_path, settings, capsys):
+    lab = make_lab(tmp_path / "several", replace(settings, verdict="statistical"), recipe(2.0))
+    Loop(lab, None, Machine(), lambda event: None).judge_pending(1)
+    ends(lab, Disturbed(2, 1), 2.1)
+    show_verb(Screen(), str(lab.path), 2)
+    said = capsys.readouterr().out
+    assert "(seed 42, disturbed)" in said and "seed 42 was disturbed: other processes kept 1.5 cores busy" in said
 
 
 # --- what was gained, and what was missed ----------------------------------------------------------
