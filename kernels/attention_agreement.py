@@ -46,8 +46,9 @@ def why_apart(run: Callable[..., Tensor], case: Case) -> str:
             return f"its {part} is not finite everywhere"
     group = case.heads // case.key_heads
     found = [x[-1, :, -heads:].double() for x, heads in zip(whole, (group, group, 1, 1), strict=True)]
-    of_one = [x[-1, :, -heads:].detach().double() for x, heads in ((q, group), (k, 1), (v, 1), (dy, group))]
-    return _why(found, lambda window: exact(*of_one, cos, sin, window), case)
+    of_one = ((q, group), (k, 1), (v, 1), (dy, group))
+    q1, k1, v1, dy1 = (x[-1, :, -heads:].detach().double() for x, heads in of_one)
+    return _why(found, lambda window: exact(q1, k1, v1, dy1, cos, sin, window), case)
 
 
 def _why(found: Sequence[Tensor], wanted: Callable[[int], Sequence[Tensor]], case: Case) -> str:
