@@ -39,10 +39,11 @@ def mlp(target: int, dtype: str) -> Iterator[Case]:
                 kernel = linear_relu2._by_pointers
                 types = dict.fromkeys(("A", "B", "Y", "OUT"), f"*{dtype}")
                 constants["EVEN_K"] = tiles is shipped
-            label = f"mlp {name} {dtype}{'' if tiles is shipped else ' odd'}"
             aligned = ("M", "N", "K") if tiles is shipped else ()
             at = (tiles.warps, tiles.stages, aligned, product(target, odd=tiles is not shipped))
-            yield Case(label, kernel, target, types | sizes, constants, *at)
+            for kind, scale, none in (("", {}, {"R": None}), (" of a norm", {"R": "*fp32"}, {})):
+                label = f"mlp{kind} {name} {dtype}{'' if tiles is shipped else ' odd'}"
+                yield Case(label, kernel, target, types | scale | sizes, constants | none, *at)
 
 
 def loss(target: int, dtype: str) -> Iterator[Case]:
@@ -53,6 +54,14 @@ def loss(target: int, dtype: str) -> Iterator[Case]:
         block, held, warps = softcapped_loss.shape(vocab, row)
         constants = {"V": vocab, "SCALE": 256.0 if dtype == "fp16" else 1.0, **ACC, "BLOCK": block, "HELD": held}
         yield Case(f"loss of {vocab} {dtype}", softcapped_loss._chunk, target, types, constants, warps, 2)
+
+
+BACKWARDS: tuple[tuple[str, dict[str, str], dict[str, bool | None]], ...] = (  # kind, pointers, what is fixed
+    ("", {}, {"Y": None, "TIMES_R": False}),
+    (" with the norm", {"Y": "*bf16"}, {"TIMES_R": False}),
+    (" of the norm alone", {}, {"D": None, "Y": None, "TIMES_R": False}),
+    (" of what is scaled", {}, {"Y": None, "TIMES_R": True}),
+)
 
 
 def norm(target: int, stream: str) -> Iterator[Case]:
@@ -68,17 +77,21 @@ def norm(target: int, stream: str) -> Iterator[Case]:
             warps = options.pop("num_warps")
             arrays = {"X": f"*{stream}", "X0": f"*{inner}", "OUT": f"*{stream}", "Y": "*bf16"}
             constants = {"SCALED": scaled, **ACC, **options, **none}
-            yield Case(label, residual_norm._forward, target, arrays | scalars | sizes, constants, warps, 3, ("C",))
+            kinds = (({}, {"R": None}),) if scaled else (({}, {"R": None}), ({"R": "*fp32"}, {"Y": None}))
+            for more, less in kinds:
+                types = {n: t for n, t in arrays.items() if n not in less} | more | scalars | sizes
+                given = (types, constants | less, warps, 3, ("C",))
+                yield Case(label + (" and its scale" if more else ""), residual_norm._forward, target, *given)
             options = residual_norm.constants(channels, residual_norm.BACKWARD[target])
             warps = options.pop("num_warps")
             arrays = dict.fromkeys(("D", "X", "DX"), f"*{stream}") | {"DY": "*bf16", "DX0": f"*{inner}"}
             arrays |= {"SUMS": "*fp32"} | ({"X0": f"*{inner}"} if scaled else {})
             constants = {"SCALED": scaled, "BOTH": stream != inner or scaled, **ACC, **options, **none}
             constants |= {} if scaled else {"X0": None}
-            yield Case(
-                label + " backward", residual_norm._backward, target, arrays | scalars | sizes, constants, warps, 3,
-                ("C",),
-            )  # fmt: skip
+            for kind, more, fixed in BACKWARDS:
+                types = {n: t for n, t in arrays.items() if n not in fixed} | more | scalars | sizes
+                given = (types, constants | fixed, warps, 3, ("C",))
+                yield Case(f"{label} backward{kind}", residual_norm._backward, target, *given)
 
 
 def norm_again(target: int, dtype: str) -> Iterator[Case]:
@@ -89,7 +102,7 @@ def norm_again(target: int, dtype: str) -> Iterator[Case]:
         for scaled in (True, False):
             types = {"X": f"*{dtype}", "Y": f"*{dtype}", "N": "i32", "C": "i32", "eps": "fp32"}
             types |= {"X0": f"*{dtype}", "A": "*fp32", "B": "*fp32"} if scaled else {}
-            constants = {"OUT": None, "SCALED": scaled, **ACC, **options}
+            constants = {"OUT": None, "R": None, "SCALED": scaled, **ACC, **options}
             constants |= {} if scaled else dict.fromkeys(("X0", "A", "B"))
             label = f"{'weighted' if scaled else 'plain'} norm of {channels} {dtype} again"
             yield Case(label, residual_norm._forward, target, types, constants, warps, STAGES, ("C",))

@@ -44,8 +44,13 @@ Row = dict[str, Any]
 
 def side(name: str, order: Order, card: str, interpreter: str = sys.executable, top: int = 0) -> list[Row]:
     """What `benchmarks.memory_side` printed; UserError where it failed, with its last line."""
-    module = [interpreter, "-m", "benchmarks.memory_side", name, json.dumps(asdict(order)), str(top)]
-    command = [interpreter, "-m", "benchmarks.blank_card", card, "--", *module]
+    return told("benchmarks.memory_side", name, order, card, interpreter, str(top))
+
+
+def told(module: str, name: str, order: Order, card: str, interpreter: str, *more: str) -> list[Row]:
+    """The lines of JSON that a side's module prints on a blank card."""
+    child = [interpreter, "-m", module, name, json.dumps(asdict(order)), *more]
+    command = [interpreter, "-m", "benchmarks.blank_card", card, "--", *child]
     environment = {**os.environ, "AUTORESEARCH_HOME": str(home()), "PYTHONPATH": str(project_root())}
     done = subprocess.run(
         command, cwd=project_root(), env=environment, capture_output=True, text=True, timeout=LIMIT, check=False

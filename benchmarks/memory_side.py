@@ -28,14 +28,14 @@ Step = Callable[[Tokens, float], Tensor]
 
 
 @torch.library.custom_op("blank::flash3", mutates_args=())
-def _flash3(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+def _flash3(q: Tensor, k: Tensor, v: Tensor, window: int) -> tuple[Tensor, Tensor]:
     """FlashAttention 3's forward, as far as memory is concerned: (B, T, H, D) -> the same, and (B, H, T) float32."""
     return torch.empty_like(q), _per_row(q)
 
 
 @torch.library.custom_op("blank::flash3_backward", mutates_args=())
 def _flash3_backward(
-    dy: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, lse: Tensor
+    dy: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, lse: Tensor, window: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Its backward holds dq in float32 and two numbers a row beside the gradients (hopper/flash_api.cpp, mha_bwd)."""
     beside = q.new_zeros(q.size(0), q.size(2), q.size(1), q.size(3), dtype=torch.float32), _per_row(q), _per_row(q)
@@ -48,20 +48,26 @@ def _per_row(q: Tensor) -> Tensor:
     return q.new_empty(q.size(0), q.size(2), q.size(1), dtype=torch.float32)
 
 
-_flash3.register_fake(lambda q, k, v: (torch.empty_like(q), _per_row(q)))
+_flash3.register_fake(lambda q, k, v, window: (torch.empty_like(q), _per_row(q)))
 _flash3_backward.register_fake(
-    lambda dy, q, k, v, y, lse: (torch.empty_like(q), torch.empty_like(k), torch.empty_like(v))
+    lambda dy, q, k, v, y, lse, window: (torch.empty_like(q), torch.empty_like(k), torch.empty_like(v))
 )
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, ctx.window = inputs
+    ctx.save_for_backward(*tensors, *output)
+
+
 _flash3.register_autograd(
-    lambda ctx, dy, dlse: _flash3_backward(dy, *ctx.saved_tensors),
-    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs, *output),
+    lambda ctx, dy, dlse: (*_flash3_backward(dy, *ctx.saved_tensors, ctx.window), None), setup_context=_keep
 )
 
 
 def flash3(q: Tensor, k: Tensor, v: Tensor, causal: bool, window_size: tuple[int, int]) -> Tensor:
     if q.dtype not in (torch.bfloat16, torch.float16):
         raise TypeError(f"FlashAttention 3 takes bfloat16 and float16, not {q.dtype}: upstream pins torch 2.9.1")
-    return _flash3(q, k, v)[0]  # type: ignore[no-any-return]
+    return _flash3(q, k, v, window_size[0])[0]  # type: ignore[no-any-return]
 
 
 # --- measuring ----------------------------------------------------------------------------------

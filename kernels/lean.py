@@ -2,12 +2,20 @@
 
 With norm(z) = z / sqrt(mean(z^2) + 2^-23), a stream x (N, C) and its start x0, scalars a, b, H heads of D channels:
 
-    project    x' = a x + b x0     n = norm(x')     (q, k, v) = n Wqkv^T     v += 2 sigmoid(n[:32] G^T) E[token]
-    feed       z = x' + branch     n = norm(z)      y = max(n W1^T, 0)^2     x'' = z + y W2^T
+    project    x' = a x + b x0     n = norm(x')     (q, k, v) = n Wqkv^T     v += g E[token], g = 2 sigmoid(n[:32] G^T)
+    feed       z = x' + branch     r z = norm(z)    y = max(r z W1^T, 0)^2   x'' = z + y W2^T
 
-`project` keeps x (the next layer's is the last one's result, so one tensor a layer) and `feed` keeps z and y; norms,
-gates and the gathered rows of E are made again. y, four times as wide as the stream, is made again too where
-`keep_hidden` is off, for a ninth of a layer's products more. Beside these a layer keeps q, k, v and attention's result.
+`project` keeps x (the next layer's is the last one's result, so one tensor a layer) and g, `feed` keeps z, y and one
+number r a row; norms and the gathered rows of E are made again. y, four times as wide as the stream, is made again too
+where `keep_hidden` is off, for a ninth of a layer's products more. Beside these a layer keeps q, k, v and attention's
+result.
+
+Each is one operation each way for torch.compile, its temporaries gone when it ends: the compiler would find that what
+is made again was there before, and keep it, and would put the products of the weights' gradients off, and keep for them
+what the next layers no longer need. Norms are passes over memory, of which there are few here: that of `feed` never is
+in memory, as its kernels multiply by r what they have in registers (kernels/linear_relu2.py); that of `project` is left
+by its own backward where its gradient was, for the products that come after. q, k and v are one tensor, and so are
+their gradients. Value embeddings: Zhou et al. 2024, gated as in nanochat.
 """
 
 from __future__ import annotations
@@ -17,7 +25,63 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels import portable, recomputed
+from kernels import portable
+
+Four = tuple[Tensor, Tensor, Tensor, Tensor]
+# --- project ------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("autoresearch::project", mutates_args=())
+def _project(
+    x: Tensor, x0: Tensor, a: Tensor, b: Tensor, w: Tensor, gate: Tensor | None, table: Tensor | None, tokens: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """x', q k v (N, 3C), g (N, H); g is empty without a gate."""
+    out, n = portable.norm(x, x0, a, b)
+    qkv, g = n @ w.T, n.new_empty(0)
+    if gate is not None and table is not None:
+        g = 2 * torch.sigmoid(n[:, : gate.size(1)] @ gate.T)
+        portable.add_gated(_values(qkv, len(gate)), g, table, tokens)
+    return out, qkv, g
+
+
+@_project.register_fake
+def _(
+    x: Tensor, x0: Tensor, a: Tensor, b: Tensor, w: Tensor, gate: Tensor | None, table: Tensor | None, tokens: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    heads = (0,) if gate is None else (len(x), len(gate))
+    return torch.empty_like(x), x.new_empty(len(x), len(w)), x.new_empty(heads)
+
+
+@torch.library.custom_op("autoresearch::project_backward", mutates_args=())
+def _project_backward(
+    d: Tensor, dqkv: Tensor, g: Tensor, x: Tensor, x0: Tensor, a: Tensor, b: Tensor, w: Tensor, gate: Tensor | None,
+    table: Tensor | None, tokens: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """dx, dx0, (da, db), dw, and the gradients of gate and table, which are empty where there are none."""
+    dn, dtable = dqkv @ w, w.new_empty(0)
+    if gate is not None and table is not None:
+        dg, dtable = portable.add_gated_backward(_values(dqkv, len(gate)), g, table, tokens)
+        du = (dg * g * (1 - g / 2)).to(dn.dtype)  # of what the sigmoid got
+        dn[:, : gate.size(1)].addmm_(du, gate)
+    dx, dx0, sums = portable.norm_backward(d, dn, x, x0, a, b, y=dn)
+    n = dn
+    dgate = w.new_empty(0) if gate is None else du.T @ n[:, : gate.size(1)]
+    return dx, dx0, sums, dqkv.T @ n, dgate, dtable
+
+
+@_project_backward.register_fake
+def _(
+    d: Tensor, dqkv: Tensor, g: Tensor, x: Tensor, x0: Tensor, a: Tensor, b: Tensor, w: Tensor, gate: Tensor | None,
+    table: Tensor | None, tokens: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    sums = x.new_empty(2, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
+    dgate, dtable = (w.new_empty(0) if t is None else torch.empty_like(t) for t in (gate, table))
+    return torch.empty_like(x), torch.empty_like(x), sums, torch.empty_like(w), dgate, dtable
+
+
+def _values(qkv: Tensor, heads: int) -> Tensor:
+    """(N, 3C) -> v, (N, H, D), a view."""
+    return qkv[:, -(qkv.size(1) // 3) :].unflatten(1, (heads, -1))
 
 
 class _Project(torch.autograd.Function):
@@ -25,81 +89,130 @@ class _Project(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, x0: Tensor, a: Tensor, b: Tensor, w: Tensor, gate: Any, table: Any, tokens: Tensor
     ) -> tuple[Tensor, Tensor]:
-        ctx.save_for_backward(x, x0, a, b, w, gate, table, tokens)
-        out, n = portable.norm(x, x0, a, b)
-        return out, recomputed.qkv(n, w, gate, table, tokens)
+        out, qkv, g = _project(x, x0, a, b, w, gate, table, tokens)
+        ctx.save_for_backward(g, x, x0, a, b, w, gate, table, tokens)
+        return out, qkv
 
     @staticmethod
-    def backward(ctx: Any, d: Tensor, dqkv: Tensor) -> tuple[Tensor | None, ...]:
-        x, x0, a, b, w, gate, table, tokens = ctx.saved_tensors
-        dn, dw, dgate, dtable = recomputed.qkv_backward(dqkv.contiguous(), w, gate, table, tokens, x, x0, a, b)
-        dx, dx0, sums = portable.norm_backward(d.contiguous(), dn, x, x0, a, b)
+    def backward(ctx: Any, d: Tensor, dqkv: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        *_, a, b, _, gate, _, _ = ctx.saved_tensors
+        dx, dx0, sums, dw, *rest = _project_backward(d.contiguous(), dqkv.contiguous(), *ctx.saved_tensors)
         da, db = sums.to(a.dtype).unbind()
-        rest = (None, None) if table is None else (dgate, dtable)
-        return dx, dx0, da.view(a.shape), db.view(b.shape), dw, *rest, None
+        return dx, dx0, da.view(a.shape), db.view(b.shape), dw, *((None, None) if gate is None else rest), None
 
 
 def project(
-    x: Tensor,  # (N, C) stream, compute dtype
-    x0: Tensor,  # (N, C)
-    a: Tensor,  # () float32
-    b: Tensor,  # () float32
+    x: Tensor,  # (..., C) stream, compute dtype
+    x0: Tensor,  # (..., C)
+    a: Tensor,  # one element, float32
+    b: Tensor,  # one element, float32
     w: Tensor,  # (3C, C) compute dtype: c_q, c_k, c_v
     gate: Tensor | None,  # (H, channels of the gate) compute dtype
-    table: Tensor | None,  # (V, C) float32 value embeddings; None for a layer without
-    tokens: Tensor,  # (N,)
+    table: Tensor | None,  # (V, C) float32 value embeddings; None for a layer without, then no gate either
+    tokens: Tensor,  # (...)
 ) -> tuple[Tensor, Tensor]:
-    """-> x' (N, C) and q, k, v side by side (N, 3C)."""
-    found: tuple[Tensor, Tensor] = _Project.apply(x, x0, a, b, w, gate, table, tokens)
-    return found
+    """-> x' (..., C) and q, k, v side by side (..., 3C)."""
+    if (gate is None) != (table is None):
+        raise ValueError("project takes both a gate and a table of value embeddings, or neither")
+    rows, rows0 = (t.reshape(-1, t.shape[-1]) for t in (x, x0))
+    out, qkv = _Project.apply(rows, rows0, a, b, w, gate, table, tokens.flatten())
+    return out.view(x.shape), qkv.view(*x.shape[:-1], -1)
+
+
+# --- feed ---------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("autoresearch::feed", mutates_args=())
+def _feed(x: Tensor, branch: Tensor, w1: Tensor, w2: Tensor, keep_hidden: bool) -> Four:
+    """x'', z, r, y; y is empty where it is not kept."""
+    z, r = portable.sum_and_scale(x, branch)
+    y = portable.relu2(z, w1, r)
+    return torch.addmm(z, y, w2.T), z, r, y if keep_hidden else y.new_empty(0)
+
+
+@_feed.register_fake
+def _(x: Tensor, branch: Tensor, w1: Tensor, w2: Tensor, keep_hidden: bool) -> Four:
+    r = x.new_empty(len(x), dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
+    hidden = x.new_empty((len(x), len(w1)) if keep_hidden else (0,))
+    return torch.empty_like(x), torch.empty_like(x), r, hidden
+
+
+@torch.library.custom_op("autoresearch::feed_backward", mutates_args=())
+def _feed_backward(
+    d: Tensor, z: Tensor, r: Tensor, y: Tensor, w1: Tensor, w2: Tensor, keep_hidden: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dx, which is the branch's too, dw1, dw2."""
+    if not keep_hidden:
+        y = portable.relu2(z, w1, r)
+    dw2 = d.T @ y
+    rdh = portable.relu2_backward(d, w2, y, r)
+    del y
+    return portable.scaled_backward(d, rdh @ w1, z), rdh.T @ z, dw2
+
+
+@_feed_backward.register_fake
+def _(
+    d: Tensor, z: Tensor, r: Tensor, y: Tensor, w1: Tensor, w2: Tensor, keep_hidden: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(z), torch.empty_like(w1), torch.empty_like(w2)
 
 
 class _Feed(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, branch: Tensor, w1: Tensor, w2: Tensor, keep_hidden: bool) -> Tensor:
-        z, n = portable.norm(x, branch, None, None)
-        y = portable.relu2(n, w1)
-        ctx.save_for_backward(z, w1, w2, y if keep_hidden else None)
-        return torch.addmm(z, y, w2.T)
+        out, *kept = _feed(x, branch, w1, w2, keep_hidden)
+        ctx.keep_hidden = keep_hidden
+        ctx.save_for_backward(*kept, w1, w2)
+        found: Tensor = out
+        return found
 
     @staticmethod
-    def backward(ctx: Any, d: Tensor) -> tuple[Tensor | None, ...]:
-        z, w1, w2, y = ctx.saved_tensors
-        d = d.contiguous()
-        n = normed(z)
-        y = portable.relu2(n, w1) if y is None else y
-        dw2 = d.T @ y
-        dh = portable.relu2_backward(d, w2, y)
-        del y
-        dw1, dn = dh.T @ n, dh @ w1
-        dx = portable.norm_backward(d, dn, z, None, None, None)[0]
+    def backward(ctx: Any, d: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        dx, dw1, dw2 = _feed_backward(d.contiguous(), *ctx.saved_tensors, ctx.keep_hidden)
         return dx, dx, dw1, dw2, None
 
 
-def feed(x: Tensor, branch: Tensor, w1: Tensor, w2: Tensor, keep_hidden: bool) -> Tensor:
-    """x' and attention's result (N, C), w1 (4C, C), w2 (C, 4C), all in the compute dtype -> x'' (N, C)."""
-    found: Tensor = _Feed.apply(x, branch, w1, w2, keep_hidden)
-    return found
+def feed(x: Tensor, branch: Tensor, w1: Tensor, w2: Tensor, keep_hidden: bool = True) -> Tensor:
+    """x' and attention's result (..., C), w1 (4C, C), w2 (C, 4C), all in the compute dtype -> x'' (..., C)."""
+    rows, added = (t.reshape(-1, t.shape[-1]) for t in (x, branch))
+    found: Tensor = _Feed.apply(rows, added, w1, w2, keep_hidden)
+    return found.view(x.shape)
 
 
+# --- the norm at the end ------------------------------------------------------------------------
+
+
+@torch.library.custom_op("autoresearch::normed", mutates_args=())
 def normed(z: Tensor) -> Tensor:
     """norm(z), (N, C). Without gradients."""
     return portable.normed(z, None, None, None, z.dtype)
+
+
+normed.register_fake(torch.empty_like)
+
+
+@torch.library.custom_op("autoresearch::normed_backward", mutates_args=())
+def _normed_backward(dn: Tensor, z: Tensor) -> Tensor:
+    return portable.norm_backward(None, dn, z, None, None, None)[0]
+
+
+_normed_backward.register_fake(lambda dn, z: torch.empty_like(z))
 
 
 class _Normed(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, z: Tensor) -> Tensor:
         ctx.save_for_backward(z)
-        return normed(z)
+        found: Tensor = normed(z)
+        return found
 
     @staticmethod
-    def backward(ctx: Any, dn: Tensor) -> Tensor:
-        (z,) = ctx.saved_tensors
-        return portable.norm_backward(torch.zeros_like(z), dn.contiguous(), z, None, None, None)[0]
+    def backward(ctx: Any, dn: Tensor) -> Tensor:  # type: ignore[override]
+        found: Tensor = _normed_backward(dn.contiguous(), *ctx.saved_tensors)
+        return found
 
 
 def last_norm(z: Tensor) -> Tensor:
-    """norm(z), (N, C) -> same; keeps z."""
-    found: Tensor = _Normed.apply(z)
-    return found
+    """norm(z), (..., C) -> same; keeps z."""
+    found: Tensor = _Normed.apply(z.reshape(-1, z.shape[-1]))
+    return found.view(z.shape)

@@ -10,6 +10,9 @@ Only y is kept for backward, because max(h, 0) = sqrt(y); rounding y and then ta
 rounding h. (In float16 a y below 2^-24 is lost, and with it the gradient of an h below 2^-12.) The squared ReLU is
 Primer's (So et al. 2021). The three plain products are torch's.
 
+Of x = r z, a norm with its scale r (N, 1), the kernels take z and r: h = r (z w1^T), and with r dh in the place of dh
+they give r dx and dw1 = (r dh)^T z, so that a norm need not be in memory (kernels/lean.py).
+
 On sm_90 and sm_100, operands come by TMA and each program works through several tiles; elsewhere, and where the sizes
 do not divide, by pointers.
 """
@@ -25,8 +28,10 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from kernels.residual_norm import normed
+from kernels import plain
 from kernels.targets import choose, dot, interpreted, processors
+
+Tensors = tuple[Tensor, Tensor, Tensor]
 
 
 @dataclass(frozen=True)
@@ -75,11 +80,12 @@ def _place(tile, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.c
 
 @triton.jit
 def _by_pointers(
-    A, B, Y, OUT, M, N, K,
+    A, B, Y, R, OUT, M, N, K,
     BACKWARD: tl.constexpr, EVEN_K: tl.constexpr, ACC: tl.constexpr, WIDEN: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """Forward: OUT (M, N) = max(A B^T, 0)^2, B (N, K). Backward: OUT = 2 sqrt(Y) (A B), B (K, N). A is (M, K)."""
+    """Forward: OUT (M, N) = max(R A B^T, 0)^2, B (N, K). Backward: OUT = 2 R sqrt(Y) (A B), B (K, N). A is (M, K), R,
+    if given, (M,)."""
     row, column = _place(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP)
     rows = row + tl.arange(0, BLOCK_M)
     columns = column + tl.arange(0, BLOCK_N)
@@ -103,6 +109,8 @@ def _by_pointers(
         a += BLOCK_K
         b += BLOCK_K * (N.to(tl.int64) if BACKWARD else 1)
     at = m[:, None] * N + n[None, :]
+    if R is not None:
+        acc *= tl.load(R + m).to(ACC)[:, None]
     if BACKWARD:
         acc *= 2 * tl.sqrt(tl.load(Y + at, mask=inside, other=0.0).to(ACC))
     else:
@@ -113,7 +121,7 @@ def _by_pointers(
 
 @triton.jit
 def _by_tma(
-    A, B, Y, OUT, M, N, K,
+    A, B, Y, R, OUT, M, N, K,
     BACKWARD: tl.constexpr, ACC: tl.constexpr, WIDEN: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
@@ -128,6 +136,9 @@ def _by_tma(
                 acc = dot(left, B.load([k, column]), acc, WIDEN)
             else:
                 acc = dot(left, B.load([column, k]).T, acc, WIDEN)
+        if R is not None:
+            rows = row + tl.arange(0, BLOCK_M)
+            acc *= tl.load(R + rows, mask=rows < M, other=0.0).to(ACC)[:, None]
         if BACKWARD:
             acc *= 2 * tl.sqrt(Y.load([row, column]).to(ACC))
         else:
@@ -141,13 +152,13 @@ def constants(tiles: Tiles) -> dict[str, Any]:
     return {"BLOCK_M": tiles.m, "BLOCK_N": tiles.n, "BLOCK_K": tiles.k, "GROUP": tiles.group}
 
 
-def launch(a: Tensor, b: Tensor, y: Tensor | None, tiles: Tiles | None) -> Tensor:
-    """Forward without y: (M, K), (N, K) -> (M, N). Backward with it: (M, K), (K, N), (M, N) -> (M, N).
+def launch(a: Tensor, b: Tensor, y: Tensor | None, tiles: Tiles | None, r: Tensor | None = None) -> Tensor:
+    """Forward without y: (M, K), (N, K) -> (M, N). Backward with it: (M, K), (K, N), (M, N) -> (M, N). r (M,) or none.
 
     Without tiles, in plain torch, and so in float32: for proofs, as nothing trains in that on a card.
     """
     if tiles is None or (a.dtype == torch.float32 and not interpreted()):  # no tile of it would fit
-        return (a @ b.T).relu_().square_() if y is None else (a @ b).mul_(y.sqrt()).mul_(2)
+        return plain.relu2(a, b, r) if y is None else plain.relu2_backward(a, b, y, r)
     backward = y is not None
     M, K = a.shape
     N = b.shape[1] if backward else b.shape[0]
@@ -169,70 +180,58 @@ def launch(a: Tensor, b: Tensor, y: Tensor | None, tiles: Tiles | None) -> Tenso
             TensorDescriptor.from_tensor(out, [tiles.m, tiles.n]),
         ]
         grid = (min(count, processors(a.device)),)
-        _by_tma[grid](*arrays, M, N, K, BACKWARD=backward, ACC=acc, **options)
+        _by_tma[grid](*arrays[:3], r, arrays[3], M, N, K, BACKWARD=backward, ACC=acc, **options)
     else:
-        _by_pointers[(count,)](a, b, hidden, out, M, N, K, BACKWARD=backward, EVEN_K=even, ACC=acc, **options)
+        _by_pointers[(count,)](a, b, hidden, r, out, M, N, K, BACKWARD=backward, EVEN_K=even, ACC=acc, **options)
     return out
 
 
 @torch.library.custom_op("autoresearch::mlp", mutates_args=())
-def _mlp(x: Tensor, w1: Tensor, w2: Tensor, source: Tensor | None, add: bool) -> tuple[Tensor, Tensor]:
+def _mlp(x: Tensor, w1: Tensor, w2: Tensor) -> tuple[Tensor, Tensor]:
     y = launch(x, w1, None, choose(FORWARD, x))
-    return y @ w2.T if source is None or not add else torch.addmm(source, y, w2.T), y
+    return y @ w2.T, y
 
 
 @_mlp.register_fake
-def _(x: Tensor, w1: Tensor, w2: Tensor, source: Tensor | None, add: bool) -> tuple[Tensor, Tensor]:
+def _(x: Tensor, w1: Tensor, w2: Tensor) -> tuple[Tensor, Tensor]:
     return x.new_empty(len(x), len(w2)), x.new_empty(len(x), len(w1))
 
 
 @torch.library.custom_op("autoresearch::mlp_backward", mutates_args=())
-def _mlp_backward(
-    dout: Tensor, x: Tensor, w1: Tensor, w2: Tensor, y: Tensor, again: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dx, dw1, dw2. again: x is what the MLP's input is the norm of.
-
-    One operation, so that dh, four times as wide as the stream, is gone when it ends: torch.compile puts the products
-    of the weights' gradients off when it sees them, and would keep dh and y of several layers for them.
-    """
+def _mlp_backward(dout: Tensor, x: Tensor, w1: Tensor, w2: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """dx, dw1, dw2; one operation, as in kernels/lean.py."""
     dw2 = dout.T @ y
     dh = launch(dout, w2, y, choose(BACKWARD, dout))
-    return dh @ w1, dh.T @ (normed(x, None, None, None, w1.dtype) if again else x), dw2
+    return dh @ w1, dh.T @ x, dw2
 
 
 @_mlp_backward.register_fake
-def _(dout: Tensor, x: Tensor, w1: Tensor, w2: Tensor, y: Tensor, again: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _(dout: Tensor, x: Tensor, w1: Tensor, w2: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty_like(dout), torch.empty_like(w1), torch.empty_like(w2)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, w1, w2, source, ctx.add = inputs
-    ctx.again = source is not None
-    ctx.save_for_backward(x if source is None else source, w1, w2, output[1])
+    ctx.save_for_backward(*inputs, output[1])
 
 
-def _gradients(ctx: Any, dout: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-    return *_mlp_backward(dout.contiguous(), *ctx.saved_tensors, ctx.again), dout if ctx.add else None, None
+def _gradients(ctx: Any, dout: Tensor, _: Any) -> Tensors:
+    found: Tensors = _mlp_backward(dout.contiguous(), *ctx.saved_tensors)
+    return found
 
 
 _mlp.register_autograd(_gradients, setup_context=_keep)
 
 
-def mlp(x: Tensor, w1: Tensor, w2: Tensor, source: Tensor | None = None, add: bool = False) -> Tensor:
+def mlp(x: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
     """(..., C) -> (..., C) through F hidden units. w1 (F, C), w2 (C, F); all bfloat16 or all float16.
 
-    source: where x is the RMS norm of it, it is kept in the place of x, which the backward computes again.
-    add: to the source, within the last product: source + max(x w1^T, 0)^2 w2^T.
-
+    Within a layer kernels/lean.py has it, with the norm before it and the sum behind it.
     Proofs may have it all in float32, and the interpreter in float64.
     """
-    found = {x.dtype, w1.dtype, w2.dtype} | ({source.dtype} if add and source is not None else set())
+    found = {x.dtype, w1.dtype, w2.dtype}
     if len(found) > 1 or not (x.dtype in (torch.bfloat16, torch.float16, torch.float32) or interpreted()):
         raise TypeError(f"mlp takes x, w1 and w2 all in bfloat16 or all in float16, not {found}")
-    if add and source is None:
-        raise ValueError("mlp adds to its source, and got none")
-    kept = None if source is None else (source if add else source.detach()).reshape(-1, x.shape[-1])
-    out, _ = _mlp(x.reshape(-1, x.shape[-1]).contiguous(), w1.contiguous(), w2.contiguous(), kept, add)
+    out, _ = _mlp(x.reshape(-1, x.shape[-1]).contiguous(), w1.contiguous(), w2.contiguous())
     return out.view(x.shape)
 
 

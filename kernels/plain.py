@@ -65,10 +65,27 @@ def inverse_rms(z: Tensor) -> Tensor:
     return length.square_().mul_(1 / z.size(-1)).add_(EPSILON).rsqrt_()
 
 
+def sum_and_scale(x: Tensor, x0: Tensor) -> tuple[Tensor, Tensor]:
+    """(N, C) rows -> z = x + x0, and r (N,), float32: the norm of z is r z."""
+    z, r = torch.empty_like(x), torch.empty(len(x), dtype=wide(x[:0]).dtype, device=x.device)
+    for part in parts(x.shape, ROW_ELEMENTS):
+        total = wide(x[part]) + wide(x0[part])
+        z[part], r[part] = total, inverse_rms(total).squeeze(-1)
+    return z, r
+
+
+def scaled_backward(d: Tensor, rdy: Tensor, z: Tensor) -> Tensor:
+    for part in parts(z.shape, ROW_ELEMENTS):
+        n, g = wide(z[part]), wide(rdy[part])
+        n = n * inverse_rms(n)
+        rdy[part] = (g - n * (g * n).mean(-1, keepdim=True)).add_(d[part])
+    return rdy
+
+
 def norm_backward(
-    d: Tensor, dy: Tensor, x: Tensor, x0: Tensor | None, a: Tensor | None, b: Tensor | None
+    d: Tensor | None, dy: Tensor, x: Tensor, x0: Tensor | None, a: Tensor | None, b: Tensor | None, y: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dx, dx0, (da, db); without scalars x is the sum, and dx0 is empty."""
+    """dx, dx0, (da, db); without scalars x is the sum, and dx0 is empty. The norm goes to y, which may be dy."""
     scaled = a is not None and b is not None and x0 is not None
     dx = torch.empty_like(x)
     dx0 = torch.empty_like(x) if scaled else x.new_empty(0, x.size(1))
@@ -80,7 +97,11 @@ def norm_backward(
             z = a * first + b * other
         r = inverse_rms(z)
         n = z * r
-        g = (g - n * (g * n).mean(-1, keepdim=True)).mul_(r).add_(d[part])
+        g = (g - n * (g * n).mean(-1, keepdim=True)).mul_(r)
+        if y is not None:
+            y[part] = n
+        if d is not None:
+            g += d[part]
         if a is not None and b is not None and x0 is not None:
             sums[0] += (g * first).sum()
             sums[1] += (g * other).sum()
@@ -103,7 +124,7 @@ def embedded_norm_backward(dn: Tensor, tokens: Tensor, table: Tensor) -> Tensor:
     total = torch.zeros_like(table)
     for part in parts(dn.shape, ROW_ELEMENTS):
         rows = F.embedding(tokens[part], table)
-        d = norm_backward(torch.zeros_like(rows), dn[part], rows, None, None, None)[0]
+        d = norm_backward(None, dn[part], rows, None, None, None, None)[0]
         total += torch.ops.aten.embedding_dense_backward(d, tokens[part], len(table), -1, False)
     return total
 
@@ -125,14 +146,15 @@ def add_gated_backward(dv: Tensor, gates: Tensor, table: Tensor, tokens: Tensor)
     return dg, dtable
 
 
-def relu2(x: Tensor, w: Tensor) -> Tensor:
-    return (x @ w.T).relu_().square_()
+def relu2(x: Tensor, w: Tensor, r: Tensor | None = None) -> Tensor:
+    h = (x @ w.T).relu_()
+    return (h if r is None else h.mul_(r[:, None])).square_()
 
 
-def relu2_backward(d: Tensor, w2: Tensor, y: Tensor) -> Tensor:
+def relu2_backward(d: Tensor, w2: Tensor, y: Tensor, r: Tensor | None = None) -> Tensor:
     dh = d @ w2
     for part in parts(y.shape, ROW_ELEMENTS):
-        dh[part].mul_(y[part].sqrt()).mul_(2)
+        dh[part].mul_(y[part].sqrt()).mul_(2 if r is None else 2 * r[part, None])
     return dh
 
 

@@ -97,18 +97,42 @@ def normed(x: Tensor, x0: Tensor | None, a: Tensor | None, b: Tensor | None, dty
 
 
 def norm_backward(
-    d: Tensor, dy: Tensor, x: Tensor, x0: Tensor | None, a: Tensor | None, b: Tensor | None
+    d: Tensor | None,
+    dy: Tensor,
+    x: Tensor,
+    x0: Tensor | None,
+    a: Tensor | None,
+    b: Tensor | None,
+    y: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients for `norm`: dx, dx0 (empty without scalars, where it is dx) and (da, db).
 
-    d and dy are contiguous. x and x0 are what `norm` got; without scalars x is the sum and x0 is None.
+    d (None: zeros) and dy are contiguous. x and x0 are what `norm` got; without scalars x is the sum and x0 is None.
+    The norm itself goes to y, if there is one; dy will do, which is then used up.
     """
     if not fused(x.device):
-        return plain.norm_backward(d, dy, x, x0, a, b)
-    from kernels.residual_norm import _residual_norm_backward
+        return plain.norm_backward(d, dy, x, x0, a, b, y)
+    from kernels.residual_norm import backward
 
-    found: tuple[Tensor, Tensor, Tensor] = _residual_norm_backward(d, dy, x.contiguous(), x0, a, b, x.dtype)
-    return found
+    return backward(d, dy, x.contiguous(), x0, a, b, x.dtype, y)
+
+
+def sum_and_scale(x: Tensor, x0: Tensor) -> tuple[Tensor, Tensor]:
+    """(N, C) rows -> z = x + x0, and r (N,) float32: r z is the norm of z. Without gradients."""
+    if not fused(x.device):
+        return plain.sum_and_scale(x, x0)
+    from kernels.residual_norm import sum_and_scale as by_triton
+
+    return by_triton(x.contiguous(), x0.contiguous())
+
+
+def scaled_backward(d: Tensor, rdy: Tensor, z: Tensor) -> Tensor:
+    """The gradient of z, given that of itself, d, and r times that of its norm r z, which it takes the place of."""
+    if not fused(z.device):
+        return plain.scaled_backward(d, rdy, z)
+    from kernels.residual_norm import scaled_backward as by_triton
+
+    return by_triton(d, rdy, z)
 
 
 def embedded_norm(tokens: Tensor, table: Tensor, dtype: torch.dtype) -> Tensor:
@@ -147,24 +171,24 @@ def add_gated_backward(dv: Tensor, gates: Tensor, table: Tensor, tokens: Tensor)
     return by_triton(dv, gates, table, tokens)
 
 
-def relu2(x: Tensor, w: Tensor) -> Tensor:
-    """(N, C), (F, C) -> max(x w^T, 0)^2, (N, F)."""
+def relu2(x: Tensor, w: Tensor, r: Tensor | None = None) -> Tensor:
+    """(N, C), (F, C), r (N,) or none -> max(r x w^T, 0)^2, (N, F)."""
     if not products(x.device):
-        return plain.relu2(x, w)
+        return plain.relu2(x, w, r)
     from kernels.linear_relu2 import FORWARD, launch
     from kernels.targets import choose
 
-    return launch(x, w, None, choose(FORWARD, x))
+    return launch(x, w, None, choose(FORWARD, x), r)
 
 
-def relu2_backward(d: Tensor, w2: Tensor, y: Tensor) -> Tensor:
-    """(N, C), (C, F), y (N, F) of `relu2` -> the gradient before the square, 2 sqrt(y) (d w2), (N, F)."""
+def relu2_backward(d: Tensor, w2: Tensor, y: Tensor, r: Tensor | None = None) -> Tensor:
+    """(N, C), (C, F), y (N, F) of `relu2` -> r times the gradient before the square, 2 r sqrt(y) (d w2), (N, F)."""
     if not products(d.device):
-        return plain.relu2_backward(d, w2, y)
+        return plain.relu2_backward(d, w2, y, r)
     from kernels.linear_relu2 import BACKWARD, launch
     from kernels.targets import choose
 
-    return launch(d, w2, y, choose(BACKWARD, d))
+    return launch(d, w2, y, choose(BACKWARD, d), r)
 
 
 def softcapped_loss(x: Tensor, head: Tensor, targets: Tensor, cap: float) -> Tensor:

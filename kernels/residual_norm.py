@@ -8,10 +8,10 @@ Backward, with d = dx' that comes along the stream and dy that comes through the
 
     dz = d + r (dy - n mean(dy n))    dx = a dz    dx0 = b dz    da = sum(dz x)    db = sum(dz x0)
 
-r and n are made again in the backward. With scalars x and x0 are kept for it, not x': da and db need x, which could
-be had from x' only by a division by a. x0 is the same tensor in every layer, so one tensor a layer is kept. Without
-scalars (a = b = 1: the sum of the stream and a branch) x' alone is kept. The norm is Zhang & Sennrich's (2019) without
-weights.
+r and n are made again in the backward, which hands n to whoever needs it for more (kernels/lean.py). With scalars x and
+x0 are kept for it, not x': da and db need x, which could be had from x' only by a division by a. x0 is the same tensor
+in every layer, so one tensor a layer is kept. Without scalars (a = b = 1: the sum of the stream and a branch) x' alone
+is kept. The norm is Zhang & Sennrich's (2019) without weights.
 """
 
 from __future__ import annotations
@@ -60,10 +60,10 @@ def _sum_of(X, X0, A, B, start, at, inside, SCALED: tl.constexpr, ACC: tl.conste
 
 @triton.jit
 def _forward(
-    X, X0, A, B, OUT, Y, N, C, eps,
+    X, X0, A, B, OUT, Y, R, N, C, eps,
     SCALED: tl.constexpr, ACC: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """All (N, C). One program per ROWS rows. Without OUT the norm alone is stored."""
+    """All (N, C), R (N,). One program per ROWS rows. What is not given of OUT, Y and R is not stored."""
     first = tl.program_id(0) * ROWS
     rows, columns = tl.arange(0, ROWS), tl.arange(0, BLOCK)
     inside = (rows < N - first)[:, None] & (columns < C)[None, :]
@@ -73,15 +73,21 @@ def _forward(
     r = tl.rsqrt(tl.sum(total * total, 1) / C + eps)
     if OUT is not None:
         tl.store(OUT + start + at, total.to(OUT.dtype.element_ty), mask=inside)
-    tl.store(Y + start + at, (total * r[:, None]).to(Y.dtype.element_ty), mask=inside)
+    if Y is not None:
+        tl.store(Y + start + at, (total * r[:, None]).to(Y.dtype.element_ty), mask=inside)
+    if R is not None:
+        tl.store(R + first + rows, r, mask=rows < N - first)
 
 
 @triton.jit
 def _backward(
-    D, DY, X, X0, A, B, DX, DX0, SUMS, N, C, eps,
-    SCALED: tl.constexpr, BOTH: tl.constexpr, ACC: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    D, DY, X, X0, A, B, DX, DX0, SUMS, Y, N, C, eps,
+    SCALED: tl.constexpr, BOTH: tl.constexpr, TIMES_R: tl.constexpr, ACC: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Without SCALED, X is x' and X0 is not read. BOTH: DX0 is written. SUMS (programs, 2): parts of da and db."""
+    """Without SCALED, X is x' and X0 is not read. BOTH: DX0 is written. SUMS (programs, 2): parts of da and db.
+    Without D that is zero. Y, if given, gets n. TIMES_R: DY holds r dy. Y or DX may be DY: what a thread writes there
+    it has read."""
     columns = tl.arange(0, BLOCK)
     da = tl.zeros((ROWS,), dtype=ACC)
     db = tl.zeros((ROWS,), dtype=ACC)
@@ -93,11 +99,16 @@ def _backward(
             x, x0, total = _sum_of(X, X0, A, B, 0, at, inside, SCALED, ACC)
         else:
             total = tl.load(X + at, mask=inside, other=0.0).to(ACC)
-        d = tl.load(D + at, mask=inside, other=0.0).to(ACC)
         dy = tl.load(DY + at, mask=inside, other=0.0).to(ACC)
         r = tl.rsqrt(tl.sum(total * total, 1) / C + eps)[:, None]
         n = total * r
-        dz = d + r * (dy - n * (tl.sum(dy * n, 1) / C)[:, None])
+        dz = dy - n * (tl.sum(dy * n, 1) / C)[:, None]
+        if not TIMES_R:
+            dz *= r
+        if D is not None:
+            dz += tl.load(D + at, mask=inside, other=0.0).to(ACC)
+        if Y is not None:
+            tl.store(Y + at, n.to(Y.dtype.element_ty), mask=inside)
         if SCALED:
             da += tl.sum(dz * x, 1)
             db += tl.sum(dz * x0, 1)
@@ -136,13 +147,16 @@ def _residual_norm(
     return out, y
 
 
-def _launch(x: Tensor, x0: Tensor | None, a: Tensor | None, b: Tensor | None, out: Tensor | None, y: Tensor) -> None:
+def _launch(
+    x: Tensor, x0: Tensor | None, a: Tensor | None, b: Tensor | None, out: Tensor | None, y: Tensor | None,
+    r: Tensor | None = None,
+) -> None:  # fmt: skip
     N, C = x.shape
     if N:
         options = constants(C, choose(FORWARD, x) or FORWARD[75])
         grid = (triton.cdiv(N, options["ROWS"]),)
         acc, _ = _accumulator(x)
-        _forward[grid](x, x0, a, b, out, y, N, C, EPSILON, SCALED=a is not None, ACC=acc, **options)
+        _forward[grid](x, x0, a, b, out, y, r, N, C, EPSILON, SCALED=a is not None, ACC=acc, **options)
 
 
 def normed(x: Tensor, x0: Tensor | None, a: Tensor | None, b: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -163,6 +177,20 @@ def _residual_norm_backward(
     d: Tensor, dy: Tensor, x: Tensor, x0: Tensor | None, a: Tensor | None, b: Tensor | None, dtype0: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dx, dx0 (empty where it equals dx), (da, db). x and x0, or x' without x0. dtype0: that of x0."""
+    return backward(d, dy, x, x0, a, b, dtype0)
+
+
+def backward(
+    d: Tensor | None,  # of the sum, or nothing for zeros
+    dy: Tensor,  # of the norm
+    x: Tensor,
+    x0: Tensor | None,
+    a: Tensor | None,
+    b: Tensor | None,
+    dtype0: torch.dtype,
+    y: Tensor | None = None,  # where the norm goes; dy will do
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What the operator returns; all (N, C), contiguous. For a backward that is one operation with this in it."""
     N, C = x.shape
     scaled, tile = a is not None, choose(BACKWARD, x) or BACKWARD[75]
     both = scaled or dtype0 != x.dtype
@@ -172,9 +200,27 @@ def _residual_norm_backward(
     dx = torch.empty_like(x)
     dx0 = torch.empty(N if both else 0, C, dtype=dtype0, device=x.device)
     sums = torch.empty(programs if scaled else 0, 2, dtype=wide, device=x.device)
-    kind = {"SCALED": scaled, "BOTH": both, "ACC": acc}
-    _backward[(programs,)](d, dy, x, x0, a, b, dx, dx0, sums, N, C, EPSILON, **kind, **options)
+    kind = {"SCALED": scaled, "BOTH": both, "TIMES_R": False, "ACC": acc}
+    _backward[(programs,)](d, dy, x, x0, a, b, dx, dx0, sums, y, N, C, EPSILON, **kind, **options)
     return dx, dx0, sums.sum(0)
+
+
+def sum_and_scale(x: Tensor, x0: Tensor) -> tuple[Tensor, Tensor]:
+    """(N, C) twice, contiguous -> z = x + x0, and r (N,), float32: r z is the norm of z. Without gradients."""
+    z, r = torch.empty_like(x), torch.empty(len(x), dtype=_accumulator(x)[1], device=x.device)
+    _launch(x, x0, None, None, z, None, r)
+    return z, r
+
+
+def scaled_backward(d: Tensor, rdy: Tensor, z: Tensor) -> Tensor:
+    """The gradient of z, all (N, C), contiguous; it takes the place of rdy, which is r times that of the norm r z."""
+    N, C = z.shape
+    tile = choose(BACKWARD, z) or BACKWARD[75]
+    options = constants(C, tile)
+    programs = max(1, min(triton.cdiv(N, options["ROWS"]), tile.programs * processors(z.device)))
+    kind = {"SCALED": False, "BOTH": False, "TIMES_R": True, "ACC": _accumulator(z)[0]}
+    _backward[(programs,)](d, rdy, z, None, None, None, rdy, None, None, None, N, C, EPSILON, **kind, **options)
+    return rdy
 
 
 @_residual_norm_backward.register_fake

@@ -30,15 +30,13 @@ print(json.dumps([load_recipe(Path(sys.argv[1]).read_bytes()).build(None), dict(
 
 LAYERS = """
 import torch
-from kernels.recomputed import embedded_norm, qkv_of_norm
-
-def norm(x):
-    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 2.0**-23)
+from kernels.lean import project
+from kernels.recomputed import embedded_norm
 
 def loss(x0, w, a, b, table, values, gate, tokens):
     x = embedded_norm(tokens, table, torch.float32)
-    z = qkv_of_norm(norm(a * x + b * x0), w, gate, values, tokens, x, x0, a, b)
-    return z.square().mean()
+    total, z = project(x, x0, a, b, w, gate, values, tokens)
+    return z.square().mean() + total.square().mean()
 
 def build(spec):
     torch.manual_seed(1)

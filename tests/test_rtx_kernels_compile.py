@@ -30,13 +30,14 @@ def norms(target: int, dtype: str):
             options = residual_norm.constants(channels, residual_norm.FORWARD[target])
             warps = options.pop("num_warps")
             arrays = dict.fromkeys(("X", "X0", "OUT", "Y"), f"*{dtype}")
-            constants = {**kind, **options, **none}
+            constants = {**kind, **options, **none, "R": None}
             yield Case(f"norm {channels}", residual_norm._forward, target, arrays | types, constants, warps, 3, ("C",))
             options = residual_norm.constants(channels, residual_norm.BACKWARD[target])
             warps = options.pop("num_warps")
             arrays = dict.fromkeys(("D", "DY", "X", "DX", "DX0"), f"*{dtype}") | {"SUMS": "*fp32"}
             arrays |= {"X0": f"*{dtype}"} if scaled else {}
-            constants = {**kind, "BOTH": scaled, **options, **none} | ({} if scaled else {"X0": None})
+            constants = {**kind, "BOTH": scaled, "TIMES_R": False, "Y": None, **options, **none}
+            constants |= {} if scaled else {"X0": None}
             yield Case(f"back {channels}", residual_norm._backward, target, arrays | types, constants, warps, 3, ("C",))
 
 

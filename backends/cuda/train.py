@@ -32,11 +32,10 @@ from torch import Tensor
 from core.contract import Batches, Spec
 from kernels.attention_choice import Case, Choice, settled
 from kernels.compiling import compiled
-from kernels.linear_relu2 import mlp
+from kernels.lean import feed, last_norm, project
 from kernels.memory import fitted_rows
 from kernels.muon import muon_
-from kernels.recomputed import embedded_norm, qkv_of_norm
-from kernels.residual_norm import residual_norm
+from kernels.recomputed import embedded_norm
 from kernels.softcapped_loss import softcapped_loss
 
 # --- constants: `# search:` gives the range that the offline search may try --------------------
@@ -65,7 +64,7 @@ MUON_BETA2 = 0.95  # decay of NorMuon's second moment
 MUON_STEPS = 5  # iterations of the orthogonalisation, at most 5
 VE_GATE_CHANNELS = 32  # the first channels of the stream, which set the gates of value embeddings
 
-Tensors = tuple[Tensor, ...]
+Pair = tuple[Tensor, Tensor]
 measured_rows: dict[tuple[int, ...], tuple[int, str]] = {}  # of a shape: rows at once and why, as measured here before
 
 # --- model ------------------------------------------------------------------------------------
@@ -183,18 +182,20 @@ class GPT:
         case = Case(DEVICE_BATCH_SIZE, length, self.heads, self.heads, HEAD_DIM, window, self.dtype, self.device)
         return settled(case, forced=None if ATTENTION == "auto" else ATTENTION)
 
-    def attention(self, w: Mapping[str, Tensor], x: Tensor, of: Tensors, layer: int, tokens: Tensor) -> Tensor:
-        """(B, T, C) -> same. x is the norm of a weighted sum, whose parts `of` are kept for the backward instead."""
+    def layer(self, w: Mapping[str, Tensor], i: int, x: Tensor, x0: Tensor, scale: Pair, tokens: Tensor) -> Tensor:
+        """x, x0 (B, T, C), which are weighed by `scale`, and tokens (B, T) -> (B, T, C)."""
         B, T, C = x.shape
-        name = f"transformer.h.{layer}.attn."
-        matrices = torch.cat([w[f"{name}{n}.weight"] for n in ("c_q", "c_k", "c_v")])
+        w = {n.removeprefix(f"transformer.h.{i}."): weight for n, weight in w.items()}
+        qkv_weight = torch.cat([w[f"attn.{n}.weight"] for n in ("c_q", "c_k", "c_v")]).to(x.dtype)
         gate = table = None
-        if has_value_embedding(layer):  # value residual: v + 2 sigmoid(gate x[:32]) table[token], per head
-            gate, table = w[f"{name}ve_gate.weight"].to(x.dtype), w[f"value_embeds.{layer}.weight"]
-        qkv = qkv_of_norm(x, matrices.to(x.dtype), gate, table, tokens, *of)
-        window = self.windows[layer]
+        if has_value_embedding(i):  # value residual: v + 2 sigmoid(gate n[:32]) table[token], per head
+            gate, table = w["attn.ve_gate.weight"].to(x.dtype), w[f"value_embeds.{i}.weight"]
+        x, qkv = project(x, x0, *scale, qkv_weight, gate, table, tokens)
+        window = self.windows[i]
         y = self.chosen[window].packed(qkv.view(B, T, 3, self.heads, HEAD_DIM), self.cos, self.sin, window)
-        return linear(y.reshape(B, T, C), w[f"{name}c_proj.weight"])
+        branch = linear(y.reshape(B, T, C), w["attn.c_proj.weight"])
+        up, down = (w[f"mlp.{n}.weight"].to(x.dtype) for n in ("c_fc", "c_proj"))
+        return feed(x, branch, up, down)
 
     def stream(self, tokens: Tensor) -> Tensor:
         """(B, T) integers -> (B, T, C): the norm of each position's last state, in the compute dtype."""
@@ -202,13 +203,8 @@ class GPT:
         resid, skip = scalars(w["resid_lambdas"]), scalars(w["x0_lambdas"])
         x = x0 = embedded_norm(tokens, w["transformer.wte.weight"], self.dtype)
         for i in range(DEPTH):
-            of = (x, x0, resid[i], skip[i])
-            x, y = residual_norm(*of)
-            x, y = residual_norm(x, self.attention(w, y, of, i, tokens))
-            up, down = (w[f"transformer.h.{i}.mlp.{n}.weight"].to(y.dtype) for n in ("c_fc", "c_proj"))
-            if i < DEPTH - 1:
-                x = mlp(y, up, down, source=x, add=True)
-        return residual_norm(x, mlp(y, up, down, source=x))[1]  # the last state is read by its norm only
+            x = self.layer(w, i, x, x0, (resid[i], skip[i]), tokens)
+        return last_norm(x)
 
     def logits(self, tokens: Tensor) -> Tensor:
         """(B, T) -> (B, T, V) float32 logits within -SOFTCAP..SOFTCAP."""

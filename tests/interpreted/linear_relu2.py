@@ -69,13 +69,21 @@ def test_gradients_are_those_of_finite_differences(sizes, tiles, monkeypatch):
 
 def test_the_operator_keeps_torchs_rules():
     leaves = [t.requires_grad_(True) for t in inputs(0, 5, 8, 16, torch.float32)[:3]]
-    torch.library.opcheck(torch.ops.autoresearch.mlp.default, (*leaves, None, False))
-    torch.library.opcheck(torch.ops.autoresearch.mlp.default, (*leaves, leaves[0].detach().requires_grad_(), True))
+    torch.library.opcheck(torch.ops.autoresearch.mlp.default, leaves)
     x, w1, w2 = (leaf.detach() for leaf in leaves)
-    for again in (False, True):
-        torch.library.opcheck(
-            torch.ops.autoresearch.mlp_backward.default, [torch.rand(5, 8), x, w1, w2, torch.rand(5, 16), again]
-        )
+    torch.library.opcheck(torch.ops.autoresearch.mlp_backward.default, [torch.rand(5, 8), x, w1, w2, torch.rand(5, 16)])
+
+
+@pytest.mark.parametrize("tiles", [SMALL, SMALL_TMA, None], ids=["pointers", "tma", "torch"])
+@pytest.mark.parametrize("sizes", [(37, 24, 40), (35, 16, 32)], ids=["odd", "even"])
+def test_rows_are_scaled_on_the_way(sizes, tiles):
+    """As if they had been before: h of r z, and r times its gradient."""
+    N, C, F = sizes
+    z, w1, w2, d = (torch.randn(s, dtype=torch.float64) for s in ((N, C), (F, C), (C, F), (N, C)))
+    r = torch.rand(N, dtype=torch.float64) + 0.5
+    y = kernel.launch(z, w1, None, tiles, r)
+    torch.testing.assert_close(y, kernel.launch(r[:, None] * z, w1, None, tiles))
+    torch.testing.assert_close(kernel.launch(d, w2, y, tiles, r), r[:, None] * kernel.launch(d, w2, y, tiles))
 
 
 def test_leading_dimensions_and_no_rows():

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels import linear_relu2, portable, recomputed
+from kernels import lean, linear_relu2, portable, recomputed
 from kernels.residual_norm import EPSILON, residual_norm
 
 
@@ -22,7 +22,9 @@ def some_tokens(seed, entries, *shape):
 
 
 def same(found, wanted, inputs):
-    dy = torch.randn_like(wanted)
+    """One output of each, or several."""
+    found, wanted = (y if isinstance(y, tuple) else (y,) for y in (found, wanted))
+    dy = [torch.randn_like(y) for y in wanted]
     torch.testing.assert_close(found, wanted)
     pairs = zip(*(torch.autograd.grad(y, inputs, dy, retain_graph=True) for y in (found, wanted)), strict=True)
     for ours, theirs in pairs:
@@ -52,12 +54,12 @@ def test_q_k_and_v_of_a_norm(with_triton, seed, N, H, D, G, V, gated):
     C = H * D
     x, x0, w, a, b = leaves(seed, (N, C), (N, C), (3 * C, C), (1,), (1,))
     gate, table = leaves(seed + 1, (H, min(G, C)), (V, C)) if gated else (None, None)
-    tokens, y = some_tokens(seed, V, N), norm(a * x + b * x0)
+    tokens, total = some_tokens(seed, V, N), a * x + b * x0
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(portable, "fused", lambda device: with_triton)
-        found = recomputed.qkv_of_norm(y, w, gate, table, tokens, x, x0, a, b)
+        found = lean.project(x, x0, a, b, w, gate, table, tokens)
         inputs = (x, x0, w, a, b, *((gate, table) if gated else ()))
-        same(found, plain_qkv(y, w, gate, table, tokens), inputs)
+        same(found, (total, plain_qkv(norm(total), w, gate, table, tokens)), inputs)
 
 
 @pytest.mark.parametrize("with_triton", [True, False], ids=["triton", "torch"])
@@ -93,24 +95,31 @@ def test_value_embeddings_in_the_compute_dtype(dtype):
         torch.testing.assert_close(ours.double(), theirs, atol=1e-4, rtol=1e-5)
 
 
+@pytest.mark.parametrize("with_triton", [True, False], ids=["triton", "torch"])
 @settings(deadline=None, max_examples=10)
 @given(st.integers(0, 2**32), st.integers(1, 40), st.sampled_from([16, 48]), st.booleans())
-def test_an_mlp_of_a_norm_keeps_what_was_normalised(seed, N, C, add):
-    x, w1, w2 = leaves(seed, (N, C), (2 * C, C), (C, 2 * C))
+def test_an_mlp_of_a_norm_keeps_what_was_normalised(with_triton, seed, N, C, keep_hidden):
+    x, branch, w1, w2 = leaves(seed, (N, C), (N, C), (2 * C, C), (C, 2 * C))
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(portable, "fused", lambda device: with_triton)
         for table in ("FORWARD", "BACKWARD"):  # in plain torch: the kernels have tests of their own
             patch.setattr(linear_relu2, table, {})
-        check_kept(x, w1, w2, add)
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+            found = lean.feed(x, branch, w1, w2, keep_hidden)
+        hidden = norm(x + branch) @ w1.T
+        assert sum(t.numel() for t in kept) == N * C + N + 2 * w1.numel() + (hidden.numel() if keep_hidden else 0)
+        same(found, x + branch + hidden.relu().square() @ w2.T, (x, branch, w1, w2))
 
 
-def check_kept(x, w1, w2, add):
-    kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.data_ptr()) or t, lambda t: t):
-        y = norm(x)
-        kept.clear()
-        found = linear_relu2.mlp(y, w1, w2, source=x, add=add)
-    assert x.data_ptr() in kept and y.data_ptr() not in kept
-    same(found, linear_relu2.reference(y, w1, w2) + (x if add else 0), (x, w1, w2))
+@pytest.mark.parametrize("with_triton", [True, False], ids=["triton", "torch"])
+@settings(deadline=None, max_examples=10)
+@given(st.integers(0, 2**32), st.integers(1, 40), st.integers(1, 40))
+def test_the_last_norm(with_triton, seed, N, C):
+    (z,) = leaves(seed, (N, C))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(portable, "fused", lambda device: with_triton)
+        same(lean.last_norm(z), norm(z), (z,))
 
 
 def test_rows_in_bfloat16_are_summed_in_float32():
@@ -121,40 +130,48 @@ def test_rows_in_bfloat16_are_summed_in_float32():
     a, b = torch.tensor(1.1), torch.tensor(0.3)
     _, y = residual_norm(x, x0, a, b)
     w = torch.randn(96, 32, generator=rng).bfloat16().requires_grad_()
-    recomputed.qkv_of_norm(y, w, None, None, torch.zeros(64, dtype=torch.int64), x, x0, a, b).backward(dz)
+    lean.project(x, x0, a, b, w, None, None, torch.zeros(64, dtype=torch.int64))[1].backward(dz)
     assert torch.equal(w.grad, dz.T @ y)
 
 
 def test_a_gate_without_a_table_is_refused():
     x, w, gate, a = leaves(1, (3, 4), (12, 4), (2, 4), (1,))
     with pytest.raises(ValueError, match="both a gate and a table"):
-        recomputed.qkv_of_norm(x, w, gate, None, torch.zeros(3, dtype=torch.int64), x, x, a, a)
+        lean.project(x, x, a, a, w, gate, None, torch.zeros(3, dtype=torch.int64))
 
 
 @pytest.mark.parametrize("gated", [True, False])
 def test_the_operators_keep_torchs_rules(gated):
-    x, x0, w, a, b, dz = (t.detach() for t in leaves(1, (6, 8), (6, 8), (24, 8), (1,), (1,), (6, 24)))
-    gate, table = leaves(2, (2, 3), (5, 8)) if gated else (None, None)
-    tokens, ops = some_tokens(1, 5, 6), torch.ops.autoresearch
+    shapes = ((6, 8), (6, 8), (1,), (1,), (24, 8), (6, 24), (6, 2), (12, 8), (8, 12), (6, 12))
+    x, x0, a, b, w, dz, g, w1, w2, y = (t.detach().abs() for t in leaves(1, *shapes))
+    gate, table = (t.detach() for t in leaves(2, (2, 3), (5, 8))) if gated else (None, None)
+    tokens, ops, tests = some_tokens(1, 5, 6), torch.ops.autoresearch, ("test_schema", "test_faketensor")
     (free,) = leaves(3, (5, 8))
-    torch.library.opcheck(ops.qkv.default, (x, w, gate, table, tokens), test_utils=("test_schema", "test_faketensor"))
-    torch.library.opcheck(ops.qkv_backward.default, (dz, w, *(None if t is None else t.detach() for t in (gate, table)),
-                                                     tokens, x, x0, a, b))  # fmt: skip
+    torch.library.opcheck(ops.project.default, (x, x0, a, b, w, gate, table, tokens), test_utils=tests)
+    back = (x, dz, g if gated else g.new_empty(0), x, x0, a, b, w, gate, table, tokens)
+    torch.library.opcheck(ops.project_backward.default, back)
+    torch.library.opcheck(ops.normed.default, (x,), test_utils=tests)
+    torch.library.opcheck(ops.normed_backward.default, (x0, x))
+    for keep in (True, False):
+        torch.library.opcheck(ops.feed.default, (x, x0, w1, w2, keep), test_utils=tests)
+        back = (x, x0, g[:, 0].clone(), y if keep else y.new_empty(0), w1, w2, keep)
+        torch.library.opcheck(ops.feed_backward.default, back)
     torch.library.opcheck(ops.embedded_norm.default, (tokens, free, torch.float64))
     torch.library.opcheck(ops.embedded_norm_backward.default, (x, tokens, free.detach()))
 
 
 def test_all_of_it_is_one_graph():
-    x0, w, a, b = (t.detach().float().requires_grad_() for t in leaves(1, (2, 6, 8), (24, 8), (1,), (1,)))
+    shapes = ((2, 6, 8), (24, 8), (1,), (1,), (12, 8), (8, 12))
+    x0, w, a, b, w1, w2 = (t.detach().float().requires_grad_() for t in leaves(1, *shapes))
     table, values, gate = (t.detach().float().requires_grad_() for t in leaves(2, (5, 8), (5, 8), (2, 3)))
     tokens = some_tokens(1, 5, 2, 6)
 
-    def loss(x0, w, a, b, table, values, gate):
+    def loss(x0, w, a, b, w1, w2, table, values, gate):
         x = recomputed.embedded_norm(tokens, table, torch.float32)
-        z = recomputed.qkv_of_norm(norm(a * x + b * x0), w, gate, values, tokens, x, x0, a, b)
-        return z.square().mean()
+        x, qkv = lean.project(x, x0, a, b, w, gate, values, tokens)
+        return lean.last_norm(lean.feed(x, qkv[..., -8:], w1, w2)).sin().mean() + qkv.square().mean()
 
-    inputs = (x0, w, a, b, table, values, gate)
+    inputs = (x0, w, a, b, w1, w2, table, values, gate)
     whole = torch.compile(loss, backend="aot_eager", fullgraph=True)
     for ours, theirs in zip(torch.autograd.grad(whole(*inputs), inputs), torch.autograd.grad(loss(*inputs), inputs)):
         torch.testing.assert_close(ours, theirs)

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kernels import plain
 from kernels import residual_norm as kernel
 
 EPSILON = {torch.float32: 2.0**-23, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
@@ -112,3 +113,36 @@ def test_the_norm_alone_is_the_one_that_the_forward_stores(seed, N, C, dtype, dt
     assert torch.equal(kernel.normed(x, x0, a, b, dtype_y) if scaled else y, y)
     if dtype == torch.float32:  # else the sum was rounded in between
         assert torch.equal(kernel.normed(total, None, None, None, dtype_y), y)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 2**32), st.integers(1, 50), st.integers(8, 200), st.booleans())
+def test_a_sum_with_the_scale_of_its_norm_and_back(seed, N, C, with_triton):
+    """r z is the norm; the gradient of z comes from that of the norm times r, in whose place it is."""
+    x, x0, _, d, dy = inputs(seed, N, C, torch.float64, torch.float64)
+    module = kernel if with_triton else plain
+    z, r = module.sum_and_scale(x, x0)
+    total, y = kernel.reference(x, x0)
+    torch.testing.assert_close(z, total)
+    torch.testing.assert_close(r[:, None] * z, y)
+    leaf = x.clone().requires_grad_()
+    (wanted,) = torch.autograd.grad(kernel.reference(leaf, x0), leaf, (d, dy))
+    rdy = r[:, None] * dy
+    found = module.scaled_backward(d, rdy, z)
+    torch.testing.assert_close(found, wanted)
+    assert found.data_ptr() == rdy.data_ptr()
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 2**32), st.integers(1, 50), st.integers(8, 200), st.booleans(), st.booleans(), st.booleans())
+def test_a_backward_leaves_the_norm_where_its_gradient_was(seed, N, C, scaled, given_d, with_triton):
+    x, x0, scalars, d, dy = inputs(seed, N, C, torch.float64, torch.float64)
+    a, b = scalars.split(1) if scaled else (None, None)
+    leaves = [t.clone().requires_grad_() for t in ((x, x0) if scaled else (x,))]
+    total = a * leaves[0] + b * leaves[1] if scaled else leaves[0]
+    wanted = torch.autograd.grad((total, kernel.reference(total, 0 * x)[1]), leaves, (d if given_d else 0 * d, dy))
+    back = kernel.backward if with_triton else lambda *given: plain.norm_backward(*given[:6], given[7])
+    used = dy.clone()
+    dx, dx0, _ = back(d if given_d else None, used, x, x0 if scaled else None, a, b, x.dtype, used)
+    torch.testing.assert_close(used, kernel.reference(total, 0 * x)[1].detach())
+    torch.testing.assert_close((dx, dx0) if scaled else (dx,), wanted)

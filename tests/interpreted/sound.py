@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from interpreted.watched import watched
 
-from kernels import attention_tiles, linear_relu2, muon, recomputed, residual_norm, softcapped_loss
+from kernels import attention_tiles, lean, linear_relu2, muon, recomputed, residual_norm, softcapped_loss
 from kernels.attention import attention, packed
 from kernels.attention_tiles import Tile
 
@@ -190,9 +190,7 @@ def some_values(dtype: torch.dtype) -> None:
     N, H, D, V = 40, 3, 24, 5
     tokens = torch.randint(V, (N,))
     x, x0, w, a, b, gate, table = leaves((N, H * D), (N, H * D), (3 * H * D, H * D), (1,), (1,), (H, 8), (V, H * D))
-    y = (a * x + b * x0).to(dtype).detach().requires_grad_()
-    small = [t.detach().to(dtype).requires_grad_() for t in (w, gate)]
-    through(recomputed.qkv_of_norm(y, small[0], small[1], table, tokens, x.to(dtype), x0.to(dtype), a, b))
+    through(lean.project(x.to(dtype), x0.to(dtype), a, b, w.to(dtype), gate.to(dtype), table, tokens))
     through(recomputed.embedded_norm(tokens, table, dtype))
 
 

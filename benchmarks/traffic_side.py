@@ -1,0 +1,33 @@
+"""One side of `benchmarks.traffic`, in a process that has a blank card: `-m benchmarks.traffic_side SIDE ORDER`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict
+
+import torch
+
+from benchmarks.gpu import Order
+from benchmarks.gpu_sections import Tokens
+from benchmarks.launches import recorded
+from benchmarks.memory_side import STEPS, ours, upstream
+
+
+def main() -> None:
+    """What each launch of the third step is, one line of JSON each, then what was not seen and torch's version."""
+    torch._inductor.config.benchmark_kernel = True  # kernels are made as ever, and say what they move
+    side, order = sys.argv[1], Order(**json.loads(sys.argv[2]))
+    step, tokens = {"ours": ours, "upstream": upstream}[side](order), Tokens(order)
+    for i in range(STEPS - 1):
+        step(tokens, i / STEPS)
+    with recorded() as recorder:
+        step(tokens, (STEPS - 1) / STEPS)
+    for launch in recorder.launches():
+        print(json.dumps(asdict(launch)))
+    counted = {kind: recorder.counts.times(kind) for kind in recorder.accounted}
+    print(json.dumps({"counted": counted, "missing": recorder.missing(), "torch": torch.__version__}))
+
+
+if __name__ == "__main__":
+    main()
