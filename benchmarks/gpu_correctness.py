@@ -31,7 +31,8 @@ def correctness(order: Order) -> Iterator[Row]:
             name = f"attention, heads of {head}, window {window} of {T}"
             yield attempt(name, partial(attention, name, order, dtype, window, head), dtype)
         checks: list[tuple[str, Callable[[str, Order, torch.dtype], Row]]] = [
-            ("mlp", mlp),
+            ("mlp", partial(mlp, by="triton")),
+            ("mlp, products of torch", partial(mlp, by="torch")),
             ("residual_norm", partial(residual_norm, scaled=True)),
             ("residual_norm, no scalars", partial(residual_norm, scaled=False)),
             ("softcapped_loss", softcapped_loss),
@@ -78,7 +79,7 @@ def attention(name: str, order: Order, dtype: torch.dtype, window: int, head: in
     return compare(name, found, wanted, dtype)
 
 
-def mlp(name: str, order: Order, dtype: torch.dtype) -> Row:
+def mlp(name: str, order: Order, dtype: torch.dtype, by: str) -> Row:
     from kernels import linear_relu2
 
     C, normal = order.dim, source(order)
@@ -89,7 +90,7 @@ def mlp(name: str, order: Order, dtype: torch.dtype) -> Row:
     )
     dy = output_gradient(given[0])  # whose shape the output has
     wanted = gradients(linear_relu2.reference, tuple(x.double() for x in given), dy=double(dy))
-    return compare(name, gradients(linear_relu2.mlp, given, dy=dy), wanted, dtype)
+    return compare(name, gradients(linear_relu2.mlp, given, None, False, by, dy=dy), wanted, dtype)
 
 
 def residual_norm(name: str, order: Order, dtype: torch.dtype, scaled: bool) -> Row:

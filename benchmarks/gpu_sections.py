@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import MappingProxyType, ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -118,15 +118,25 @@ def attention(order: Order) -> Iterator[Row]:
 
 
 def mlp(order: Order) -> Iterator[Row]:
-    from kernels import linear_relu2
+    """The two products with the squared ReLU, by each that the recipe chooses from; then the whole of it."""
+    from kernels import linear_relu2, mlp_choice
 
     N, C = order.rows * order.context, order.dim
+    case = mlp_choice.Case(N, C, 4 * C, torch.bfloat16, torch.device(order.device))
+    choice = mlp_choice.choose(case)
+    mlp_choice.keep(case, choice)  # for the recipe of the next sections
+    for name, ms in choice.milliseconds.items():
+        flops = 2 * 2 * min(N, mlp_choice.TIMED_TOKENS) * C * 4 * C
+        yield {"products": name, "ms": ms, "tflops": flops / ms / 1e9}
+    yield {"products": choice.name, "chosen": choice.reason}
 
     def make() -> tuple[Tensor, ...]:
         shapes = ((N, C), (4 * C, C), (C, 4 * C))
         return tuple(torch.randn(s, device=order.device).mul_(0.05).to(torch.bfloat16) for s in shapes)
 
-    yield from against(order, linear_relu2.mlp, linear_relu2.reference, copies(make), 3 * 2 * 2 * N * C * 4 * C)
+    other = {"ours, products of torch": partial(linear_relu2.mlp, by="torch")}
+    flops = 3 * 2 * 2 * N * C * 4 * C
+    yield from against(order, linear_relu2.mlp, linear_relu2.reference, copies(make), flops, other)
 
 
 def head(order: Order) -> Iterator[Row]:
@@ -156,10 +166,11 @@ def against(
     plain: Callable[..., Tensor],
     inputs: list[tuple[Tensor, ...]],
     flops: int,
+    others: Mapping[str, Callable[..., Tensor]] = MappingProxyType({}),
 ) -> Iterator[Row]:
-    """Forward and backward of a kernel and of its peer: time, rate, and memory beyond the inputs."""
+    """Forward and backward of a kernel, of others by name, and of its peer: time, rate, memory beyond the inputs."""
     found, beyond, dy = {}, {}, output_gradient(ours(*inputs[0]))
-    for name, function in (("ours", ours), ("torch.compile", compiled(plain, order))):
+    for name, function in {"ours": ours, **others, "torch.compile": compiled(plain, order)}.items():
 
         def both(*leaves: Tensor, function: Callable[..., Tensor] = function) -> None:
             gradients(function, leaves, dy=dy)
@@ -303,9 +314,9 @@ def our_steps(order: Order, **constants: Any) -> Iterator[Row]:
 
 
 def settings(described: Mapping[str, Any]) -> Iterator[Row]:
-    """What attention each window got and why, and how many rows go through the model at once."""
+    """What attention each window got, what the MLP, and why; how many rows go through the model at once."""
     for name, value in described.items():
-        if name.startswith(("attention over", "rows_")):
+        if name.startswith(("attention over", "mlp", "rows_")):
             yield {"setting": name, "value": value}
 
 

@@ -56,9 +56,10 @@ def project(
 
 class _Feed(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, branch: Tensor, w1: Tensor, w2: Tensor, keep_hidden: bool) -> Tensor:
+    def forward(ctx: Any, x: Tensor, branch: Tensor, w1: Tensor, w2: Tensor, keep_hidden: bool, by: str) -> Tensor:
+        ctx.by = by
         z, n = portable.norm(x, branch, None, None)
-        y = portable.relu2(n, w1)
+        y = portable.relu2(n, w1, by)
         ctx.save_for_backward(z, w1, w2, y if keep_hidden else None)
         return torch.addmm(z, y, w2.T)
 
@@ -67,18 +68,21 @@ class _Feed(torch.autograd.Function):
         z, w1, w2, y = ctx.saved_tensors
         d = d.contiguous()
         n = normed(z)
-        y = portable.relu2(n, w1) if y is None else y
+        y = portable.relu2(n, w1, ctx.by) if y is None else y
         dw2 = d.T @ y
-        dh = portable.relu2_backward(d, w2, y)
+        dh = portable.relu2_backward(d, w2, y, ctx.by)
         del y
         dw1, dn = dh.T @ n, dh @ w1
         dx = portable.norm_backward(d, dn, z, None, None, None)[0]
-        return dx, dx, dw1, dw2, None
+        return dx, dx, dw1, dw2, None, None
 
 
-def feed(x: Tensor, branch: Tensor, w1: Tensor, w2: Tensor, keep_hidden: bool) -> Tensor:
-    """x' and attention's result (N, C), w1 (4C, C), w2 (C, 4C), all in the compute dtype -> x'' (N, C)."""
-    found: Tensor = _Feed.apply(x, branch, w1, w2, keep_hidden)
+def feed(x: Tensor, branch: Tensor, w1: Tensor, w2: Tensor, keep_hidden: bool, by: str = "triton") -> Tensor:
+    """x' and attention's result (N, C), w1 (4C, C), w2 (C, 4C), all in the compute dtype -> x'' (N, C).
+
+    by: what makes the MLP's products, as in kernels/mlp_choice.py.
+    """
+    found: Tensor = _Feed.apply(x, branch, w1, w2, keep_hidden, by)
     return found
 
 

@@ -5,13 +5,16 @@ With x (N, C), w1 (F, C), w2 (C, F), all contiguous and in one compute dtype:
     h = x w1^T        y = max(h, 0)^2        out = y w2^T
     dy = dout w2      dh = 2 max(h, 0) dy    dx = dh w1    dw1 = dh^T x    dw2 = dout^T y
 
-y comes out of the first product's epilogue and dh out of the product that makes dy: h and dy are never in memory.
+By Triton, y comes out of the first product's epilogue and dh out of the product that makes dy: h and dy are never in
+memory. By torch, each is a product of cuBLAS and one pass over it, in place: no more memory, but more traffic, and h and
+dy are rounded, as in plain PyTorch. Which is faster depends on the card and on C: kernels/mlp_choice.py measures it.
+
 Only y is kept for backward, because max(h, 0) = sqrt(y); rounding y and then taking its root costs half the error of
 rounding h. (In float16 a y below 2^-24 is lost, and with it the gradient of an h below 2^-12.) The squared ReLU is
 Primer's (So et al. 2021). The three plain products are torch's.
 
-On sm_90 and sm_100, operands come by TMA and each program works through several tiles; elsewhere, and where the sizes
-do not divide, by pointers.
+On sm_90 and sm_100, Triton's operands come by TMA and each program works through several tiles; elsewhere, and where
+the sizes do not divide, by pointers.
 """
 
 from __future__ import annotations
@@ -60,6 +63,7 @@ BACKWARD = {
     120: Tiles(128, 128, 32, warps=8, stages=4),
 }
 ODD = Tiles(64, 64, 32, warps=4, stages=2)  # for sizes that do not divide: larger tiles would spill on every card
+FLAT = 2048  # elements of a program that goes over a product of torch's
 
 
 @triton.jit
@@ -136,6 +140,23 @@ def _by_tma(
         OUT.store([row, column], acc.to(OUT.dtype))
 
 
+@triton.jit
+def _squared(H, size, ACC: tl.constexpr, BLOCK: tl.constexpr):
+    """H = max(H, 0)^2, in place."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    h = tl.maximum(tl.load(H + at, mask=at < size, other=0.0).to(ACC), 0.0)
+    tl.store(H + at, (h * h).to(H.dtype.element_ty), mask=at < size)
+
+
+@triton.jit
+def _times_root(D, Y, size, ACC: tl.constexpr, BLOCK: tl.constexpr):
+    """D *= 2 sqrt(Y), in place."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    d = tl.load(D + at, mask=at < size, other=0.0).to(ACC)
+    root = tl.sqrt(tl.load(Y + at, mask=at < size, other=0.0).to(ACC))
+    tl.store(D + at, (2 * root * d).to(D.dtype.element_ty), mask=at < size)
+
+
 def constants(tiles: Tiles) -> dict[str, Any]:
     """What a configuration fixes in the kernel's code."""
     return {"BLOCK_M": tiles.m, "BLOCK_N": tiles.n, "BLOCK_K": tiles.k, "GROUP": tiles.group}
@@ -144,10 +165,10 @@ def constants(tiles: Tiles) -> dict[str, Any]:
 def launch(a: Tensor, b: Tensor, y: Tensor | None, tiles: Tiles | None) -> Tensor:
     """Forward without y: (M, K), (N, K) -> (M, N). Backward with it: (M, K), (K, N), (M, N) -> (M, N).
 
-    Without tiles, in plain torch, and so in float32: for proofs, as nothing trains in that on a card.
+    Without tiles the product is torch's, and so in float32: for proofs, as nothing trains in that on a card.
     """
     if tiles is None or (a.dtype == torch.float32 and not interpreted()):  # no tile of it would fit
-        return (a @ b.T).relu_().square_() if y is None else (a @ b).mul_(y.sqrt()).mul_(2)
+        return pass_over(a @ b.T if y is None else a @ b, y)
     backward = y is not None
     M, K = a.shape
     N = b.shape[1] if backward else b.shape[0]
@@ -175,20 +196,41 @@ def launch(a: Tensor, b: Tensor, y: Tensor | None, tiles: Tiles | None) -> Tenso
     return out
 
 
+def pass_over(product: Tensor, y: Tensor | None) -> Tensor:
+    """What comes after the product, in place: max(h, 0)^2, or 2 sqrt(y) dy. Both (M, N), contiguous."""
+    if size := product.numel():
+        grid, acc = (triton.cdiv(size, FLAT),), tl.float64 if product.dtype == torch.float64 else tl.float32
+        if y is None:
+            _squared[grid](product, size, acc, FLAT)
+        else:
+            _times_root[grid](product, y, size, acc, FLAT)
+    return product
+
+
+def relu2(x: Tensor, w1: Tensor, by: str) -> Tensor:
+    """(N, C), (F, C) -> y (N, F). by: "triton" or "torch". Without gradients."""
+    return launch(x, w1, None, choose(FORWARD, x) if by == "triton" else None)
+
+
+def relu2_backward(dout: Tensor, w2: Tensor, y: Tensor, by: str) -> Tensor:
+    """(N, C), (C, F), (N, F) -> dh (N, F)."""
+    return launch(dout, w2, y, choose(BACKWARD, dout) if by == "triton" else None)
+
+
 @torch.library.custom_op("autoresearch::mlp", mutates_args=())
-def _mlp(x: Tensor, w1: Tensor, w2: Tensor, source: Tensor | None, add: bool) -> tuple[Tensor, Tensor]:
-    y = launch(x, w1, None, choose(FORWARD, x))
+def _mlp(x: Tensor, w1: Tensor, w2: Tensor, source: Tensor | None, add: bool, by: str) -> tuple[Tensor, Tensor]:
+    y = relu2(x, w1, by)
     return y @ w2.T if source is None or not add else torch.addmm(source, y, w2.T), y
 
 
 @_mlp.register_fake
-def _(x: Tensor, w1: Tensor, w2: Tensor, source: Tensor | None, add: bool) -> tuple[Tensor, Tensor]:
+def _(x: Tensor, w1: Tensor, w2: Tensor, source: Tensor | None, add: bool, by: str) -> tuple[Tensor, Tensor]:
     return x.new_empty(len(x), len(w2)), x.new_empty(len(x), len(w1))
 
 
 @torch.library.custom_op("autoresearch::mlp_backward", mutates_args=())
 def _mlp_backward(
-    dout: Tensor, x: Tensor, w1: Tensor, w2: Tensor, y: Tensor, again: bool
+    dout: Tensor, x: Tensor, w1: Tensor, w2: Tensor, y: Tensor, again: bool, by: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dx, dw1, dw2. again: x is what the MLP's input is the norm of.
 
@@ -196,43 +238,51 @@ def _mlp_backward(
     of the weights' gradients off when it sees them, and would keep dh and y of several layers for them.
     """
     dw2 = dout.T @ y
-    dh = launch(dout, w2, y, choose(BACKWARD, dout))
+    dh = relu2_backward(dout, w2, y, by)
     return dh @ w1, dh.T @ (normed(x, None, None, None, w1.dtype) if again else x), dw2
 
 
 @_mlp_backward.register_fake
-def _(dout: Tensor, x: Tensor, w1: Tensor, w2: Tensor, y: Tensor, again: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _(
+    dout: Tensor, x: Tensor, w1: Tensor, w2: Tensor, y: Tensor, again: bool, by: str
+) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty_like(dout), torch.empty_like(w1), torch.empty_like(w2)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, w1, w2, source, ctx.add = inputs
+    x, w1, w2, source, ctx.add, ctx.by = inputs
     ctx.again = source is not None
     ctx.save_for_backward(x if source is None else source, w1, w2, output[1])
 
 
 def _gradients(ctx: Any, dout: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-    return *_mlp_backward(dout.contiguous(), *ctx.saved_tensors, ctx.again), dout if ctx.add else None, None
+    found = _mlp_backward(dout.contiguous(), *ctx.saved_tensors, ctx.again, ctx.by)
+    return *found, dout if ctx.add else None, None, None
 
 
 _mlp.register_autograd(_gradients, setup_context=_keep)
 
 
-def mlp(x: Tensor, w1: Tensor, w2: Tensor, source: Tensor | None = None, add: bool = False) -> Tensor:
+def mlp(
+    x: Tensor, w1: Tensor, w2: Tensor, source: Tensor | None = None, add: bool = False, by: str = "triton"
+) -> Tensor:
     """(..., C) -> (..., C) through F hidden units. w1 (F, C), w2 (C, F); all bfloat16 or all float16.
 
     source: where x is the RMS norm of it, it is kept in the place of x, which the backward computes again.
     add: to the source, within the last product: source + max(x w1^T, 0)^2 w2^T.
+    by: what makes the two products with the squared ReLU beside them, "triton" or "torch".
 
     Proofs may have it all in float32, and the interpreter in float64.
     """
     found = {x.dtype, w1.dtype, w2.dtype} | ({source.dtype} if add and source is not None else set())
     if len(found) > 1 or not (x.dtype in (torch.bfloat16, torch.float16, torch.float32) or interpreted()):
         raise TypeError(f"mlp takes x, w1 and w2 all in bfloat16 or all in float16, not {found}")
+    if by not in ("triton", "torch"):
+        raise ValueError(f"mlp multiplies by triton or torch, not by {by!r}")
     if add and source is None:
         raise ValueError("mlp adds to its source, and got none")
     kept = None if source is None else (source if add else source.detach()).reshape(-1, x.shape[-1])
-    out, _ = _mlp(x.reshape(-1, x.shape[-1]).contiguous(), w1.contiguous(), w2.contiguous(), kept, add)
+    out, _ = _mlp(x.reshape(-1, x.shape[-1]).contiguous(), w1.contiguous(), w2.contiguous(), kept, add, by)
     return out.view(x.shape)
 
 

@@ -30,6 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from core.contract import Batches, Spec
+from kernels import mlp_choice
 from kernels.attention_choice import Case, Choice, settled
 from kernels.compiling import compiled
 from kernels.linear_relu2 import mlp
@@ -47,6 +48,7 @@ HEAD_DIM = 128  # search: 64 | 128; channels of one attention head
 WINDOW_PATTERN = "SSSL"  # search: L | SL | SSL | SSSL; per layer: L whole context, S short; the last is always L
 SHORT_WINDOW = 2  # search: 2..16 pow2; an S layer sees one part in so many of the context
 ATTENTION = "auto"  # the fastest here, or triton | fa3 | cudnn | flash | flex | reference
+MLP = "auto"  # the faster here, or triton | torch: the two products beside the squared ReLU
 
 TOTAL_BATCH_SIZE = 2**19  # search: 2**15..2**20 pow2; tokens of one optimizer step
 DEVICE_BATCH_SIZE = 128  # rows that go through the model at once, fewer where memory ends; they only cost memory
@@ -177,6 +179,9 @@ class GPT:
         self.windows = window_sizes(spec.sequence_len)
         self.cos, self.sin = rotations(spec.sequence_len, self.device)
         self.chosen = {window: self.choice(spec.sequence_len, window) for window in dict.fromkeys(self.windows)}
+        rows = max(1, min(DEVICE_BATCH_SIZE, TOTAL_BATCH_SIZE // spec.sequence_len))
+        products = mlp_choice.Case(rows * spec.sequence_len, self.dim, 4 * self.dim, self.dtype, self.device)
+        self.mlp = mlp_choice.settled(products, forced=None if MLP == "auto" else MLP)  # as with attention
 
     def choice(self, length: int, window: int) -> Choice:
         """What computes attention over this window: measured before the clock starts, the same in every process."""
@@ -207,8 +212,9 @@ class GPT:
             x, y = residual_norm(x, self.attention(w, y, of, i, tokens))
             up, down = (w[f"transformer.h.{i}.mlp.{n}.weight"].to(y.dtype) for n in ("c_fc", "c_proj"))
             if i < DEPTH - 1:
-                x = mlp(y, up, down, source=x, add=True)
-        return residual_norm(x, mlp(y, up, down, source=x))[1]  # the last state is read by its norm only
+                x = mlp(y, up, down, source=x, add=True, by=self.mlp.name)
+        last = mlp(y, up, down, source=x, by=self.mlp.name)
+        return residual_norm(x, last)[1]  # the last state is read by its norm only
 
     def logits(self, tokens: Tensor) -> Tensor:
         """(B, T) -> (B, T, V) float32 logits within -SOFTCAP..SOFTCAP."""
@@ -414,6 +420,7 @@ class CudaTraining:
             "rows_at_once": self.rows,
             "rows_reason": self.rows_reason,
             **attention,
+            "mlp": self.model.mlp.told,
         }
 
 
