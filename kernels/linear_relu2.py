@@ -6,8 +6,8 @@ With x (N, C), w1 (F, C), w2 (C, F), all contiguous and in one compute dtype:
     dy = dout w2      dh = 2 max(h, 0) dy    dx = dh w1    dw1 = dh^T x    dw2 = dout^T y
 
 By Triton, y comes out of the first product's epilogue and dh out of the product that makes dy: h and dy are never in
-memory. By torch, each is a product of cuBLAS and one pass over it, in place: no more memory, but more traffic, and h and
-dy are rounded, as in plain PyTorch. Which is faster depends on the card and on C: kernels/mlp_choice.py measures it.
+memory. By torch, each is a product of cuBLAS and one pass over it, in place: no more memory, but more traffic, and h
+and dy are rounded, as in plain PyTorch. Which is faster depends on card and C: kernels/mlp_choice.py measures it.
 
 Only y is kept for backward, because max(h, 0) = sqrt(y); rounding y and then taking its root costs half the error of
 rounding h. (In float16 a y below 2^-24 is lost, and with it the gradient of an h below 2^-12.) The squared ReLU is
