@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from kernels.attention_choice import HEAD_START
+from kernels.measured import HEAD_START
 
 
 def seconds(call: Callable[[], Any], device: torch.device) -> float:

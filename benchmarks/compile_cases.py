@@ -46,6 +46,18 @@ def mlp(target: int, dtype: str) -> Iterator[Case]:
                 yield Case(label, kernel, target, types | scale | sizes, constants | none, *at)
 
 
+def passes(target: int, dtype: str) -> Iterator[Case]:
+    """What goes over a product of torch's in the MLP: 16 bytes at once, or it would cost more than its traffic."""
+    constants = {**ACC, "BLOCK": linear_relu2.PART}
+    for name, kernel, arrays in (
+        ("forward", linear_relu2._squared, ("H",)),
+        ("backward", linear_relu2._times_root, ("D", "Y")),
+    ):
+        types = dict.fromkeys(arrays, f"*{dtype}") | {"R": "*fp32", "N": "i32"}
+        at = (WARPS, STAGES, ("N",), "ld.global.v4.b32")
+        yield Case(f"mlp pass {name} {dtype}", kernel, target, types, constants, *at)
+
+
 def loss(target: int, dtype: str) -> Iterator[Case]:
     """A row in registers at the usual vocabulary and at the widest, and one in blocks."""
     row = softcapped_loss.ROWS[target]
@@ -180,8 +192,9 @@ def cases(target: int) -> list[Case]:
     """All for one of `kernels.targets.TARGETS`."""
     narrow = "fp16" if target == 75 else "bf16"
     found = [*mlp(target, narrow), *loss(target, narrow), *norm(target, narrow), *optimizer(target, narrow)]
+    found += passes(target, narrow)
     if narrow == "bf16":
-        found += mlp(target, "fp16")
+        found += [*mlp(target, "fp16"), *passes(target, "fp16")]
     found += [*norm_again(target, narrow), *norm_again(target, "fp32"), *embeddings(target, narrow)]
     return found + list(norm(target, "fp32")) + list(attention(target))
 

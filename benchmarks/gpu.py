@@ -85,7 +85,7 @@ WHOLE = "stderr"  # of a section that failed: in the JSON only
 def run_section(name: str, order: Order, limit: float, caches: Path | None = None) -> Iterator[dict[str, Any]]:
     """The rows that the section's process prints, then one of how it ended where that was not well.
 
-    caches: where one section leaves to the next what it has compiled, and the choice of attention.
+    caches: where one section leaves to the next what it has compiled, and what was chosen by time.
     """
     given = os.environ.get("PYTHONPATH")  # where packages may lie that were brought along
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{given}" if given else str(ROOT)}

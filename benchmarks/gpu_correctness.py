@@ -35,7 +35,8 @@ def correctness(order: Order) -> Iterator[Row]:
             name = f"attention, heads of {head}, window {window} of {T}"
             yield attempt(name, partial(attention, name, order, dtype, window, head), dtype)
         checks: list[tuple[str, Callable[[str, Order, torch.dtype], Row]]] = [
-            ("mlp", mlp),
+            ("mlp", partial(mlp, by="triton")),
+            ("mlp, products of torch", partial(mlp, by="torch")),
             ("residual_norm", partial(residual_norm, scaled=True)),
             ("residual_norm, no scalars", partial(residual_norm, scaled=False)),
             ("softcapped_loss", softcapped_loss),
@@ -98,7 +99,7 @@ def attention(name: str, order: Order, dtype: torch.dtype, window: int, head: in
     return compare(name, found, wanted, dtype)
 
 
-def mlp(name: str, order: Order, dtype: torch.dtype) -> Row:
+def mlp(name: str, order: Order, dtype: torch.dtype, by: str) -> Row:
     from kernels import linear_relu2
 
     C, normal = order.dim, source(order)
@@ -108,7 +109,7 @@ def mlp(name: str, order: Order, dtype: torch.dtype) -> Row:
         normal(C, 4 * C, scale=C**-0.5, dtype=dtype),
     )
     dy = output_gradient(given[0])  # whose shape the output has
-    found = gradients(linear_relu2.mlp, given, dy=dy)
+    found = gradients(linear_relu2.mlp, given, by, dy=dy)
     return compare(name, found, references(linear_relu2.reference, given, dy=dy), dtype)
 
 

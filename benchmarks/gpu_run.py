@@ -43,7 +43,7 @@ def run(order: Order) -> Iterator[dict[str, Any]]:
     if dataset.vocab_size == SMALLEST_VOCABULARY:
         yield {"setting": "vocabulary", "value": "single bytes: rustbpe, which learns merges, is not installed"}
     for name, value in outcome.describe.items():
-        if name.startswith(("attention", "rows", "scored", "peak", "dtype")):
+        if name.startswith(("attention", "mlp", "rows", "scored", "peak", "dtype")):
             yield {"setting": name, "value": value}
 
 

@@ -12,10 +12,10 @@ import statistics
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import MappingProxyType, ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -95,16 +95,19 @@ def compiled(function: Callable[..., Any], order: Order) -> Callable[..., Any]:
     return torch.compile(function, dynamic=False) if order.device != "cpu" else function
 
 
-def sides(ours: tuple[str, Callable[[], Row]], peer: tuple[str, Callable[[], Row]]) -> Iterator[Row]:
-    """What both measured, each under its name, then how many times as long the peer takes. Where the card is too small
-    for ours, that is a failure; where it is for the peer, there is no ratio."""
-    found: list[Row] = []
-    for (name, measured), is_ours in ((ours, True), (peer, False)):
+Side = tuple[str, Callable[[], Row]]
+
+
+def sides(ours: Side, peer: Side, others: Sequence[Side] = ()) -> Iterator[Row]:
+    """What each measured, under its name, then how many times as long as ours the peer takes. Where the card is too
+    small for ours, or for others of ours, that is a failure; where it is for the peer, there is no ratio."""
+    found: dict[str, Row] = {}
+    for name, measured in (ours, *others, peer):
         row: Row = {"side": name}
         try:
-            with contextlib.nullcontext() if is_ours else of_a_reference():
+            with of_a_reference() if name == peer[0] else contextlib.nullcontext():
                 row |= measured()
-                found.append(row)
+                found[name] = row
         except NotMeasured as why:
             row |= {"not measured": str(why)}
         except RuntimeError as failure:
@@ -113,8 +116,8 @@ def sides(ours: tuple[str, Callable[[], Row]], peer: tuple[str, Callable[[], Row
             row |= {"failed": first_line(failure), "passed": False}
         yield row
         gc.collect()
-    if len(found) == 2:
-        mine, other = found
+    mine, other = (found.get(name) for name in (ours[0], peer[0]))
+    if mine and other:
         ratio: Row = {"side": "ratio", "speed": other["ms"] / mine["ms"]}
         yield ratio | ({"memory": mine["mib"] / other["mib"]} if other.get("mib") else {})
 
@@ -175,15 +178,25 @@ def attention(order: Order) -> Iterator[Row]:
 
 
 def mlp(order: Order) -> Iterator[Row]:
-    from kernels import linear_relu2
+    """The two products with the squared ReLU, by each that the recipe chooses from; then the whole of it."""
+    from kernels import linear_relu2, mlp_choice
 
     N, C = order.rows * order.context, order.dim
+    case = mlp_choice.Case(N, C, 4 * C, torch.bfloat16, torch.device(order.device))
+    choice = mlp_choice.choose(case)
+    mlp_choice.keep(case, choice)  # for the recipe of the next sections
+    for name, ms in choice.milliseconds.items():
+        flops = 2 * 2 * min(N, mlp_choice.TIMED_TOKENS) * C * 4 * C
+        yield {"products": name, "ms": ms, "tflops": flops / ms / 1e9}
+    yield {"products": choice.name, "chosen": choice.reason}
 
     def make() -> tuple[Tensor, ...]:
         shapes = ((N, C), (4 * C, C), (C, 4 * C))
         return tuple(torch.randn(s, device=order.device).mul_(0.05).to(torch.bfloat16) for s in shapes)
 
-    yield from against(order, linear_relu2.mlp, linear_relu2.reference, copies(make), 3 * 2 * 2 * N * C * 4 * C)
+    other = {"ours, products of torch": partial(linear_relu2.mlp, by="torch")}
+    flops = 3 * 2 * 2 * N * C * 4 * C
+    yield from against(order, linear_relu2.mlp, linear_relu2.reference, copies(make), flops, other)
 
 
 def head(order: Order) -> Iterator[Row]:
@@ -213,8 +226,9 @@ def against(
     plain: Callable[..., Tensor],
     inputs: list[tuple[Tensor, ...]],
     flops: int,
+    others: Mapping[str, Callable[..., Tensor]] = MappingProxyType({}),
 ) -> Iterator[Row]:
-    """Forward and backward of a kernel and of its peer: time, rate, and memory beyond the inputs."""
+    """Forward and backward of a kernel, of others of ours by name, and of its peer: time, rate, memory over inputs."""
     dy = output_gradient(ours(*inputs[0]))
 
     def measured(function: Callable[..., Tensor]) -> Row:
@@ -231,7 +245,8 @@ def against(
         return row | beyond
 
     peer = compiled(plain, order)
-    yield from sides(("ours", partial(measured, ours)), ("torch.compile", partial(measured, peer)))
+    more = [(name, partial(measured, function)) for name, function in others.items()]
+    yield from sides(("ours", partial(measured, ours)), ("torch.compile", partial(measured, peer)), more)
 
 
 def muon(order: Order) -> Iterator[Row]:
@@ -368,9 +383,9 @@ def our_steps(order: Order, **constants: Any) -> Iterator[Row]:
 
 
 def settings(described: Mapping[str, Any]) -> Iterator[Row]:
-    """What attention each window got and why, and how many rows go through the model at once."""
+    """What attention each window got, what the MLP, and why; how many rows go through the model at once."""
     for name, value in described.items():
-        if name.startswith(("attention over", "rows_")):
+        if name.startswith(("attention over", "mlp", "rows_")):
             yield {"setting": name, "value": value}
 
 

@@ -98,16 +98,17 @@ class OurMlp(torch.autograd.Function):
     """The recipes' MLP: of the hidden units only the squared ones are kept (kernels/linear_relu2.py)."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
-        y = portable.relu2(x, w1)
+    def forward(ctx: Any, x: Tensor, w1: Tensor, w2: Tensor, by: str) -> Tensor:
+        ctx.by = by
+        y = portable.relu2(x, w1, by=by)
         ctx.save_for_backward(x, w1, w2, y)
         return F.linear(y, w2)
 
     @staticmethod
-    def backward(ctx: Any, d: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+    def backward(ctx: Any, d: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, w1, w2, y = ctx.saved_tensors
-        dh = portable.relu2_backward(d, w2, y)
-        return dh @ w1, dh.T @ x, d.T @ y
+        dh = portable.relu2_backward(d, w2, y, by=ctx.by)
+        return dh @ w1, dh.T @ x, d.T @ y, None
 
 
 def _mlp(shape: Shape, clock: TorchClock, dtype: torch.dtype) -> Iterator[Case]:
@@ -120,7 +121,8 @@ def _mlp(shape: Shape, clock: TorchClock, dtype: torch.dtype) -> Iterator[Case]:
         return x, w1, w2, dy
 
     sides: dict[str, Callable[..., Tensor]] = {
-        ours_named(clock.device): lambda x, w1, w2: OurMlp.apply(x, w1, w2),
+        ours_named(clock.device): lambda x, w1, w2: OurMlp.apply(x, w1, w2, "triton"),
+        "recipe (products of torch)": lambda x, w1, w2: OurMlp.apply(x, w1, w2, "torch"),
         "torch.compile": compiled(plain_mlp, clock),
         "plain PyTorch": plain_mlp,
     }

@@ -113,11 +113,11 @@ def shorten(text: str, width: int) -> str:
 
 def computed_by(described: Mapping[str, Any]) -> dict[str, str]:
     """Of what a recipe says of itself, the kernels that compute it: {"kernels": "torch: triton is not installed"},
-    {"attention over 256": "triton: ..."}; empty for a backend that has no choice."""
+    {"attention over 256": "triton: ...", "mlp": "torch: ..."}; empty for a backend that has no choice."""
     return {
         name: said
         for name, said in described.items()
-        if (name == "kernels" or name.startswith("attention over")) and isinstance(said, str) and said
+        if (name in ("kernels", "mlp") or name.startswith("attention over")) and isinstance(said, str) and said
     }
 
 

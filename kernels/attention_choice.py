@@ -18,12 +18,8 @@ never left out.
 
 from __future__ import annotations
 
-import hashlib
-import importlib
-import json
 import logging
 import os
-import statistics
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,13 +30,14 @@ from torch import Tensor
 from kernels.attention_agreement import inputs, why_apart
 from kernels.attention_peers import PEERS, Attention, Case, block_mask
 from kernels.errors import out_of_memory
+from kernels.measured import caches as _caches
+from kernels.measured import digest, leave, median, read
+from kernels.measured import first_line as _first_line
+from kernels.measured import triton_version as _triton
 from kernels.tolerance import TOLERANCE
 
 __all__ = ["Attention", "Case", "Choice", "available", "block_mask", "choose", "inputs", "milliseconds", "settled"]
 
-REPEATS = 10  # timed runs after WARMUP; their median decides
-WARMUP = 3
-HEAD_START = 100_000_000  # cycles of the card (about 50 ms) in which Python launches all that is timed
 TIMED_ROWS = 16  # at most, when a recipe asks: times grow with the rows, their order does not change
 PATIENCE = 15.0  # seconds of a recipe's warm-up for those that compile; Triton, the recipe's own compiler, is extra
 _log = logging.getLogger(__name__)
@@ -151,10 +148,6 @@ def _reasons(refused: dict[str, str]) -> str:
     return "; ".join(f"{name}: {why}" for name, why in refused.items())
 
 
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), "")[:200]
-
-
 # --- one choice for all processes of an experiment ----------------------------------------------
 
 
@@ -181,14 +174,7 @@ def keep(case: Case, choice: Choice, folder: Path | None = None) -> None:
     """Leave what was measured where `settled` looks for it."""
     folder = folder or _caches()
     if folder and choice.milliseconds:
-        folder.mkdir(parents=True, exist_ok=True)
-        found = {"name": choice.name, "milliseconds": choice.milliseconds, "reason": choice.reason}
-        (folder / _file(case)).write_text(json.dumps(found), encoding="utf-8")
-
-
-def _caches() -> Path | None:
-    place = os.environ.get("XDG_CACHE_HOME")
-    return Path(place) if place else None
+        leave(folder / _file(case), choice.name, choice.milliseconds, choice.reason)
 
 
 def _file(case: Case) -> str:
@@ -204,25 +190,13 @@ def key(case: Case) -> str:
     ours = os.environ.get("TORCH_COMPILE_CACHE_KEY_TAG", "")  # children have it: of these kernels' code
     versions = [torch.__version__, _triton(), ours, sorted(TOLERANCE.items())]
     parts = [case.length, case.heads, case.key_heads, case.head, case.window, case.dtype, card, able, versions]
-    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
-
-
-def _triton() -> str:
-    try:
-        return str(importlib.import_module("triton").__version__)
-    except ImportError:
-        return ""
+    return digest(*parts)
 
 
 def _read(file: Path, why_not: dict[str, str]) -> tuple[str, dict[str, float], str] | None:
-    """Name, times and reason of what was measured before; None where nothing is there, or nothing that still holds."""
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-        name, times = str(found["name"]), {str(n): float(ms) for n, ms in found["milliseconds"].items()}
-        reason = str(found["reason"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return None
-    return (name, times, reason) if name in times and why_not.get(name) == "" else None
+    """What was measured before; None where nothing is there, or nothing that still holds."""
+    found = read(file)
+    return found if found is not None and why_not.get(found[0]) == "" else None
 
 
 # --- measuring --------------------------------------------------------------------------------
@@ -232,16 +206,9 @@ def milliseconds(run: Attention, case: Case) -> float:
     """Median time of a forward and backward on the device, norm and RoPE included."""
     q, k, v, cos, sin = inputs(case)
     dy = torch.randn_like(q)
-    marks = []
-    for i in range(WARMUP + REPEATS):
-        if i == WARMUP:  # the host gets ahead, as in a training: the card is timed, not Python
-            torch.cuda.synchronize(case.device)
-            torch.cuda._sleep(HEAD_START)
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
+
+    def both() -> None:
         y = run(q, k, v, cos, sin, case.window)
         torch.autograd.grad(y, (q, k, v), dy)
-        end.record()
-        marks.append((start, end))
-    torch.cuda.synchronize(case.device)
-    return statistics.median(start.elapsed_time(end) for start, end in marks[WARMUP:])
+
+    return median(both, case.device)

@@ -123,15 +123,15 @@ def project(
 
 
 @torch.library.custom_op("autoresearch::feed", mutates_args=())
-def _feed(x: Tensor, branch: Tensor, w1: Tensor, w2: Tensor, keep_hidden: bool) -> Four:
+def _feed(x: Tensor, branch: Tensor, w1: Tensor, w2: Tensor, keep_hidden: bool, by: str) -> Four:
     """x'', z, r, y; y is empty where it is not kept."""
     z, r = portable.sum_and_scale(x, branch)
-    y = portable.relu2(z, w1, r)
+    y = portable.relu2(z, w1, r, by)
     return torch.addmm(z, y, w2.T), z, r, y if keep_hidden else y.new_empty(0)
 
 
 @_feed.register_fake
-def _(x: Tensor, branch: Tensor, w1: Tensor, w2: Tensor, keep_hidden: bool) -> Four:
+def _(x: Tensor, branch: Tensor, w1: Tensor, w2: Tensor, keep_hidden: bool, by: str) -> Four:
     r = x.new_empty(len(x), dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
     hidden = x.new_empty((len(x), len(w1)) if keep_hidden else (0,))
     return torch.empty_like(x), torch.empty_like(x), r, hidden
@@ -139,43 +139,46 @@ def _(x: Tensor, branch: Tensor, w1: Tensor, w2: Tensor, keep_hidden: bool) -> F
 
 @torch.library.custom_op("autoresearch::feed_backward", mutates_args=())
 def _feed_backward(
-    d: Tensor, z: Tensor, r: Tensor, y: Tensor, w1: Tensor, w2: Tensor, keep_hidden: bool
+    d: Tensor, z: Tensor, r: Tensor, y: Tensor, w1: Tensor, w2: Tensor, keep_hidden: bool, by: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dx, which is the branch's too, dw1, dw2."""
     if not keep_hidden:
-        y = portable.relu2(z, w1, r)
+        y = portable.relu2(z, w1, r, by)
     dw2 = d.T @ y
-    rdh = portable.relu2_backward(d, w2, y, r)
+    rdh = portable.relu2_backward(d, w2, y, r, by)
     del y
     return portable.scaled_backward(d, rdh @ w1, z), rdh.T @ z, dw2
 
 
 @_feed_backward.register_fake
 def _(
-    d: Tensor, z: Tensor, r: Tensor, y: Tensor, w1: Tensor, w2: Tensor, keep_hidden: bool
+    d: Tensor, z: Tensor, r: Tensor, y: Tensor, w1: Tensor, w2: Tensor, keep_hidden: bool, by: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty_like(z), torch.empty_like(w1), torch.empty_like(w2)
 
 
 class _Feed(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, branch: Tensor, w1: Tensor, w2: Tensor, keep_hidden: bool) -> Tensor:
-        out, *kept = _feed(x, branch, w1, w2, keep_hidden)
-        ctx.keep_hidden = keep_hidden
+    def forward(ctx: Any, x: Tensor, branch: Tensor, w1: Tensor, w2: Tensor, keep_hidden: bool, by: str) -> Tensor:
+        out, *kept = _feed(x, branch, w1, w2, keep_hidden, by)
+        ctx.keep_hidden, ctx.by = keep_hidden, by
         ctx.save_for_backward(*kept, w1, w2)
         found: Tensor = out
         return found
 
     @staticmethod
     def backward(ctx: Any, d: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        dx, dw1, dw2 = _feed_backward(d.contiguous(), *ctx.saved_tensors, ctx.keep_hidden)
-        return dx, dx, dw1, dw2, None
+        dx, dw1, dw2 = _feed_backward(d.contiguous(), *ctx.saved_tensors, ctx.keep_hidden, ctx.by)
+        return dx, dx, dw1, dw2, None, None
 
 
-def feed(x: Tensor, branch: Tensor, w1: Tensor, w2: Tensor, keep_hidden: bool = True) -> Tensor:
-    """x' and attention's result (..., C), w1 (4C, C), w2 (C, 4C), all in the compute dtype -> x'' (..., C)."""
+def feed(x: Tensor, branch: Tensor, w1: Tensor, w2: Tensor, keep_hidden: bool = True, by: str = "triton") -> Tensor:
+    """x' and attention's result (..., C), w1 (4C, C), w2 (C, 4C), all in the compute dtype -> x'' (..., C).
+
+    by: what makes the two products beside the squared ReLU, as in kernels/mlp_choice.py.
+    """
     rows, added = (t.reshape(-1, t.shape[-1]) for t in (x, branch))
-    found: Tensor = _Feed.apply(rows, added, w1, w2, keep_hidden)
+    found: Tensor = _Feed.apply(rows, added, w1, w2, keep_hidden, by)
     return found.view(x.shape)
 
 

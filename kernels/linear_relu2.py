@@ -5,7 +5,10 @@ With x (N, C), w1 (F, C), w2 (C, F), all contiguous and in one compute dtype:
     h = x w1^T        y = max(h, 0)^2        out = y w2^T
     dy = dout w2      dh = 2 max(h, 0) dy    dx = dh w1    dw1 = dh^T x    dw2 = dout^T y
 
-y comes out of the first product's epilogue and dh out of the product that makes dy: h and dy are never in memory.
+By Triton, y comes out of the first product's epilogue and dh out of the product that makes dy: h and dy are never in
+memory. By torch, each is a product of cuBLAS and one pass over it, in place: no more memory, but more traffic, and h
+and dy are rounded, as in plain PyTorch. Which is faster depends on card and C: kernels/mlp_choice.py measures it.
+
 Only y is kept for backward, because max(h, 0) = sqrt(y); rounding y and then taking its root costs half the error of
 rounding h. (In float16 a y below 2^-24 is lost, and with it the gradient of an h below 2^-12.) The squared ReLU is
 Primer's (So et al. 2021). The three plain products are torch's.
@@ -13,8 +16,8 @@ Primer's (So et al. 2021). The three plain products are torch's.
 Of x = r z, a norm with its scale r (N, 1), the kernels take z and r: h = r (z w1^T), and with r dh in the place of dh
 they give r dx and dw1 = (r dh)^T z, so that a norm need not be in memory (kernels/lean.py).
 
-On sm_90 and sm_100, operands come by TMA and each program works through several tiles; elsewhere, and where the sizes
-do not divide, by pointers.
+On sm_90 and sm_100, Triton's operands come by TMA and each program works through several tiles; elsewhere, and where
+the sizes do not divide, by pointers.
 """
 
 from __future__ import annotations
@@ -28,10 +31,9 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from kernels import plain
 from kernels.targets import choose, dot, interpreted, processors
 
-Tensors = tuple[Tensor, Tensor, Tensor]
+Three = tuple[Tensor, Tensor, Tensor]
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,7 @@ BACKWARD = {
     120: Tiles(128, 128, 32, warps=8, stages=4),
 }
 ODD = Tiles(64, 64, 32, warps=4, stages=2)  # for sizes that do not divide: larger tiles would spill on every card
+PART = 2048  # hidden units of a row that a program takes which goes over a product of torch's
 
 
 @triton.jit
@@ -147,6 +150,29 @@ def _by_tma(
         OUT.store([row, column], acc.to(OUT.dtype))
 
 
+@triton.jit
+def _squared(H, R, N, ACC: tl.constexpr, BLOCK: tl.constexpr):
+    """H (M, N) = max(r H, 0)^2, in place; R (M,) or none. A program takes a part of a row."""
+    row, column = tl.program_id(0), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    at = row.to(tl.int64) * N + column
+    h = tl.maximum(tl.load(H + at, mask=column < N, other=0.0).to(ACC), 0.0)
+    if R is not None:
+        h *= tl.load(R + row)
+    tl.store(H + at, (h * h).to(H.dtype.element_ty), mask=column < N)
+
+
+@triton.jit
+def _times_root(D, Y, R, N, ACC: tl.constexpr, BLOCK: tl.constexpr):
+    """D (M, N) *= 2 r sqrt(Y), in place."""
+    row, column = tl.program_id(0), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    at = row.to(tl.int64) * N + column
+    d = tl.load(D + at, mask=column < N, other=0.0).to(ACC)
+    d *= 2 * tl.sqrt(tl.load(Y + at, mask=column < N, other=0.0).to(ACC))
+    if R is not None:
+        d *= tl.load(R + row)
+    tl.store(D + at, d.to(D.dtype.element_ty), mask=column < N)
+
+
 def constants(tiles: Tiles) -> dict[str, Any]:
     """What a configuration fixes in the kernel's code."""
     return {"BLOCK_M": tiles.m, "BLOCK_N": tiles.n, "BLOCK_K": tiles.k, "GROUP": tiles.group}
@@ -155,10 +181,10 @@ def constants(tiles: Tiles) -> dict[str, Any]:
 def launch(a: Tensor, b: Tensor, y: Tensor | None, tiles: Tiles | None, r: Tensor | None = None) -> Tensor:
     """Forward without y: (M, K), (N, K) -> (M, N). Backward with it: (M, K), (K, N), (M, N) -> (M, N). r (M,) or none.
 
-    Without tiles, in plain torch, and so in float32: for proofs, as nothing trains in that on a card.
+    Without tiles the product is torch's, and so in float32: for proofs, as nothing trains in that on a card.
     """
     if tiles is None or (a.dtype == torch.float32 and not interpreted()):  # no tile of it would fit
-        return plain.relu2(a, b, r) if y is None else plain.relu2_backward(a, b, y, r)
+        return pass_over(a @ b.T if y is None else a @ b, y, r)
     backward = y is not None
     M, K = a.shape
     N = b.shape[1] if backward else b.shape[0]
@@ -186,44 +212,68 @@ def launch(a: Tensor, b: Tensor, y: Tensor | None, tiles: Tiles | None, r: Tenso
     return out
 
 
+def pass_over(product: Tensor, y: Tensor | None, r: Tensor | None) -> Tensor:
+    """What comes after the product, in place: max(r h, 0)^2, or 2 r sqrt(y) dy. Both (M, N), contiguous; r (M,)."""
+    if product.numel():
+        M, N = product.shape
+        grid, acc = (M, triton.cdiv(N, PART)), tl.float64 if product.dtype == torch.float64 else tl.float32
+        if y is None:
+            _squared[grid](product, r, N, acc, PART)
+        else:
+            _times_root[grid](product, y, r, N, acc, PART)
+    return product
+
+
+def relu2(x: Tensor, w1: Tensor, by: str, r: Tensor | None = None) -> Tensor:
+    """(N, C), (F, C), r (N,) or none -> y (N, F). by: "triton" or "torch". Without gradients."""
+    return launch(x, w1, None, choose(FORWARD, x) if by == "triton" else None, r)
+
+
+def relu2_backward(dout: Tensor, w2: Tensor, y: Tensor, by: str, r: Tensor | None = None) -> Tensor:
+    """(N, C), (C, F), (N, F), r (N,) or none -> dh, or r dh, (N, F)."""
+    return launch(dout, w2, y, choose(BACKWARD, dout) if by == "triton" else None, r)
+
+
 @torch.library.custom_op("autoresearch::mlp", mutates_args=())
-def _mlp(x: Tensor, w1: Tensor, w2: Tensor) -> tuple[Tensor, Tensor]:
-    y = launch(x, w1, None, choose(FORWARD, x))
+def _mlp(x: Tensor, w1: Tensor, w2: Tensor, by: str) -> tuple[Tensor, Tensor]:
+    y = relu2(x, w1, by)
     return y @ w2.T, y
 
 
 @_mlp.register_fake
-def _(x: Tensor, w1: Tensor, w2: Tensor) -> tuple[Tensor, Tensor]:
+def _(x: Tensor, w1: Tensor, w2: Tensor, by: str) -> tuple[Tensor, Tensor]:
     return x.new_empty(len(x), len(w2)), x.new_empty(len(x), len(w1))
 
 
 @torch.library.custom_op("autoresearch::mlp_backward", mutates_args=())
-def _mlp_backward(dout: Tensor, x: Tensor, w1: Tensor, w2: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _mlp_backward(dout: Tensor, x: Tensor, w1: Tensor, w2: Tensor, y: Tensor, by: str) -> Three:
     """dx, dw1, dw2; one operation, as in kernels/lean.py."""
     dw2 = dout.T @ y
-    dh = launch(dout, w2, y, choose(BACKWARD, dout))
+    dh = relu2_backward(dout, w2, y, by)
     return dh @ w1, dh.T @ x, dw2
 
 
 @_mlp_backward.register_fake
-def _(dout: Tensor, x: Tensor, w1: Tensor, w2: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _(dout: Tensor, x: Tensor, w1: Tensor, w2: Tensor, y: Tensor, by: str) -> Three:
     return torch.empty_like(dout), torch.empty_like(w1), torch.empty_like(w2)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*inputs, output[1])
+    *given, ctx.by = inputs
+    ctx.save_for_backward(*given, output[1])
 
 
-def _gradients(ctx: Any, dout: Tensor, _: Any) -> Tensors:
-    found: Tensors = _mlp_backward(dout.contiguous(), *ctx.saved_tensors)
-    return found
+def _gradients(ctx: Any, dout: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+    return *_mlp_backward(dout.contiguous(), *ctx.saved_tensors, ctx.by), None
 
 
 _mlp.register_autograd(_gradients, setup_context=_keep)
 
 
-def mlp(x: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
+def mlp(x: Tensor, w1: Tensor, w2: Tensor, by: str = "triton") -> Tensor:
     """(..., C) -> (..., C) through F hidden units. w1 (F, C), w2 (C, F); all bfloat16 or all float16.
+
+    by: what makes the two products with the squared ReLU beside them, "triton" or "torch".
 
     Within a layer kernels/lean.py has it, with the norm before it and the sum behind it.
     Proofs may have it all in float32, and the interpreter in float64.
@@ -231,7 +281,9 @@ def mlp(x: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
     found = {x.dtype, w1.dtype, w2.dtype}
     if len(found) > 1 or not (x.dtype in (torch.bfloat16, torch.float16, torch.float32) or interpreted()):
         raise TypeError(f"mlp takes x, w1 and w2 all in bfloat16 or all in float16, not {found}")
-    out, _ = _mlp(x.reshape(-1, x.shape[-1]).contiguous(), w1.contiguous(), w2.contiguous())
+    if by not in ("triton", "torch"):
+        raise ValueError(f"mlp multiplies by triton or torch, not by {by!r}")
+    out, _ = _mlp(x.reshape(-1, x.shape[-1]).contiguous(), w1.contiguous(), w2.contiguous(), by)
     return out.view(x.shape)
 
 

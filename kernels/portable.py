@@ -171,24 +171,23 @@ def add_gated_backward(dv: Tensor, gates: Tensor, table: Tensor, tokens: Tensor)
     return by_triton(dv, gates, table, tokens)
 
 
-def relu2(x: Tensor, w: Tensor, r: Tensor | None = None) -> Tensor:
-    """(N, C), (F, C), r (N,) or none -> max(r x w^T, 0)^2, (N, F)."""
-    if not products(x.device):
+def relu2(x: Tensor, w: Tensor, r: Tensor | None = None, by: str = "triton") -> Tensor:
+    """(N, C), (F, C), r (N,) or none -> max(r x w^T, 0)^2, (N, F). by: "torch" for its product and one pass over it,
+    also where Triton has products (kernels/mlp_choice.py)."""
+    if not fused(x.device):
         return plain.relu2(x, w, r)
-    from kernels.linear_relu2 import FORWARD, launch
-    from kernels.targets import choose
+    from kernels.linear_relu2 import relu2 as on_card
 
-    return launch(x, w, None, choose(FORWARD, x), r)
+    return on_card(x, w, by if products(x.device) else "torch", r)
 
 
-def relu2_backward(d: Tensor, w2: Tensor, y: Tensor, r: Tensor | None = None) -> Tensor:
+def relu2_backward(d: Tensor, w2: Tensor, y: Tensor, r: Tensor | None = None, by: str = "triton") -> Tensor:
     """(N, C), (C, F), y (N, F) of `relu2` -> r times the gradient before the square, 2 r sqrt(y) (d w2), (N, F)."""
-    if not products(d.device):
+    if not fused(d.device):
         return plain.relu2_backward(d, w2, y, r)
-    from kernels.linear_relu2 import BACKWARD, launch
-    from kernels.targets import choose
+    from kernels.linear_relu2 import relu2_backward as on_card
 
-    return launch(d, w2, y, choose(BACKWARD, d), r)
+    return on_card(d, w2, y, by if products(d.device) else "torch", r)
 
 
 def softcapped_loss(x: Tensor, head: Tensor, targets: Tensor, cap: float) -> Tensor:

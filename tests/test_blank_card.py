@@ -196,10 +196,16 @@ def test_it_is_built_once_and_says_what_it_lacks(monkeypatch):
 # --- the cuda recipe on a blank H100 --------------------------------------------------------------
 
 
+@pytest.fixture(scope="module", params=["triton", "torch"])
+def by(request):
+    """What multiplies in the MLP."""
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def cuda(caches):
+def cuda(caches, by):
     """What tests/blank_cuda.py tells: kind -> rows."""
-    rows = told(CARDS["h100"], caches, "blank_cuda.py")
+    rows = told(CARDS["h100"], caches, "blank_cuda.py", "all", by)
     return {kind: [row for row in rows if row["what"] == kind] for kind in ("first", "second", "step")}
 
 
@@ -214,14 +220,14 @@ def test_the_recipe_is_one_graph_and_a_second_build_compiles_nothing(cuda):
 
 
 @pytest.mark.slow
-def test_the_next_experiment_finds_all_that_was_compiled_in_its_copy_of_the_caches(cuda, caches, tmp_path):
+def test_the_next_experiment_finds_all_that_was_compiled_in_its_copy_of_the_caches(cuda, by, caches, tmp_path):
     """The graph, and every kernel that is launched by itself: where they were made nothing is left to be read."""
     mine, gone = tmp_path / "mine", tmp_path / "gone"
     compile_caches.copy(caches, mine)
     before = {file.relative_to(mine) for file in mine.rglob("*.cubin")}
     caches.rename(gone)
     try:
-        (first,) = told(CARDS["h100"], mine, "blank_cuda.py", "first")
+        (first,) = told(CARDS["h100"], mine, "blank_cuda.py", "first", by)
     finally:
         gone.rename(caches)
     assert 20 < first["binaries"] <= cuda["first"][0]["binaries"]  # of several that were timed the best one only
@@ -231,9 +237,9 @@ def test_the_next_experiment_finds_all_that_was_compiled_in_its_copy_of_the_cach
 
 @pytest.mark.slow
 def test_the_next_experiment_finds_its_graph_with_torchs_attention_too(caches, tmp_path):
-    (made,) = told(CARDS["h100"], caches, "blank_cuda.py", "first", "flash")
+    (made,) = told(CARDS["h100"], caches, "blank_cuda.py", "first", "triton", "flash")
     compile_caches.copy(caches, tmp_path)
-    (found,) = told(CARDS["h100"], tmp_path, "blank_cuda.py", "first", "flash")
+    (found,) = told(CARDS["h100"], tmp_path, "blank_cuda.py", "first", "triton", "flash")
     assert (made["graphs hit"], made["graphs bypass"]) == (0, 0) and made["graphs miss"] > 0
     assert (found["graphs hit"], found["graphs miss"], found["graphs bypass"]) == (made["graphs miss"], 0, 0)
 
@@ -271,12 +277,18 @@ def test_a_step_never_waits_for_the_card(cuda):
 
 
 @pytest.mark.slow
-def test_every_launch_is_one_that_a_card_takes(cuda):
+def test_every_launch_is_one_that_a_card_takes(cuda, by):
     for row in cuda["step"]:
         assert row["invalid"] == {} and row["absent"] == {}
         assert sum(row["launches"].values()) < 1000
         for kernel in ("forward_kernel", "backward_kernel", "_chunk"):  # attention and the head with the loss
             assert row["launches"][kernel] > 0
+        passes = {name: row["launches"].get(name, 0) for name in ("_by_tma", "_squared", "_times_root")}
+        eight = row["launches"]["forward_kernel"]  # one in each layer of each part of the rows
+        assert passes == (
+            {"_by_tma": 2 * eight, "_squared": 0, "_times_root": 0} if by == "triton"
+            else {"_by_tma": 0, "_squared": eight, "_times_root": eight}
+        )  # fmt: skip
 
 
 @pytest.mark.slow
@@ -288,8 +300,8 @@ def test_the_peak_of_a_step_is_within_the_goal(cuda):
 # --- the rtx recipe on blank cards of gamers --------------------------------------------------------
 
 
-def case(depth, ratio, batch, rows, how, vocab=4096, context=512, dtype="bfloat16"):
-    constants = {"DEPTH": depth, "ASPECT_RATIO": ratio, "HEAD_DIM": 64, "TOTAL_BATCH_SIZE": batch}
+def case(depth, ratio, batch, rows, how, vocab=4096, context=512, dtype="bfloat16", by="triton"):
+    constants = {"DEPTH": depth, "ASPECT_RATIO": ratio, "HEAD_DIM": 64, "TOTAL_BATCH_SIZE": batch, "MLP": by}
     return [{**constants, "DEVICE_BATCH_SIZE": rows, "RECOMPUTE": how}, vocab, context, dtype]
 
 
@@ -300,7 +312,10 @@ CASES = [
     case(12, 64, 2**15, 16, "hidden"),
     case(4, 64, 2**14, 16, "nothing", vocab=8192, context=1024),
     case(6, 64, 2**14, 4, "layer"),
+    case(8, 48, 2**14, 8, "nothing", by="torch"),
+    case(8, 48, 2**14, 32, "hidden", by="torch"),
 ]
+CHOSEN = [case(8, 48, 2**14, 8, "nothing", by="auto")] * 2
 
 
 def predicted(constants, vocab, context, found, fused):
@@ -320,7 +335,7 @@ def ada(caches):
     profile = profile_of(CARDS["4060"])
     assert profile.name == "rtx-8"
     own = [dict(profile.constants), profile.vocab_size, profile.sequence_len, "bfloat16"]
-    return own, told(CARDS["4060"], caches, "blank_rtx.py", json.dumps([own, TOO_MUCH, *CASES]))
+    return own, told(CARDS["4060"], caches, "blank_rtx.py", json.dumps([own, TOO_MUCH, *CASES, *CHOSEN]))
 
 
 TOO_MUCH = case(8, 48, 2**17, 256, "nothing")
@@ -348,21 +363,32 @@ def test_a_step_that_does_not_fit_is_done_with_fewer_rows(ada):
 @pytest.mark.slow
 @pytest.mark.parametrize("i", range(len(CASES)))
 def test_the_memory_model_is_within_a_tenth_of_the_allocator(ada, i):
-    found = ada[1][2 + i]
+    found, by = ada[1][2 + i], CASES[i][0]["MLP"]
+    assert found["mlp"] == f"{by}: forced" and ("_squared" in found["launches"]) == (by == "torch")
     assert found["out of memory"] == 0
     assert found["peak"] == pytest.approx(predicted(*CASES[i][:3], found, True), rel=0.1)
 
 
 @pytest.mark.slow
+def test_what_multiplies_in_the_mlp_is_timed_once_and_costs_no_memory(ada):
+    """Times mean nothing here: which of the two it is may differ from run to run, and not from build to build."""
+    first, again = ada[1][-2:]
+    assert "ms forward and backward; " in first["mlp"] and again["mlp"] == f"{first['mlp']} (as measured before)"
+    assert first["out of memory"] == again["out of memory"] == 0 and first["waits"] == {}
+    assert first["peak"] == again["peak"] == pytest.approx(predicted(*CHOSEN[0][:3], first, True), rel=0.1)
+
+
+@pytest.mark.slow
 def test_turing_takes_torch_for_products_and_float16(caches):
     """An sm_75 runs Triton's norms and loss, and neither its attention nor its MLP."""
-    cases = [case(8, 48, 2**14, 32, how, dtype="float16") for how in ("nothing", "hidden", "layer")]
+    cases = [case(8, 48, 2**14, 32, how, dtype="float16", by="auto") for how in ("nothing", "hidden", "layer")]
     for (constants, vocab, context, _), found in zip(
         cases, told(CARDS["2080ti"], caches, "blank_rtx.py", json.dumps(cases)), strict=True
     ):
         assert found["kernels"].startswith("triton for norms and loss, torch for products")
         assert found["waits"] == {} and found["invalid"] == {} and found["absent"] == {}
-        assert "forward_kernel" not in found["launches"]
+        assert "forward_kernel" not in found["launches"] and "_by_pointers" not in found["launches"]
+        assert found["mlp"].startswith("torch: triton for norms and loss, torch for products: sm_75")
         assert found["peak"] == pytest.approx(predicted(constants, vocab, context, found, False), rel=0.1)
 
 

@@ -258,11 +258,13 @@ def test_what_computed_an_experiment_is_among_its_facts() -> None:
     """A night on the slow way of plain PyTorch can be seen by `show` and on the page."""
     described = {
         "depth": 4, "kernels": "torch: triton failed when tried: RuntimeError: no C compiler",
+        "mlp": "torch: 0.2 ms",
         "attention over 256": "triton: 0.3 ms, the fastest of 3", "attention over 2048": "", "attention_span": "x",
     }  # fmt: skip
     row = a_row(1, "keep", 1.85, None, outcome={**OUTCOME, "describe": described})
     told = dict(page.facts(row))
     assert told["kernels"] == described["kernels"] and told["attention over 256"] == described["attention over 256"]
+    assert told["mlp"] == described["mlp"]
     assert not {"attention over 2048", "attention_span", "depth"} & set(told)
     screen = output.Screen()
     assert any("triton failed when tried" in line for line in tables.card(row, SCALE, screen))

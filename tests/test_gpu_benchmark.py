@@ -36,7 +36,11 @@ def test_all_sections_run_small_and_write_what_they_found(tmp_path):
     assert [process.returncode for process in started] == [0, 0], "\n".join(said)
     rows = [r for name in parts for r in json.loads((tmp_path / name / "results.json").read_text())["rows"]]
     assert {row["section"] for row in rows} == LIMITS.keys() - {"upstream"}
-    assert len([row for row in rows if row.get("passed")]) == 25
+    assert len([row for row in rows if row.get("passed")]) == 27
+    sides = [row["side"] for row in rows if row["section"] == "mlp" and "side" in row]
+    assert sides == ["ours", "ours, products of torch", "torch.compile", "ratio"]
+    (chosen,) = [row for row in rows if row["section"] == "mlp" and "chosen" in row]
+    assert chosen["products"] == "triton" and "interpreted" in chosen["chosen"], "there is no card to time them on"
     stacks = [row for row in rows if "plain reference" in row]
     assert len(stacks) == 6 and all(row["kernel"].startswith("muon") for row in stacks)
     assert [row["side"] for row in rows if row["section"] == "rtx"] == ["ours", "peer", "ratio"]
@@ -235,7 +239,9 @@ def test_a_step_tells_its_settings_with_its_first_row_and_what_the_loader_takes(
     monkeypatch.setattr(gpu_sections, "steps", lambda order, one: iter([{"ms": 8.0}, {"ms": 10.0}]))
     first, *told, last, loader = gpu_sections.step(order)
     assert (first, last) == ({"ms": 8.0}, {"ms": 10.0})
-    assert [row["setting"] for row in told] == ["rows_at_once", "rows_reason", "attention over 32", "attention over 64"]
+    assert [row["setting"] for row in told] == [
+        "rows_at_once", "rows_reason", "attention over 32", "attention over 64", "mlp",
+    ]  # fmt: skip
     assert loader["loader_batches"] == 50 and loader["loader_seconds"] > 0
     assert loader["loader_share"] == pytest.approx(loader["loader_seconds"] / 50 * 1e3 / 10.0)
 
@@ -246,6 +252,18 @@ def test_attention_is_told_beside_tritons(monkeypatch):
     monkeypatch.setattr("kernels.attention_choice.keep", lambda *_: None)
     times = [row["times triton's"] for row in gpu_sections.attention(SMOKE) if "ms" in row]
     assert times == [1.0, 1.5] * 3, "per window and peer"
+
+
+def test_the_mlp_is_told_by_each_that_it_was_timed_with_and_kept_for_the_next_sections(monkeypatch):
+    choice, kept = SimpleNamespace(milliseconds={"torch": 1.0, "triton": 2.0}, name="torch", reason="faster"), []
+    monkeypatch.setattr("kernels.mlp_choice.choose", lambda case: choice)
+    monkeypatch.setattr("kernels.mlp_choice.keep", lambda case, found: kept.append((case, found)))
+    monkeypatch.setattr(gpu_sections, "against", lambda *given: iter(()))
+    *timed, chosen = gpu_sections.mlp(SMOKE)
+    assert [(row["products"], row["ms"]) for row in timed] == [("torch", 1.0), ("triton", 2.0)]
+    assert timed[0]["tflops"] == 2 * timed[1]["tflops"]
+    assert chosen == {"products": "torch", "chosen": "faster"}
+    assert kept[0][1] is choice and kept[0][0].hidden == 4 * SMOKE.dim
 
 
 def test_tolerances_are_those_of_the_bench():

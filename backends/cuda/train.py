@@ -30,6 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from core.contract import Batches, Spec
+from kernels import mlp_choice
 from kernels.attention_choice import Case, Choice, settled
 from kernels.compiling import compiled
 from kernels.lean import feed, last_norm, project
@@ -46,6 +47,7 @@ HEAD_DIM = 128  # search: 64 | 128; channels of one attention head
 WINDOW_PATTERN = "SSSL"  # search: L | SL | SSL | SSSL; per layer: L whole context, S short; the last is always L
 SHORT_WINDOW = 2  # search: 2..16 pow2; an S layer sees one part in so many of the context
 ATTENTION = "auto"  # the fastest here, or triton | fa3 | cudnn | flash | flex | reference
+MLP = "auto"  # the faster here, or triton | torch: the two products beside the squared ReLU
 
 TOTAL_BATCH_SIZE = 2**19  # search: 2**15..2**20 pow2; tokens of one optimizer step
 DEVICE_BATCH_SIZE = 128  # rows that go through the model at once, fewer where memory ends; they only cost memory
@@ -176,6 +178,9 @@ class GPT:
         self.windows = window_sizes(spec.sequence_len)
         self.cos, self.sin = rotations(spec.sequence_len, self.device)
         self.chosen = {window: self.choice(spec.sequence_len, window) for window in dict.fromkeys(self.windows)}
+        rows = max(1, min(DEVICE_BATCH_SIZE, TOTAL_BATCH_SIZE // spec.sequence_len))
+        products = mlp_choice.Case(rows * spec.sequence_len, self.dim, 4 * self.dim, self.dtype, self.device)
+        self.mlp = mlp_choice.settled(products, forced=None if MLP == "auto" else MLP)  # as with attention
 
     def choice(self, length: int, window: int) -> Choice:
         """What computes attention over this window: measured before the clock starts, the same in every process."""
@@ -195,7 +200,7 @@ class GPT:
         y = self.chosen[window].packed(qkv.view(B, T, 3, self.heads, HEAD_DIM), self.cos, self.sin, window)
         branch = linear(y.reshape(B, T, C), w["attn.c_proj.weight"])
         up, down = (w[f"mlp.{n}.weight"].to(x.dtype) for n in ("c_fc", "c_proj"))
-        return feed(x, branch, up, down)
+        return feed(x, branch, up, down, by=self.mlp.name)
 
     def stream(self, tokens: Tensor) -> Tensor:
         """(B, T) integers -> (B, T, C): the norm of each position's last state, in the compute dtype."""
@@ -410,6 +415,7 @@ class CudaTraining:
             "rows_at_once": self.rows,
             "rows_reason": self.rows_reason,
             **attention,
+            "mlp": self.model.mlp.told,
         }
 
 

@@ -34,7 +34,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from core.contract import Batches, Spec
-from kernels import portable
+from kernels import mlp_choice, portable
 from kernels.errors import out_of_memory
 from kernels.lean import feed, last_norm, project
 from kernels.recomputed import embedded_norm
@@ -48,6 +48,7 @@ WINDOW_PATTERN = "SSSL"  # search: L | SL | SSL | SSSL; per layer: L whole conte
 
 TOTAL_BATCH_SIZE = 2**15  # search: 2**12..2**18 pow2; tokens of one optimizer step
 DEVICE_BATCH_SIZE = 32  # rows that go through the model at once; more of them only cost memory
+MLP = "auto"  # the faster here, or triton | torch: the two products beside the squared ReLU
 RECOMPUTE = "nothing"  # or "hidden": the MLP's inside, or "layer": all but the stream, made again in backward
 EMBEDDING_LR = 0.6  # search: 0.05..4 log; token and value embeddings (AdamW)
 UNEMBEDDING_LR = 0.004  # search: 0.0005..0.05 log; lm_head (AdamW)
@@ -163,6 +164,9 @@ class GPT:
         self.windows = window_sizes(spec.sequence_len)
         self.cos, self.sin = rotations(spec.sequence_len, self.device)
         self.recompute = RECOMPUTE
+        rows = max(1, min(DEVICE_BATCH_SIZE, TOTAL_BATCH_SIZE // spec.sequence_len))
+        products = mlp_choice.Case(rows * spec.sequence_len, self.dim, 4 * self.dim, self.dtype, self.device)
+        self.mlp = mlp_choice.settled(products, forced=None if MLP == "auto" else MLP)  # the same in every process
 
     def layer(self, w: Mapping[str, Tensor], i: int, x: Tensor, x0: Tensor, tokens: Tensor) -> Tensor:
         """x, x0 (N, C), tokens (B, T) -> (N, C). `w` is one `by_name` for all layers: the gradient through a view is
@@ -178,7 +182,8 @@ class GPT:
         q, k, v = qkv.view(*tokens.shape, 3, self.heads, HEAD_DIM).unbind(2)
         y = portable.attention(q, k, v, self.cos, self.sin, self.windows[i])
         branch = F.linear(y.reshape(x.shape), matrix["attn.c_proj"])
-        return feed(x, branch, matrix["mlp.c_fc"], matrix["mlp.c_proj"], self.recompute == "nothing")
+        up, down, keep_hidden = matrix["mlp.c_fc"], matrix["mlp.c_proj"], self.recompute == "nothing"
+        return feed(x, branch, up, down, keep_hidden, by=self.mlp.name)
 
     def stream(self, tokens: Tensor) -> Tensor:
         """(B, T) integers -> (N, C): the last state of each position, in the compute dtype."""
@@ -440,6 +445,7 @@ class RtxTraining:
             "rows_at_once": self.rows_at_once,
             "recompute": self.model.recompute,
             "kernels": portable.told(self.model.device),
+            "mlp": self.model.mlp.told,
             "skipped_steps": int(self.scale.skipped) if self.scale else 0,
         }
 

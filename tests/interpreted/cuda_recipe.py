@@ -15,7 +15,7 @@ from core import guard
 from core.contract import Spec
 from core.paths import project_root
 from core.recipe import replace
-from kernels import attention_tiles
+from kernels import attention_tiles, linear_relu2
 
 RECIPE = (project_root() / "backends" / "cuda" / "train.py").read_bytes()
 SMALL = {"DEPTH": 4, "ASPECT_RATIO": 16, "HEAD_DIM": 32, "TOTAL_BATCH_SIZE": 128, "DEVICE_BATCH_SIZE": 2}
@@ -38,10 +38,10 @@ def test_the_recipe_computes_the_reference(monkeypatch):
     assert not [check for check in checks if not check.passed]
 
 
-@pytest.mark.parametrize("attention", ["auto", "reference"])
-def test_the_loss_is_one_graph_and_the_second_build_compiles_nothing(attention, monkeypatch):
+@pytest.mark.parametrize(("attention", "mlp"), [("auto", "auto"), ("reference", "torch")])
+def test_the_loss_is_one_graph_and_the_second_build_compiles_nothing(attention, mlp, monkeypatch):
     """As on a card, where the first build is before the clock and the second one on it."""
-    module, made = built(ATTENTION=attention)
+    module, made = built(ATTENTION=attention, MLP=mlp)
     monkeypatch.setitem(sys.modules, "train", module)  # as the worker does: torch.compile looks up functions there
     graphs = CompileCounterWithBackend("aot_eager")
     tokens = torch.randint(64, (2, 33))
@@ -83,6 +83,21 @@ def test_attention_is_told_for_each_window_and_can_be_forced():
     torch.testing.assert_close(made.logits(tokens), forced.logits(tokens))
     with pytest.raises(ValueError, match="'flash' cannot do this: knows no windows; 16 of 32"):
         built(ATTENTION="flash")
+
+
+def test_the_mlp_is_told_and_can_be_forced(monkeypatch):
+    _, made = built()
+    assert made.describe()["mlp"].startswith("triton: its kernels are interpreted")
+    _, forced = built(MLP="torch")
+    assert forced.describe()["mlp"] == "torch: forced"
+    monkeypatch.setattr(linear_relu2, "choose", lambda configs, x: pytest.fail("a fused product was made"))
+    tokens = torch.randint(64, (2, 33))
+    found = forced.gradients(tokens)
+    monkeypatch.undo()
+    for name, g in made.gradients(tokens).items():
+        torch.testing.assert_close(found[name], g, rtol=1e-4, atol=1e-6, msg=lambda said, name=name: f"{name}: {said}")
+    with pytest.raises(ValueError, match="no MLP called 'cublas'; known: triton, torch"):
+        built(MLP="cublas")
 
 
 @pytest.mark.parametrize(("head", "words"), [(33, "HEAD_DIM = 33 is odd"), (256, "")])

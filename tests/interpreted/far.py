@@ -106,6 +106,20 @@ def test_products(backward: bool, target: int, monkeypatch: pytest.MonkeyPatch) 
     close(found, wanted[:, -tiles.n :], 2.0**-5)
 
 
+@pytest.mark.parametrize("backward", [False, True])
+def test_the_pass_over_a_product_of_torchs(backward: bool) -> None:
+    M, N = 2**19 + 3, 4096
+    found, y = rows(M, N), rows(M, N) if backward else None
+    if y is not None:
+        y[-LAST:].abs_()
+    before = found[-LAST:].double()
+    with far(last_of_all) as watch:
+        linear_relu2.pass_over(found, y)
+    assert watch.launches == 1
+    wanted = before.relu().square() if y is None else 2 * before * y[-LAST:].double().sqrt()
+    close(found[-1:, -linear_relu2.FLAT :], wanted[-1:, -linear_relu2.FLAT :], 2.0**-6)
+
+
 def test_the_norm_of_an_embedding() -> None:
     table, tokens = torch.randn(7, C), torch.randint(7, (ROWS,))
     dn = rows(ROWS, C)

@@ -21,7 +21,7 @@ def test_the_recipe_computes_the_reference(monkeypatch):
     assert not [check for check in checks if not check.passed]
 
 
-def halves(dtype, monkeypatch, fused):
+def halves(dtype, monkeypatch, fused, keep_hidden=True, by="triton"):
     """Results and gradients of both halves of a layer at one seed, by Triton's kernels or in plain torch."""
     monkeypatch.setattr(portable, "fused", lambda device: fused)
     monkeypatch.setattr(portable, "products", lambda device: fused)
@@ -33,15 +33,16 @@ def halves(dtype, monkeypatch, fused):
     table = torch.randn(vocab, C, generator=g).requires_grad_()
     tokens = torch.randint(0, vocab, (N,), generator=g)
     out, qkv = lean.project(x, x0, a, b, w, gate, table, tokens)
-    y = lean.feed(out, qkv[:, -C:], w1, w2, True)
+    y = lean.feed(out, qkv[:, -C:], w1, w2, keep_hidden, by)
     weight = torch.randn(y.shape, generator=g).to(dtype)
     leaves = (x, x0, a, b, w, gate, table, w1, w2)
     return [y.detach(), *torch.autograd.grad((y * weight).float().sum() + qkv.float().sum(), leaves)]
 
 
+@pytest.mark.parametrize("how", [(True, "triton"), (True, "torch"), (False, "torch")])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_the_halves_of_a_layer_agree_with_float32(dtype, monkeypatch):
-    found = halves(dtype, monkeypatch, fused=True)
+def test_the_halves_of_a_layer_agree_with_float32(dtype, how, monkeypatch):
+    found = halves(dtype, monkeypatch, True, *how)
     wanted = halves(torch.float32, monkeypatch, fused=False)
     share = 0.01 if dtype == torch.float16 else 0.06
     for ours, right in zip(found, wanted):

@@ -166,10 +166,11 @@ def some_packed_attention(T: int, D: int, window: int) -> None:
     through(packed(qkv, 2, *angles(T, D), window))
 
 
-def some_mlp(patch: pytest.MonkeyPatch, tma: bool, C: int, F: int, dtype: torch.dtype) -> None:
-    tiles = linear_relu2.Tiles(16, 32, 16, warps=4, stages=2, group=2, tma=tma)
+def some_mlp(patch: pytest.MonkeyPatch, how: str, C: int, F: int, dtype: torch.dtype) -> None:
+    tiles = linear_relu2.Tiles(16, 32, 16, warps=4, stages=2, group=2, tma=how == "tma")
     patch.setattr(linear_relu2, "choose", lambda configs, x: tiles)
-    through(linear_relu2.mlp(*leaves((37, C), (F, C), (C, F), dtype=dtype)))
+    by = "torch" if how == "torch" else "triton"
+    through(linear_relu2.mlp(*leaves((37, C), (F, C), (C, F), dtype=dtype), by=by))
 
 
 def some_norms(scaled: bool, dtype: torch.dtype) -> None:
@@ -229,9 +230,9 @@ def test_attention_in_one_tensor(sound: Any) -> None:
 
 @pytest.mark.parametrize("dtype", WIDE)
 @pytest.mark.parametrize("sizes", [(40, 75), (32, 64)], ids=["odd", "even"])
-@pytest.mark.parametrize("tma", [False, True], ids=["pointers", "tma"])
-def test_the_mlp(tma: bool, sizes: tuple[int, int], dtype: torch.dtype, sound: Any, monkeypatch: Any) -> None:
-    sound(some_mlp, monkeypatch, tma, *sizes, dtype)
+@pytest.mark.parametrize("how", ["pointers", "tma", "torch"])
+def test_the_mlp(how: str, sizes: tuple[int, int], dtype: torch.dtype, sound: Any, monkeypatch: Any) -> None:
+    sound(some_mlp, monkeypatch, how, *sizes, dtype)
 
 
 @pytest.mark.parametrize("dtype", WIDE)
