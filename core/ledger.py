@@ -383,7 +383,7 @@ class Ledger:
         """
         with self.transaction():
             sha256 = self.add_source(source)
-            if waiting := [e for e in self.of_source(sha256) if e.status is None]:
+            if waiting := [e for e in self.pending() if sha256 in (e.source_sha256, e.handed_in)]:
                 return waiting[0].number
             number = int(self._rows("SELECT coalesce(max(number), 0) + 1 AS next FROM experiments")[0]["next"])
             self._connection.execute(
