@@ -379,7 +379,7 @@ def _banner(screen: Screen, lab: Lab, researcher: str, limits: Limits, sleep: st
     for lack in abilities().missing:
         screen.say(f"  sandbox     lacks {lack}")
     screen.say(f"  sleep       {sleep}")
-    screen.say("  to stop     Ctrl-C: ends at once, `autoresearch run` continues")
+    screen.say(f"  to stop     Ctrl-C: ends at once, `{places.command('run', lab)}` continues")
     screen.say("              autoresearch pause | stop, from another terminal")
     screen.say(f"  val_bpb     validation bits per byte on {view.scale.data}: lower is better")
 

@@ -12,7 +12,7 @@ from core.errors import UserError
 SAYS = {
     "pause": "pauses after the run under way, of which an experiment may take several; go on with: autoresearch resume",
     "resume": "goes on",
-    "stop": "ends now; the running experiment is dropped, not counted. Go on with: autoresearch run",
+    "stop": "ends now; the running experiment is dropped, not counted",
 }
 
 
@@ -27,6 +27,8 @@ def ask_verb(screen: Screen, given: str | None, what: str) -> None:
     lab.ask(what)
     screen.document({"lab": places.about(lab), "asked": what, "pid": state["pid"]})
     screen.say(f"{lab.tag} (process {state['pid']}) {SAYS[what]}")
+    if what == "stop":
+        screen.say(f"go on with: {places.command('run', lab)}")
 
 
 def undo_verb(screen: Screen, given: str | None, number: int) -> None:
