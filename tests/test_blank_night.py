@@ -57,9 +57,9 @@ class Desk:
 
     @contextmanager
     def used(self, size, share):
-        """Another program has so many bytes of the card, and keeps it busy for `share` percent."""
-        taken = f"import torch; x = torch.empty({size}, dtype=torch.uint8, device='cuda')"
-        code = f"{taken}; print('there', flush=True); input()"
+        """Another program has so many bytes of the card for two minutes, and keeps it busy for `share` percent."""
+        taken = f"import time, torch; x = torch.empty({size}, dtype=torch.uint8, device='cuda')"
+        code = f"{taken}; print('there', flush=True); time.sleep(120)"
         env = self.env | {"BLANK_CARD_SHARE": str(share)}
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
         process = subprocess.Popen([sys.executable, "-c", code], env=env, text=True, **pipes)
@@ -144,6 +144,7 @@ def test_a_busy_card_is_waited_for(h100):
         game.kill()
         said += [*running.stdout]
     assert running.wait() == 0, "".join(said)
+    assert any("busy with other programs: waits until it is free" in line for line in said), "".join(said)
     assert not experiments(desk)[-1]["tainted"]
 
 
