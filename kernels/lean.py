@@ -95,8 +95,9 @@ class _Project(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, d: Tensor, dqkv: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        *_, a, b, _, gate, _, _ = ctx.saved_tensors
-        dx, dx0, sums, dw, *rest = _project_backward(d.contiguous(), dqkv.contiguous(), *ctx.saved_tensors)
+        kept = ctx.saved_tensors  # looked at once: a checkpoint gives them no second time
+        *_, a, b, _, gate, _, _ = kept
+        dx, dx0, sums, dw, *rest = _project_backward(d.contiguous(), dqkv.contiguous(), *kept)
         da, db = sums.to(a.dtype).unbind()
         return dx, dx0, da.view(a.shape), db.view(b.shape), dw, *((None, None) if gate is None else rest), None
 
