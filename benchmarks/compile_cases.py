@@ -48,14 +48,15 @@ def mlp(target: int, dtype: str) -> Iterator[Case]:
 
 def passes(target: int, dtype: str) -> Iterator[Case]:
     """What goes over a product of torch's in the MLP: 16 bytes at once, or it would cost more than its traffic."""
-    constants = {**ACC, "BLOCK": linear_relu2.PART}
+    constants = {**ACC, "BLOCK": linear_relu2.FLAT}
     for name, kernel, arrays in (
         ("forward", linear_relu2._squared, ("H",)),
         ("backward", linear_relu2._times_root, ("D", "Y")),
     ):
-        types = dict.fromkeys(arrays, f"*{dtype}") | {"R": "*fp32", "N": "i32"}
-        at = (WARPS, STAGES, ("N",), "ld.global.v4.b32")
-        yield Case(f"mlp pass {name} {dtype}", kernel, target, types, constants, *at)
+        for kind, scale, none in (("", {}, {"R": None}), (" of what is scaled", {"R": "*fp32"}, {})):
+            types = dict.fromkeys(arrays, f"*{dtype}") | scale | {"N": "i32"}
+            at = (WARPS, STAGES, ("N",), "ld.global.v4.b32")
+            yield Case(f"mlp pass {name}{kind} {dtype}", kernel, target, types, constants | none, *at)
 
 
 def loss(target: int, dtype: str) -> Iterator[Case]:

@@ -47,6 +47,8 @@ WRITTEN = {
     "gated_embedding._backward": "DG +DTABLE",
     "linear_relu2._by_tma": "OUT",
     "linear_relu2._by_pointers": "OUT",
+    "linear_relu2._squared": "+H",
+    "linear_relu2._times_root": "+D",
     "rotated_norm.rotated_kernel": "Out",
     "attention.forward_kernel": "Y Lse",
     "attention_backward.delta_kernel": "Delta",
@@ -117,7 +119,7 @@ def of_kernel(name: str, given: Mapping[str, Any]) -> Told:
     tensors = {n: found[0] for n, x in given.items() if (found := _tensors(x))}
     writes = WRITTEN[name].split()
     unread = [w.lstrip("+") for w in writes]
-    if name.startswith("linear_relu2.") and not given["BACKWARD"]:
+    if name.startswith("linear_relu2._by_") and not given["BACKWARD"]:
         unread.append("Y")  # the hidden units, of which the forward has none
     read = [x for n, x in tensors.items() if n not in unread]
     count = moved(read, [tensors[w.lstrip("+")] for w in writes if tensors.get(w.lstrip("+")) is not None])
@@ -130,7 +132,7 @@ def of_kernel(name: str, given: Mapping[str, Any]) -> Told:
 
 
 def _products_of(name: str, given: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[str, int]:
-    if name.startswith("linear_relu2."):
+    if name.startswith("linear_relu2._by_"):
         return IN_TRITON, 2 * given["M"] * given["N"] * given["K"]
     if name == "muon._symmetric":
         (L, m, n), side = tensors["X"].shape, given["SIDE"]

@@ -33,7 +33,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels.targets import choose, dot, interpreted, processors
 
-Three = tuple[Tensor, Tensor, Tensor]
+Tensors = tuple[Tensor, Tensor, Tensor]
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ BACKWARD = {
     120: Tiles(128, 128, 32, warps=8, stages=4),
 }
 ODD = Tiles(64, 64, 32, warps=4, stages=2)  # for sizes that do not divide: larger tiles would spill on every card
-PART = 2048  # hidden units of a row that a program takes which goes over a product of torch's
+FLAT = 2048  # elements at most of a program that goes over a product of torch's
 
 
 @triton.jit
@@ -151,26 +151,33 @@ def _by_tma(
 
 
 @triton.jit
+def _piece(N, BLOCK: tl.constexpr):
+    """Row, and columns, of this program's part of a row of N."""
+    across = tl.cdiv(N, BLOCK)
+    return (tl.program_id(0) // across).to(tl.int64), tl.program_id(0) % across * BLOCK + tl.arange(0, BLOCK)
+
+
+@triton.jit
 def _squared(H, R, N, ACC: tl.constexpr, BLOCK: tl.constexpr):
-    """H (M, N) = max(r H, 0)^2, in place; R (M,) or none. A program takes a part of a row."""
-    row, column = tl.program_id(0), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    at = row.to(tl.int64) * N + column
-    h = tl.maximum(tl.load(H + at, mask=column < N, other=0.0).to(ACC), 0.0)
+    """H (M, N) = max(R H, 0)^2, in place; R, if given, (M,)."""
+    row, columns = _piece(N, BLOCK)
+    at = H + row * N + columns
+    h = tl.maximum(tl.load(at, mask=columns < N, other=0.0).to(ACC), 0.0)
     if R is not None:
-        h *= tl.load(R + row)
-    tl.store(H + at, (h * h).to(H.dtype.element_ty), mask=column < N)
+        h *= tl.load(R + row).to(ACC)
+    tl.store(at, (h * h).to(H.dtype.element_ty), mask=columns < N)
 
 
 @triton.jit
 def _times_root(D, Y, R, N, ACC: tl.constexpr, BLOCK: tl.constexpr):
-    """D (M, N) *= 2 r sqrt(Y), in place."""
-    row, column = tl.program_id(0), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    at = row.to(tl.int64) * N + column
-    d = tl.load(D + at, mask=column < N, other=0.0).to(ACC)
-    d *= 2 * tl.sqrt(tl.load(Y + at, mask=column < N, other=0.0).to(ACC))
+    """D (M, N) *= 2 R sqrt(Y), in place; R, if given, (M,)."""
+    row, columns = _piece(N, BLOCK)
+    at = row * N + columns
+    d = tl.load(D + at, mask=columns < N, other=0.0).to(ACC)
+    d *= 2 * tl.sqrt(tl.load(Y + at, mask=columns < N, other=0.0).to(ACC))
     if R is not None:
-        d *= tl.load(R + row)
-    tl.store(D + at, d.to(D.dtype.element_ty), mask=column < N)
+        d *= tl.load(R + row).to(ACC)
+    tl.store(D + at, d.to(D.dtype.element_ty), mask=columns < N)
 
 
 def constants(tiles: Tiles) -> dict[str, Any]:
@@ -212,15 +219,15 @@ def launch(a: Tensor, b: Tensor, y: Tensor | None, tiles: Tiles | None, r: Tenso
     return out
 
 
-def pass_over(product: Tensor, y: Tensor | None, r: Tensor | None) -> Tensor:
+def pass_over(product: Tensor, y: Tensor | None, r: Tensor | None = None) -> Tensor:
     """What comes after the product, in place: max(r h, 0)^2, or 2 r sqrt(y) dy. Both (M, N), contiguous; r (M,)."""
-    if product.numel():
-        M, N = product.shape
-        grid, acc = (M, triton.cdiv(N, PART)), tl.float64 if product.dtype == torch.float64 else tl.float32
+    M, N = product.shape
+    if M and N:
+        grid, acc = (M * triton.cdiv(N, FLAT),), tl.float64 if product.dtype == torch.float64 else tl.float32
         if y is None:
-            _squared[grid](product, r, N, acc, PART)
+            _squared[grid](product, r, N, acc, FLAT)
         else:
-            _times_root[grid](product, y, r, N, acc, PART)
+            _times_root[grid](product, y, r, N, acc, FLAT)
     return product
 
 
@@ -230,7 +237,7 @@ def relu2(x: Tensor, w1: Tensor, by: str, r: Tensor | None = None) -> Tensor:
 
 
 def relu2_backward(dout: Tensor, w2: Tensor, y: Tensor, by: str, r: Tensor | None = None) -> Tensor:
-    """(N, C), (C, F), (N, F), r (N,) or none -> dh, or r dh, (N, F)."""
+    """(N, C), (C, F), (N, F), r (N,) or none -> r dh (N, F)."""
     return launch(dout, w2, y, choose(BACKWARD, dout) if by == "triton" else None, r)
 
 
@@ -246,7 +253,7 @@ def _(x: Tensor, w1: Tensor, w2: Tensor, by: str) -> tuple[Tensor, Tensor]:
 
 
 @torch.library.custom_op("autoresearch::mlp_backward", mutates_args=())
-def _mlp_backward(dout: Tensor, x: Tensor, w1: Tensor, w2: Tensor, y: Tensor, by: str) -> Three:
+def _mlp_backward(dout: Tensor, x: Tensor, w1: Tensor, w2: Tensor, y: Tensor, by: str) -> Tensors:
     """dx, dw1, dw2; one operation, as in kernels/lean.py."""
     dw2 = dout.T @ y
     dh = relu2_backward(dout, w2, y, by)
@@ -254,13 +261,13 @@ def _mlp_backward(dout: Tensor, x: Tensor, w1: Tensor, w2: Tensor, y: Tensor, by
 
 
 @_mlp_backward.register_fake
-def _(dout: Tensor, x: Tensor, w1: Tensor, w2: Tensor, y: Tensor, by: str) -> Three:
+def _(dout: Tensor, x: Tensor, w1: Tensor, w2: Tensor, y: Tensor, by: str) -> Tensors:
     return torch.empty_like(dout), torch.empty_like(w1), torch.empty_like(w2)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *given, ctx.by = inputs
-    ctx.save_for_backward(*given, output[1])
+    *kept, ctx.by = inputs
+    ctx.save_for_backward(*kept, output[1])
 
 
 def _gradients(ctx: Any, dout: Tensor, _: Any) -> tuple[Tensor | None, ...]:

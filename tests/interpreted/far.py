@@ -112,10 +112,11 @@ def test_the_pass_over_a_product_of_torchs(backward: bool) -> None:
     found, y = rows(M, N), rows(M, N) if backward else None
     if y is not None:
         y[-LAST:].abs_()
-    before = found[-LAST:].double()
+    before, scale = found[-LAST:].double(), torch.rand(M) + 0.5
     with far(last_of_all) as watch:
-        linear_relu2.pass_over(found, y)
+        linear_relu2.pass_over(found, y, scale)
     assert watch.launches == 1
+    before *= scale[-LAST:, None]
     wanted = before.relu().square() if y is None else 2 * before * y[-LAST:].double().sqrt()
     close(found[-1:, -linear_relu2.FLAT :], wanted[-1:, -linear_relu2.FLAT :], 2.0**-6)
 

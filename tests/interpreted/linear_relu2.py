@@ -54,10 +54,10 @@ def test_forward_and_backward_agree_with_float64(seed, N, C, F, dtype, by):
 
 
 @pytest.mark.parametrize("dtype", list(EPSILON))
-@pytest.mark.parametrize("sizes", [(1, 1, 1), (7, 9, 11), (9, 16, 2100)])
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (7, 9, 11), (96, 64, 256)])
 def test_products_of_torch_agree_with_float64_in_every_dtype(sizes, dtype):
-    """Also where the hidden numbers of a row fill several programs, and where they do not fill one."""
-    assert kernel.PART < 2100
+    """Also where the hidden numbers fill several programs, and where they do not fill one."""
+    assert 2 * kernel.FLAT < 96 * 256
     check(inputs(torch.seed() % 2**32, *sizes, dtype), "torch", None)
 
 
@@ -101,7 +101,7 @@ def test_the_operator_keeps_torchs_rules():
     ops = torch.ops.autoresearch
     for by in ("triton", "torch"):
         torch.library.opcheck(ops.mlp.default, (*leaves, by))
-        torch.library.opcheck(ops.mlp_backward.default, [torch.rand(5, 8), x, w1, w2, torch.rand(5, 16), by])
+        torch.library.opcheck(ops.mlp_backward.default, (torch.rand(5, 8), x, w1, w2, torch.rand(5, 16), by))
 
 
 @pytest.mark.parametrize("tiles", [SMALL, SMALL_TMA, None], ids=["pointers", "tma", "torch"])
