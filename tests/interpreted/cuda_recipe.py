@@ -86,9 +86,10 @@ def test_attention_is_told_for_each_window_and_can_be_forced():
 
 
 def test_the_mlp_is_told_and_can_be_forced(monkeypatch):
-    _, made = built()
+    small = {"DEPTH": 2, "ATTENTION": "reference"}  # attention's programs would take most of the time
+    _, made = built(**small)
     assert made.describe()["mlp"].startswith("triton: its kernels are interpreted")
-    _, forced = built(MLP="torch")
+    _, forced = built(**small, MLP="torch")
     assert forced.describe()["mlp"] == "torch: forced"
     monkeypatch.setattr(linear_relu2, "choose", lambda configs, x: pytest.fail("a fused product was made"))
     tokens = torch.randint(64, (2, 33))
