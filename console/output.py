@@ -5,9 +5,14 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from console.called import as_called
+from console.words import wrapped
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -26,6 +31,11 @@ def ascii_only(stream: Any = None) -> bool:
 def plain(text: str, stream: Any = None) -> str:
     """The text with its typographic signs spelled in ASCII where the stream needs that."""
     return text.translate(_ASCII) if ascii_only(stream) else text
+
+
+def terminal_width() -> int:
+    """Columns that a line may take; the last one stays free, as some terminals begin a new line after it."""
+    return max(20, shutil.get_terminal_size().columns - 1)
 
 
 def tidy(value: Any) -> Any:
@@ -73,14 +83,33 @@ class Screen:
             self._console = Console(highlight=False, markup=False, emoji=False, width=200 if piped else None)
         return self._console
 
-    def say(self, text: str = "", style: str | None = None) -> None:
-        """One or more lines for people; `style` never carries a meaning of its own."""
+    def say(self, text: str = "", style: str | None = None, wrap: bool = True) -> None:
+        """One or more lines for people; `style` never carries a meaning of its own. On a terminal they are broken
+        between words, unless `wrap` says that they have to stay as they are."""
         if self.as_json:
             return
+        said = self.laid_out(text) if wrap else plain(text)
         if style is None:
-            print(plain(text), flush=True)
+            print(said, flush=True)
         else:
-            self.console.print(plain(text), style=style, soft_wrap=True)
+            self.console.print(said, style=style, soft_wrap=True)
+
+    def laid_out(self, text: str) -> str:
+        """As it is printed: in the stream's signs, with this program's name, and as wide as the terminal."""
+        said = plain(as_called(text))
+        return wrapped(said, terminal_width()) if sys.stdout.isatty() else said
+
+    def commands(self, pairs: Sequence[tuple[str, str]]) -> None:
+        """(command, what it does): what does not fit behind its command stands below it, as a command that is broken
+        in two cannot be copied."""
+        called = [(as_called(command), what) for command, what in pairs]
+        room = terminal_width() if sys.stdout.isatty() else 10_000
+        fits = [len(command) for command, what in called if len(command) + len(what) + 5 <= room]
+        wide = max(fits, default=0)
+        for command, what in called:
+            apart = "   " if 2 + max(wide, len(command)) + 3 + len(what) <= room else "\n      "
+            pad = wide if apart == "   " else 0
+            self.say(f"  {command:<{pad}}{apart}{what}", wrap=False)
 
     def show(self, renderable: Any) -> None:
         """A rich table or text for people."""
@@ -107,8 +136,9 @@ class Screen:
 def complain(kind: str, fact: str, action: str, as_json: bool) -> None:
     """An error, on stderr: one clear line for people, one JSON object for programs."""
     if as_json:
-        error = {"error": {"kind": kind, "fact": fact, "action": action}}
+        error = {"error": {"kind": kind, "fact": fact, "action": as_called(action)}}
         print(json.dumps(error, ensure_ascii=True), file=sys.stderr, flush=True)
         return
     text = " ".join(f"{fact}; {action}".split()) if action else " ".join(fact.split())
-    print(plain(f"error: {text}", sys.stderr), file=sys.stderr, flush=True)
+    said = plain(as_called(f"error: {text}"), sys.stderr)
+    print(wrapped(said, terminal_width()) if sys.stderr.isatty() else said, file=sys.stderr, flush=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
@@ -25,6 +25,7 @@ from core.errors import Busy, UserError
 if TYPE_CHECKING:
     from core.lab import Lab
     from core.live import Event
+    from core.loop import Loop
 
 DEMO_TAG = "demo"
 DEMO_EXPERIMENTS = 7
@@ -191,6 +192,7 @@ def _run(screen: Screen, lab: Lab, who: tuple[Any, Any], limits: Limits, demo: b
     before = {e.number for e in lab.ledger.experiments() if e.status is not None}
     with awake() as sleep, Ticker(screen, events=True) as ticker, notifying(notify, lab.tag, _each(lab)) as notifier:
         loop = Loop(lab, who[0], LocalExecutor(), _Narrator(screen, ticker, lab, notifier), meanwhile=who[1])
+        ticker.listen(*_keys(loop))
         with ends(loop.stop) as asked:
             _banner(screen, lab, " or else ".join(w.name for w in who if w), limits, sleep)
             for warning in warnings(lab.path, os.environ):
@@ -202,6 +204,25 @@ def _run(screen: Screen, lab: Lab, who: tuple[Any, Any], limits: Limits, demo: b
         screen.line({"event": "note", "text": lost})
         screen.say(lost)
     return _ending(screen, lab, before, asked, summary, demo, limits.again)
+
+
+def _keys(loop: Loop) -> tuple[Callable[[str], None], Callable[[bool], str]]:
+    """What keys do in a terminal, and the words for it; `hint` is told whether something runs."""
+
+    def on_key(key: str) -> None:
+        if key == "p":
+            loop.pause(not loop.is_paused)
+        elif key == "q":
+            loop.finish(not loop.is_finishing)
+
+    def hint(runs: bool) -> str:
+        if loop.is_finishing:
+            return "will end after this run (q: no)" if runs else "ends"
+        if loop.is_paused:
+            return "will pause after this run (p: no)" if runs else "paused (p: go on)"
+        return "p: pause, q: end after this run" if runs else "p: pause, q: end"
+
+    return on_key, hint
 
 
 def _must_be_free(lab: Lab) -> None:
@@ -226,12 +247,17 @@ class _Narrator:
         if event.kind == "start":
             self._ticker.begin(f"#{data['number']}", str(data.get("description", "")))
             self._screen.line({"event": "start", **data})
+        elif event.kind == "again":
+            self._ticker.begin(f"#{data['number']} again", f"with seed {data['seed']}")
+            self._screen.line({"event": "again", **data})
         elif event.kind == "decided":
             self._ticker.end()
             self._decided(int(data["number"]))
         elif event.kind in ("note", "waiting"):
             self._screen.line({"event": event.kind, **data})
             self._ticker.say(f"     {data.get('text', '')}")
+            if event.kind == "waiting":
+                self._ticker.wait()
         else:
             self._ticker.feed(event)
 
@@ -389,7 +415,5 @@ def _next(screen: Screen, lab: Lab, view: places.Picture, again: str, demo: bool
         commands.append((f"autoresearch run {tag} --hours 8", "a real night, fitted to this machine"))
     elif not again:
         commands.append(("autoresearch run", "go on"))
-    wide = max(len(command) for command, _ in commands)
     screen.say("next:")
-    for command, what in commands:
-        screen.say(f"  {command:<{wide}}   {what}")
+    screen.commands(commands)

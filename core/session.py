@@ -16,6 +16,8 @@ from core.ledger import Ledger
 from core.live import Event, Live
 from core.outcome import Event as RefereeEvent
 
+FINISHED = "asked to end after the run that was under way"
+
 
 @dataclass
 class Session:
@@ -42,6 +44,11 @@ class Session:
         self.live.update(state="waiting", number=None, phase=text, **fields)
         self.on_event(Event("waiting", {"text": text, **fields}))
 
+    def again(self, number: int, seed: int, text: str) -> None:
+        """Another run of what was measured before, or of what is made from it."""
+        self.live.begin(number, text)
+        self.on_event(Event("again", {"number": number, "seed": seed, "description": text}))
+
     def dry_build(self, source: bytes, stop: threading.Event) -> str:
         """Why a recipe does not run at all, "" if it does. Raises `Stopped`.
 
@@ -59,5 +66,5 @@ class Session:
         if self.lab.settings.backend == "cpu" and event.data.get("phase") == "score":
             self.gap.open()  # the clock has stopped; a card is left to the scorer alone, which takes most of its memory
         if event.kind in ("phase", "progress"):
-            self.live.update(**{k: v for k, v in event.data.items() if k != "experiment"})
+            self.live.progress(event.kind, {k: v for k, v in event.data.items() if k != "experiment"})
         self.on_event(Event(event.kind, dict(event.data)))

@@ -1,0 +1,44 @@
+"""This program's commands, as they work in the shell that called it. Loads nothing: every page of help needs it."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import sys
+from contextlib import suppress
+from functools import cache
+from pathlib import Path
+
+NAME = "autoresearch"
+VERBS = (
+    "run", "log", "report", "doctor", "prepare", "init", "try", "wait", "train", "confirm", "finalize", "status",
+    "best", "show", "diff", "sample", "bench", "mcp", "pause", "resume", "stop", "undo", "clean",
+)  # fmt: skip
+_COMMAND = re.compile(rf"(?<![\w/\\.-]){NAME}(?= (?:{'|'.join(VERBS)}|--help)\b)")
+
+
+def as_called(text: str) -> str:
+    """The text with this program's commands as they work in the shell that called it: a virtual environment that is not
+    activated has `autoresearch` nowhere but at its path."""
+    name = program()
+    return text if name == NAME else _COMMAND.sub(lambda _: name, text)
+
+
+@cache
+def program() -> str:
+    """What a command of this program begins with."""
+    if "UV_RUN_RECURSION_DEPTH" in os.environ:  # `uv run` puts it on the path of this process only
+        return f"uv run {NAME}"
+    called = Path(sys.argv[0]) if sys.argv else Path(NAME)
+    if called.name not in (NAME, f"{NAME}.exe"):  # a module, a test, a program that imports this
+        return NAME
+    found = shutil.which(NAME)
+    if found and os.path.realpath(Path(found).with_suffix("")) == os.path.realpath(called.with_suffix("")):
+        return NAME
+    with suppress(ValueError, OSError):  # it lies elsewhere
+        called = called.relative_to(Path.cwd())
+    from core.commands import quoted
+
+    word = quoted(called)
+    return f"& {word}" if word.startswith('"') else word  # PowerShell would print a quoted word, and not run it
