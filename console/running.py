@@ -21,6 +21,7 @@ from console.signals import Asked, ends
 from console.words import below, bpb, clock, count, delta, duration, plural
 from core.commands import quoted
 from core.errors import Busy, UserError
+from core.session import FINISHED
 
 if TYPE_CHECKING:
     from core.lab import Lab
@@ -217,10 +218,10 @@ def _keys(loop: Loop) -> tuple[Callable[[str], None], Callable[[bool], str]]:
 
     def hint(runs: bool) -> str:
         if loop.is_finishing:
-            return "will end after this run (q: no)" if runs else "ends"
+            return "ends after this run  [q] take that back" if runs else "ends"
         if loop.is_paused:
-            return "will pause after this run (p: no)" if runs else "paused (p: go on)"
-        return "p: pause, q: end after this run" if runs else "p: pause, q: end"
+            return "pauses after this run  [p] take that back" if runs else "paused  [p] go on"
+        return "[p] pause  [q] end, after this run" if runs else "[p] pause  [q] end"
 
     return on_key, hint
 
@@ -245,7 +246,8 @@ class _Narrator:
     def __call__(self, event: Event) -> None:
         data = event.data
         if event.kind == "start":
-            self._ticker.begin(f"#{data['number']}", str(data.get("description", "")))
+            seed = f" (with seed {data['seed']})" if "seed" in data else ""
+            self._ticker.begin(f"#{data['number']}", f"{data.get('description', '')}{seed}")
             self._screen.line({"event": "start", **data})
         elif event.kind == "again":
             self._ticker.begin(f"#{data['number']} again", f"with seed {data['seed']}")
@@ -375,7 +377,7 @@ def _ending(screen: Screen, lab: Lab, before: set[int], asked: Asked, summary: A
     spent = tables.cost_line(lab.ledger.spent())
     if spent:
         screen.say(spent)
-    _next(screen, lab, view, again if asked.signal else "", demo)
+    _next(screen, lab, view, again if asked.signal or reason == FINISHED else "", demo)
     return asked.status
 
 
