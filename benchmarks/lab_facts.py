@@ -213,4 +213,5 @@ def load(path: Path) -> LabFacts:
 
 def require_several(facts: Sequence[LabFacts]) -> None:
     if len(facts) < 2:
-        raise UserError(f"{len(facts)} lab was given", "name two or more: labs here, or files of `bench labs --export`")
+        given = len(facts) or "no"
+        raise UserError(f"{given} lab was given", "name two or more: labs here, or files of `bench labs --export`")

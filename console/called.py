@@ -40,5 +40,5 @@ def program() -> str:
         called = called.relative_to(Path.cwd())
     from core.commands import quoted
 
-    word = quoted(called)
+    word = quoted(called if len(called.parts) > 1 else f".{os.sep}{called}")
     return f"& {word}" if word.startswith('"') else word  # PowerShell would print a quoted word, and not run it

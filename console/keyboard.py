@@ -70,10 +70,7 @@ def _source() -> _Source | None:
             return None
     except (AttributeError, ValueError):  # there is none, or it is closed
         return None
-    if sys.platform == "win32":
-        return _Console()
-    else:  # mypy leaves out the half of the other platform
-        return _Terminal(sys.stdin.fileno())
+    return _terminal()
 
 
 if sys.platform == "win32":
@@ -96,6 +93,9 @@ if sys.platform == "win32":
                     typed += msvcrt.getwch()
                 time.sleep(POLL / 4)
             return typed
+
+    def _terminal() -> _Source:
+        return _Console()
 
 else:
     import select
@@ -169,3 +169,6 @@ else:
             os.kill(os.getpid(), number)
             if number in self._handlers:  # stopped, and gone on
                 signal.signal(number, self._leave)
+
+    def _terminal() -> _Source:
+        return _Terminal(sys.stdin.fileno())

@@ -32,7 +32,7 @@ DEMO_TAG = "demo"
 DEMO_EXPERIMENTS = 7
 VERDICTS = {
     "statistical": "statistical: kept is what several seeds show to be better than noise; the baseline runs 5",
-    "simple": "simple: kept is whatever one run puts below the best, luck included",
+    "simple": "simple: a candidate is kept if its single run scores lower, even by luck",
 }
 OVERHEAD = 15.0  # seconds outside training that are expected before any was measured
 TYPICAL_RUNS = 2.5  # of a candidate, the best's own included, in simulated nights (docs/verdict.md)
@@ -372,7 +372,7 @@ def _ending(screen: Screen, lab: Lab, before: set[int], asked: Asked, summary: A
     if asked.signal:
         screen.say(f"stopped by {asked.name}; the experiment that was running is dropped and not counted")
     elif reason:
-        screen.say(f"ended: {reason}")
+        screen.say("ended by `autoresearch stop`" if reason == "stopped" else f"ended: {reason}")
     _kept(screen, view, new)
     spent = tables.cost_line(lab.ledger.spent())
     if spent:

@@ -134,7 +134,12 @@ def test_every_verb_explains_itself_with_an_example(shell: Shell, verb: str) -> 
         (["run", "--experiments", "0"], "experiments"),
         (["try"], "--message"),
         (["show"], "N"),
-        (["show", "x"], "integer"),
+        (["show", "x"], "is not an integer"),
+        (["run", "--hours", "x"], "is not a number"),
+        (["run", "--hours", "721"], "more than 0, at most 720"),
+        (["run", "--vocab", "256"], "at least 257"),
+        (["prepare", "--vocab", "256"], "at least 257"),
+        (["log", "here", "--lab", "there"], "both name the lab"),
         (["wait", "1", "--timeout", "soon"], "not a duration"),
         (["log", "--nonsense"], "--nonsense"),
     ],
@@ -158,6 +163,49 @@ def test_without_any_lab_every_verb_says_how_to_get_one(shell: Shell, argv: list
     assert "autoresearch" in done.stderr
     error = json.loads(shell(*argv, "--json", status=1).stderr)["error"]
     assert error["kind"] == "LabError" and error["fact"] and error["action"]
+
+
+@pytest.mark.parametrize("verb", [v for v in VERBS if v not in ("doctor", "prepare", "init", "bench")])
+def test_every_verb_that_takes_a_lab_takes_it_by_option_and_explains_it(shell: Shell, verb: str) -> None:
+    assert "--lab LAB" in shell(verb, "--help").stdout
+    assert "the lab you stand in, else the last used" in " ".join(shell(verb, "--help").stdout.split())
+
+
+def test_no_help_shows_ranges_of_numbers_or_ends_in_the_middle(shell: Shell) -> None:
+    texts = [shell("--help").stdout, *(shell(verb, "--help").stdout for verb in ("run", "confirm", "prepare", "bench"))]
+    for text in texts:
+        assert "RANGE" not in text and "x>=" not in text and "python prepare.py" not in text
+    assert "..." not in texts[0].replace("[ARGS]...", "")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="the launcher is a script of POSIX")
+@pytest.mark.parametrize("there", [False, True])
+def test_commands_are_spelled_as_they_work_here(shell: Shell, there: bool) -> None:
+    """`.venv/bin/autoresearch` of an environment that is not activated; and of one that is."""
+    script = shell.cwd / ".venv" / "bin" / "autoresearch"
+    script.parent.mkdir(parents=True)
+    script.write_text(f"#!{sys.executable}\nimport sys\nsys.path.insert(0, {str(ROOT)!r})\nimport cli\ncli.main()\n")
+    script.chmod(0o755)
+    path = f"{script.parent}{os.pathsep}/usr/bin:/bin" if there else "/usr/bin:/bin"
+    env = {name: said for name, said in shell.env.items() if not name.startswith("UV_")} | {"PATH": path}
+    name = "autoresearch" if there else ".venv/bin/autoresearch"
+
+    def call(*argv: str) -> subprocess.CompletedProcess[str]:
+        given = [".venv/bin/autoresearch", *argv]
+        return subprocess.run(given, cwd=shell.cwd, env=env, capture_output=True, text=True, check=False)
+
+    assert f"\n  {name} run --demo " in call("--help").stdout
+    assert f"\n  {name} log nov24 --kept\n" in call("log", "--help").stdout
+    assert f"see `{name} --help`" in call("nosuch").stderr
+    assert f"; {name} run --demo" in call("log").stderr
+    assert json.loads(call("log", "--json").stderr)["error"]["action"].startswith(f"{name} run --demo")
+
+
+def test_the_verbs_that_hints_name_are_all(shell: Shell) -> None:
+    from console.called import VERBS as known
+
+    text = shell("--help").stdout
+    assert sorted(known) == sorted(re.findall(r"^  ([a-z]+)  ", text.partition("The three that matter")[2], re.M))
 
 
 def test_a_lab_that_is_not_there(shell: Shell) -> None:

@@ -135,7 +135,7 @@ def test_the_terminal_is_as_it_was_however_the_program_ends(terminal: type[Termi
 @posix
 @pytest.mark.parametrize("columns", [60, 80, 100])
 def test_lines_are_broken_between_words_and_the_live_line_fits(terminal: type[Terminal], columns: int) -> None:
-    long = "  verdict     statistical: kept is what several seeds show to be better than noise; then autoresearch goes on"
+    long = "  verdict     statistical: kept is what several seeds show to be better than noise; then it goes on and on"
     said = f"ticker.say({long!r}); ticker.screen.say({long!r}); over.append(1)"
     program = PROGRAM.replace('ticker.say("ready")', said)
     seen = terminal(program, columns).until("left=")
