@@ -31,14 +31,17 @@ def program() -> str:
     if "UV_RUN_RECURSION_DEPTH" in os.environ:  # `uv run` puts it on the path of this process only
         return f"uv run {NAME}"
     called = Path(sys.argv[0]) if sys.argv else Path(NAME)
-    if called.name not in (NAME, f"{NAME}.exe"):  # a module, a test, a program that imports this
-        return NAME
+    if called.name not in (NAME, f"{NAME}.exe") or not os.path.dirname(sys.argv[0]):  # noqa: PTH120 - as it was given
+        return NAME  # a module, a test, a program that imports this
     found = shutil.which(NAME)
     if found and os.path.realpath(Path(found).with_suffix("")) == os.path.realpath(called.with_suffix("")):
         return NAME
     with suppress(ValueError, OSError):  # it lies elsewhere
         called = called.relative_to(Path.cwd())
+    word = str(called) if len(called.parts) > 1 else f".{os.sep}{called}"
+    if re.fullmatch(rf"[\w@%+=:,./{re.escape(os.sep)}-]+", word, re.ASCII):
+        return word
     from core.commands import quoted
 
-    word = quoted(called if len(called.parts) > 1 else f".{os.sep}{called}")
+    word = quoted(word)
     return f"& {word}" if word.startswith('"') else word  # PowerShell would print a quoted word, and not run it
