@@ -201,6 +201,22 @@ def test_commands_are_spelled_as_they_work_here(shell: Shell, there: bool) -> No
     assert json.loads(call("log", "--json").stderr)["error"]["action"].startswith(f"{name} run --demo")
 
 
+def test_doctor_says_who_could_be_asked_for_proposals(shell: Shell) -> None:
+    folder = shell.cwd / "bin"
+    folder.mkdir()
+    program = folder / ("codex.bat" if sys.platform == "win32" else "codex")
+    program.write_text("")
+    program.chmod(0o755)
+    shell.env["PATH"] = f"{folder}{os.pathsep}/usr/bin:/bin"
+    shell.env.pop("ANTHROPIC_API_KEY", None)
+    shell.env.pop("ANTHROPIC_AUTH_TOKEN", None)
+    child = shell.start("doctor", "--json")
+    found = {check["name"]: check for check in json.loads(child.communicate(timeout=240)[0])["checks"]}
+    assert found["researcher claude"]["ok"] is None and "ANTHROPIC_API_KEY" in found["researcher claude"]["action"]
+    assert "`claude` is not on the PATH" in found["researcher claude-code"]["detail"]
+    assert found["researcher codex"]["ok"] is True and "researcher aider" not in found
+
+
 def test_the_verbs_that_hints_name_are_all(shell: Shell) -> None:
     from console.called import VERBS as known
 
@@ -415,6 +431,40 @@ class TestASmallLab:
         assert "baseline" in small("undo", str(kept[0]), status=1).stderr
         assert {"items", "bytes", "freed"} <= set(small.json("clean"))
         assert small.json("clean", "--yes")["freed"] is True
+
+    def test_what_was_handed_in_and_is_judged_by_nobody_is_said_to_be_so(self, small: Shell) -> None:
+        folder = small.cwd / "labs" / "small"
+        (folder / "train.py").write_bytes((folder / "train.py").read_bytes() + b"# another\n")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("AUTORESEARCH_HOME", str(small.home))
+            lab = Lab.open(folder)
+            sha = lab.ledger.experiments()[0].fingerprint
+            best = lab.best()
+            assert best is not None
+            number = lab.ledger.propose(
+                source=lab.working_source(), program=lab.program(), fingerprint=sha, description="another",
+                researcher="you", parent=best.number,
+            )  # fmt: skip
+            lab.ledger.close()
+        said = small("try", "-m", "another").stdout
+        assert f"#{number} was handed in before, and is judged now" in said and "already" not in said
+
+    def test_keys_end_a_run_in_a_terminal_after_the_run_under_way(self, small: Shell) -> None:
+        from test_keyboard import Terminal
+
+        if sys.platform == "win32":
+            pytest.skip("pseudo-terminals are POSIX")
+        program = "import sys; sys.argv = ['cli.py', 'run', 'small', '--hours', '1']; import cli; cli.main()"
+        shown = Terminal(program, cwd=small.cwd, home=small.home)
+        try:
+            shown.until("[q] end, after this run")
+            shown.type("q")
+            seen = shown.until("left=")
+        finally:
+            shown.close()
+        assert "ended: asked to end after the run that was under way" in " ".join(seen.split())
+        assert "status=0 echo=True left=0" in seen
+        assert small.json("status")["running"] is None
 
     def test_a_read_only_place(self, small: Shell, tmp_path: Path) -> None:
         place = tmp_path / "file"

@@ -52,7 +52,7 @@ with Ticker(Screen()) as ticker:
 class Terminal:
     """A program in a terminal of its own, with a shell before and after it."""
 
-    def __init__(self, program: str, columns: int = 80) -> None:
+    def __init__(self, program: str, columns: int = 80, cwd: Path = ROOT, home: Path | None = None) -> None:
         import fcntl
         import pty
         import struct
@@ -62,9 +62,10 @@ class Terminal:
         fcntl.ioctl(inner, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
         env = {**os.environ, "PYTHONPATH": str(ROOT), "TERM": "xterm", "PYTHONIOENCODING": "ascii"}
         env.pop("COLUMNS", None)
+        env |= {"AUTORESEARCH_HOME": str(home)} if home else {}
         self.process = subprocess.Popen(
             [sys.executable, "-c", SHELL, program],
-            stdin=inner, stdout=inner, stderr=inner, env=env, cwd=ROOT, start_new_session=True,
+            stdin=inner, stdout=inner, stderr=inner, env=env, cwd=cwd, start_new_session=True,
             preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
         )  # fmt: skip
         os.close(inner)
@@ -130,6 +131,20 @@ def test_the_terminal_is_as_it_was_however_the_program_ends(terminal: type[Termi
     seen = shown.until("left=")
     assert "echo=True" in seen and "status=0" not in seen
     assert "^C" not in seen
+
+
+@posix
+@pytest.mark.parametrize("ignored", [False, True])
+def test_a_hangup_asks_for_an_end_unless_nohup_has_it_ignored(ignored: bool) -> None:
+    program = (
+        "import os, signal, sys\nfrom console.signals import ends\nasked_for = []\n"
+        "with ends(lambda: asked_for.append(1)) as asked:\n    os.kill(os.getpid(), signal.SIGHUP)\n"
+        "print(asked_for, asked.name)"
+    )
+    argv = [*(["nohup"] if ignored else []), sys.executable, "-c", program]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, text=True, env=env, cwd=ROOT, check=True)
+    assert done.stdout == ("[] \n" if ignored else "[1] SIGHUP\n")
 
 
 @posix
