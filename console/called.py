@@ -28,11 +28,11 @@ def as_called(text: str) -> str:
 @cache
 def program() -> str:
     """What a command of this program begins with."""
-    if "UV_RUN_RECURSION_DEPTH" in os.environ:  # `uv run` puts it on the path of this process only
-        return f"uv run {NAME}"
     called = Path(sys.argv[0]) if sys.argv else Path(NAME)
     if called.name not in (NAME, f"{NAME}.exe") or not os.path.dirname(sys.argv[0]):  # noqa: PTH120 - as it was given
         return NAME  # a module, a test, a program that imports this
+    if "UV_RUN_RECURSION_DEPTH" in os.environ:  # `uv run` puts it on the path of this process only
+        return f"uv run {NAME}"
     found = shutil.which(NAME)
     if found and os.path.realpath(Path(found).with_suffix("")) == os.path.realpath(called.with_suffix("")):
         return NAME

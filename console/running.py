@@ -286,10 +286,14 @@ def _tell_end(notifier: Notifier | None, lab: Lab, before: set[int], asked: Aske
     view = places.look(lab)
     new = [r for r in view.rows if r.decided and r.number not in before]
     best = f"; best {bpb(view.best.val_bpb)} (#{view.best.number})" if view.best else ""
-    why = f"stopped by {asked.name}" if asked.signal else f"ended: {summary.reason}"
+    why = f"stopped by {asked.name}" if asked.signal else _why(summary.reason)
     kept = sum(r.kept for r in new)
     data = {"experiments": len(new), "kept": kept, "best": view.best and view.best.to_json()}
     return notifier.end(f"{why}; {plural(len(new), 'experiment')}, {kept} kept{best}", data)
+
+
+def _why(reason: str) -> str:
+    return "ended by `autoresearch stop`" if reason == "stopped" else f"ended: {reason}"
 
 
 def _runs_each(rule: str, seen: list[int]) -> float:
@@ -372,7 +376,7 @@ def _ending(screen: Screen, lab: Lab, before: set[int], asked: Asked, summary: A
     if asked.signal:
         screen.say(f"stopped by {asked.name}; the experiment that was running is dropped and not counted")
     elif reason:
-        screen.say("ended by `autoresearch stop`" if reason == "stopped" else f"ended: {reason}")
+        screen.say(_why(reason))
     _kept(screen, view, new)
     spent = tables.cost_line(lab.ledger.spent())
     if spent:

@@ -179,16 +179,16 @@ def test_no_help_shows_ranges_of_numbers_or_ends_in_the_middle(shell: Shell) -> 
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="the launcher is a script of POSIX")
-@pytest.mark.parametrize("there", [False, True])
-def test_commands_are_spelled_as_they_work_here(shell: Shell, there: bool) -> None:
-    """`.venv/bin/autoresearch` of an environment that is not activated; and of one that is."""
+@pytest.mark.parametrize("name", [".venv/bin/autoresearch", "autoresearch", "uv run autoresearch"])
+def test_commands_are_spelled_as_they_work_here(shell: Shell, name: str) -> None:
+    """`.venv/bin/autoresearch` of an environment that is not activated; of one that is; and by `uv run`."""
     script = shell.cwd / ".venv" / "bin" / "autoresearch"
     script.parent.mkdir(parents=True)
     script.write_text(f"#!{sys.executable}\nimport sys\nsys.path.insert(0, {str(ROOT)!r})\nimport cli\ncli.main()\n")
     script.chmod(0o755)
-    path = f"{script.parent}{os.pathsep}/usr/bin:/bin" if there else "/usr/bin:/bin"
-    env = {name: said for name, said in shell.env.items() if not name.startswith("UV_")} | {"PATH": path}
-    name = "autoresearch" if there else ".venv/bin/autoresearch"
+    path = "/usr/bin:/bin" if name.startswith(".venv") else f"{script.parent}{os.pathsep}/usr/bin:/bin"
+    env = {variable: said for variable, said in shell.env.items() if not variable.startswith("UV_")} | {"PATH": path}
+    env |= {"UV_RUN_RECURSION_DEPTH": "1"} if name.startswith("uv") else {}
 
     def call(*argv: str) -> subprocess.CompletedProcess[str]:
         given = [".venv/bin/autoresearch", *argv]
