@@ -521,7 +521,7 @@ def test_the_script_runs_from_the_project(home: Path) -> None:
         (["kjv", "--vocab", "99999"], 1, "at most, not 99,999"),
         (["kjv", "--text", "x"], 2, "not both"),
         (["kjv", "--files", "2"], 2, "--files is for tinystories and climbmix"),
-        (["kjv", "--vocab", "many"], 2, "is not an integer"),
+        (["kjv", "--vocab", "many"], 2, "not a valid integer"),
         (["--nonsense"], 2, "No such option"),
     ],
 )
