@@ -11,7 +11,8 @@ from typing import Any, NoReturn
 import click
 
 from console import failing
-from console.options import ASKING, Change, Duration, Moment, NumberOrLab, asking_options, making_options
+from console.called import as_called
+from console.options import ASKING, Change, Duration, Moment, Number, NumberOrLab, asking_options, making_options
 from console.output import complain
 from console.verbs import SECTIONS, VERBS
 
@@ -21,8 +22,18 @@ LAZY = {  # verbs that live elsewhere and are not imported for a help page: modu
 }
 
 
+class Verb(click.Command):
+    """Its examples are commands that work in the shell that asked for them."""
+
+    def get_help(self, ctx: click.Context) -> str:
+        return as_called(super().get_help(ctx))
+
+
 class Verbs(click.Group):
     """Groups the verbs in the help, and turns every error into one line and an exit status."""
+
+    def get_help(self, ctx: click.Context) -> str:
+        return as_called(super().get_help(ctx))
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(VERBS)
@@ -132,7 +143,7 @@ def verb(name: str) -> Callable[[Callable[..., Any]], Any]:
     """A verb of the command line; its docstring is the help, examples included."""
 
     def decorate(function: Callable[..., Any]) -> click.Command:
-        return cli.command(name)(_json_option(function))
+        return cli.command(name, cls=Verb)(_json_option(function))
 
     return decorate
 
@@ -164,8 +175,8 @@ def cli() -> None:
 
 @verb("run")
 @_lab(RUN_LAB)
-@click.option("--experiments", type=click.IntRange(min=1), metavar="N", help="Stop after N more experiments.")
-@click.option("--hours", type=click.FloatRange(0, 720, min_open=True), metavar="H", help="Stop after H hours.")
+@click.option("--experiments", type=Number(int, 1), metavar="N", help="Stop after N more experiments.")
+@click.option("--hours", type=Number(float, 0, 720, over=True), metavar="H", help="Stop after H hours.")
 @click.option("--until", type=Moment(), metavar="HH:MM", help="Stop at this time of day (or 2026-12-01T07:30).")
 @click.option("--researcher", metavar="NAME", default="search", show_default=True, help="Who proposes; A+B: in turns.")
 @click.option("--meanwhile", metavar="NAME", help="Who proposes while that one cannot answer, for example search.")
@@ -199,7 +210,7 @@ def run(lab: str | None, as_json: bool, **options: Any) -> int:
 @verb("log")
 @_lab()
 @click.option("--follow", "-f", is_flag=True, help="Keep printing as things happen.")
-@click.option("--limit", "-n", type=click.IntRange(min=1), metavar="N", help="Only the last N.")
+@click.option("--limit", "-n", type=Number(int, 1), metavar="N", help="Only the last N.")
 @click.option("--kept", is_flag=True, help="Only what was kept.")
 def log(lab: str | None, as_json: bool, follow: bool, limit: int | None, kept: bool) -> None:
     """All experiments of a lab: number, status, val_bpb, what was tried.
@@ -238,7 +249,7 @@ def report(lab: str | None, as_json: bool, out: Path | None) -> None:
 @verb("confirm")
 @click.argument("number", type=NumberOrLab(), metavar="[N]", required=False)
 @click.option(
-    "--seeds", type=click.IntRange(1, 64), default=4, show_default=True, metavar="K", help="Fresh seeds per recipe."
+    "--seeds", type=Number(int, 1, 64), default=4, show_default=True, metavar="K", help="Fresh seeds per recipe."
 )
 @click.option("--kept", is_flag=True, help="All that was kept, each against the one before it.")
 @click.option("--without", type=Change(), metavar="N|all", help="The winner without kept change N, or without each.")
@@ -246,11 +257,11 @@ def report(lab: str | None, as_json: bool, out: Path | None) -> None:
 @click.option("--cost", is_flag=True, help="Only say how long it would take.")
 @_lab()
 def confirm(number: int | str | None, as_json: bool, lab: str | None, **options: Any) -> int:
-    """Measure again on fresh seeds, which no decision has seen: baseline and winner, or experiment N.
+    """Measure baseline and winner again on fresh seeds, or experiment N.
 
-    A score that was kept because it came out low flatters; fresh seeds do not. --without tells whether the winner still
-    needs a change that was kept: it alone is taken back, and both run on the same seeds. Ctrl-C ends at once, and the
-    same command goes on where it stopped. With --json: one JSON line for each event.
+    No decision has seen those. A score that was kept because it came out low flatters; fresh seeds do not. --without
+    tells whether the winner still needs a change that was kept: it alone is taken back, and both run on the same seeds.
+    Ctrl-C ends at once, and the same command goes on where it stopped. With --json: one JSON line for each event.
 
     \b
     autoresearch confirm
@@ -273,9 +284,10 @@ def confirm(number: int | str | None, as_json: bool, lab: str | None, **options:
 @click.option("--unconfirmed", is_flag=True, help="Also what is not settled or not confirmed; commits say so.")
 @click.option("--dry-run", is_flag=True, help="Only say what it would do.")
 def finalize(lab: str | None, as_json: bool, branch: str | None, unconfirmed: bool, dry_run: bool) -> None:
-    """Put the changes that hold on fresh seeds on a clean branch, one commit each, with the effect re-measured.
+    """Put the changes that hold on fresh seeds on a clean branch, one commit each.
 
-    What did not replicate is left out where the rest can be made without it. Your files are not touched.
+    Each commit tells its effect, measured again. What did not replicate is left out where the rest can be made without
+    it. Your files are not touched.
 
     \b
     autoresearch finalize
@@ -293,7 +305,9 @@ def finalize(lab: str | None, as_json: bool, branch: str | None, unconfirmed: bo
 @click.option("--backend", metavar="NAME", help="Check for this backend rather than the chosen one.")
 @click.option("--bundle", is_flag=True, help="Also write a redacted report to attach to an issue.")
 def doctor(as_json: bool, backend: str | None, bundle: bool) -> int:
-    """Check this machine: PASS, FAIL or warning, why, and the exact next command.
+    """Check this machine and say what to do: PASS, FAIL or note.
+
+    A note is worth knowing, and stops nothing. Each line says why, and the exact next command.
 
     \b
     autoresearch doctor
@@ -308,10 +322,11 @@ def doctor(as_json: bool, backend: str | None, bundle: bool) -> int:
 @_lab(NEW_LAB)
 @making_options
 def init(lab: str | None, as_json: bool, **options: Any) -> None:
-    """Make a lab without running it: fits the recipe to this machine, commits it, locks the settings.
+    """Make a lab without running it.
 
-    LAB is the new folder, default ./labs/TAG. --from takes an upstream clone or fork: its constants are carried
-    over, its results become history for researchers (never a score), its program.md is kept.
+    It fits the recipe to this machine, commits it and locks the settings. LAB is the new folder, default ./labs/TAG.
+    --from takes an upstream clone or fork: its constants are carried over, its results become history for researchers
+    (never a score), its program.md is kept.
 
     \b
     autoresearch init
@@ -347,7 +362,7 @@ def try_(lab: str | None, as_json: bool, message: str, no_wait: bool, timeout: f
 
 
 @verb("wait")
-@click.argument("number", type=click.IntRange(min=0), metavar="N")
+@click.argument("number", type=Number(int, 0), metavar="N")
 @click.option("--timeout", type=Duration(), metavar="S", help="Return after this long with status 124.")
 @_lab()
 def wait(number: int, as_json: bool, lab: str | None, timeout: float | None) -> int:
@@ -415,7 +430,7 @@ def status(lab: str | None, as_json: bool) -> None:
 @verb("best")
 @_lab()
 @click.option("--source", is_flag=True, help="Print its train.py and nothing else.")
-@click.option("--without", type=click.IntRange(min=1), metavar="N", help="With --source: without the kept change N.")
+@click.option("--without", type=Number(int, 1), metavar="N", help="With --source: without the kept change N.")
 @click.option("--out", type=click.Path(path_type=Path), metavar="FILE", help="With --source: write it to this file.")
 def best(lab: str | None, as_json: bool, source: bool, without: int | None, out: Path | None) -> None:
     """The best experiment so far, and what led to it.
@@ -432,7 +447,7 @@ def best(lab: str | None, as_json: bool, source: bool, without: int | None, out:
 
 
 @verb("show")
-@click.argument("number", type=click.IntRange(min=0), metavar="N")
+@click.argument("number", type=Number(int, 0), metavar="N")
 @_lab()
 def show(number: int, as_json: bool, lab: str | None) -> None:
     """Everything about experiment N.
@@ -446,7 +461,7 @@ def show(number: int, as_json: bool, lab: str | None) -> None:
 
 
 @verb("diff")
-@click.argument("number", type=click.IntRange(min=0), metavar="N")
+@click.argument("number", type=Number(int, 0), metavar="N")
 @_lab()
 def diff(number: int, as_json: bool, lab: str | None) -> None:
     """What experiment N changed in train.py.
@@ -462,8 +477,8 @@ def diff(number: int, as_json: bool, lab: str | None) -> None:
 @verb("sample")
 @_lab()
 @click.option("--prompt", default="", metavar="TEXT", help="Text to continue.")
-@click.option("--tokens", type=click.IntRange(1, 100_000), default=200, show_default=True, metavar="N")
-@click.option("--temperature", type=click.FloatRange(min=0), default=0.8, show_default=True, metavar="X")
+@click.option("--tokens", type=Number(int, 1, 100_000), default=200, show_default=True, metavar="N")
+@click.option("--temperature", type=Number(float, 0), default=0.8, show_default=True, metavar="X")
 @click.option("--seed", type=int, default=0, show_default=True, metavar="N")
 @click.option("--beside", is_flag=True, help="Although an experiment runs on the device, which this slows down.")
 def sample(lab: str | None, as_json: bool, prompt: str, **options: Any) -> None:
@@ -541,7 +556,7 @@ def stop(lab: str | None, as_json: bool) -> None:
 
 
 @verb("undo")
-@click.argument("number", type=click.IntRange(min=0), metavar="N")
+@click.argument("number", type=Number(int, 0), metavar="N")
 @_lab()
 def undo(number: int, as_json: bool, lab: str | None) -> None:
     """Take back the kept experiment N: the best before it is the best again. Its record stays.

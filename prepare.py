@@ -24,6 +24,7 @@ from core.data import Dataset
 from core.errors import Busy, DataError, UserError
 from core.locks import hold
 from core.paths import data_root, home, locks_root
+from core.tokenizer import SMALLEST_VOCABULARY
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -297,21 +298,40 @@ class Show:
 
 EPILOG = """\b
 Examples:
-  python prepare.py                        the King James Bible, nothing is fetched
-  python prepare.py kjv --vocab 2048       the same with a smaller vocabulary
-  python prepare.py tinystories            1.0 GB from the Hugging Face hub
-  HF_ENDPOINT=https://mirror.example python prepare.py climbmix --files 4
-  python prepare.py --text novel.txt       your own .txt, .md, .jsonl or .parquet, or a folder of them
+  autoresearch prepare                     the King James Bible, nothing is fetched
+  autoresearch prepare kjv --vocab 2048    the same with a smaller vocabulary
+  autoresearch prepare tinystories         1.0 GB from the Hugging Face hub
+  HF_ENDPOINT=https://mirror.example autoresearch prepare climbmix --files 4
+  autoresearch prepare --text novel.txt    your own .txt, .md, .jsonl or .parquet, or a folder of them
 
 Stopped or cut off, the same command goes on where it was. AUTORESEARCH_HOME moves the place of all data.
 """
 
 
+def _at_least(least: int) -> Callable[[click.Context, click.Parameter, int | None], int | None]:
+    """A check of an option, without the range that click's own would show behind the help."""
+
+    def check(_: click.Context, __: click.Parameter, value: int | None) -> int | None:
+        if value is not None and value < least:
+            raise click.BadParameter(f"{value} is out of range; it has to be at least {least}")
+        return value
+
+    return check
+
+
 @click.command(epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("name", required=False, metavar="[kjv|tinystories|climbmix]")
-@click.option("--text", type=click.Path(path_type=Path), help="Your own text: a file or a folder.")
-@click.option("--vocab", type=click.IntRange(min=1), help="Entries of the vocabulary. By default the data set's own.")
-@click.option("--files", type=click.IntRange(min=1), help="How many files of tinystories or climbmix to fetch.")
+@click.option("--text", type=click.Path(path_type=Path), metavar="PATH", help="Your own text: a file or a folder.")
+@click.option(
+    "--vocab",
+    type=int,
+    callback=_at_least(SMALLEST_VOCABULARY),
+    metavar="N",
+    help="Tokens in the vocabulary; default: the data set's.",
+)
+@click.option(
+    "--files", type=int, callback=_at_least(1), metavar="N", help="How many files of tinystories or climbmix to fetch."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def main(name: str | None, text: Path | None, vocab: int | None, files: int | None, as_json: bool) -> None:
     """Prepare text for training: fetch it, learn a tokenizer, write token shards."""

@@ -8,6 +8,8 @@ from typing import Any
 
 import click
 
+from console.options import Number
+
 SUBCOMMANDS = {  # name -> (module with a click command called `command`, what it says in the help)
     "compare": ("benchmarks.compare_command", "Lay result files of several machines side by side."),
     "page": ("benchmarks.page_command", "One page of all machines whose results are there."),
@@ -56,10 +58,8 @@ class RecipeOf(click.ParamType):
 @click.option("--fresh", is_flag=True, help="With --quick: compile anew, not with what an earlier bench has kept.")
 @click.option("--upstream", type=click.Path(path_type=Path), metavar="DIR", help="A clone of upstream, as a peer.")
 @click.option("--recipe", "recipes", type=RecipeOf(), multiple=True, metavar="BACKEND=FILE", help="Another train.py.")
-@click.option(
-    "--repeats", type=click.IntRange(min=1), metavar="N", help="Rounds of turns; default: till ratios are known."
-)
-@click.option("--seeds", type=click.IntRange(min=0), metavar="N", help="Scored experiments; default 3, quick 1.")
+@click.option("--repeats", type=Number(int, 1), metavar="N", help="Rounds of turns; default: till ratios are known.")
+@click.option("--seeds", type=Number(int, 0), metavar="N", help="Scored experiments; default 3, quick 1.")
 @click.option("--out", type=click.Path(path_type=Path), metavar="FILE", help="The result; default: here, by its date.")
 @click.option("--page", type=click.Path(path_type=Path), metavar="DIR", help="Also an HTML page, plots and Markdown.")
 @click.option("--markdown", is_flag=True, help="Print the tables as Markdown.")

@@ -116,6 +116,8 @@ def measure(screen: Screen, lab: Lab, wanted: Plan) -> tuple[Done, Asked]:
         def on_event(event: Event) -> None:
             if event.kind == "waiting":
                 ticker.say(f"     {event.data.get('text', '')}")
+            elif event.kind == "again":
+                ticker.begin(f"#{event.data['number']} again", f"with seed {event.data['seed']}")
             elif event.kind != "note":
                 ticker.feed(event)
 
@@ -171,7 +173,7 @@ def research(screen: Screen, loop: Loop, experiments: int | None, deadline: floa
     kept_back = reserve(lab, deadline)
     limits = Limits(experiments, None if deadline is None else deadline - kept_back)
     summary = loop.run(limits)
-    if not kept_back or summary.reason == "stopped":
+    if not kept_back or summary.reason == "stopped" or loop.is_finishing:
         return summary
     standing = [e.number for e in lab.ledger.experiments() if e.is_kept]
     if len(standing) < 2 and (experiments is None or summary.decided < experiments):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, Protocol
 
-from console.looking import progress_parts
-from console.output import Screen, plain, typed
+from console.keyboard import Keyboard
+from console.looking import RATES, progress_parts
+from console.output import Screen, plain, terminal_width
 from console.words import duration, plural, shorten
 
 if TYPE_CHECKING:
@@ -15,6 +17,8 @@ if TYPE_CHECKING:
 
 QUIET = 60.0  # seconds between two plain progress lines where nothing is redrawn
 FRAMES = 5  # redrawings per second at most
+BAR = ((100, 20), (60, 10))  # from so many columns on, so many signs of a bar
+BESIDE = 12  # columns of a description below which it is left out
 SPINNER = "⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏"
 
 
@@ -39,6 +43,9 @@ class Ticker:
         self._state: dict[str, Any] = {}
         self._title = self._description = ""
         self._spoken = time.monotonic()
+        self._keyboard = Keyboard()
+        self._hint: Callable[[bool], str] | None = None
+        self._held = ExitStack()
 
     def __enter__(self) -> Ticker:
         if self.screen.interactive:
@@ -50,13 +57,18 @@ class Ticker:
                 refresh_per_second=FRAMES,
                 transient=True,
             )
-            self._live.start()
+            self._held.enter_context(self._keyboard)
+            self._held.enter_context(self._live)
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._live is not None:
-            self._live.stop()
-            self._live = None
+        self._held.close()
+        self._live = None
+
+    def listen(self, on_key: Callable[[str], None], hint: Callable[[bool], str]) -> None:
+        """Keys that a person presses go to `on_key`; `hint`, told whether something runs, says what they do."""
+        if self._live is not None and self._keyboard.is_there:
+            self._keyboard.on_key, self._hint = on_key, hint
 
     def begin(self, title: str, description: str = "") -> None:
         """A new experiment; `title` stands before its progress, `description` behind it, as far as there is room."""
@@ -64,13 +76,17 @@ class Ticker:
         self._state = {}
         self._spoken = time.monotonic()
 
+    def wait(self) -> None:
+        """Nothing runs at the moment; why was said."""
+        self.begin("waits")
+
     def end(self) -> None:
         self._title, self._description, self._state = "", "", {}
 
     def say(self, line: str, style: str | None = None) -> None:
         """A line that stays."""
         if self._live is not None:
-            self.screen.console.print(plain(typed(line)), style=style, soft_wrap=True)
+            self.screen.console.print(self.screen.laid_out(line), style=style, soft_wrap=True)
         else:
             self.screen.say(line, style if self.screen.interactive else None)
         self._spoken = time.monotonic()
@@ -102,19 +118,36 @@ class Ticker:
     def _render(self) -> Any:
         from rich.text import Text
 
-        if not self._title and not self._state:
-            return Text("")
-        mark = "" if self.screen.ascii else SPINNER[int(time.monotonic() * FRAMES) % len(SPINNER)] + " "
-        width = max(20, self.screen.width - 1)
-        bar = self._bar(20) if width >= 100 else ""
-        return Text(shorten(plain(f"{mark}{bar}{self.line()}"), width), no_wrap=True, overflow="crop")
+        width = terminal_width()
+        return Text("\n".join(plain(row) for row in self.rows(width)), no_wrap=True, overflow="crop")
 
-    def _bar(self, width: int) -> str:
+    def rows(self, width: int) -> list[str]:
+        """What is redrawn, each row within `width` columns: the progress, and below it what is tried and the keys."""
+        mark = "" if self.screen.ascii else SPINNER[int(time.monotonic() * FRAMES) % len(SPINNER)] + " "
+        head = mark + self._bar(next((signs for least, signs in BAR if width >= least), 0))
+        parts, rates = progress_parts(self._state), progress_parts(self._state, RATES)
+        if len(head + self._with_title(parts)) > width:  # how fast it goes is told first by how long it takes
+            parts = [part for part in parts if part not in rates]
+        line = head + self._with_title(parts)
+        hint = self._hint(bool(self._state)) if self._hint else ""
+        if not self._title and not self._state:
+            return [shorten(mark + hint, width)] if hint else []
+        if not hint:
+            beside = shorten(self._description, width - len(line) - 2) if len(line) + 2 + BESIDE <= width else ""
+            return [shorten(f"{line}  {beside}".rstrip(), width)]
+        room = width - len(mark) - len(hint) - 2
+        below = shorten(self._description, room) if room >= BESIDE else ""
+        return [shorten(line, width), shorten(f"{' ' * len(mark)}{below}{'  ' if below else ''}{hint}", width)]
+
+    def _with_title(self, parts: list[str]) -> str:
+        return "  ".join(part for part in (self._title, ", ".join(parts)) if part)
+
+    def _bar(self, signs: int) -> str:
         share = self._state.get("fraction")
-        if not isinstance(share, int | float):
+        if not isinstance(share, int | float) or not signs:
             return ""
-        full = round(min(max(share, 0.0), 1.0) * width)
-        return "[" + "#" * full + "." * (width - full) + f"] {100 * min(share, 1.0):3.0f} %  "
+        full = round(min(max(share, 0.0), 1.0) * signs)
+        return "[" + "#" * full + "." * (signs - full) + f"] {100 * min(share, 1.0):3.0f} %  "
 
 
 def expected(budget: float, overheads: list[float], guess: float) -> float:

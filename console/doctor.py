@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,7 +22,7 @@ def doctor_verb(screen: Screen, backend: str | None, bundle: bool) -> int:
 
     machine = hardware.probe()
     screen.say(machine.summary())
-    checks = [*doctor.checks(machine, backend), *_walls()]
+    checks = [*doctor.checks(machine, backend), *_walls(), *_researchers()]
     failed = [check for check in checks if check.ok is False]
     written = None
     if bundle:
@@ -43,6 +45,26 @@ def _walls() -> list[Check]:
     from core.sandbox import self_check
 
     return [Check(c.name, c.ok, c.detail, getattr(c, "action", "")) for c in self_check()]
+
+
+def _researchers() -> list[Check]:
+    """Who could be asked for proposals from here; `search` always can, so that none of the others is needed."""
+    from core.commands import setting
+    from core.doctor import Check
+    from researchers.agents import AGENTS
+
+    keys = AGENTS["claude-code"].keys
+    key = next((name for name in keys if os.environ.get(name)), None)
+    fact = f"{key} is set (whether it is accepted was not asked)" if key else f"{keys[0]} is not set"
+    found = [Check("researcher claude", True if key else None, fact, f"to use it: {setting(keys[0], '...')}")]
+    for agent in AGENTS.values():
+        program = agent.command.split()[0]
+        there = shutil.which(program)
+        if there or agent.name == "claude-code":  # the others are worth a line only where somebody has them
+            fact = f"`{program}` is {there} (its login was not tried)" if there else f"`{program}` is not on the PATH"
+            action = f"to use it: {agent.install}, and {agent.login}"
+            found.append(Check(f"researcher {agent.name}", True if there else None, fact, action))
+    return found
 
 
 def _show(screen: Screen, checks: Sequence[Check]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
+from collections.abc import Collection
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
@@ -192,16 +193,21 @@ def _progress_lines(state: dict[str, Any] | None, screen: Screen) -> list[str]:
     return lines
 
 
-def progress_parts(state: dict[str, Any]) -> list[str]:
-    """'training', 'step 410', 'loss 4.312', ... of a live state or a progress event."""
-    mfu, rate = state.get("mfu"), state.get("tokens_per_second")
-    parts = [str(state["phase"])] if state.get("phase") else []
-    parts += [f"step {state['step']}"] if state.get("step") is not None else []
-    parts += [f"loss {state['loss']:.3f}"] if isinstance(state.get("loss"), float) else []
-    parts += [f"{count(rate)} tokens/s"] if rate else []
-    parts += [f"MFU {100 * mfu:.2g} %"] if mfu else []
-    parts += [f"{duration(state['remaining'])} left"] if isinstance(state.get("remaining"), int | float) else []
-    return parts
+RATES = ("tokens_per_second", "mfu")
+
+
+def progress_parts(state: dict[str, Any], only: Collection[str] = ()) -> list[str]:
+    """'training', 'step 410', 'loss 4.312', ... of a live state or a progress event; `only`: of these fields."""
+    mfu, rate, loss, left = (state.get(name) for name in ("mfu", "tokens_per_second", "loss", "remaining"))
+    parts = {
+        "phase": str(state["phase"]) if state.get("phase") else "",
+        "step": f"step {state['step']}" if state.get("step") is not None else "",
+        "loss": f"loss {loss:.3f}" if isinstance(loss, float) else "",
+        "tokens_per_second": f"{count(rate)} tokens/s" if rate else "",
+        "mfu": f"MFU {100 * mfu:.2g} %" if mfu else "",
+        "remaining": f"{duration(left)} left" if isinstance(left, int | float) else "",
+    }
+    return [part for name, part in parts.items() if part and (not only or name in only)]
 
 
 # --- best, show, diff --------------------------------------------------------------------------
@@ -310,7 +316,4 @@ def diff_verb(screen: Screen, given: str | None, number: int) -> None:
         return
     for line in text.splitlines():
         style = "green" if line.startswith("+") else "dark_orange3" if line.startswith("-") else None
-        if style and screen.interactive:
-            screen.say(line, style)
-        else:
-            screen.say(plain(line))
+        screen.say(line, style if screen.interactive else None, wrap=False)

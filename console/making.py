@@ -188,7 +188,7 @@ def _fitted(
         )
     screen.say(f"  compute in {settings.dtype}: {facts['dtype_reason']}")
     if chosen.verdict == "statistical" and not settings.probe:
-        screen.say("  hopeless candidates train to their end: Windows cannot stop a process and let it go on")
+        screen.say("  early stopping is off: Windows cannot pause a process")
     if by := computed_by(facts["describe"]):
         screen.say("  " + "; ".join(f"{what}: {name}" for what, name in by.items()))
     return recipe, settings

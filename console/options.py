@@ -8,6 +8,8 @@ from typing import Any
 
 import click
 
+SMALLEST_VOCABULARY = 257  # `core.tokenizer` says why; a page of help loads nothing of core
+
 
 class Duration(click.ParamType):
     """Seconds, or with a unit: 60, 90s, 5m, 8h, 1h30m."""
@@ -29,6 +31,32 @@ class Duration(click.ParamType):
         if not self.least <= seconds <= 30 * 86400:
             self.fail(f"{value} is out of range; use {duration(self.least)} to 30 days", param, ctx)
         return seconds
+
+
+class Number(click.ParamType):
+    """A number from `least` to `most`, both included; the metavar of its option names it."""
+
+    name = "number"
+
+    def __init__(
+        self, kind: type[int] | type[float], least: float, most: float | None = None, over: bool = False
+    ) -> None:
+        """`over`: `least` itself is left out."""
+        self.kind, self.least, self.most, self.over = kind, least, most, over
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        try:
+            number = self.kind(value)
+        except ValueError:
+            self.fail(f"{value!r} is not {'an integer' if self.kind is int else 'a number'}", param, ctx)
+        low = number > self.least if self.over else number >= self.least
+        if not low or (self.most is not None and number > self.most):
+            self.fail(f"{value} is out of range; it has to be {self._range()}", param, ctx)
+        return number
+
+    def _range(self) -> str:
+        least = f"{'more than' if self.over else 'at least'} {self.least:g}"
+        return least if self.most is None else f"{least}, at most {self.most:g}"
 
 
 class Change(click.ParamType):
@@ -90,7 +118,7 @@ def making_options(function: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--backend", metavar="NAME", help="cuda, rtx, mlx or cpu; default: what this machine has."),
         click.option("--data", metavar="NAME", help="kjv, tinystories, climbmix or a prepared folder."),
         click.option("--text", type=click.Path(path_type=Path), metavar="PATH", help="Your own text instead."),
-        click.option("--vocab", type=click.IntRange(min=258), metavar="N", help="Tokens in the vocabulary."),
+        click.option("--vocab", type=Number(int, SMALLEST_VOCABULARY), metavar="N", help="Tokens in the vocabulary."),
         click.option("--profile", metavar="NAME", help="What the recipe starts from; default: fitted to here."),
         click.option("--budget", type=Duration(least=0.5), metavar="S", help="Training time of an experiment: 60, 5m."),
         click.option(
@@ -98,7 +126,7 @@ def making_options(function: Callable[..., Any]) -> Callable[..., Any]:
         ),
         click.option(
             "--min-delta",
-            type=click.FloatRange(min=0),
+            type=Number(float, 0),
             metavar="BPB",
             help="The least gain that is kept; default: 0.001, with --verdict simple 0.",
         ),
@@ -117,23 +145,20 @@ def asking_options(function: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--effort", metavar="E", help="low, medium, high, xhigh or max; default: high."),
         click.option(
             "--max-cost",
-            type=click.FloatRange(min=0),
+            type=Number(float, 0),
             metavar="USD",
             help="Stop before this run has spent this many US dollars; default: 10.",
         ),
-        click.option("--max-tokens", type=click.IntRange(min=1), metavar="N", help="The same in tokens of all kinds."),
+        click.option("--max-tokens", type=Number(int, 1), metavar="N", help="The same in tokens of all kinds."),
         click.option(
             "--command", metavar="LINE", help='A coding agent, with --researcher command: "agent {prompt_file}".'
         ),
         click.option(
-            "--time-limit",
-            type=Duration(least=1),
-            metavar="S",
-            help="Time limit for one answer of an agent; default: 20m.",
+            "--time-limit", type=Duration(least=1), metavar="S", help="Time limit for one agent answer; default: 20m."
         ),
         click.option("--pass-env", metavar="A,B", help="Variables that an agent gets on top of the usual ones."),
         click.option(
-            "--attempts", type=click.IntRange(1, 3), metavar="N", help="Tries per idea, repairs included; default: 3."
+            "--attempts", type=Number(int, 1, 3), metavar="N", help="Tries per idea, repairs included; default: 3."
         ),
     ]
     for option in reversed(options):

@@ -5,20 +5,18 @@ from __future__ import annotations
 import json
 import math
 import os
-import re
+import shutil
 import sys
-from functools import cache
+from collections.abc import Sequence
 from pathlib import Path
-from shutil import which
 from typing import TYPE_CHECKING, Any
 
-from console.verbs import VERBS
+from console.called import as_called
+from console.words import wrapped
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-PROGRAM = "autoresearch"
-_COMMAND = re.compile(rf"(?<![\w./\\-]){PROGRAM}(?= (?:--\w|(?:{'|'.join(VERBS)})\b))")
 _ASCII = str.maketrans({"→": "->", "·": "-", "–": "-", "—": "-", "−": "-", "±": "+-", "…": "...", "²": "2", "×": "x",
                         "Δ": "delta", "≈": "~", "≤": "<=", "≥": ">=", "°": "", "✓": "+", "✗": "x", "○": "o",
                         "“": '"', "”": '"', "’": "'"})  # fmt: skip
@@ -35,24 +33,9 @@ def plain(text: str, stream: Any = None) -> str:
     return text.translate(_ASCII) if ascii_only(stream) else text
 
 
-def typed(text: str) -> str:
-    """The text with its commands as they have to be typed here: README's first line calls the program by its path, in
-    an environment that nobody has activated."""
-    called = _called()
-    return text if called == PROGRAM else _COMMAND.sub(lambda found: called, text)
-
-
-@cache
-def _called() -> str:
-    """The program as it was called where a shell would not find it by its name alone."""
-    from core.commands import quoted  # here, because a page of help loads nothing of core
-
-    called = Path(sys.argv[0])
-    if called.stem != PROGRAM or which(PROGRAM) is not None:
-        return PROGRAM
-    below = called.is_absolute() and called.is_relative_to(Path.cwd())
-    word = quoted(f".{os.sep}{called.relative_to(Path.cwd())}" if below else sys.argv[0])
-    return f"& {word}" if word.startswith('"') else word  # PowerShell would print a quoted word, and not run it
+def terminal_width() -> int:
+    """Columns that a line may take; the last one stays free, as some terminals begin a new line after it."""
+    return max(20, shutil.get_terminal_size().columns - 1)
 
 
 def tidy(value: Any) -> Any:
@@ -100,14 +83,33 @@ class Screen:
             self._console = Console(highlight=False, markup=False, emoji=False, width=200 if piped else None)
         return self._console
 
-    def say(self, text: str = "", style: str | None = None) -> None:
-        """One or more lines for people; `style` never carries a meaning of its own."""
+    def say(self, text: str = "", style: str | None = None, wrap: bool = True) -> None:
+        """One or more lines for people; `style` never carries a meaning of its own. On a terminal they are broken
+        between words, unless `wrap` says that they have to stay as they are."""
         if self.as_json:
             return
+        said = self.laid_out(text) if wrap else plain(text)
         if style is None:
-            print(plain(typed(text)), flush=True)
+            print(said, flush=True)
         else:
-            self.console.print(plain(typed(text)), style=style, soft_wrap=True)
+            self.console.print(said, style=style, soft_wrap=True)
+
+    def laid_out(self, text: str) -> str:
+        """As it is printed: in the stream's signs, with this program's name, and as wide as the terminal."""
+        said = plain(as_called(text))
+        return wrapped(said, terminal_width()) if sys.stdout.isatty() else said
+
+    def commands(self, pairs: Sequence[tuple[str, str]]) -> None:
+        """(command, what it does): what does not fit behind its command stands below it, as a command that is broken
+        in two cannot be copied."""
+        called = [(as_called(command), what) for command, what in pairs]
+        room = terminal_width() if sys.stdout.isatty() else 10_000
+        fits = [len(command) for command, what in called if len(command) + len(what) + 5 <= room]
+        wide = max(fits, default=0)
+        for command, what in called:
+            apart = "   " if 2 + max(wide, len(command)) + 3 + len(what) <= room else "\n      "
+            pad = wide if apart == "   " else 0
+            self.say(f"  {command:<{pad}}{apart}{what}", wrap=False)
 
     def show(self, renderable: Any) -> None:
         """A rich table or text for people."""
@@ -133,10 +135,10 @@ class Screen:
 
 def complain(kind: str, fact: str, action: str, as_json: bool) -> None:
     """An error, on stderr: one clear line for people, one JSON object for programs."""
-    action = typed(action)
     if as_json:
-        error = {"error": {"kind": kind, "fact": fact, "action": action}}
+        error = {"error": {"kind": kind, "fact": fact, "action": as_called(action)}}
         print(json.dumps(error, ensure_ascii=True), file=sys.stderr, flush=True)
         return
-    text = typed(" ".join(f"{fact}; {action}".split()) if action else " ".join(fact.split()))
-    print(plain(f"error: {text}", sys.stderr), file=sys.stderr, flush=True)
+    text = " ".join(f"{fact}; {action}".split()) if action else " ".join(fact.split())
+    said = plain(as_called(f"error: {text}"), sys.stderr)
+    print(wrapped(said, terminal_width()) if sys.stderr.isatty() else said, file=sys.stderr, flush=True)

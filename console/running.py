@@ -6,34 +6,37 @@ import hashlib
 import math
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 from console import places, tables
 from console.awake import awake
+from console.called import as_called
 from console.display import Ticker, expected, finish_line
 from console.looking import running_state
 from console.making import Wishes, free_disk, make, passes_line
 from console.notifying import Notifier, checked, notifying
-from console.output import Screen, typed
+from console.output import Screen
 from console.rows import Row, row
 from console.signals import Asked, ends
 from console.words import below, bpb, clock, count, delta, duration, plural
 from core.commands import quoted
 from core.errors import Busy, LabError, UserError
+from core.session import FINISHED
 
 if TYPE_CHECKING:
     from core.lab import Lab
     from core.live import Event
+    from core.loop import Loop
 
 NOTIFY = "AUTORESEARCH_NOTIFY"  # the variable that stands in for --notify
 DEMO_TAG = "demo"
 DEMO_EXPERIMENTS = 7
 VERDICTS = {
     "statistical": "statistical: kept is what several seeds show to be better than noise; the baseline runs 5",
-    "simple": "simple: kept is whatever one run puts below the best, luck included",
+    "simple": "simple: a candidate is kept if its single run scores lower, even by luck",
 }
 OVERHEAD = 15.0  # seconds outside training that are expected before any was measured
 TYPICAL_RUNS = 2.5  # of a candidate, the best's own included, in simulated nights (docs/verdict.md)
@@ -68,7 +71,7 @@ class Again:
         for name, value in options.items():
             if value is not None:
                 words += [f"--{name.replace('_', '-')}"] + ([] if value is True else [str(value)])
-        return typed(" ".join(map(quoted, words)))
+        return as_called(" ".join(map(quoted, words)))
 
 
 def until_word(deadline: float) -> str:
@@ -248,6 +251,7 @@ def _run(
     before = {e.number for e in lab.ledger.experiments() if e.status is not None}
     with awake() as sleep, Ticker(screen, events=True) as ticker, notifying(notify, lab.tag, _each(lab)) as notifier:
         loop = Loop(lab, who[0], LocalExecutor(), _Narrator(screen, ticker, lab, notifier), meanwhile=who[1])
+        ticker.listen(*_keys(loop))
         with ends(loop.stop) as asked:
             _banner(screen, lab, " or else ".join(w.name for w in who if w), limits, sleep, again.spelled())
             for warning in warnings(lab.path, os.environ):
@@ -259,6 +263,25 @@ def _run(
         screen.line({"event": "note", "text": lost})
         screen.say(lost)
     return _ending(screen, lab, before, asked, summary, demo, again)
+
+
+def _keys(loop: Loop) -> tuple[Callable[[str], None], Callable[[bool], str]]:
+    """What keys do in a terminal, and the words for it; `hint` is told whether something runs."""
+
+    def on_key(key: str) -> None:
+        if key == "p":
+            loop.pause(not loop.is_paused)
+        elif key == "q":
+            loop.finish(not loop.is_finishing)
+
+    def hint(runs: bool) -> str:
+        if loop.is_finishing:
+            return "ends after this run  [q] take that back" if runs else "ends"
+        if loop.is_paused:
+            return "pauses after this run  [p] take that back" if runs else "paused  [p] go on"
+        return "[p] pause  [q] end, after this run" if runs else "[p] pause  [q] end"
+
+    return on_key, hint
 
 
 def _must_be_free(lab: Lab) -> None:
@@ -288,8 +311,12 @@ class _Narrator:
     def __call__(self, event: Event) -> None:
         data = event.data
         if event.kind == "start":
-            self._ticker.begin(f"#{data['number']}", str(data.get("description", "")))
+            seed = f" (with seed {data['seed']})" if "seed" in data else ""
+            self._ticker.begin(f"#{data['number']}", f"{data.get('description', '')}{seed}")
             self._screen.line({"event": "start", **data})
+        elif event.kind == "again":
+            self._ticker.begin(f"#{data['number']} again", f"with seed {data['seed']}")
+            self._screen.line({"event": "again", **data})
         elif event.kind == "decided":
             self._ticker.end()
             self._decided(int(data["number"]))
@@ -298,6 +325,8 @@ class _Narrator:
             if data.get("paused"):
                 self._ticker.end()  # nothing runs
             self._ticker.say(f"     {data.get('text', '')}")
+            if event.kind == "waiting":
+                self._ticker.wait()
         else:
             self._ticker.feed(event)
 
@@ -324,10 +353,14 @@ def _tell_end(notifier: Notifier | None, lab: Lab, before: set[int], asked: Aske
     view = places.look(lab)
     new = [r for r in view.rows if r.decided and r.number not in before]
     best = f"; best {bpb(view.best.val_bpb)} (#{view.best.number})" if view.best else ""
-    why = f"stopped by {asked.name}" if asked.signal else f"ended: {summary.reason}"
+    why = f"stopped by {asked.name}" if asked.signal else _why(summary.reason)
     kept = sum(r.kept for r in new)
     data = {"experiments": len(new), "kept": kept, "best": view.best and view.best.to_json()}
     return notifier.end(f"{why}; {plural(len(new), 'experiment')}, {kept} kept{best}", data)
+
+
+def _why(reason: str) -> str:
+    return "ended by `autoresearch stop`" if reason == "stopped" else f"ended: {reason}"
 
 
 def _runs_each(rule: str, seen: list[int]) -> float:
@@ -399,8 +432,8 @@ def _prices(screen: Screen, lab: Lab, who: list[Any]) -> None:
 def _ending(screen: Screen, lab: Lab, before: set[int], asked: Asked, summary: Any, demo: bool, again: Again) -> int:
     view = places.look(lab)
     new = [r for r in view.rows if r.decided and r.number not in before]
-    goes_on = again.spelled(len(new)) if asked.signal else ""
     reason = getattr(summary, "reason", "") or ""
+    goes_on = again.spelled(len(new)) if asked.signal or reason == FINISHED else ""
     screen.line({
         "event": "end", "reason": reason, "signal": asked.name or None, "new": len(new), "total": view.total.to_json(),
         "kept": [r.to_json() for r in new if r.kept], "again": goes_on or None,
@@ -411,7 +444,7 @@ def _ending(screen: Screen, lab: Lab, before: set[int], asked: Asked, summary: A
     if asked.signal:
         screen.say(f"stopped by {asked.name}; the experiment that was running is dropped and not counted")
     elif reason:
-        screen.say(f"ended: {reason}")
+        screen.say(_why(reason))
     _kept(screen, view, new)
     spent = tables.cost_line(lab.ledger.spent())
     if spent:
@@ -459,7 +492,5 @@ def _next(screen: Screen, lab: Lab, view: places.Picture, again: str, demo: bool
         commands.append((f"autoresearch run {tag} --hours 8", "a real night, fitted to this machine"))
     elif not again:
         commands.append((places.command("run", lab), "go on"))
-    wide = max(len(command) for command, _ in commands)
     screen.say("next:")
-    for command, what in commands:
-        screen.say(f"  {command:<{wide}}   {what}")
+    screen.commands(commands)

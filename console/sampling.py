@@ -61,6 +61,7 @@ def _write(
                     break
                 found.append(token)
                 writer.add(token)
+        writer.end()
     except referee.RecipeFailed as failed:
         raise UserError(f"the best recipe could not be sampled: {failed.reason}", "autoresearch doctor") from None
     seconds = time.monotonic() - began
@@ -82,9 +83,13 @@ class Writer:
         self._ids.append(token)
         self._print()
 
-    def _print(self) -> None:
+    def end(self) -> None:
+        """Also a character that was not finished, as the whole text has it."""
+        self._print(whole_only=False)
+
+    def _print(self, whole_only: bool = True) -> None:
         text = self._tokenizer.decode(self._ids)
-        whole = text.rstrip("\N{REPLACEMENT CHARACTER}")  # the first bytes of a character
+        whole = text.rstrip("\N{REPLACEMENT CHARACTER}") if whole_only else text  # the first bytes of a character
         if not self._screen.as_json and len(whole) > self._shown:
             print(whole[self._shown :], end="", flush=True)
             self._shown = len(whole)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from console import places
+from core.commands import pip_install
 from core.errors import UserError
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 CALL = 45.0  # seconds that no call lasts
 WAIT = 30.0  # seconds of one `wait`, so that starting and telling fit in too
 DIFF = 60_000  # characters
-INSTALL = "python -m pip install 'autoresearch[mcp]' (in a checkout: pip install -e '.[mcp]')"
+INSTALL = f"in the clone of this repository: {pip_install('-e', '.[mcp]')}"
 INSTRUCTIONS = """\
 A lab: one file, train.py, is researched; a fixed training budget and one number, val_bpb (lower is better), judge it.
 Call `program` first and follow it. Edit train.py in the lab's folder, hand it in by `try_candidate`, and call `wait`

@@ -37,7 +37,9 @@ def ends(stop: Callable[[], None]) -> Iterator[Asked]:
         asked.signal = number
         stop()
 
-    wanted = [signal.SIGINT, signal.SIGTERM] + ([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])
+    wanted = [signal.SIGINT, signal.SIGTERM]
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # `nohup` has it ignored
+        wanted.append(signal.SIGHUP)
     before = {number: signal.signal(number, on_signal) for number in wanted}
     try:
         yield asked

@@ -39,7 +39,8 @@ def try_verb(screen: Screen, given: str | None, message: str, wait: bool, timeou
     if known is not None and known.status is not None:
         return _told(screen, lab, row(known), again=True)
     number = known.number if known else _propose(screen, lab, source, message)
-    if not _is_judged(lab):
+    judged = _is_judged(lab)
+    if not judged:
         _spawn(lab, number)
     state = running_state(lab) or {}
     if state.get("number") not in (None, number):
@@ -50,7 +51,8 @@ def try_verb(screen: Screen, given: str | None, message: str, wait: bool, timeou
         screen.say(f"#{number} is being judged; see: autoresearch wait {number}")
         return 0
     if known is not None:
-        screen.say(f"#{number} is being judged already; waiting for it")
+        already = "is being judged already" if judged else "was handed in before, and is judged now"
+        screen.say(f"#{number} {already}; waiting for it")
     try:
         return _wait(screen, lab, number, timeout)
     except KeyboardInterrupt:

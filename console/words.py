@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import textwrap
 from collections.abc import Mapping
 from datetime import datetime, timedelta, timezone
 from itertools import pairwise
@@ -109,6 +110,29 @@ def shorten(text: str, width: int) -> str:
     """At most `width` characters of the first line."""
     line = next(iter(text.strip().splitlines()), "")
     return line if len(line) <= width else line[: max(width - 3, 0)].rstrip() + "..."
+
+
+_WHOLE = "\x00"  # stands for a blank that no line ends at
+
+
+def wrapped(text: str, width: int) -> str:
+    """Lines longer than `width` broken between words. What follows stands under the last column of the line's left
+    half: columns are two blanks apart. A command between backquotes stays whole where it fits in a line."""
+    return "\n".join(_wrapped(line, width) for line in text.split("\n"))
+
+
+def _wrapped(line: str, width: int) -> str:
+    if len(line) <= width:
+        return line
+    indent = len(line) - len(line.lstrip())
+    columns = [found.end() for found in re.finditer(r"(?<=\S) {2,}(?=\S)", line) if found.end() <= width // 2]
+    hang = max([indent or 2, *columns])
+    room = width - hang
+    whole = re.sub(r"`[^`]+`", lambda m: m[0].replace(" ", _WHOLE) if len(m[0]) <= room else m[0], line)
+    made = textwrap.fill(
+        whole, max(width, hang + 20), subsequent_indent=" " * hang, break_long_words=False, break_on_hyphens=False
+    )
+    return made.replace(_WHOLE, " ")
 
 
 def computed_by(described: Mapping[str, Any]) -> dict[str, str]:

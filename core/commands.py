@@ -24,3 +24,8 @@ def python() -> str:
 
 def pip_install(*what: str) -> str:
     return " ".join([python(), "-m", "pip", "install", *map(quoted, what)])
+
+
+def setting(name: str, value: str) -> str:
+    """Sets an environment variable for what is called later."""
+    return f"$env:{name} = '{value}'" if sys.platform == "win32" else f"export {name}={value}"

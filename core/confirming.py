@@ -13,6 +13,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from core.ledger import Ablation, Sample
+from core.session import FINISHED
 
 if TYPE_CHECKING:
     from core.loop import Loop
@@ -158,6 +159,8 @@ def _measured(loop: Loop, run: Run, latest: float | None) -> float | str:
     run begins."""
     for _ in range(ATTEMPTS):
         loop.wait_while_paused(latest)
+        if loop.is_finishing:
+            return FINISHED
         if latest is not None and time.time() > latest:
             return "the next run would not end in time"
         if run.without is None:

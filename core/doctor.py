@@ -450,7 +450,7 @@ def _sleep_check(hardware: Hardware) -> Check:
     if shutil.which(tool) and (tool != "systemd-inhibit" or Path("/run/systemd/system").is_dir()):
         return Check("sleep", True, f"`run` holds it off with {tool}")
     if hardware.container or hardware.power.plugged is None:
-        return Check("sleep", True, "no battery: a machine that does not sleep by itself")
+        return Check("sleep", True, "no battery: it seldom sleeps by itself, and `run` cannot hold it off here")
     return Check("sleep", None, f"{tool} was not found, so `run` cannot hold sleep off", "switch sleep off by hand")
 
 

@@ -389,7 +389,14 @@ class Lab:
         tip = wanted_refs(experiments, self.branch_ref, prefix, first)[self.branch_ref]
         if self.git.head() == self.branch_ref:
             self.git.reset_index(tip)
-        return [f"set {name} to {sha[:10]}" for name, sha in differ.items()]
+        return [self._mended(name, sha) for name, sha in differ.items()]
+
+    def _mended(self, name: str, sha: str) -> str:
+        if name.startswith(self.candidate_ref("saved/")):
+            return f"your commit {sha[:10]} was taken off the branch; it is kept as {name}"
+        if name == self.branch_ref:
+            return f"branch {self.branch} is at the best again, {sha[:10]}"
+        return f"set {name} to {sha[:10]}"
 
     def _rebuild(self, experiments: Sequence[Experiment]) -> str:
         """Write again every commit that the ledger knows and git has lost. Returns the first commit."""

@@ -1,7 +1,8 @@
 """What the running experiment does now, for other processes to read: one small file, replaced atomically.
 
 Within the process the same is told by events. The loop's own kinds, beside the referee's: "start" (number,
-description), "decided" (number, status, val_bpb, reason), "note" (text), "waiting" (text).
+description), "again" (number, seed, description: another run of what was measured before), "decided" (number, status,
+val_bpb, reason), "note" (text), "waiting" (text).
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import json
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ __all__ = ["Event", "Live", "read"]
 
 PERIOD = 1.0  # seconds between two versions of the file
 FILE = "live.json"
+PROGRESS = ("step", "loss", "tokens_per_second", "mfu", "remaining", "fraction")  # of one phase
 
 
 def read(record: Path) -> dict[str, Any]:
@@ -61,6 +63,13 @@ class Live:
             self._state.update(fields)
         if "state" in fields:
             self._write()
+
+    def progress(self, kind: str, fields: Mapping[str, Any]) -> None:
+        """Of an event of the referee's. What was said of the phase before says nothing of a new one."""
+        with self._lock:
+            if kind == "phase":
+                self._state = {name: said for name, said in self._state.items() if name not in PROGRESS}
+            self._state.update(fields)
 
     def begin(self, number: int, description: str) -> None:
         """A new experiment: what was said of the one before is gone."""

@@ -43,7 +43,7 @@ from core.outcome import Outcome
 from core.quoting import TAIL, unquoted
 from core.recipe import fingerprint
 from core.recovery import unfinished
-from core.session import Session
+from core.session import FINISHED, Session
 from core.settings import Settings
 from core.thinking import Thinking, Wait
 from core.verdict import Step
@@ -90,6 +90,7 @@ class Loop:
         self._session = Session(lab, executor, on_event, measured_with(lab.settings), Live(lab.record))
         self._stop = self._session.stop
         self._paused = threading.Event()
+        self._finishing = threading.Event()
         self._measuring = Measuring(self._session, self._think_ahead)
         self._deciding = Deciding(self._session)
         self._decided = self._deciding.decided
@@ -104,6 +105,24 @@ class Loop:
     def stop(self) -> None:
         """End soon; the experiment that runs is dropped and repeated next time. From any thread or signal handler."""
         self._stop.set()
+
+    def pause(self, wanted: bool) -> None:
+        """Wait after the run under way, or go on. From any thread."""
+        (self._paused.set if wanted else self._paused.clear)()
+
+    @property
+    def is_paused(self) -> bool:
+        """Whether a pause is wanted; it begins after the run under way."""
+        return self._paused.is_set()
+
+    def finish(self, wanted: bool) -> None:
+        """End after the run under way, or go on. An experiment that needs more runs has them in the next `run`. From
+        any thread."""
+        (self._finishing.set if wanted else self._finishing.clear)()
+
+    @property
+    def is_finishing(self) -> bool:
+        return self._finishing.is_set()
 
     # --- running -----------------------------------------------------------------------------------
 
@@ -243,6 +262,8 @@ class Loop:
         while True:
             if self._stop.is_set():
                 return "stopped"
+            if self._finishing.is_set():
+                return FINISHED
             if limits.experiments is not None and len(self._decided) >= limits.experiments:
                 done = limits.experiments
                 return "1 experiment is done" if done == 1 else f"{done} experiments are done"
@@ -305,7 +326,7 @@ class Loop:
         """Is there something else to do than to wait for a proposal? A limit counts only while nobody can answer."""
         deadline = self._limits.deadline
         late = deadline is not None and time.time() > deadline
-        return self._paused.is_set() or late or bool(self.ledger.pending())
+        return self._paused.is_set() or self._finishing.is_set() or late or bool(self.ledger.pending())
 
     def _idles(self, what: str, seconds: float, wait: Wait | None) -> None:
         """The device waits for a proposal."""
@@ -508,7 +529,7 @@ class Loop:
         self._session.live.update(state="paused", number=None, phase=None)
         self._session.on_event(Event("waiting", {"text": "paused; go on with: autoresearch resume", "paused": True}))
         with self._session.idle.waits_for("paused"):
-            while self._paused.is_set() and not self._stop.is_set():
+            while self._paused.is_set() and not self._stop.is_set() and not self._finishing.is_set():
                 if deadline is not None and time.time() > deadline:
                     return
                 time.sleep(PERIOD)  # not Event.wait: a signal handler that sets the event could meet its lock

@@ -82,7 +82,7 @@ class Measuring:
         """Run experiment `number` once more and record its sample, if it has one. None after a stop."""
         session, e = self._session, self._session.ledger.get(number)
         session.note(f"running #{number} again, with seed {seed}: {why}")
-        session.live.begin(number, f"#{number} again, with seed {seed}: {why}")
+        session.again(number, seed, f"#{number} again, with seed {seed}: {why}")
         outcome, idle = self.run(e, dataset, seed, holdout=holdout)
         if outcome.status == "stopped":
             return None
@@ -102,7 +102,7 @@ class Measuring:
         if a is None or a.source_sha256 is None:
             raise ValueError(f"there is no recipe that is {what}")
         session.note(f"running {what}, with seed {seed}: is the change still needed?")
-        session.live.begin(winner, f"{what}, with seed {seed}")
+        session.again(winner, seed, f"{what}, with seed {seed}")
         e = replace(session.ledger.get(number), source_sha256=a.source_sha256)
         try:
             refused = "" if a.runs else self._refused(session.ledger.source(a.source_sha256))
@@ -229,7 +229,7 @@ class Measuring:
             return True
         why = "; ".join(changed) or "it was run before the machine changed"
         session.note(f"measuring the best (#{best.number}) again: {why}")
-        session.live.begin(best.number, f"the best again, because of a change: {why}")
+        session.again(best.number, lab.settings.seed, f"the best again, because of a change: {why}")
         outcome, idle = self.run(best, dataset, lab.settings.seed)
         if outcome.status == "stopped":
             return False

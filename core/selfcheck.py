@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import secrets
 import socket
 import sys
@@ -130,8 +131,9 @@ def attacks_checked(child: sandbox.Child, able: sandbox.Abilities) -> list[Check
 def limit_checked(child: sandbox.Child, kind: str, able: sandbox.Abilities) -> Check:
     child.wait(10)
     how = getattr(able, kind)
-    said = child.exceeded()
-    return Check(f"sandbox: limit of {kind}", bool(said), f"{said or 'a child went over it unseen'} ({how})")
+    said = child.exceeded()  # "processes: 22 of 16"
+    ended = re.sub(r"^\w+: (.+) of (.+)$", r"ended at \1, \2 allowed", said or "a child went over it unseen")
+    return Check(f"sandbox: limit of {kind}", bool(said), f"{ended} ({how})")
 
 
 def end_checked(child: sandbox.Child) -> Check:

@@ -21,6 +21,7 @@ from core.outcome import Event as RefereeEvent
 T = TypeVar("T")
 TRIED_AGAIN = (15.0, 60.0, 240.0)  # seconds after which what the machine could not do is tried again
 SLICE = 0.2  # seconds between two looks at the stop
+FINISHED = "asked to end after the run that was under way"
 
 
 @dataclass
@@ -72,6 +73,11 @@ class Session:
                 f"end what else uses the machine, then `autoresearch run` goes on: nothing is lost ({failed.action})",
             ) from failed
 
+    def again(self, number: int, seed: int, text: str) -> None:
+        """Another run of what was measured before, or of what is made from it."""
+        self.live.begin(number, text)
+        self.on_event(Event("again", {"number": number, "seed": seed, "description": text}))
+
     def dry_build(self, source: bytes, stop: threading.Event) -> str:
         """Why a recipe does not run at all, "" if it does. Raises `Stopped`.
 
@@ -89,5 +95,5 @@ class Session:
         if self.lab.settings.backend == "cpu" and event.data.get("phase") == "score":
             self.gap.open()  # the clock has stopped; a card is left to the scorer alone, which takes most of its memory
         if event.kind in ("phase", "progress"):
-            self.live.update(**{k: v for k, v in event.data.items() if k != "experiment"})
+            self.live.progress(event.kind, {k: v for k, v in event.data.items() if k != "experiment"})
         self.on_event(Event(event.kind, dict(event.data)))

@@ -69,7 +69,8 @@ def deal(names: Sequence[str], options: Mapping[str, Any]) -> list[dict[str, Any
     takes = [_takes(_factory(name)) for name in names]
     for option in options:
         if not any(taken(option) for taken in takes):
-            raise UserError(f"researcher {'+'.join(names)}: {option!r} is none of its options", "leave it out")
+            spelled = f"--{option.replace('_', '-')}"
+            raise UserError(f"{spelled} does not apply to researcher {'+'.join(names)}", f"leave {spelled} out")
     return [{option: value for option, value in options.items() if taken(option)} for taken in takes]
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import anthropic
 import httpx2
 
+from core.commands import setting
 from core.contract import Unavailable, never
 from core.errors import UserError
 from core.quoting import one_line
@@ -83,7 +84,8 @@ class Connection:
         if not self.secrets:
             raise UserError(
                 "researcher claude needs a key, and ANTHROPIC_API_KEY is not set",
-                "set it (https://platform.claude.com), or use a Claude subscription: --researcher claude-code",
+                f"set it (a key from https://platform.claude.com): {setting(KEYS[0], '...')}; or use a Claude "
+                "subscription: --researcher claude-code",
             )
         self._characters = 0
         self._bad = 0  # requests in a row that the API called bad

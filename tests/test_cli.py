@@ -135,7 +135,12 @@ def test_every_verb_explains_itself_with_an_example(shell: Shell, verb: str) -> 
         (["run", "--experiments", "0"], "experiments"),
         (["try"], "--message"),
         (["show"], "N"),
-        (["show", "x"], "integer"),
+        (["show", "x"], "is not an integer"),
+        (["run", "--hours", "x"], "is not a number"),
+        (["run", "--hours", "721"], "more than 0, at most 720"),
+        (["run", "--vocab", "256"], "at least 257"),
+        (["prepare", "--vocab", "256"], "at least 257"),
+        (["log", "here", "--lab", "there"], "both name the lab"),
         (["wait", "1", "--timeout", "soon"], "not a duration"),
         (["log", "--nonsense"], "--nonsense"),
     ],
@@ -159,6 +164,65 @@ def test_without_any_lab_every_verb_says_how_to_get_one(shell: Shell, argv: list
     assert "autoresearch" in done.stderr
     error = json.loads(shell(*argv, "--json", status=1).stderr)["error"]
     assert error["kind"] == "LabError" and error["fact"] and error["action"]
+
+
+@pytest.mark.parametrize("verb", [v for v in VERBS if v not in ("doctor", "prepare", "init", "bench")])
+def test_every_verb_that_takes_a_lab_takes_it_by_option_and_explains_it(shell: Shell, verb: str) -> None:
+    assert "--lab LAB" in shell(verb, "--help").stdout
+    assert "the lab you stand in, else the last used" in " ".join(shell(verb, "--help").stdout.split())
+
+
+def test_no_help_shows_ranges_of_numbers_or_ends_in_the_middle(shell: Shell) -> None:
+    texts = [shell("--help").stdout, *(shell(verb, "--help").stdout for verb in ("run", "confirm", "prepare", "bench"))]
+    for text in texts:
+        assert "RANGE" not in text and "x>=" not in text and "python prepare.py" not in text
+    assert "..." not in texts[0].replace("[ARGS]...", "")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="the launcher is a script of POSIX")
+@pytest.mark.parametrize("name", [".venv/bin/autoresearch", "autoresearch", "uv run autoresearch"])
+def test_commands_are_spelled_as_they_work_here(shell: Shell, name: str) -> None:
+    """`.venv/bin/autoresearch` of an environment that is not activated; of one that is; and by `uv run`."""
+    script = shell.cwd / ".venv" / "bin" / "autoresearch"
+    script.parent.mkdir(parents=True)
+    script.write_text(f"#!{sys.executable}\nimport sys\nsys.path.insert(0, {str(ROOT)!r})\nimport cli\ncli.main()\n")
+    script.chmod(0o755)
+    path = "/usr/bin:/bin" if name.startswith(".venv") else f"{script.parent}{os.pathsep}/usr/bin:/bin"
+    env = {variable: said for variable, said in shell.env.items() if not variable.startswith("UV_")} | {"PATH": path}
+    env |= {"UV_RUN_RECURSION_DEPTH": "1"} if name.startswith("uv") else {}
+
+    def call(*argv: str) -> subprocess.CompletedProcess[str]:
+        given = [".venv/bin/autoresearch", *argv]
+        return subprocess.run(given, cwd=shell.cwd, env=env, capture_output=True, text=True, check=False)
+
+    assert f"\n  {name} run --demo " in call("--help").stdout
+    assert f"\n  {name} log nov24 --kept\n" in call("log", "--help").stdout
+    assert f"see `{name} --help`" in call("nosuch").stderr
+    assert f"; {name} run --demo" in call("log").stderr
+    assert json.loads(call("log", "--json").stderr)["error"]["action"].startswith(f"{name} run --demo")
+
+
+def test_doctor_says_who_could_be_asked_for_proposals(shell: Shell) -> None:
+    folder = shell.cwd / "bin"
+    folder.mkdir()
+    program = folder / ("codex.bat" if sys.platform == "win32" else "codex")
+    program.write_text("")
+    program.chmod(0o755)
+    shell.env["PATH"] = f"{folder}{os.pathsep}/usr/bin:/bin"
+    shell.env.pop("ANTHROPIC_API_KEY", None)
+    shell.env.pop("ANTHROPIC_AUTH_TOKEN", None)
+    child = shell.start("doctor", "--json")
+    found = {check["name"]: check for check in json.loads(child.communicate(timeout=240)[0])["checks"]}
+    assert found["researcher claude"]["ok"] is None and "ANTHROPIC_API_KEY" in found["researcher claude"]["action"]
+    assert "`claude` is not on the PATH" in found["researcher claude-code"]["detail"]
+    assert found["researcher codex"]["ok"] is True and "researcher aider" not in found
+
+
+def test_the_verbs_that_hints_name_are_all(shell: Shell) -> None:
+    from console.called import VERBS as known
+
+    text = shell("--help").stdout
+    assert sorted(known) == sorted(re.findall(r"^  ([a-z]+)  ", text.partition("The three that matter")[2], re.M))
 
 
 def test_a_lab_that_is_not_there(shell: Shell) -> None:
@@ -375,6 +439,40 @@ class TestASmallLab:
         assert "baseline" in small("undo", str(kept[0]), status=1).stderr
         assert {"items", "bytes", "freed"} <= set(small.json("clean"))
         assert small.json("clean", "--yes")["freed"] is True
+
+    def test_what_was_handed_in_and_is_judged_by_nobody_is_said_to_be_so(self, small: Shell) -> None:
+        folder = small.cwd / "labs" / "small"
+        (folder / "train.py").write_bytes((folder / "train.py").read_bytes() + b"# another\n")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("AUTORESEARCH_HOME", str(small.home))
+            lab = Lab.open(folder)
+            sha = lab.ledger.experiments()[0].fingerprint
+            best = lab.best()
+            assert best is not None
+            number = lab.ledger.propose(
+                source=lab.working_source(), program=lab.program(), fingerprint=sha, description="another",
+                researcher="you", parent=best.number,
+            )  # fmt: skip
+            lab.ledger.close()
+        said = small("try", "-m", "another").stdout
+        assert f"#{number} was handed in before, and is judged now" in said and "already" not in said
+
+    def test_keys_end_a_run_in_a_terminal_after_the_run_under_way(self, small: Shell) -> None:
+        from test_keyboard import Terminal
+
+        if sys.platform == "win32":
+            pytest.skip("pseudo-terminals are POSIX")
+        program = "import sys; sys.argv = ['cli.py', 'run', 'small', '--hours', '1']; import cli; cli.main()"
+        shown = Terminal(program, cwd=small.cwd, home=small.home)
+        try:
+            shown.until("[q] end, after this run")
+            shown.type("q")
+            seen = shown.until("left=")
+        finally:
+            shown.close()
+        assert "ended: asked to end after the run that was under way" in " ".join(seen.split())
+        assert "status=0 echo=True left=0" in seen
+        assert small.json("status")["running"] is None
 
     def test_a_read_only_place(self, small: Shell, tmp_path: Path) -> None:
         place = tmp_path / "file"

@@ -385,6 +385,10 @@ def test_commits_of_others_on_the_branch_are_saved_and_the_branch_set_back(lab):
         run(lab, 1)
     assert git(lab, "rev-parse", lab.candidate_ref(f"saved/{theirs}")) == theirs
     assert git(lab, "rev-parse", lab.branch) == lab.best().commit
+    notes = [e.text for e in lab.ledger.events() if e.kind == "note"]
+    kept_as = lab.candidate_ref(f"saved/{theirs}")
+    assert f"your commit {theirs[:10]} was taken off the branch; it is kept as {kept_as}" in notes
+    assert any(said.startswith(f"branch {lab.branch} is at the best again") for said in notes)
     lab.restore_recipe()
     run(lab, 1)
     check(lab)

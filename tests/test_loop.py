@@ -8,6 +8,7 @@ import tempfile
 import threading
 import time
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -269,6 +270,50 @@ def test_another_process_can_stop_pause_and_resume(night):
     assert live.read(night.record)["state"] == "ended"
     loop_of(night).run(Limits(experiments=1))
     check(night)
+
+
+@pytest.mark.parametrize("verdict", ["simple", "statistical"])
+def test_it_ends_after_the_run_under_way_and_nothing_of_that_is_lost(tmp_path, settings, verdict):
+    night = make_lab(tmp_path / "finish", replace(settings, verdict=verdict))
+    loop = loop_of(night, Scripted(seconds=0.3), on_event=lambda e: e.kind == "start" and loop.finish(True))
+    summary = loop.run(Limits())
+    assert summary.reason == "asked to end after the run that was under way"
+    assert len(night.ledger.all_samples()) == 1  # a baseline has five under the statistical rule
+    assert night.ledger.get(1).state == ("decided" if verdict == "simple" else "proposed")
+    assert loop_of(night).run(Limits(experiments=1)).decided == 1
+    check(night)
+
+
+def test_a_wish_to_end_or_to_pause_can_be_taken_back_and_ending_also_ends_a_pause(night):
+    loop = loop_of(night, Scripted(seconds=0.1))
+    loop.finish(True)
+    loop.finish(False)
+    assert loop.run(Limits(experiments=1)).reason == "1 experiment is done"
+    with in_background(loop, lambda: loop.run(Limits())):
+        wait_until(lambda: len(night.ledger.experiments()) > 1)
+        loop.pause(True)
+        wait_until(lambda: live.read(night.record).get("state") == "paused")
+        loop.pause(False)
+        at = len(night.ledger.experiments())
+        wait_until(lambda: len(night.ledger.experiments()) > at)
+        loop.pause(True)
+        wait_until(lambda: live.read(night.record).get("state") == "paused")
+        loop.finish(True)
+        wait_until(lambda: live.read(night.record)["state"] == "ended")
+    assert {e.state for e in night.ledger.experiments()} == {"decided"}
+    check(night)
+
+
+def test_a_phase_begins_with_no_progress_of_the_one_before(tmp_path):
+    with live.Live(tmp_path) as told:
+        told.begin(3, "idea")
+        told.progress("phase", {"phase": "train"})
+        told.progress("progress", {"step": 14, "loss": 5.0, "remaining": 0.7, "fraction": 0.99})
+        told.progress("phase", {"phase": "audit"})
+        told.update(state="running")
+        now = live.read(tmp_path)
+    assert (now["number"], now["description"], now["phase"]) == (3, "idea", "audit")
+    assert not {"step", "loss", "remaining", "fraction"} & set(now)
 
 
 def test_a_stop_from_before_the_run_is_void(night):

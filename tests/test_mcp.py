@@ -82,5 +82,6 @@ def test_without_the_sdk_the_error_says_how_to_get_it(tmp_path: Path, settings: 
     code = f"import sys; sys.modules['mcp'] = None; sys.path.insert(0, {str(ROOT)!r}); import cli; cli.main()"
     done = subprocess.run([sys.executable, "-c", code, "mcp", str(lab.path)], capture_output=True, text=True)
     assert done.returncode == 1 and done.stdout == ""
-    assert "MCP SDK is not there" in done.stderr and "pip install 'autoresearch[mcp]'" in done.stderr
+    assert "MCP SDK is not there" in done.stderr and "pip install -e" in done.stderr
+    assert ".[mcp]" in done.stderr and "autoresearch[mcp]" not in done.stderr
     assert "Traceback" not in done.stderr

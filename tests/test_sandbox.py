@@ -6,6 +6,7 @@ import array
 import errno
 import json
 import os
+import re
 import secrets
 import socket
 import struct
@@ -169,6 +170,10 @@ def test_self_check_passes_here() -> None:
     checks = sandbox.self_check()
     assert [c for c in checks if c.ok is False] == []
     assert {"sandbox: network", "sandbox: files", "sandbox: limit of memory"} <= {c.name for c in checks}
+    limits = [c.detail for c in checks if c.name.startswith("sandbox: limit of")]
+    assert all(re.match(r"ended at [\d.]+( \w+)?, [\d.]+( \w+)? allowed \(|more than \d+ ", said) for said in limits), (
+        limits
+    )
 
 
 def test_planted_modules_are_not_imported(scratch: Path) -> None:

@@ -249,8 +249,11 @@ def test_early_stopping_allows_for_the_luck_that_the_best_was_kept_for(tmp_path,
 
 def test_the_best_is_run_again_at_intervals(night, monkeypatch, capsys):
     monkeypatch.setattr(measuring, "CONTROL_EVERY", 3)
-    loop_of(night, researcher=Ideas(2.1)).run(Limits(experiments=15))
+    told = []
+    loop_of(night, researcher=Ideas(2.1), on_event=told.append).run(Limits(experiments=15))
     check(night)
+    again = [(e.data["number"], e.data["seed"]) for e in told if e.kind == "again"]
+    assert again == [(1, s.seed) for s in night.ledger.samples(1, "control")], "a screen can say what runs"
     controls = [s.seed for s in night.ledger.samples(1, "control")]
     assert controls == [*SEEDS[:2], SEEDS[-1] + 1, SEEDS[-1] + 2], "two seeds twice, to know what the machine adds"
     assert night.ledger.epoch() == 0

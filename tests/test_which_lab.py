@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -190,35 +189,3 @@ def test_hints_name_the_lab(verb: Verb, quick: Lab, settings: Settings) -> None:
     for words in (["best", "demo"], ["pause", "demo"]):
         assert "autoresearch run labs/demo" in failed(verb(*words, status=1))
     assert demo.tag == "demo"
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="the paths are a POSIX shell's")
-@pytest.mark.parametrize(
-    ("called", "found", "told"),
-    [
-        (".venv/bin/autoresearch", None, ".venv/bin/autoresearch"),
-        ("./autoresearch", None, "./autoresearch"),
-        ("{here}/my env/bin/autoresearch", None, "'./my env/bin/autoresearch'"),
-        ("/opt/env/bin/autoresearch", None, "/opt/env/bin/autoresearch"),
-        (".venv/bin/autoresearch", "/usr/bin/autoresearch", "autoresearch"),  # a name that a shell finds
-        ("cli.py", None, "autoresearch"),
-    ],
-)
-def test_commands_are_told_as_they_have_to_be_typed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], called: str,
-    found: str | None, told: str,
-) -> None:  # fmt: skip
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", [called.format(here=tmp_path)])
-    monkeypatch.setattr(output, "which", lambda name: found)
-    output._called.cache_clear()
-    try:
-        output.Screen().say(
-            "next  autoresearch run labs/demo; `autoresearch --help`; /x/autoresearch run; autoresearch is"
-        )
-        output.complain("LabError", "there is no lab yet", "autoresearch run --demo     (or: autoresearch init)", True)
-    finally:
-        output._called.cache_clear()
-    said = capsys.readouterr()
-    assert said.out == f"next  {told} run labs/demo; `{told} --help`; /x/autoresearch run; autoresearch is\n"
-    assert json.loads(said.err)["error"]["action"] == f"{told} run --demo     (or: {told} init)"
