@@ -162,7 +162,7 @@ BESIDE = {
 
 
 # Files whose tests look at what takes half a minute to make once: with several workers, each would make it.
-TOGETHER = frozenset({"test_blank_card", "test_compile_caches", "test_report"})
+TOGETHER = frozenset({"test_blank_card", "test_blank_night", "test_compile_caches", "test_report"})
 
 
 def runs_alone(item: pytest.Item) -> bool:
