@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from functools import wraps
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -12,7 +11,19 @@ import click
 
 from console import failing
 from console.called import as_called
-from console.options import ASKING, Change, Duration, Moment, Number, NumberOrLab, asking_options, making_options
+from console.options import (
+    ASKING,
+    NEW_LAB,
+    RUN_LAB,
+    Change,
+    Duration,
+    Moment,
+    Number,
+    NumberOrLab,
+    asking_options,
+    lab_argument,
+    making_options,
+)
 from console.output import complain
 from console.verbs import SECTIONS, VERBS
 
@@ -118,27 +129,6 @@ def _json_option(function: Callable[..., Any]) -> Callable[..., Any]:
     return click.option("--json", "as_json", is_flag=True, help="For programs: JSON on stdout, errors too.")(function)
 
 
-LAB = "A lab's folder or name; plain LAB says the same. Default: the lab you stand in, else the last used."
-NEW_LAB = "The new lab's folder or name; plain LAB says the same. Default: labs/TAG."
-RUN_LAB = f"{LAB} A name that is not there makes a new lab."
-
-
-def _lab(says: str = LAB) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """LAB behind the verb's own arguments, or --lab: the same."""
-
-    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
-        @wraps(function)
-        def with_lab(*, lab: str | None, lab_option: str | None, **given: Any) -> Any:
-            if lab is not None and lab_option is not None:
-                raise click.UsageError(f"LAB ({lab}) and --lab ({lab_option}) say the same; give one of them")
-            return function(lab=lab if lab_option is None else lab_option, **given)
-
-        option = click.option("--lab", "lab_option", metavar="LAB", help=says)
-        return click.argument("lab", required=False)(option(with_lab))
-
-    return decorate
-
-
 def verb(name: str) -> Callable[[Callable[..., Any]], Any]:
     """A verb of the command line; its docstring is the help, examples included."""
 
@@ -174,7 +164,7 @@ def cli() -> None:
 
 
 @verb("run")
-@_lab(RUN_LAB)
+@lab_argument(RUN_LAB)
 @click.option("--experiments", type=Number(int, 1), metavar="N", help="Stop after N more experiments.")
 @click.option("--hours", type=Number(float, 0, 720, over=True), metavar="H", help="Stop after H hours.")
 @click.option("--until", type=Moment(), metavar="HH:MM", help="Stop at this time of day (or 2026-12-01T07:30).")
@@ -208,7 +198,7 @@ def run(lab: str | None, as_json: bool, **options: Any) -> int:
 
 
 @verb("log")
-@_lab()
+@lab_argument()
 @click.option("--follow", "-f", is_flag=True, help="Keep printing as things happen.")
 @click.option("--limit", "-n", type=Number(int, 1), metavar="N", help="Only the last N.")
 @click.option("--kept", is_flag=True, help="Only what was kept.")
@@ -226,7 +216,7 @@ def log(lab: str | None, as_json: bool, follow: bool, limit: int | None, kept: b
 
 
 @verb("report")
-@_lab()
+@lab_argument()
 @click.option("--out", type=click.Path(path_type=Path), metavar="DIR", help="Where to write; default: the lab.")
 def report(lab: str | None, as_json: bool, out: Path | None) -> None:
     """The night as a page, report.html, with its picture, report.png, and in short, report.md. Never trains.
@@ -255,7 +245,7 @@ def report(lab: str | None, as_json: bool, out: Path | None) -> None:
 @click.option("--without", type=Change(), metavar="N|all", help="The winner without kept change N, or without each.")
 @click.option("--holdout/--no-holdout", default=None, help="Score the holdout too; default: for baseline and winner.")
 @click.option("--cost", is_flag=True, help="Only say how long it would take.")
-@_lab()
+@lab_argument()
 def confirm(number: int | str | None, as_json: bool, lab: str | None, **options: Any) -> int:
     """Measure baseline and winner again on fresh seeds, or experiment N.
 
@@ -279,7 +269,7 @@ def confirm(number: int | str | None, as_json: bool, lab: str | None, **options:
 
 
 @verb("finalize")
-@_lab()
+@lab_argument()
 @click.option("--branch", metavar="NAME", help="Default: autoresearch/TAG-final.")
 @click.option("--unconfirmed", is_flag=True, help="Also what is not settled or not confirmed; commits say so.")
 @click.option("--dry-run", is_flag=True, help="Only say what it would do.")
@@ -319,7 +309,7 @@ def doctor(as_json: bool, backend: str | None, bundle: bool) -> int:
 
 
 @verb("init")
-@_lab(NEW_LAB)
+@lab_argument(NEW_LAB)
 @making_options
 def init(lab: str | None, as_json: bool, **options: Any) -> None:
     """Make a lab without running it.
@@ -342,7 +332,7 @@ def init(lab: str | None, as_json: bool, **options: Any) -> None:
 
 
 @verb("try")
-@_lab()
+@lab_argument()
 @click.option("-m", "--message", required=True, metavar="TEXT", help="What was changed, and why.")
 @click.option("--no-wait", is_flag=True, help="Print the number and return; see `wait`.")
 @click.option("--timeout", type=Duration(), metavar="S", help="Wait at most this long; the experiment goes on.")
@@ -364,7 +354,7 @@ def try_(lab: str | None, as_json: bool, message: str, no_wait: bool, timeout: f
 @verb("wait")
 @click.argument("number", type=Number(int, 0), metavar="N")
 @click.option("--timeout", type=Duration(), metavar="S", help="Return after this long with status 124.")
-@_lab()
+@lab_argument()
 def wait(number: int, as_json: bool, lab: str | None, timeout: float | None) -> int:
     """Wait for experiment N and print its verdict.
 
@@ -380,7 +370,7 @@ def wait(number: int, as_json: bool, lab: str | None, timeout: float | None) -> 
 
 
 @verb("train")
-@_lab()
+@lab_argument()
 @click.option("--recipe", type=click.Path(path_type=Path), metavar="FILE", help="Default: the lab's best.")
 @click.option("--budget", type=Duration(least=0.5), metavar="S", help="Training time; default: the lab's.")
 @click.option("--out", type=click.Path(path_type=Path), metavar="DIR", help="Export weights, tokenizer and recipe.")
@@ -414,7 +404,7 @@ def labs(as_json: bool) -> None:
 
 
 @verb("status")
-@_lab()
+@lab_argument()
 def status(lab: str | None, as_json: bool) -> None:
     """Is it running, and how far is it?
 
@@ -428,7 +418,7 @@ def status(lab: str | None, as_json: bool) -> None:
 
 
 @verb("best")
-@_lab()
+@lab_argument()
 @click.option("--source", is_flag=True, help="Print its train.py and nothing else.")
 @click.option("--without", type=Number(int, 1), metavar="N", help="With --source: without the kept change N.")
 @click.option("--out", type=click.Path(path_type=Path), metavar="FILE", help="With --source: write it to this file.")
@@ -448,7 +438,7 @@ def best(lab: str | None, as_json: bool, source: bool, without: int | None, out:
 
 @verb("show")
 @click.argument("number", type=Number(int, 0), metavar="N")
-@_lab()
+@lab_argument()
 def show(number: int, as_json: bool, lab: str | None) -> None:
     """Everything about experiment N.
 
@@ -462,7 +452,7 @@ def show(number: int, as_json: bool, lab: str | None) -> None:
 
 @verb("diff")
 @click.argument("number", type=Number(int, 0), metavar="N")
-@_lab()
+@lab_argument()
 def diff(number: int, as_json: bool, lab: str | None) -> None:
     """What experiment N changed in train.py.
 
@@ -475,7 +465,7 @@ def diff(number: int, as_json: bool, lab: str | None) -> None:
 
 
 @verb("sample")
-@_lab()
+@lab_argument()
 @click.option("--prompt", default="", metavar="TEXT", help="Text to continue.")
 @click.option("--tokens", type=Number(int, 1, 100_000), default=200, show_default=True, metavar="N")
 @click.option("--temperature", type=Number(float, 0), default=0.8, show_default=True, metavar="X")
@@ -497,7 +487,7 @@ def sample(lab: str | None, as_json: bool, prompt: str, **options: Any) -> None:
 
 
 @verb("mcp")
-@_lab()
+@lab_argument()
 def mcp(lab: str | None, as_json: bool) -> None:
     """Serve a lab to an agent, as an MCP server.
 
@@ -517,7 +507,7 @@ def mcp(lab: str | None, as_json: bool) -> None:
 
 
 @verb("pause")
-@_lab()
+@lab_argument()
 def pause(lab: str | None, as_json: bool) -> None:
     """Let the run under way end, then wait for `resume`. An experiment may take several runs; the rest come after.
 
@@ -530,7 +520,7 @@ def pause(lab: str | None, as_json: bool) -> None:
 
 
 @verb("resume")
-@_lab()
+@lab_argument()
 def resume(lab: str | None, as_json: bool) -> None:
     """Go on after `pause`.
 
@@ -543,7 +533,7 @@ def resume(lab: str | None, as_json: bool) -> None:
 
 
 @verb("stop")
-@_lab()
+@lab_argument()
 def stop(lab: str | None, as_json: bool) -> None:
     """End a run now, as Ctrl-C would: the running experiment is dropped, not counted.
 
@@ -557,7 +547,7 @@ def stop(lab: str | None, as_json: bool) -> None:
 
 @verb("undo")
 @click.argument("number", type=Number(int, 0), metavar="N")
-@_lab()
+@lab_argument()
 def undo(number: int, as_json: bool, lab: str | None) -> None:
     """Take back the kept experiment N: the best before it is the best again. Its record stays.
 
@@ -570,7 +560,7 @@ def undo(number: int, as_json: bool, lab: str | None) -> None:
 
 
 @verb("clean")
-@_lab()
+@lab_argument()
 @click.option("--yes", is_flag=True, help="Free it; without this it is only shown.")
 def clean(lab: str | None, as_json: bool, yes: bool) -> None:
     """Show what can be freed (old logs, caches, scratch), and with --yes free it.

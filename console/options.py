@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +111,27 @@ class Moment(click.ParamType):
             )
         moment = now.replace(hour=wanted.hour, minute=wanted.minute, second=0, microsecond=0)
         return (moment if moment > now else moment + timedelta(days=1)).timestamp()
+
+
+LAB = "A lab's folder or name; plain LAB says the same. Default: the lab you stand in, else the last used."
+NEW_LAB = "The new lab's folder or name; plain LAB says the same. Default: labs/TAG."
+RUN_LAB = f"{LAB} A name that is not there makes a new lab."
+
+
+def lab_argument(says: str = LAB) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """LAB behind the verb's own arguments, or --lab: the same."""
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(function)
+        def with_lab(*, lab: str | None, lab_option: str | None, **given: Any) -> Any:
+            if lab is not None and lab_option is not None:
+                raise click.UsageError(f"LAB ({lab}) and --lab ({lab_option}) say the same; give one of them")
+            return function(lab=lab if lab_option is None else lab_option, **given)
+
+        option = click.option("--lab", "lab_option", metavar="LAB", help=says)
+        return click.argument("lab", required=False)(option(with_lab))
+
+    return decorate
 
 
 def making_options(function: Callable[..., Any]) -> Callable[..., Any]:

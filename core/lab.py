@@ -35,11 +35,12 @@ from core.files import remove, remove_unfinished, replace_file, replace_open, sy
 from core.gitstore import GitStore
 from core.keeping import Products
 from core.ledger import Experiment, Ledger, Sample, earlier
+from core.pointer import POINTER, last_used, pointer_of
 from core.recipe import fingerprint
 from core.recovery import refs_to_set, wanted_refs
 from core.settings import Settings, locked_hash
 
-RECIPE, PROGRAM, RESULTS, POINTER = "train.py", "program.md", "results.tsv", ".autoresearch.json"
+RECIPE, PROGRAM, RESULTS = "train.py", "program.md", "results.tsv"
 UNTRACKED = (RESULTS, POINTER, "report.html", "report.png", "report.md", ".report*")
 SCHEMA = 1
 RECIPE_BYTES = 2**20  # a larger train.py is not read; the guard's limit is far below
@@ -150,7 +151,7 @@ class Lab:
         path = path.expanduser().absolute()
         if not path.is_dir():
             raise LabError(f"there is no lab at {path}", "make one: autoresearch init")
-        pointer = _pointer(path)
+        pointer = pointer_of(path)
         if pointer is None:
             raise LabError(f"{path} is not a lab: it has no {POINTER}", "name a lab, or make one: autoresearch init")
         if (path / ".git").is_symlink() or (path / ".git").is_file():
@@ -181,7 +182,7 @@ class Lab:
         for folder in (here, *here.parents):
             if (folder / POINTER).is_file():
                 return cls.open(folder), "you stand in it"
-        last = _last_used()
+        last = last_used()
         if last is None:
             raise LabError("there is no lab yet", "autoresearch run --demo     (or: autoresearch init)")
         return cls.open(last), "last used"
@@ -195,7 +196,7 @@ class Lab:
             known = None
         if known == self.path:
             return
-        there = _pointer(known) if known is not None and known.is_dir() and not known.samefile(self.path) else None
+        there = pointer_of(known) if known is not None and known.is_dir() and not known.samefile(self.path) else None
         if there is not None and there["record"] == self.record.name:
             raise LabError(f"{self.path} is a copy of the lab {known}", "work in that one, or make a new lab")
         with suppress(OSError):  # on a read-only disk a moved lab can still be looked at
@@ -566,28 +567,6 @@ def _locked_settings(record: Path, ledger: Ledger) -> Settings:
             "put them back: scores under other settings cannot be compared; for others make a new lab",
         )
     return settings
-
-
-def _pointer(path: Path) -> dict[str, Any] | None:
-    """The lab's pointer to its record; None where there is none that can be read."""
-    try:
-        found = json.loads((path / POINTER).read_bytes())
-    except (OSError, ValueError):
-        return None
-    good = isinstance(found, dict) and all(
-        isinstance(found.get(key), str) and found[key] and Path(found[key]).name == found[key]
-        for key in ("record", "tag")
-    )
-    return found if good else None
-
-
-def _last_used() -> Path | None:
-    file = paths.home() / "last-lab"
-    try:
-        last = Path(file.read_text("utf-8"))
-    except OSError:
-        return None
-    return last if (last / POINTER).is_file() else None
 
 
 def _put_back(lab: Path) -> str:
