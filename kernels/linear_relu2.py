@@ -31,6 +31,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from kernels import plain
 from kernels.targets import choose, dot, interpreted, processors
 
 Tensors = tuple[Tensor, Tensor, Tensor]
@@ -191,7 +192,10 @@ def launch(a: Tensor, b: Tensor, y: Tensor | None, tiles: Tiles | None, r: Tenso
     Without tiles the product is torch's, and so in float32: for proofs, as nothing trains in that on a card.
     """
     if tiles is None or (a.dtype == torch.float32 and not interpreted()):  # no tile of it would fit
-        return pass_over(a @ b.T if y is None else a @ b, y, r)
+        if y is not None:
+            return pass_over(a @ b, y, r)
+        a, r = plain.before_product(a, r)
+        return pass_over(a @ b.T, None, r)
     backward = y is not None
     M, K = a.shape
     N = b.shape[1] if backward else b.shape[0]

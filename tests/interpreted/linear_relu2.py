@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernels import linear_relu2 as kernel
+from kernels import plain
 
 SMALL = kernel.Tiles(16, 32, 16, warps=4, stages=2, group=2)
 SMALL_TMA = kernel.Tiles(16, 32, 16, warps=4, stages=2, group=2, tma=True)
@@ -114,6 +115,17 @@ def test_rows_are_scaled_on_the_way(sizes, tiles):
     y = kernel.launch(z, w1, None, tiles, r)
     torch.testing.assert_close(y, kernel.launch(r[:, None] * z, w1, None, tiles))
     torch.testing.assert_close(kernel.launch(d, w2, y, tiles, r), r[:, None] * kernel.launch(d, w2, y, tiles))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("relu2", [partial(kernel.relu2, by="torch"), partial(kernel.relu2, by="triton"), plain.relu2])
+def test_a_stream_of_large_numbers_fits_as_its_norm_does(relu2, dtype):
+    """Products of it are beyond what float16 holds."""
+    z, w1, *_ = inputs(3, 9, 24, 16, dtype)
+    z, w1, r = 3000 * z, 60 * w1, torch.full((9,), 1 / 3000)
+    assert (z.double() @ w1.double().T).abs().max() > 65504
+    wanted = ((z.double() / 3000) @ w1.double().T).relu().square()
+    assert (relu2(z, w1, r=r).double() - wanted).norm() < 8 * EPSILON[dtype] * wanted.norm()
 
 
 def test_leading_dimensions_and_no_rows():
