@@ -76,9 +76,9 @@ class Ticker:
         self._state = {}
         self._spoken = time.monotonic()
 
-    def wait(self) -> None:
+    def wait(self, what: str = "waits") -> None:
         """Nothing runs at the moment; why was said."""
-        self.begin("waits")
+        self.begin(what)
 
     def end(self) -> None:
         self._title, self._description, self._state = "", "", {}

@@ -322,11 +322,9 @@ class _Narrator:
             self._decided(int(data["number"]))
         elif event.kind in ("note", "waiting"):
             self._screen.line({"event": event.kind, **data})
-            if data.get("paused"):
-                self._ticker.end()  # nothing runs
             self._ticker.say(f"     {data.get('text', '')}")
             if event.kind == "waiting":
-                self._ticker.wait()
+                self._ticker.wait("paused" if data.get("paused") else "waits")
         else:
             self._ticker.feed(event)
 

@@ -6,6 +6,7 @@ of it for three children that import torch.
 
 from __future__ import annotations
 
+import compileall
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,6 +22,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 from core.data import Dataset
 from core.outcome import Outcome, Request
+from core.paths import project_root
 from core.referee import execute
 from core.settings import Settings
 from prepare import prepare
@@ -168,6 +170,13 @@ TOGETHER = frozenset({"test_blank_card", "test_blank_night", "test_compile_cache
 def runs_alone(item: pytest.Item) -> bool:
     name, file = getattr(item, "originalname", item.name), item.path.stem
     return item.name in ALONE_TESTS.get(file, ()) or (file in ALONE and name not in BESIDE.get(file, ()))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Children write no bytecode, and would compile our modules anew, thousands of times."""
+    if not hasattr(config, "workerinput"):
+        for name in ("core", "backends", "kernels"):
+            compileall.compile_dir(project_root() / name, quiet=1)
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:

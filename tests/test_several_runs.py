@@ -194,7 +194,8 @@ def test_screens_tell_runs_interval_and_what_the_other_rule_would_have_done(nigh
     assert lines[0].startswith("runs  ") and lines[0].count("seed") == kept.runs
     low, high = kept.interval
     assert (
-        f"between {low:+.6f} and {high:+.6f}" in lines[1] and low < night.ledger.get(kept.number).verdict["gain"] < high
+        f"95 % interval {low:+.6f} to {high:+.6f}" in lines[1]
+        and low < night.ledger.get(kept.number).verdict["gain"] < high
     )
     assert "upstream's rule would have said: keep" in verdict_lines(found[-1])
     would = [f"#{r.number}" for r in found if r.verdict["simple"] == "keep" and not r.kept]

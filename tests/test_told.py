@@ -168,9 +168,9 @@ def test_a_paused_screen_shows_no_experiment(lab: Lab) -> None:
     narrator(live.Event("phase", {"phase": "audit"}))
     assert ticker.line() == "#3  audit  idea"
     narrator(live.Event("waiting", {"text": "waits: a game"}))
-    assert ticker.line() == "#3  audit  idea"
+    assert ticker.line() == "waits"
     narrator(live.Event("waiting", {"text": "paused", "paused": True}))
-    assert ticker.line() == ""
+    assert ticker.line() == "paused"
 
 
 # --- after Ctrl-C ------------------------------------------------------------------------------------

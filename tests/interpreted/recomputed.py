@@ -153,8 +153,8 @@ def test_the_operators_keep_torchs_rules(gated):
     torch.library.opcheck(ops.normed.default, (x,), test_utils=tests)
     torch.library.opcheck(ops.normed_backward.default, (x0, x))
     for keep in (True, False):
-        torch.library.opcheck(ops.feed.default, (x, x0, w1, w2, keep), test_utils=tests)
-        back = (x, x0, g[:, 0].clone(), y if keep else y.new_empty(0), w1, w2, keep)
+        torch.library.opcheck(ops.feed.default, (x, x0, w1, w2, keep, "triton"), test_utils=tests)
+        back = (x, x0, g[:, 0].clone(), y if keep else y.new_empty(0), w1, w2, keep, "triton")
         torch.library.opcheck(ops.feed_backward.default, back)
     torch.library.opcheck(ops.embedded_norm.default, (tokens, free, torch.float64))
     torch.library.opcheck(ops.embedded_norm_backward.default, (x, tokens, free.detach()))
