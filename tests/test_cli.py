@@ -140,7 +140,7 @@ def test_every_verb_explains_itself_with_an_example(shell: Shell, verb: str) -> 
         (["run", "--hours", "721"], "more than 0, at most 720"),
         (["run", "--vocab", "256"], "at least 257"),
         (["prepare", "--vocab", "256"], "at least 257"),
-        (["log", "here", "--lab", "there"], "both name the lab"),
+        (["log", "here", "--lab", "there"], "say the same; give one of them"),
         (["wait", "1", "--timeout", "soon"], "not a duration"),
         (["log", "--nonsense"], "--nonsense"),
     ],
