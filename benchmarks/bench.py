@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import backends
 from benchmarks import results, running, work
+from benchmarks.assembling import Contender
 from benchmarks.bystanders import Bystanders
 from benchmarks.command import shown
 from benchmarks.machine import fingerprint
@@ -58,10 +59,8 @@ def bench_verb(
     if count > len(SEEDS):
         raise UserError(f"{count} seeds were asked for", f"--seeds takes {len(SEEDS)} at most")
     together = running.together(found, hardware)
-    devices = sorted({backends.device_name(c.name, hardware) for c in found if c.name != running.UPSTREAM})
-    for device in devices:  # one that is in use is told before data are prepared for minutes
-        with locks.hold_device(device):
-            pass
+    for device in devices_of(found, hardware):  # one that is in use is told before data are prepared for minutes
+        locks.require_free(device)
     plan = running.Plan(chosen, found, repeats, SEEDS[:count], quick, together, fresh or not quick)
     file = results.reserve(out or Path(f"bench-{chosen.name}-{date.today().isoformat()}.json"), out is not None)
     dataset = prepare(chosen.data, vocab_size=chosen.vocab_size, progress=lambda line: _aside(screen, line))
@@ -80,11 +79,15 @@ def bench_verb(
     return 0 if written and all(b.status == "measured" for b in result.backends) else 1
 
 
+def devices_of(contenders: Sequence[Contender], hardware: Hardware) -> list[str]:
+    """What they are measured on, in one order, so that two benches cannot wait for each other."""
+    return sorted({backends.device_name(c.name, hardware) for c in contenders if c.name != running.UPSTREAM})
+
+
 def measured(screen: Screen, plan: running.Plan, dataset: Dataset, hardware: Hardware, file: Path) -> Result:
     names = [c.name for c in plan.contenders if c.name != running.UPSTREAM]
-    devices = {backends.device_name(name, hardware) for name in names}
     with ExitStack() as stack:
-        for device in sorted(devices):  # in one order, so that two benches cannot wait for each other
+        for device in devices_of(plan.contenders, hardware):
             stack.enter_context(locks.hold_device(device))
         stack.enter_context(awake())
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="autoresearch-bench-")))

@@ -19,6 +19,7 @@ from benchmarks.results import Number
 from core.doctor import redact
 from core.errors import UserError
 from core.lab import Lab
+from core.rebase import base_of
 from core.recipe import constants
 from core.settings import Settings
 
@@ -123,13 +124,12 @@ def of_lab(lab: Lab, data: str, machine: str) -> LabFacts:
     """Everything from its ledger; the lab is only read. `data`: its name for people."""
     experiments = lab.ledger.experiments()
     best = lab.best()
-    first = lab.ledger.source(lab.ledger.meta("first")["recipe"])
     baseline = next((e for e in experiments if e.status in ("keep", "simplify")), None)
     tried = []
     for e in experiments:
         if e.status is None or baseline is None or e.number == baseline.number:
             continue
-        before = lab.source(e.parent) if e.parent else first
+        before = base_of(lab, e.parent)
         status = "undone" if e.undone else e.status
         found = changes(_text(before), _text(lab.source(e.number)))
         tried.append(Tried(e.number, status, e.val_bpb, e.best_before, redact(e.description), found))
@@ -141,7 +141,7 @@ def of_lab(lab: Lab, data: str, machine: str) -> LabFacts:
         baseline.val_bpb if baseline else None,
         lab.best_bpb(),
         best.number if best else None,
-        _text(first),
+        _text(lab.first_source()),
         _text(lab.best_source()),
         tried,
         _again(lab),

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from console import ablations
 from console.machine import Machine, machine
 from console.places import look
-from console.rows import KEPT, Row, Scale, Tally, disturbed, tally
+from console.rows import KEPT, Row, Scale, Tally, disturbed, doubt, tally
 from console.themes import Theme, themes, untried
 from console.timeuse import TimeUse, time_use, uses
 from core import ablation, confirming, effects
@@ -65,8 +65,9 @@ class Gain:
     seconds: float  # that confirming both would still take; 0: done
 
     @property
-    def disturbed(self) -> str:
-        return disturbed(self.baseline, self.winner)
+    def doubt(self) -> str:
+        """ ", but both runs were disturbed", behind what was recorded."""
+        return doubt(self.baseline, self.winner)
 
 
 @dataclass(frozen=True)

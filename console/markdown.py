@@ -43,8 +43,8 @@ def answer(found: Findings) -> list[str]:
         if total.experiments == 1:
             return [f"Only the baseline was measured: {best}. There is nothing to compare it with yet."]
         return [f"Nothing was kept over the baseline, {best}, in {plural(total.experiments, 'experiment')}."]
-    doubt = f", but {gain.disturbed}" if gain.disturbed else ""
-    recorded = f"#{gain.winner.number} came out {signed(-gain.recorded)} against the baseline when it was kept{doubt}."
+    came = f"{signed(-gain.recorded)} against the baseline when it was kept{gain.doubt}"
+    recorded = f"#{gain.winner.number} came out {came}."
     if gain.validation is None:
         return [
             recorded,

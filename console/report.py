@@ -36,7 +36,7 @@ def report_verb(screen: Screen, given: str | None, out: Path | None) -> None:
         screen.say(line)
     for r in [r for r in found.rows if r.kept][-12:]:
         what = f"{r.description}{', disturbed' * r.tainted}"
-        screen.say(f"  #{r.number:<4} {bpb(r.val_bpb)}  {delta(r.delta) or '':<8} {what}")
+        screen.say(f"  #{r.number:<4} {bpb(r.val_bpb)}  {delta(r.delta):<8} {what}")
     uses = tables.uses_line(found.total)
     screen.say(f"{duration(found.time.busy)} of experiments" + (f"; {uses}" if uses else ""))
     screen.say(f"page     {places.spelled(html)}")

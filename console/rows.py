@@ -165,6 +165,12 @@ def disturbed(before: Row, after: Row) -> str:
     return "both runs were disturbed" if len(found) == 2 else f"the run of {found[0]} was disturbed" if found else ""
 
 
+def doubt(before: Row, after: Row) -> str:
+    """`disturbed` as the end of a sentence: ", but both runs were disturbed"."""
+    found = disturbed(before, after)
+    return f", but {found}" if found else ""
+
+
 def row(experiment: Any, samples: Iterable[Any] = (), runs: bool = True) -> Row:
     """A `core.ledger.Experiment` -> `Row`. `samples`: of it; what was decided has its runs on record all the same.
     `runs`: whether a process holds the lab."""

@@ -296,8 +296,7 @@ def _must_be_free(lab: Lab) -> None:
             f"lab {lab.tag} is in use by process {state['pid']}{doing}",
             f"see `autoresearch status {where}`, or end it with `autoresearch stop {where}`",
         )
-    with locks.hold_device(lab.settings.device):
-        pass
+    locks.require_free(lab.settings.device)
     if lab.is_dirty() and not lab.ledger.knows_source(hashlib.sha256(lab.working_source()).hexdigest()):
         raise LabError("train.py has changes that were not judged", lab.how_to_restore())
 

@@ -60,8 +60,7 @@ def _answer(found: Findings) -> tuple[str, str, str]:
         came = (
             f"{link(gain.winner.number)} came out <b>{change('gain.recorded', gain.recorded)}</b> against the baseline"
         )
-        doubt = f", but {gain.disturbed}" if gain.disturbed else ""
-        lead = f"{came} when it was kept{doubt}. That is not confirmed yet."
+        lead = f"{came} when it was kept{gain.doubt}. That is not confirmed yet."
         more = "<p>A figure that was chosen because it was low flatters. On fresh seeds it is known after "
         return "", lead, more + f"{cost('gain.seconds', gain.seconds)}: <code>autoresearch confirm</code></p>"
     size = f"<b>{change('gain.val', again.gain)}</b> val_bpb"
@@ -98,8 +97,8 @@ def _forest(found: Findings) -> str:
     gain = found.gain
     if gain is None:
         return ""
-    doubt = f", but {gain.disturbed}" if gain.disturbed else ""
-    lines = [(f"when it was kept{doubt}", Whisker(-gain.recorded, pale=True), change("gain.recorded", gain.recorded))]
+    kept = f"when it was kept{gain.doubt}"
+    lines = [(kept, Whisker(-gain.recorded, pale=True), change("gain.recorded", gain.recorded))]
     lines += [
         (what, _whisker(again), change(name, again.gain))
         for what, name, again in (

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from console.output import Screen, plain
-from console.rows import Row, Scale, Tally, disturbed
+from console.rows import Row, Scale, Tally, doubt
 from console.words import below, bpb, clock, count, delta, duration, moment, plural, shorten, sparkline
 
 if TYPE_CHECKING:
@@ -124,8 +124,7 @@ def tally_line(total: Tally) -> str:
     text += f"; best {bpb(total.best.val_bpb)} (#{total.best.number})"
     if not total.gain or total.baseline is None:
         return text
-    doubt = disturbed(total.baseline, total.best)
-    return f"{text}, {below(total.gain)}" + (f", but {doubt}" if doubt else "")
+    return f"{text}, {below(total.gain)}{doubt(total.baseline, total.best)}"
 
 
 def counts_line(total: Tally) -> str:

@@ -46,8 +46,7 @@ else:
         return True
 
 
-_held: dict[int, str] = {}  # CUDA devices that this process holds, by number
-_names: dict[str, str] = {}  # of the cards that were seen, by UUID
+_held: dict[int, tuple[str, str]] = {}  # UUID and name of the CUDA devices that this process holds, by number
 LETTING_GO = 2.0  # seconds: a child that was just forked has its dead parent's lock until it executes its program
 
 
@@ -100,23 +99,24 @@ def cuda_index(device: str) -> int | None:
 
 
 def cuda_uuid(index: int) -> str:
-    """The card of that number as CUDA counts; "" where the driver does not tell. A card that is held keeps its number,
-    though another be lost or come: what is watched and shown to children is what was locked."""
+    """The card of that number as CUDA counts; "" where the driver does not tell."""
+    return _card(index)[0]
+
+
+def cuda_name(index: int) -> str:
+    """The name of that card as the driver gives it ("NVIDIA H100 80GB HBM3"); "" where it does not tell."""
+    return _card(index)[1]
+
+
+def _card(index: int) -> tuple[str, str]:
+    """UUID and name. A card that is held keeps its number, though another be lost or come, or the driver not answer for
+    a moment: what is watched and shown to children is what was locked."""
     if index in _held:
         return _held[index]
     from core import hardware  # here, because most locks are not of CUDA devices and probing takes a while
 
     gpus = hardware.probe().gpus
-    return gpus[index].uuid if index < len(gpus) else ""
-
-
-def cuda_name(index: int) -> str:
-    """The name of that card as the driver gives it ("NVIDIA H100 80GB HBM3"); "" where it never told it. One that once
-    did and does not answer for a moment is no other card."""
-    from core import hardware
-
-    _names.update({gpu.uuid: gpu.name for gpu in hardware.probe().gpus})
-    return _names.get(cuda_uuid(index), "")
+    return (gpus[index].uuid, gpus[index].name) if index < len(gpus) else ("", "")
 
 
 @contextmanager
@@ -124,15 +124,21 @@ def hold_device(device: str, wait: float = 0.0) -> Iterator[None]:
     """Hold a device, so that nothing else is measured on it at the same time. Raises `Busy`."""
     action = "wait for it or stop it there: two experiments on one device would slow each other down"
     index = cuda_index(device)
-    uuid = "" if index is None else cuda_uuid(index)
+    card = ("", "") if index is None else _card(index)
     with hold(device_lock(device), f"the device {device}", action, wait):
-        if index is not None and uuid:
-            _held[index] = uuid
+        if index is not None and card[0]:
+            _held[index] = card
         try:
             yield
         finally:
             if index is not None:
                 _held.pop(index, None)
+
+
+def require_free(device: str) -> None:
+    """Raises `Busy` where somebody holds the device at this moment: known before work that would be in vain."""
+    with hold_device(device):
+        pass
 
 
 def _open(path: Path) -> int:

@@ -474,7 +474,7 @@ class Loop:
             self.ledger.rebase(e.number, found.source, fingerprint(found.source), best.number)
             made = self.ledger.get(e.number)
             if made.source_sha256 != e.source_sha256:
-                to = f"#{e.parent}" if e.parent else "the first recipe"
+                to = rebase.named(e.parent)
                 self._session.note(f"#{e.number} was made to {to}; its change is made to #{best.number}, the best now")
         return made
 

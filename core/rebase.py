@@ -24,16 +24,20 @@ class Rebased:
     refused: str = ""
 
 
-def base_of(lab: Lab, e: Experiment) -> bytes:
-    """The recipe that experiment `e` changes: that of its parent, without one the lab's first."""
-    return lab.source(e.parent) if e.parent else lab.first_source()
+def base_of(lab: Lab, parent: int | None) -> bytes:
+    """The recipe that an experiment with this parent changes: the parent's, without one the lab's first."""
+    return lab.source(parent) if parent else lab.first_source()
+
+
+def named(parent: int | None) -> str:
+    return f"#{parent}" if parent else "the first recipe"
 
 
 def onto(lab: Lab, parent: int | None, edited: bytes, best: Experiment, lint: Callable[[bytes], str]) -> Rebased:
     """`edited`, which was made to experiment `parent` (None: to the lab's first recipe), made to `best`."""
-    base = lab.source(parent) if parent else lab.first_source()
+    base = base_of(lab, parent)
     now = lab.ledger.source(best.source_sha256)
-    made = f"it was made to {f'#{parent}' if parent else 'the first recipe'}, and #{best.number} is the best now"
+    made = f"it was made to {named(parent)}, and #{best.number} is the best now"
     merged = edited if base == now else reapply(lab.git, base, edited, now)
     if merged is None:
         return Rebased(None, f"{made}: both change the same lines (`autoresearch diff {best.number}`)")

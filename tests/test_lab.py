@@ -238,7 +238,7 @@ def test_two_labs_never_share_a_device(tmp_path, settings):
 def test_a_card_is_known_by_its_uuid_and_a_cpu_by_its_host(monkeypatch):
     class Seen:
         def __init__(self, *uuids: str) -> None:
-            self.gpus = [type("Gpu", (), {"uuid": uuid}) for uuid in uuids]
+            self.gpus = [type("Gpu", (), {"uuid": uuid, "name": "NVIDIA"}) for uuid in uuids]
 
     monkeypatch.setattr(hardware, "probe", lambda: Seen("GPU-a", "GPU-b"))
     both = [locks.device_lock(f"cuda:{k}").name for k in (0, 1)]

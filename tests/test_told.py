@@ -19,10 +19,9 @@ from typing import Any
 
 import click
 import pytest
-from click.testing import CliRunner, Result
 from scripted import Loop, Scripted, make_lab, recipe
+from typed import Verb, quick_lab, typed_in
 
-from cli import cli
 from console import places, running, tables
 from console.display import finish_line
 from console.options import Moment
@@ -32,30 +31,16 @@ from core import live, locks, sandbox
 from core.lab import Lab
 from core.settings import Settings
 
-Verb = Callable[..., Result]
-
 
 @pytest.fixture
 def verb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Verb:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("core.executor.LocalExecutor", Scripted)
-
-    def run(*arguments: Any, status: int = 0) -> Result:
-        done = CliRunner().invoke(cli, [*map(str, arguments)])
-        assert done.exit_code == status, (done.output, done.exception)
-        return done
-
-    return run
+    return typed_in(tmp_path, monkeypatch)
 
 
 @pytest.fixture
 def lab(tmp_path: Path, settings: Settings) -> Lab:
     """./labs/quick with a baseline of 2.0 and a keep of 1.5."""
-    lab = make_lab(tmp_path / "labs" / "quick", settings)
-    judge = Loop(lab, None, Scripted(), lambda event: None).judge
-    judge(lab.working_source(), "baseline")
-    assert judge(recipe(1.5), "better").is_kept
-    return lab
+    return quick_lab(tmp_path, settings)
 
 
 def propose(lab: Lab, score: float) -> int:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
-from scripted import Loop, Scripted, make_lab, recipe
+from scripted import make_lab
+from typed import Verb, quick_lab, typed_in
 
 from cli import cli
 from console import output, places
@@ -20,31 +20,17 @@ from core import locks
 from core.lab import Lab
 from core.settings import Settings
 
-Verb = Callable[..., Result]
-
 
 @pytest.fixture
 def verb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Verb:
     """A verb as it is typed in a folder with a home of its own, where experiments follow a script."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("core.executor.LocalExecutor", Scripted)
-
-    def run(*arguments: Any, status: int = 0) -> Result:
-        done = CliRunner().invoke(cli, [*map(str, arguments)])
-        assert done.exit_code == status, (done.output, done.stderr, done.exception)
-        return done
-
-    return run
+    return typed_in(tmp_path, monkeypatch)
 
 
 @pytest.fixture
 def quick(tmp_path: Path, settings: Settings) -> Lab:
     """./labs/quick, with a baseline of 2.0 and a keep of 1.5."""
-    lab = make_lab(tmp_path / "labs" / "quick", settings)
-    judge = Loop(lab, None, Scripted(), lambda event: None).judge
-    judge(lab.working_source(), "baseline")
-    assert judge(recipe(1.5), "better").is_kept
-    return lab
+    return quick_lab(tmp_path, settings)
 
 
 # --- new, mistyped, misplaced ------------------------------------------------------------------------
