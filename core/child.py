@@ -18,9 +18,10 @@ from typing import Any
 import numpy as np
 import psutil
 
-from core import allocator, caches, files, locks, sandbox, wire
+from core import allocator, caches, files, forkserver, locks, sandbox, wire
 from core.contract import Spec
 from core.errors import DeviceFull, Transient, UserError
+from core.forkserver import Forkserver, NotLoaded
 from core.nvml import Nvml
 from core.outcome import Status
 from core.settings import Settings
@@ -43,6 +44,7 @@ NT_NAMES = {
     0xC0000135: " (a DLL is missing)",
     0xC0000409: " (the process was aborted)",
 }
+LOG_LINES = 50
 LOOK_AT_DISK = 1.0  # seconds between two looks
 
 
@@ -74,6 +76,10 @@ class NotInTime(BackendFailed, Transient):
     """It had not started when its time was up."""
 
 
+class LibraryGone(BackendFailed, Transient):
+    """The process that children are forked from was ended by somebody, the system for want of memory say."""
+
+
 @dataclass(frozen=True)
 class Place:
     """What all children of one experiment share."""
@@ -83,6 +89,7 @@ class Place:
     stop: threading.Event = field(default_factory=threading.Event)
     nice: int = 0  # priority of the children; 19 is the lowest
     env: Mapping[str, str] = field(default_factory=dict)  # beside what all children get
+    forked: bool = False  # children are forks of one process, where they can be: for those that have several
 
     def memory(self) -> int:
         """Bytes that one child and its processes may take."""
@@ -100,6 +107,58 @@ class Place:
             shown[allocator.TOLD_FREE] = str(free)  # looked at before the first child of the experiment takes its part
         return shown
 
+    @cached_property
+    def forkserver(self) -> Forkserver | None:
+        """The process that loads the backend's library for all children; made when it is first asked for."""
+        if not self.forked or not forkserver.possible(self.settings.backend):
+            return None
+        return Forkserver(self.policy(self.folder / "scratch"), self.folder)
+
+    @cached_property
+    def folder(self) -> Path:
+        """Of the forkserver."""
+        return Path(tempfile.mkdtemp(prefix="library-", dir=self.workdir))
+
+    def policy(self, scratch: Path, caches: Path | None = None) -> sandbox.Policy:
+        """Of a child with these folders."""
+        return sandbox.standard_policy(
+            scratch,
+            self.settings.backend,
+            memory_bytes=self.memory(),
+            caches=caches,
+            nice=self.nice,
+            env={**self.card, **self.env},
+        )
+
+    def wait_for_library(self) -> Forkserver | None:
+        """The forkserver, when its library is loaded. Nothing of the recipe is anywhere yet."""
+        server = self.forkserver
+        if server is None:
+            return None
+        doing = "loading the backend's library"
+        try:
+            server.wait(self.look_for_stop, LIBRARY_CAP)
+        except NotLoaded as failed:
+            what = f"the backend {self.settings.backend} cannot be loaded"
+            if failed.code is None:
+                raise NotInTime(f"{what}: {doing} took more than {LIBRARY_CAP:.3g} s", advice("")) from None
+            how = f"the process that does it for all ended by itself in {doing}, with exit status {failed.code}"
+            raise BackendFailed(f"{what}: {how}", advice(server.log_tail(3))) from None
+        return server
+
+    def look_for_stop(self) -> None:
+        if self.stop.is_set():
+            raise Ended("stopped", "stopped on request")
+
+    def close(self) -> str:
+        """End the forkserver, where there is one; the last lines of what it printed."""
+        server = self.__dict__.pop("forkserver", None)
+        if server is None:
+            return ""
+        server.close()
+        files.remove(self.folder)
+        return str(server.log_tail(LOG_LINES)).strip()
+
     def spec(self, seed: int) -> Spec:
         s = self.settings
         return Spec(s.vocab_size, s.sequence_len, s.bos_id, s.device, s.dtype, seed, self.memory())
@@ -111,6 +170,7 @@ class Worker:
 
     def __init__(self, role: str, place: Place, name: str = "") -> None:
         """`name`: of its folder and log, where one role has several children."""
+        library = place.wait_for_library()
         self.role = role
         self.place = place
         self.name = name or role
@@ -126,17 +186,15 @@ class Worker:
         self._opened = False
         self._messages = 0
         self._began = time.monotonic()
-        settings = place.settings
-        policy = sandbox.standard_policy(
-            self.scratch,
-            settings.backend,
-            memory_bytes=place.memory(),
-            caches=self.caches,
-            nice=place.nice,
-            env={**place.card, **place.env},
-        )
-        argv = [sys.executable, "-m", "backends.worker", role, settings.backend]
-        self.child = sandbox.launch(argv, policy, cwd=self.scratch, log=place.workdir / f"{self.name}.log")
+        argv = [sys.executable, "-m", "backends.worker", role, place.settings.backend]
+        log = place.workdir / f"{self.name}.log"
+        policy = place.policy(self.scratch, self.caches)
+        try:
+            self.child = sandbox.launch(argv, policy, cwd=self.scratch, log=log, forkserver=library)
+        except NotLoaded as gone:
+            raise LibraryGone(
+                f"the {role} cannot be started: who has loaded torch is gone ({gone})", advice("")
+            ) from None
         self._channel = wire.Channel(self.child.channel, watch=self._watch, giver=self.child.giver)
 
     # --- talking -----------------------------------------------------------------------------------
@@ -175,10 +233,8 @@ class Worker:
         self._opened = True
 
     def _backend_failed(self, end: Ended, what: str) -> BackendFailed:
-        kind, tail = NotInTime if end.status == "timeout" else BackendFailed, self.child.log_tail(3).strip()
-        return kind(
-            f"{what}: {end.reason}", "see `autoresearch doctor`" + (f"; its last lines: {tail}" if tail else "")
-        )
+        kind = NotInTime if end.status == "timeout" else BackendFailed
+        return kind(f"{what}: {end.reason}", advice(self.child.log_tail(3)))
 
     def send(
         self,
@@ -257,8 +313,7 @@ class Worker:
 
     def _watch(self) -> None:
         """Called while waiting. A dead child is reported at the second look, when what it sent last has been read."""
-        if self.place.stop.is_set():
-            raise Ended("stopped", "stopped on request")
+        self.place.look_for_stop()
         if reason := self._limit():
             raise _exceeded(reason)
         if self._dead:
@@ -302,6 +357,11 @@ class Worker:
         """End the tree and remove its folder."""
         self.kill()
         files.remove(self.folder)
+
+
+def advice(tail: str) -> str:
+    """What to do where a backend does not start."""
+    return "see `autoresearch doctor`" + (f"; its last lines: {tail.strip()}" if tail.strip() else "")
 
 
 def _status(code: int) -> str:

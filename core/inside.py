@@ -1,6 +1,7 @@
 """First Python code inside the sandbox: sets the import path, then runs what was asked for.
 
-Started as `python -s -S core/inside.py JSON -m module ARGS...` (or `-c code`, or a script). `-S` keeps `.pth` files
+Started as `python -s -S core/inside.py JSON -m module ARGS...` (or `-c code`, or a script; `fork MODULES FD` loads
+these modules and does each of the others in forks, see core/forking.py). `-S` keeps `.pth` files
 and `sitecustomize` out. The import path becomes: three packages of the project, the standard library, and of each
 package folder only the listed names, so that a package which must not be read is one that is not installed.
 """
@@ -90,6 +91,14 @@ class Copying:
             os.unlink(src)
 
 
+def forked(modules: str, descriptor: str) -> list[str]:
+    """In each fork: what it is to do."""
+    from core import forking
+
+    forking.load(modules.split())
+    return forking.serve(int(descriptor))
+
+
 def main() -> None:
     setup = json.loads(sys.argv[1])
     # Before Python 3.14 it is `site` that finds a virtual environment, and `-S` keeps it from that. What asks sysconfig
@@ -99,9 +108,11 @@ def main() -> None:
     sys.path[:] = [p for p in sys.path if p and not p.endswith("-packages") and p != setup["root"]]
     sys.meta_path.insert(0, Project(setup["root"]))  # type: ignore[arg-type]
     show_packages(setup["folders"], frozenset(setup["names"]))
+    kind, rest = sys.argv[2], sys.argv[3:]
+    if kind == "fork":
+        kind, *rest = forked(*rest)
     if setup["abi"] == 1:
         copy_across_folders()
-    kind, rest = sys.argv[2], sys.argv[3:]
     if kind == "-m":
         sys.argv = rest
         runpy.run_module(rest[0], run_name="__main__", alter_sys=True)

@@ -8,7 +8,8 @@ nothing of the tree outlives the referee or the recipe:
                       -> recipe: drops every privilege, applies Landlock and seccomp, executes Python
 
 Each is single-threaded: Landlock does not hold threads that were started before it. Nothing here is believed by the
-referee but the lines on the status pipe, which the recipe cannot write to after its exec.
+referee but the lines on the status pipe, which the recipe cannot write to: it is closed before the recipe's code comes.
+`core/forking.py` runs the same three in forks of a process that has loaded torch; nothing is executed there.
 """
 
 from __future__ import annotations
@@ -22,10 +23,10 @@ import sys
 import time
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NoReturn, TypedDict
+from typing import Any, TypedDict
 
 ROOT = str(Path(__file__).resolve().parent.parent)
-if ROOT not in sys.path:
+if __name__ == "__main__":
     sys.path.append(ROOT)  # behind the standard library; `-I -S` left nothing else
 
 from core import landlock, processes, seccomp  # noqa: E402
@@ -37,7 +38,8 @@ SHARED_NAMESPACES = landlock.CLONE_NEWPID | landlock.CLONE_NEWIPC | landlock.CLO
 class Orders(TypedDict):
     """What the referee passes. File descriptors are numbers in the launcher."""
 
-    argv: list[str]
+    argv: list[str]  # to execute; empty: the recipe's process goes on where it was forked
+    arguments: list[str]  # of the Python that it goes on as
     env: dict[str, str]
     cwd: str
     rules: list[tuple[str, int]]  # path, Landlock rights
@@ -52,6 +54,7 @@ class Orders(TypedDict):
     control: int  # readable or closed: end the tree
     status: int  # lines of JSON for the referee
     referee: int  # its pid
+    parent: int  # pid of the launcher's parent: the referee, or what it was forked from
 
 
 def say(status: int, **fields: Any) -> None:
@@ -69,20 +72,23 @@ def main() -> None:
     supervise(orders)
 
 
-def supervise(orders: Orders) -> None:
-    """The launcher's own life: start, wait for the first reason to end, end all, leave."""
+def supervise(orders: Orders) -> bool:
+    """The launcher's own life: start, wait for the first reason to end, end all. True in the recipe's process, behind
+    all walls, where it executes nothing."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     watched = [orders["control"], wakeup_on_child()]
     referee = process_handle(orders["referee"])
     if referee is not None:
         watched.append(referee)
-    if os.getppid() != orders["referee"]:
-        sys.exit(FAILED)
+    if os.getppid() != orders["parent"]:
+        os._exit(FAILED)
     if sys.platform == "linux":
         landlock.become_subreaper()
     namespaced = orders["namespaces"] and enter_namespaces()
     first = fork(orders, namespaced)
+    if not first:
+        return True
     os.close(orders["channel"])  # else the referee would not see the recipe's end of it close
     while True:
         if readable(watched, None) - {watched[1]}:
@@ -94,23 +100,30 @@ def supervise(orders: Orders) -> None:
             break
         drain(watched[1])
     processes.end_children(first if namespaced else None)
+    tell(orders, left=True)
+    return False
 
 
 def fork(orders: Orders, namespaced: bool) -> int:
+    """The first child's pid; 0 in the recipe's process where it executes nothing."""
     launcher = os.getpid()
     handle = process_handle(launcher)
     pid = os.fork()
     if pid:
         return pid
+    confined = False
     try:
         if namespaced:
             run_init(orders, handle)
         run_recipe(orders, launcher, namespaced)
+        confined = True
     except OSError as problem:
         print(f"sandbox: {problem}", file=sys.stderr, flush=True)
         say(orders["status"], failed=str(problem))
     finally:
-        os._exit(FAILED)
+        if not confined:
+            os._exit(FAILED)
+    return 0
 
 
 def run_init(orders: Orders, launcher: int | None) -> None:
@@ -132,18 +145,25 @@ def run_init(orders: Orders, launcher: int | None) -> None:
 
 def report(orders: Orders, code: int, usage: resource.struct_rusage) -> None:
     unit = 1 if sys.platform == "darwin" else 1024
+    tell(orders, exit=os.waitstatus_to_exitcode(code), maxrss=usage.ru_maxrss * unit)
+
+
+def tell(orders: Orders, **fields: Any) -> None:
+    """`say`, which may be too late."""
     try:
-        say(orders["status"], exit=os.waitstatus_to_exitcode(code), maxrss=usage.ru_maxrss * unit)
+        say(orders["status"], **fields)
     except BrokenPipeError:
         pass  # the referee is gone
 
 
-def run_recipe(orders: Orders, launcher: int, namespaced: bool) -> NoReturn:
+def run_recipe(orders: Orders, launcher: int, namespaced: bool) -> None:
     """Give up every privilege, then execute."""
     os.setsid()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGPIPE):
         signal.signal(number, signal.SIG_DFL)
     signal.set_wakeup_fd(-1)
+    if not orders["argv"]:
+        close_others({orders["channel"], orders["status"]})
     os.chdir(orders["cwd"])
     os.umask(0o077)
     for name, value in orders["limits"].items():
@@ -156,8 +176,21 @@ def run_recipe(orders: Orders, launcher: int, namespaced: bool) -> NoReturn:
             os._exit(FAILED)
         applied = confine(orders, namespaced)
     say(orders["status"], ready=True, namespaced=namespaced, **applied)
+    if not orders["argv"]:
+        os.close(orders["status"])
+        return
     os.set_inheritable(orders["channel"], True)
     os.execve(orders["argv"][0], orders["argv"], orders["env"])
+
+
+def close_others(kept: set[int]) -> None:
+    """Close all descriptors but these and the first three: what the launcher had open is not the recipe's."""
+    for name in os.listdir("/proc/self/fd"):  # noqa: PTH208 - without packages
+        if int(name) > 2 and int(name) not in kept:
+            try:
+                os.close(int(name))
+            except OSError:
+                pass  # that of the listing itself
 
 
 def confine(orders: Orders, namespaced: bool) -> dict[str, Any]:

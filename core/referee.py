@@ -7,8 +7,8 @@
 
 Where looks on the way are wanted (`Request.probe`), a *prober* scores the weights so far while the trainer's processes
 are stopped (core/pausing.py). The recipe never computes in two of them at once. The processes of prober, scorer and
-auditor are started together with the trainer, so that loading the backend's library overlaps (but see `_roles`); they
-get the recipe when it is their turn.
+auditor are started together with the trainer (but see `_roles`), as forks of one that has loaded the backend's library
+where that can be (core/forking.py), else so that loading it overlaps; they get the recipe when it is their turn.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import numpy as np
 
 from core import caches, files, freezing, gpuwatch, guard, scoring
 from core import weights as weight_files
-from core.child import Ended, OutOfMemory, Place, Worker
+from core.child import LOG_LINES, Ended, OutOfMemory, Place, Worker
 from core.health import Watch
 from core.outcome import Event, Outcome, Request, Status, ignore, printable, source_sha256
 from core.pausing import Prober
@@ -36,7 +36,6 @@ from core.versions import versions
 
 __all__ = ["Event", "Outcome", "Request", "Status", "dry_build", "execute", "ignore", "measure", "sample"]
 
-LOG_LINES = 50
 REHEARSED = ("mlx",)  # backends whose trainer finds what a warm-up in another process has compiled
 LOOKS = 4  # at the card during the shortest timing
 EAGER = ("cuda", "rtx")  # backends on which torch.compile does nothing where a recipe is only tried out
@@ -70,7 +69,7 @@ class _Experiment:
     def __init__(self, request: Request, on_event: Callable[[Event], None], stop: threading.Event) -> None:
         self.request = request
         self.settings = request.settings
-        self.place = Place(request.settings, request.workdir, stop)
+        self.place = Place(request.settings, request.workdir, stop, forked=True)
         self.on_event = on_event
         self.outcome = Outcome(source_sha256=source_sha256(request.source))
         self.workers: dict[str, Worker] = {}
@@ -82,6 +81,7 @@ class _Experiment:
 
     def go(self) -> None:
         self._lint()
+        _ = self.place.forkserver  # loads while the text is read
         texts = [scoring.Text.of(self.request.dataset, self.place, part) for part in self._parts()]
         self.outcome.versions = versions(self.settings)
         self.outcome.sandbox = {"abilities": abilities().to_dict()}
@@ -139,6 +139,8 @@ class _Experiment:
                 tails.append(tail if role in ("warm-up", "trainer") else f"[{role}]\n{tail}")
             self.outcome.sandbox[role] = worker.child.enforced
             worker.close()
+        if printed := self.place.close():
+            tails.insert(0, f"[library]\n{printed}")
         if self.weights >= 0:
             os.close(self.weights)
         self.outcome.log_tail = printable("\n".join("\n".join(tails).splitlines()[-LOG_LINES:]))

@@ -30,6 +30,7 @@ from core.handles import Giver
 
 if TYPE_CHECKING:
     from core.doctor import Check
+    from core.forkserver import Forked, Forkserver
 
 GIB = 1 << 30
 LAUNCHER = "core/launcher.py"
@@ -247,9 +248,10 @@ def self_check() -> list[Check]:
     return selfcheck.self_check()
 
 
-def launch(argv: list[str], policy: Policy, *, cwd: Path, log: Path) -> Child:
-    """Start `argv` under `policy`. The child's end of the channel is what its AUTORESEARCH_CHANNEL says: a descriptor,
-    or that a note on standard input tells (see `core.wire.own_channel`).
+def launch(argv: list[str], policy: Policy, *, cwd: Path, log: Path, forkserver: Forkserver | None = None) -> Child:
+    """Start `argv` under `policy`; with a forkserver (of an equal policy) in a fork of it, without a new Python. The
+    child's end of the channel is what its AUTORESEARCH_CHANNEL says: a descriptor, or that a note on standard input
+    tells (see `core.wire.own_channel`).
 
     A Python command (`argv[0]` is `sys.executable`) gets its import path from `core/inside.py`: project, standard
     library, listed packages; never the working directory. Raises OSError when no process can be started, UserError
@@ -263,14 +265,21 @@ def launch(argv: list[str], policy: Policy, *, cwd: Path, log: Path) -> Child:
         nvidia_nodes.make()
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
     group = make_group(policy)
-    ends: list[int] = [theirs.detach()]
-    try:
+    with contextlib.ExitStack() as given, contextlib.ExitStack() as kept:
+        kept.callback(ours.close)
+        if group:
+            kept.callback(group.remove)
         control_reader, control = os.pipe()
         status, status_writer = os.pipe()
         output, output_writer = os.pipe()
-        ends += [control_reader, status_writer, output_writer]
+        ends = [theirs.detach(), control_reader, status_writer, output_writer]
+        for end in ends:
+            given.callback(os.close, end)
+        for end in (control, status, output):
+            kept.callback(os.close, end)
         orders = {
-            "argv": command(argv, policy),
+            "argv": [] if forkserver else command(argv, policy),
+            "arguments": argv[1:],
             "env": {**policy.env, "AUTORESEARCH_CHANNEL": str(ends[0])},
             "cwd": str(cwd),
             "rules": policy.rules(),
@@ -285,22 +294,27 @@ def launch(argv: list[str], policy: Policy, *, cwd: Path, log: Path) -> Child:
             "control": control_reader,
             "status": status_writer,
             "referee": os.getpid(),
+            "parent": forkserver.pid if forkserver else os.getpid(),
         }
         with written(json.dumps(orders)) as stream:
-            process = subprocess.Popen(
-                [sys.executable, "-I", "-S", str(paths.project_root() / LAUNCHER), str(stream.fileno())],
-                stdin=subprocess.DEVNULL,
-                stdout=output_writer,
-                stderr=output_writer,
-                env={"LANG": "C.UTF-8"},
-                cwd="/",
-                pass_fds=[stream.fileno(), *ends[:3]],
-                start_new_session=True,
-            )
-    finally:
-        for end in ends:
-            os.close(end)
+            process = forkserver.fork([stream.fileno(), *ends]) if forkserver else started(stream, ends)
+        kept.pop_all()
     return Child(process, ours, policy, group, CappedLog(log, policy.log_bytes), (output, status, control))
+
+
+def started(orders: IO[bytes], ends: list[int]) -> subprocess.Popen[bytes]:
+    """A launcher with these orders. `ends`: its channel, control, status, output."""
+    *inherited, output = ends
+    return subprocess.Popen(
+        [sys.executable, "-I", "-S", str(paths.project_root() / LAUNCHER), str(orders.fileno())],
+        stdin=subprocess.DEVNULL,
+        stdout=output,
+        stderr=output,
+        env={"LANG": "C.UTF-8"},
+        cwd="/",
+        pass_fds=[orders.fileno(), *inherited],
+        start_new_session=True,
+    )
 
 
 def command(argv: list[str], policy: Policy) -> list[str]:
@@ -354,7 +368,7 @@ class Child:
 
     def __init__(
         self,
-        process: subprocess.Popen[bytes],
+        process: subprocess.Popen[bytes] | Forked,
         channel: socket.socket,
         policy: Policy,
         group: cgroups.Group | None,
@@ -374,6 +388,7 @@ class Child:
         self._ended = threading.Event()
         self._code: int | None = None
         self._exit: int | None = None  # the recipe's own, when it ended by itself
+        self._left = False  # whether the launcher has said that it has done its work
         self._exceeded: str | None = None
         self._peak = 0
         self._disk_seen = 0.0
@@ -466,6 +481,7 @@ class Child:
     def _hear(self, said: dict[str, Any]) -> None:
         if said.pop("ready", False):
             self.enforced = said
+        self._left = self._left or "left" in said
         self._peak = max(self._peak, said.get("maxrss", 0))
         self._exit = FAILED if "failed" in said else said.get("exit", self._exit)
 
@@ -538,6 +554,8 @@ class Child:
     def _finish(self) -> None:
         """The launcher has ended the tree and left, or was killed itself."""
         launcher = self._process.wait()
+        if launcher is None:  # the child of another process, who alone is told
+            launcher = 0 if self._left else -9
         if launcher:
             self._sweep()
         self._exceeded = self._exceeded or self._refused()

@@ -230,6 +230,8 @@ def tell(process: subprocess.Popen[bytes], note: bytes) -> None:
 class WindowsChild(sandbox.Child):
     """The job does what launcher, init and control groups do elsewhere."""
 
+    _process: subprocess.Popen[bytes]
+
     def __init__(
         self,
         process: subprocess.Popen[bytes],

@@ -1,4 +1,4 @@
-"""`doctor`'s look at the sandbox: real children that try things, and whether each was refused. About two seconds."""
+"""`doctor`'s look at the sandbox: real children that try things, and whether each was refused. Some four seconds."""
 
 from __future__ import annotations
 
@@ -14,11 +14,13 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from core import sandbox, trees
+from core import forkserver, sandbox, trees
 from core.attacks import Targets
 from core.doctor import Check
+from core.forkserver import Forkserver, NotLoaded
 
 LIMIT = 128 << 20  # bytes, for the child that takes too much
+LOADED_WITHIN = 60.0  # seconds for torch
 EAT = "b = []\nwhile True: b.append(bytearray(b'x') * (4 << 20))"
 STORM = "import os, time\nfor _ in range(200):\n    if not os.fork(): time.sleep(30)"  # forks 200 times at most
 DAEMON = """
@@ -91,9 +93,12 @@ def self_check() -> list[Check]:
         scratch = Path(name) / "scratch"
         policy = sandbox.standard_policy(scratch, "cpu")
 
+        server = with_library(policy, Path(name))
+
         def start(label: str, *argv: str, **limits: int) -> sandbox.Child:
-            chosen = replace(policy, **limits)  # type: ignore[arg-type]
-            return sandbox.launch([sys.executable, *argv], chosen, cwd=scratch, log=Path(name) / f"{label}.log")
+            chosen, log = replace(policy, **limits), Path(name) / f"{label}.log"  # type: ignore[arg-type]
+            attacks = server if label == "attacks" else None
+            return sandbox.launch([sys.executable, *argv], chosen, cwd=scratch, log=log, forkserver=attacks)
 
         children = {
             "attacks": start("attacks", "-m", "core.attacks", json.dumps(targets)),
@@ -107,7 +112,23 @@ def self_check() -> list[Check]:
         for child in children.values():
             child.kill()
             child.channel.close()
+        if server:
+            server.close()
     return checks + [Check("sandbox: lacks", None, lack, "see docs/sandbox.md") for lack in able.missing]
+
+
+def with_library(policy: sandbox.Policy, folder: Path) -> Forkserver | None:
+    """What an experiment's children are forks of, where they are: the walls are looked at in such forks. Where torch
+    does not load, of which doctor tells elsewhere, a new Python is what is attacked from."""
+    if not forkserver.possible(policy.backend):
+        return None
+    server = Forkserver(policy, folder)
+    try:
+        server.wait(lambda: None, LOADED_WITHIN)
+    except NotLoaded:
+        server.close()
+        return None
+    return server
 
 
 def attacks_checked(child: sandbox.Child, able: sandbox.Abilities) -> list[Check]:

@@ -11,9 +11,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, sys.argv[1])
+if __name__ == "__main__":
+    sys.path.insert(0, sys.argv[1])
 
 from core import sandbox, selfcheck, trees
+from core.forkserver import Forkserver
 
 DEEP = """
 import os, time
@@ -26,6 +28,18 @@ time.sleep(120)
 """
 
 
+def launch(policy: sandbox.Policy, folder: Path, argv: list[str], forked: bool) -> sandbox.Child:
+    """As children are started: by executing Python, or as a fork of one that has loaded torch. In `folder`/scratch."""
+    scratch = folder / "scratch"
+    server = Forkserver(policy, folder) if forked else None
+    if server:
+        server.wait(lambda: None, 120)
+    child = sandbox.launch([sys.executable, *argv], policy, cwd=scratch, log=folder / "log", forkserver=server)
+    if server:
+        server.close()
+    return child
+
+
 def policy(orders: dict[str, Any], folder: Path, **limits: int) -> sandbox.Policy:
     made = sandbox.standard_policy(folder / "scratch", orders.get("backend", "cpu"))
     return replace(made, layers=sandbox.Layers(**orders["layers"]), **limits)  # type: ignore[arg-type]
@@ -33,7 +47,7 @@ def policy(orders: dict[str, Any], folder: Path, **limits: int) -> sandbox.Polic
 
 def start(orders: dict[str, Any], folder: Path, *argv: str, **limits: int) -> sandbox.Child:
     chosen = policy(orders, folder, **limits)
-    return sandbox.launch([sys.executable, *argv], chosen, cwd=folder / "scratch", log=folder / "log")
+    return launch(chosen, folder, list(argv), orders.get("forked", False))
 
 
 def attacks(orders: dict[str, Any], folder: Path) -> dict[str, Any]:

@@ -18,6 +18,7 @@ import psutil
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sandboxed_referee import launch as launch_in
 
 from core import cgroups, paths, processes, sandbox, trees
 from core.childlog import CappedLog
@@ -29,6 +30,8 @@ LAYERS = {
     "everything": {},
     "no namespaces": {"namespaces": False},
     "no namespaces, no cgroups": {"namespaces": False, "cgroups": False},
+    "a fork": {"forked": True},
+    "a fork, no namespaces": {"forked": True, "namespaces": False},
 }
 DEEP = """
 import os, time
@@ -55,9 +58,10 @@ def still_alive(pids: Iterable[int]) -> list[int]:
 
 
 def launch(folder: Path, code: str, **layers: Any) -> sandbox.Child:
+    forked = layers.pop("forked", False)
     policy = sandbox.standard_policy(folder / "scratch", "cpu")
     policy = replace(policy, layers=sandbox.Layers(**layers))
-    return sandbox.launch([sys.executable, "-c", code], policy, cwd=folder / "scratch", log=folder / "log")
+    return launch_in(policy, folder, ["-c", code], forked)
 
 
 def deep(folder: Path, **layers: Any) -> tuple[sandbox.Child, list[int]]:
@@ -100,7 +104,10 @@ def referee(tmp_path: Path) -> Iterator[Any]:
     started = []
 
     def start(layers: dict[str, Any]) -> tuple[subprocess.Popen[str], dict[str, Any]]:
-        orders = json.dumps({"do": "tree", "folder": str(tmp_path), "layers": layers, "stay": 120})
+        layers = dict(layers)
+        forked = layers.pop("forked", False)
+        given = {"do": "tree", "folder": str(tmp_path), "layers": layers, "stay": 120, "forked": forked}
+        orders = json.dumps(given)
         command = [sys.executable, str(REFEREE), str(paths.project_root()), orders]
         process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         started.append(process)

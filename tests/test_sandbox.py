@@ -87,8 +87,9 @@ def referee(orders: dict[str, Any], secret: str) -> dict[str, Any]:
 # --- attacks -------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("forked", [False, True], ids=["a new Python", "a fork"])
 @pytest.mark.parametrize("name", LAYERS)
-def test_attacks_are_refused(name: str, tmp_path: Path) -> None:
+def test_attacks_are_refused(name: str, forked: bool, tmp_path: Path) -> None:
     layers = LAYERS[name]
     need(layers)
     secret = secrets.token_hex(16)
@@ -104,6 +105,7 @@ def test_attacks_are_refused(name: str, tmp_path: Path) -> None:
             "secret": secret,
             "planted": planted,
             "layers": {"landlock": layers.landlock, "namespaces": layers.namespaces, "cgroups": layers.cgroups},
+            "forked": forked,
         }
         said = referee(orders, secret)
         shared.unlink()

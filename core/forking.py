@@ -1,0 +1,111 @@
+"""Children as forks of a process that has loaded the backend's library: two seconds of processor time less for each.
+
+Three children of an experiment (trainer, scorer, auditor) and its probers each load torch: seconds on a small machine,
+and as much memory again. Here it is loaded once (`core/inside.py SETUP fork MODULES FD`), before anything of a recipe
+is there, by a process that never works for one: it forks a *launcher* (core/launcher.py), that its init and the
+recipe's process, and this goes on in the copy with what else Python would be executed for. Such processes are known as
+fork servers (Python's multiprocessing) and zygotes (Android).
+
+The walls are those of every child: nothing that Landlock, seccomp, namespaces or limits hold depends on an exec. What
+an exec does beside is done by hand: descriptors are closed, the environment is the child's, signals are as Python
+starts with, `gettempdir` is asked anew, NumPy's random numbers are not those of the others (`random` sees to its own).
+Hashes of strings are equal in all children anyway (PYTHONHASHSEED). The copy holds what the process had in memory:
+the library, and the child's own orders until they are cleared.
+
+For libraries that survive a fork: torch does while no device was opened and nothing was computed. MLX's threads do not.
+"""
+
+from __future__ import annotations
+
+import array
+import gc
+import importlib
+import json
+import os
+import signal
+import socket
+import sys
+import tempfile
+
+import numpy as np
+
+from core import launcher
+from core.wire import CHANNEL
+
+GIVEN = ("channel", "control", "status")  # descriptors that come behind the orders, in this order; then the output
+MESSAGE = 1  # byte, with the descriptors
+
+
+def load(modules: list[str]) -> None:
+    gc.disable()  # a library makes very many objects, all of which stay: looking through them is a tenth of its import
+    for module in modules:
+        importlib.import_module(module)
+    gc.freeze()
+    gc.enable()
+
+
+def serve(descriptor: int) -> list[str]:
+    """Fork a child for each message, until the referee closes its end. Returns in the children's recipe processes
+    only, behind all walls, with the arguments of the child."""
+    server = socket.socket(fileno=descriptor)
+    server.send(b"r")  # the library is loaded
+    while True:
+        descriptors = received(server)
+        if not descriptors:
+            sys.exit(0)
+        reap()
+        pid = os.fork()
+        if not pid:
+            server.detach()
+            os.close(descriptor)
+            return launched(descriptors)
+        for given in descriptors:
+            os.close(given)
+        server.send(array.array("i", [pid]).tobytes())
+
+
+def reap() -> None:
+    """Launchers that have ended since the last message: by now the referee has handles of them, which outlive a pid."""
+    try:
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
+    except ChildProcessError:
+        pass
+
+
+def received(server: socket.socket) -> list[int]:
+    """The descriptors of the next message; none when the referee has closed its end, or is gone."""
+    _, descriptors, _, _ = socket.recv_fds(server, MESSAGE, 1 + len(GIVEN) + 1)
+    return list(descriptors)
+
+
+def launched(descriptors: list[int]) -> list[str]:
+    """The life of a launcher, in a fork. Returns in its recipe's process."""
+    stream, *given, output = descriptors
+    os.setsid()
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    os.close(output)
+    with os.fdopen(stream) as text:
+        told = json.load(text)
+    arguments: list[str] = told.pop("arguments")
+    orders: launcher.Orders = told | dict(zip(GIVEN, given, strict=True))
+    if not launcher.supervise(orders):
+        os._exit(0)
+    become_new({**orders["env"], CHANNEL: str(orders["channel"])})
+    orders.clear()  # type: ignore[attr-defined]
+    return arguments
+
+
+def become_new(env: dict[str, str]) -> None:
+    """What a fresh interpreter would begin with."""
+    os.environ.clear()
+    os.environ.update(env)
+    for number, usual in (
+        (signal.SIGINT, signal.default_int_handler),
+        (signal.SIGPIPE, signal.SIG_IGN),
+        (signal.SIGCHLD, signal.SIG_DFL),
+    ):
+        signal.signal(number, usual)
+    tempfile.tempdir = None
+    np.random.seed()  # those of its old interface
