@@ -192,9 +192,9 @@ class Worker:
         try:
             self.child = sandbox.launch(argv, policy, cwd=self.scratch, log=log, forkserver=library)
         except NotLoaded as gone:
-            raise LibraryGone(
-                f"the {role} cannot be started: who has loaded torch is gone ({gone})", advice("")
-            ) from None
+            files.remove(self.folder)
+            why = f"the process that has loaded its library is gone ({gone})"
+            raise LibraryGone(f"the {role} cannot be started: {why}", advice("")) from None
         self._channel = wire.Channel(self.child.channel, watch=self._watch, giver=self.child.giver)
 
     # --- talking -----------------------------------------------------------------------------------
