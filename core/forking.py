@@ -33,7 +33,6 @@ from core import launcher
 from core.wire import CHANNEL
 
 GIVEN = ("channel", "control", "status")  # descriptors that come behind the orders, in this order; then the output
-MESSAGE = 1  # byte, with the descriptors
 
 
 def load(modules: list[str]) -> None:
@@ -75,7 +74,7 @@ def reap() -> None:
 
 def received(server: socket.socket) -> list[int]:
     """The descriptors of the next message; none when the referee has closed its end, or is gone."""
-    _, descriptors, _, _ = socket.recv_fds(server, MESSAGE, 1 + len(GIVEN) + 1)
+    _, descriptors, _, _ = socket.recv_fds(server, 1, 1 + len(GIVEN) + 1)  # one byte carries them
     return list(descriptors)
 
 

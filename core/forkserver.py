@@ -17,7 +17,6 @@ from pathlib import Path
 
 from core import sandbox
 from core.childlog import CappedLog
-from core.forking import MESSAGE
 from core.sandbox import Policy
 
 SURVIVE = ("cpu", "cuda", "rtx")  # backends whose library, torch, goes on in a fork
@@ -94,7 +93,7 @@ class Forkserver:
     def fork(self, descriptors: Sequence[int]) -> Forked:
         """A new launcher with these descriptors: orders, channel, control, status, output. Raises `NotLoaded`."""
         try:
-            socket.send_fds(self._server, [bytes(MESSAGE)], list(descriptors))
+            socket.send_fds(self._server, [b"f"], list(descriptors))
         except (BrokenPipeError, ConnectionResetError):
             raise NotLoaded(self._process.wait()) from None
         if not self._answers(FORK_CAP):

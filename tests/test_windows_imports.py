@@ -14,7 +14,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 # Never loaded on Windows: Linux' sandbox, what attacks it, and what it is made of.
-ELSEWHERE = {f"core/{name}.py" for name in ("launcher", "attacks", "selfcheck", "landlock", "seccomp")}
+ELSEWHERE = {f"core/{name}.py" for name in ("launcher", "forking", "attacks", "selfcheck", "landlock", "seccomp")}
 PARTS = ("core", "console", "researchers", "backends", "benchmarks", "kernels")
 LOADED = sorted(
     path
@@ -46,10 +46,12 @@ UNREACHED = {
     ("benchmarks/blank_card/building.py", "*"): "a blank card is Linux' (its `obstacle` says so)",
     ("core/caches.py", "_open_beside"): "where os.fwalk is",
     ("core/cgroups.py", "*"): "asked on Linux only (core/sandbox.py)",
+    ("core/forkserver.py", "*"): "made on Linux only (its `possible` says so)",
     ("core/handles.py", "Postbox"): "POSIX' stand-in for duplicated handles",
     ("core/keeper.py", "*"): "its POSIX parts are behind LINUX",
     ("core/processes.py", "*"): "behind trees.LINUX",
     ("core/sandbox.py", "launch"): "Windows leaves in its first lines",
+    ("core/sandbox.py", "started"): "called by `launch`, behind those",
     ("core/sandbox.py", "_keep"): "replaced by WindowsChild",
     ("core/wire.py", "_send_fds"): "a channel on Windows has a giver",
     ("core/wire.py", "_read"): "a channel on Windows takes none with its bytes",
