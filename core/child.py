@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import shutil
 import signal
@@ -152,12 +153,12 @@ class Place:
 
     def close(self) -> str:
         """End the forkserver, where there is one; the last lines of what it printed."""
-        server = self.__dict__.pop("forkserver", None)
-        if server is None:
-            return ""
-        server.close()
-        files.remove(self.folder)
-        return str(server.log_tail(LOG_LINES)).strip()
+        server: Forkserver | None = self.__dict__.pop("forkserver", None)
+        if server is not None:
+            server.close()
+        if folder := self.__dict__.pop("folder", None):
+            files.remove(folder)
+        return server.log_tail(LOG_LINES).strip() if server else ""
 
     def spec(self, seed: int) -> Spec:
         s = self.settings
@@ -189,12 +190,15 @@ class Worker:
         argv = [sys.executable, "-m", "backends.worker", role, place.settings.backend]
         log = place.workdir / f"{self.name}.log"
         policy = place.policy(self.scratch, self.caches)
-        try:
-            self.child = sandbox.launch(argv, policy, cwd=self.scratch, log=log, forkserver=library)
-        except NotLoaded as gone:
-            files.remove(self.folder)
-            why = f"the process that has loaded its library is gone ({gone})"
-            raise LibraryGone(f"the {role} cannot be started: {why}", advice("")) from None
+        with contextlib.ExitStack() as undo:
+            undo.callback(files.remove, self.folder)
+            try:
+                self.child = sandbox.launch(argv, policy, cwd=self.scratch, log=log, forkserver=library)
+            except NotLoaded as gone:
+                why = f"the process that has loaded its library is gone ({gone})"
+                tail = library.log_tail(3) if library else ""
+                raise LibraryGone(f"the {role} cannot be started: {why}", advice(tail)) from None
+            undo.pop_all()
         self._channel = wire.Channel(self.child.channel, watch=self._watch, giver=self.child.giver)
 
     # --- talking -----------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ import signal
 import socket
 import sys
 import tempfile
+import traceback
 
 import numpy as np
 
@@ -33,6 +34,7 @@ from core import launcher
 from core.wire import CHANNEL
 
 GIVEN = ("channel", "control", "status")  # descriptors that come behind the orders, in this order; then the output
+EXPECTED = 1 + len(GIVEN) + 1
 
 
 def load(modules: list[str]) -> None:
@@ -50,14 +52,14 @@ def serve(descriptor: int) -> list[str]:
     server.send(b"r")  # the library is loaded
     while True:
         descriptors = received(server)
-        if not descriptors:
-            sys.exit(0)
         reap()
+        if not descriptors:
+            os._exit(0)
         pid = os.fork()
         if not pid:
             server.detach()
             os.close(descriptor)
-            return launched(descriptors)
+            return confined(descriptors)
         for given in descriptors:
             os.close(given)
         server.send(array.array("i", [pid]).tobytes())
@@ -74,12 +76,26 @@ def reap() -> None:
 
 def received(server: socket.socket) -> list[int]:
     """The descriptors of the next message; none when the referee has closed its end, or is gone."""
-    _, descriptors, _, _ = socket.recv_fds(server, 1, 1 + len(GIVEN) + 1)  # one byte carries them
+    message, descriptors, _, _ = socket.recv_fds(server, 1, EXPECTED)  # one byte carries them
+    if message and len(descriptors) != EXPECTED:
+        sys.exit(f"{len(descriptors)} of {EXPECTED} descriptors came: this process may open too few (ulimit -n)")
     return list(descriptors)
 
 
-def launched(descriptors: list[int]) -> list[str]:
-    """The life of a launcher, in a fork. Returns in its recipe's process."""
+def confined(descriptors: list[int]) -> list[str]:
+    """`launched`; a launcher ends here, whatever happens: nothing else is to go on as a copy of this process."""
+    try:
+        arguments = launched(descriptors)
+    except BaseException:  # noqa: BLE001 - see above
+        traceback.print_exc()
+        os._exit(launcher.FAILED)
+    if arguments is None:
+        os._exit(0)
+    return arguments
+
+
+def launched(descriptors: list[int]) -> list[str] | None:
+    """The life of a launcher, in a fork; then None. In its recipe's process the arguments."""
     stream, *given, output = descriptors
     os.setsid()
     os.dup2(output, 1)
@@ -90,7 +106,7 @@ def launched(descriptors: list[int]) -> list[str]:
     arguments: list[str] = told.pop("arguments")
     orders: launcher.Orders = told | dict(zip(GIVEN, given, strict=True))
     if not launcher.supervise(orders):
-        os._exit(0)
+        return None
     become_new({**orders["env"], CHANNEL: str(orders["channel"])})
     orders.clear()  # type: ignore[attr-defined]
     return arguments

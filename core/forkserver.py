@@ -15,11 +15,12 @@ from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
 
-from core import sandbox
+from core import processes, sandbox
 from core.childlog import CappedLog
 from core.sandbox import Policy
 
 SURVIVE = ("cpu", "cuda", "rtx")  # backends whose library, torch, goes on in a fork
+OVERCOMMIT, PROMISED = "/proc/sys/vm/overcommit_memory", b"2"
 LOOK_EVERY = 0.1  # seconds between two looks at what else the caller waits for
 FORK_CAP = 30.0  # seconds in which a fork has to be there, on a busy machine
 EXIT_CAP = 5.0  # seconds that it has to leave by itself
@@ -34,18 +35,27 @@ class NotLoaded(Exception):
 
 
 def possible(backend: str) -> bool:
-    """Whether children of this backend can be forks here. What is another's child is watched by a pidfd (Linux 5.3;
-    some containers refuse it)."""
+    """Whether children of this backend can be forks here. What is another's child is watched by a pidfd: Linux 5.3;
+    some containers refuse them, and a Python that was built against old headers has none (conda's, uv's before 2026).
+    Where the kernel promises no memory that there is not, each fork would be promised all of the library's again."""
     return sys.platform == "linux" and backend in SURVIVE and handles()
 
 
 @lru_cache(maxsize=1)
 def handles() -> bool:
+    if not hasattr(os, "pidfd_open") or not hasattr(signal, "pidfd_send_signal"):
+        return False
     try:
-        os.close(os.pidfd_open(os.getpid()))
+        handle = os.pidfd_open(os.getpid())
     except OSError:
         return False
-    return True
+    try:
+        signal.pidfd_send_signal(handle, 0)  # type: ignore[arg-type]  # no signal: whether one could be sent
+        return processes.read(OVERCOMMIT).strip() != PROMISED
+    except OSError:
+        return False
+    finally:
+        os.close(handle)
 
 
 class Forkserver:
@@ -56,8 +66,8 @@ class Forkserver:
         """`policy`: of its children; `folder`: to work in, and for what it prints."""
         self._log = CappedLog(folder / "library.log", policy.log_bytes)
         self._server, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-        output, writer = os.pipe()
-        os.set_blocking(output, False)
+        self._output, writer = os.pipe()
+        os.set_blocking(self._output, False)
         try:
             argv = [sys.executable, "fork", f"backends.{policy.backend}.device", str(theirs.fileno())]
             self._process = subprocess.Popen(
@@ -70,10 +80,14 @@ class Forkserver:
                 pass_fds=[theirs.fileno()],
                 start_new_session=True,
             )
+        except BaseException:
+            self._server.close()
+            os.close(self._output)
+            self._log.close()
+            raise
         finally:
             theirs.close()
             os.close(writer)
-        self._output = output
         self.pid = self._process.pid
         self._loaded = False
 
@@ -95,12 +109,16 @@ class Forkserver:
         try:
             socket.send_fds(self._server, [b"f"], list(descriptors))
         except (BrokenPipeError, ConnectionResetError):
-            raise NotLoaded(self._process.wait()) from None
+            raise NotLoaded(self._end()) from None
         if not self._answers(FORK_CAP):
+            self._process.kill()  # its late answer would be taken for another child's
             raise NotLoaded(None)
         pid = array.array("i")
         pid.frombytes(self._heard(pid.itemsize))
-        return Forked(pid[0])
+        try:
+            return Forked(pid[0])
+        except ProcessLookupError:  # reaped, so it has ended itself
+            raise NotLoaded(self._end()) from None
 
     def log_tail(self, lines: int) -> str:
         if self._output >= 0:
@@ -111,11 +129,9 @@ class Forkserver:
         """End it; what was forked goes on. May be called twice."""
         self._server.close()
         if self._output >= 0:
-            try:
-                self._process.wait(EXIT_CAP)
-            except subprocess.TimeoutExpired:
+            if not self._loaded:  # it would hear of it when it has loaded
                 self._process.kill()
-                self._process.wait()
+            self._end()
             self._drain()
             os.close(self._output)
             self._output = -1
@@ -123,10 +139,21 @@ class Forkserver:
 
     def _heard(self, size: int) -> bytes:
         """The next answer, which is there. A process that has ended answers with nothing."""
-        said = self._server.recv(size)
+        try:
+            said = self._server.recv(size)
+        except ConnectionResetError:  # it ended with a message unread
+            said = b""
         if len(said) < size:
-            raise NotLoaded(self._process.wait())
+            raise NotLoaded(self._end())
         return said
+
+    def _end(self) -> int:
+        """Its exit status, once it has ended."""
+        try:
+            return self._process.wait(EXIT_CAP)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            return self._process.wait()
 
     def _answers(self, seconds: float) -> bool:
         poll = select.poll()

@@ -20,6 +20,7 @@ import json
 import os
 import runpy
 import shutil
+import signal
 from collections.abc import Callable
 from importlib import machinery, util
 from types import CodeType
@@ -93,6 +94,9 @@ class Copying:
 
 def forked(modules: str, descriptor: str) -> list[str]:
     """In each fork: what it is to do."""
+    from core import landlock
+
+    landlock.die_with_parent(signal.SIGKILL)  # which may be before the library is there, and the channel is listened to
     from core import forking
 
     forking.load(modules.split())
@@ -109,10 +113,10 @@ def main() -> None:
     sys.meta_path.insert(0, Project(setup["root"]))  # type: ignore[arg-type]
     show_packages(setup["folders"], frozenset(setup["names"]))
     kind, rest = sys.argv[2], sys.argv[3:]
+    if setup["abi"] == 1:
+        copy_across_folders()  # before anything is loaded that keeps os.rename
     if kind == "fork":
         kind, *rest = forked(*rest)
-    if setup["abi"] == 1:
-        copy_across_folders()
     if kind == "-m":
         sys.argv = rest
         runpy.run_module(rest[0], run_name="__main__", alter_sys=True)

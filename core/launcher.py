@@ -54,7 +54,6 @@ class Orders(TypedDict):
     control: int  # readable or closed: end the tree
     status: int  # lines of JSON for the referee
     referee: int  # its pid
-    parent: int  # pid of the launcher's parent: the referee, or what it was forked from
 
 
 def say(status: int, **fields: Any) -> None:
@@ -81,7 +80,7 @@ def supervise(orders: Orders) -> bool:
     referee = process_handle(orders["referee"])
     if referee is not None:
         watched.append(referee)
-    if os.getppid() != orders["parent"]:
+    if orders["argv"] and os.getppid() != orders["referee"]:  # a fork has another parent; it sees that the pipe closes
         os._exit(FAILED)
     if sys.platform == "linux":
         landlock.become_subreaper()

@@ -21,7 +21,7 @@ import os
 import threading
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from functools import cached_property
 from pathlib import Path
 
@@ -65,7 +65,12 @@ class Prober:
         self._next = 0
         self._card = card(place.settings.device)
         self._rng = np.random.default_rng()
-        self.workers = {f"prober-{n + 1}": Worker("prober", place, f"prober-{n + 1}") for n in range(len(self.shares))}
+        self.workers: dict[str, Worker] = {}
+        with ExitStack() as undo:
+            for name in (f"prober-{n + 1}" for n in range(len(self.shares))):
+                self.workers[name] = Worker("prober", place, name)
+                undo.callback(self.workers[name].close)
+            undo.pop_all()
 
     @property
     def shares(self) -> tuple[float, ...]:

@@ -132,14 +132,17 @@ class _Experiment:
     def close(self) -> None:
         """End every process, keep the last lines of their logs, remove what they wrote."""
         tails = []
-        for role, worker in self.workers.items():
-            worker.kill()
-            tail = worker.child.log_tail(LOG_LINES).strip()
-            if tail:
-                tails.append(tail if role in ("warm-up", "trainer") else f"[{role}]\n{tail}")
-            self.outcome.sandbox[role] = worker.child.enforced
-            worker.close()
-        if printed := self.place.close():
+        try:
+            for role, worker in self.workers.items():
+                worker.kill()
+                tail = worker.child.log_tail(LOG_LINES).strip()
+                if tail:
+                    tails.append(tail if role in ("warm-up", "trainer") else f"[{role}]\n{tail}")
+                self.outcome.sandbox[role] = worker.child.enforced
+                worker.close()
+        finally:
+            printed = self.place.close()
+        if printed:
             tails.insert(0, f"[library]\n{printed}")
         if self.weights >= 0:
             os.close(self.weights)

@@ -294,7 +294,6 @@ def launch(argv: list[str], policy: Policy, *, cwd: Path, log: Path, forkserver:
             "control": control_reader,
             "status": status_writer,
             "referee": os.getpid(),
-            "parent": forkserver.pid if forkserver else os.getpid(),
         }
         with written(json.dumps(orders)) as stream:
             process = forkserver.fork([stream.fileno(), *ends]) if forkserver else started(stream, ends)

@@ -97,16 +97,19 @@ def self_check() -> list[Check]:
 
         def start(label: str, *argv: str, **limits: int) -> sandbox.Child:
             chosen, log = replace(policy, **limits), Path(name) / f"{label}.log"  # type: ignore[arg-type]
-            attacks = server if label == "attacks" else None
-            return sandbox.launch([sys.executable, *argv], chosen, cwd=scratch, log=log, forkserver=attacks)
+            parent = server if label == "fork" else None
+            return sandbox.launch([sys.executable, *argv], chosen, cwd=scratch, log=log, forkserver=parent)
 
+        attacks = ("-m", "core.attacks", json.dumps(targets))
+        forked = {"fork": start("fork", *attacks)} if server else {}
         children = {
-            "attacks": start("attacks", "-m", "core.attacks", json.dumps(targets)),
+            "attacks": start("attacks", *attacks),
+            **forked,
             "memory": start("memory", "-c", EAT, memory_bytes=LIMIT),
             "processes": start("processes", "-c", STORM, processes=16),
             "daemon": start("daemon", "-c", DAEMON),
         }
-        checks = attacks_checked(children["attacks"], able)
+        checks = attacks_checked([children["attacks"], *forked.values()], able)
         checks += [limit_checked(children[kind], kind, able) for kind in ("memory", "processes")]
         checks.append(end_checked(children["daemon"]))
         for child in children.values():
@@ -118,8 +121,8 @@ def self_check() -> list[Check]:
 
 
 def with_library(policy: sandbox.Policy, folder: Path) -> Forkserver | None:
-    """What an experiment's children are forks of, where they are: the walls are looked at in such forks. Where torch
-    does not load, of which doctor tells elsewhere, a new Python is what is attacked from."""
+    """What an experiment's children are forks of, where they are: attacks come from such a fork, too. Where torch does
+    not load, of which doctor tells elsewhere, from a new Python alone."""
     if not forkserver.possible(policy.backend):
         return None
     server = Forkserver(policy, folder)
@@ -131,16 +134,19 @@ def with_library(policy: sandbox.Policy, folder: Path) -> Forkserver | None:
     return server
 
 
-def attacks_checked(child: sandbox.Child, able: sandbox.Abilities) -> list[Check]:
-    child.wait(20)
-    try:
-        results = json.loads(child.log_tail(1))
-    except ValueError:
-        return [Check("sandbox", False, f"the child failed: {child.log_tail(1) or child.poll()}", "report this")]
+def attacks_checked(children: list[sandbox.Child], able: sandbox.Abilities) -> list[Check]:
+    """By kind, of all children together: a new Python, and where there are such a fork."""
+    found = []
+    for child in children:
+        child.wait(20)
+        try:
+            found.append(json.loads(child.log_tail(1)))
+        except ValueError:
+            return [Check("sandbox", False, f"the child failed: {child.log_tail(1) or child.poll()}", "report this")]
     checks = []
     for group, names in GROUPS.items():
-        failed = [f"{name}: {results[name][1]}" for name in names.split() if not results[name][0]]
-        total = len(names.split())
+        failed = [f"{n}: {results[n][1]}" for results in found for n in names.split() if not results[n][0]]
+        total = len(names.split()) * len(found)
         if failed:
             action = "run on Linux 5.13 or newer with Landlock enabled (lsm=landlock,...)" if not able.landlock else ""
             checks.append(Check(f"sandbox: {group}", False, "; ".join(failed)[:300], action))

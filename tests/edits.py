@@ -15,7 +15,7 @@ def left_behind() -> list[str]:
             command = " ".join(process.cmdline())
         except psutil.Error:
             continue
-        if "backends.worker" in command or "launcher" in command:
+        if any(part in command for part in ("backends.worker", "launcher", "core/inside.py")):
             found.append(command)
     return found
 

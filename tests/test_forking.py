@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 import sys
 import threading
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ from typing import Any
 
 import psutil
 import pytest
-from edits import changed, check_clean
+from edits import changed, check_clean, left_behind
 from sandboxed_referee import launch
 
 from core import child, forkserver, landlock, sandbox, trees
@@ -97,6 +98,7 @@ def place(settings: Settings, tmp_path: Path) -> Iterator[Place]:
 
 def test_torch_is_loaded_once_for_all(place: Place) -> None:
     """Two children share the pages of one library; a process that ended is reaped when the next is begun."""
+    assert left_behind() == []
     workers = []
     try:
         for role in ("trainer", "scorer"):
@@ -106,6 +108,7 @@ def test_torch_is_loaded_once_for_all(place: Place) -> None:
         assert server is not None and server.pid != os.getpid()
         launchers = {worker.child.pid for worker in workers}
         assert {p.pid for p in psutil.Process(server.pid).children()} == launchers
+        assert len(left_behind()) == 1 + len(workers) * (3 if sandbox.abilities().namespaces else 2), "as tests look"
         (recipe,) = trees.descendants(workers[0].child.pid)[-1:]
         maps = psutil.Process(recipe).memory_full_info()
         assert maps.pss < 0.6 * maps.rss, "what is shared counts in parts only"
@@ -150,15 +153,66 @@ def test_the_process_of_all_is_killed(place: Place) -> None:
 
 
 def test_a_stop_ends_the_waiting(settings: Settings, tmp_path: Path) -> None:
+    """At once: what is still loading need not hear of it."""
     stop = threading.Event()
     place = Place(settings, tmp_path, stop, forked=True)
+    server = place.forkserver
+    assert server is not None
     stop.set()
-    try:
-        with pytest.raises(Ended, match="stopped on request"):
-            Worker("trainer", place)
-    finally:
-        place.close()
-    assert place.__dict__.get("forkserver") is None
+    with pytest.raises(Ended, match="stopped on request"):
+        Worker("trainer", place)
+    place.close()
+    assert server._process.returncode == -signal.SIGKILL and list(tmp_path.iterdir()) == []
+
+
+def test_the_process_of_all_does_not_answer(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its late answer is not taken for another child's: it is ended."""
+    Worker("trainer", place).close()
+    server = place.forkserver
+    assert server is not None
+    os.kill(server.pid, signal.SIGSTOP)
+    monkeypatch.setattr(forkserver, "FORK_CAP", 0.2)
+    for why in ("no answer in time", "exit status -9"):
+        with pytest.raises(LibraryGone, match=why):
+            Worker("scorer", place)
+    assert list(place.workdir.glob("scorer-*")) == []
+
+
+def test_killed_with_a_message_unread(place: Place) -> None:
+    """The kernel answers the referee with a reset then, and not with an end."""
+    Worker("trainer", place).close()
+    server = place.forkserver
+    assert server is not None
+    os.kill(server.pid, signal.SIGSTOP)
+    killer = threading.Timer(0.5, os.kill, (server.pid, signal.SIGKILL))
+    killer.start()
+    with pytest.raises(LibraryGone, match="exit status -9"):
+        Worker("scorer", place)
+    killer.join()
+
+
+def test_nothing_is_left_to_whoever_reaps_orphans(tmp_path: Path) -> None:
+    """In a container that is often the referee itself, which would gather the dead of a night."""
+    code = f"""
+import os, sys, time
+sys.path[:0] = [{str(sandbox.paths.project_root())!r}, {str(Path(__file__).parent)!r}]
+from pathlib import Path
+from core import landlock, sandbox
+from core.forkserver import Forkserver
+landlock.become_subreaper()
+folder = Path({str(tmp_path)!r})
+policy = sandbox.standard_policy(folder / "scratch", "cpu")
+server = Forkserver(policy, folder)
+server.wait(lambda: None, 60)
+for number in (1, 2):
+    command = [sys.executable, "-c", "print('done')"]
+    child = sandbox.launch(command, policy, cwd=folder / "scratch", log=folder / "log", forkserver=server)
+    assert child.wait(60) == 0, child.log_tail()
+server.close()
+print(child.log_tail(), [p.pid for p in __import__("psutil").Process().children()])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.stdout == "done []\n", done.stderr
 
 
 def test_what_it_printed_is_told_where_it_fails(settings: Settings, tmp_path: Path) -> None:
@@ -169,6 +223,17 @@ def test_what_it_printed_is_told_where_it_fails(settings: Settings, tmp_path: Pa
     assert failed.value.code == 1 and "backends.nowhere" in server.log_tail(3)
     server.close()
     server.close()
+
+
+@pytest.mark.parametrize("missing", ["os.pidfd_open", "signal.pidfd_send_signal"])
+def test_a_python_without_pidfds_does_without(missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Conda's, and uv's before 2026, are built against old headers."""
+    monkeypatch.delattr(missing)
+    forkserver.handles.cache_clear()
+    assert not forkserver.possible("cpu")
+    monkeypatch.undo()
+    forkserver.handles.cache_clear()
+    assert forkserver.possible("cpu")
 
 
 def test_where_it_cannot_be_each_child_loads_for_itself(
