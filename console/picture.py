@@ -164,7 +164,7 @@ def _labels(axes: Axes, rows: Sequence[Row], low: float, high: float) -> None:
     wide = max(r.number for r in rows) - min(r.number for r in rows) or 1
     for r in crowd(rows, wide / 30):
         axes.annotate(
-            f"{shorten(r.description, 40)}  {bpb(r.val_bpb)}{', disturbed' * r.tainted}",
+            f"{shorten(change(r.description), 40)}  {bpb(r.val_bpb)}{', disturbed' * r.tainted}",
             (r.number, r.val_bpb or low),
             xytext=(6, 7),
             textcoords="offset points",
@@ -177,6 +177,12 @@ def _labels(axes: Axes, rows: Sequence[Row], low: float, high: float) -> None:
             zorder=2.5,  # under the points, so that no experiment is hidden by another's name
             bbox={"boxstyle": "square,pad=0.1", "facecolor": "white", "edgecolor": "none", "alpha": 0.8},
         )
+
+
+def change(description: str) -> str:
+    """What was changed, without the reason that the search gives behind it."""
+    what, _, _ = description.partition(": ")
+    return what if " -> " in what else description
 
 
 def title(tag: str, rows: Sequence[Row]) -> str:
