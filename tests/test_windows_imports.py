@@ -48,6 +48,7 @@ UNREACHED = {
     ("core/cgroups.py", "*"): "asked on Linux only (core/sandbox.py)",
     ("core/forkserver.py", "*"): "made on Linux only (its `possible` says so)",
     ("core/handles.py", "Postbox"): "POSIX' stand-in for duplicated handles",
+    ("core/inside.py", "forked"): "asked for by a forkserver",
     ("core/keeper.py", "*"): "its POSIX parts are behind LINUX",
     ("core/processes.py", "*"): "behind trees.LINUX",
     ("core/sandbox.py", "launch"): "Windows leaves in its first lines",
