@@ -11,7 +11,7 @@ from kernels.attention_tiles import BACKWARD, FORWARD, ROWS, Tile, padded
 
 TARGETS = tuple(FORWARD)
 HEADS = 6  # of the rows whose strides are known when compiling
-FLOAT32 = {"Cos", "Sin", "Lse", "Delta", "Dq"}
+FLOAT32 = {"Cos", "Sin", "R", "Lse", "Delta", "Dq"}
 NUMBERS = {"scale", "scale2", "shift2"}
 PLAIN = {"T", "H", "G", "window"}  # integers that need not be multiples of 16; the others are strides
 
@@ -28,7 +28,7 @@ def parts(target: int, head: int) -> Iterator[Case]:
 
 def forward_part(target: int, head: int, tile: Tile | None = None, dtype: str = "bf16") -> Case:
     tile = tile or FORWARD[target][padded(head)]
-    constants = {"vt": 3 * HEADS * head, "M": tile.queries, "N": tile.keys, "LEAN": tile.lean}
+    constants = {"kt": 3 * HEADS * head, "vt": 3 * HEADS * head, "M": tile.queries, "N": tile.keys, "LEAN": tile.lean}
     kernel = attention.forward_kernel
     return _part("forward", kernel, target, head, dtype, constants, tile.warps, tile.stages, PRODUCT[target])
 
@@ -38,7 +38,7 @@ def backward_part(
 ) -> Case:
     """ones: integers that are 1, for which Triton compiles a variant: ("G",) where no heads are grouped."""
     tile = tile or BACKWARD[target][padded(head)]
-    constants = {"gt": HEADS * head, "M": tile.queries, "N": tile.keys} | dict.fromkeys(ones, 1)
+    constants = {"qt": 3 * HEADS * head, "gt": HEADS * head, "M": tile.queries, "N": tile.keys} | dict.fromkeys(ones, 1)
     kernel = attention_backward.backward_kernel
     return _part("backward", kernel, target, head, dtype, constants, tile.warps, tile.stages, PRODUCT[target])
 

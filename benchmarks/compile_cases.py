@@ -90,11 +90,11 @@ def norm(target: int, stream: str) -> Iterator[Case]:
             warps = options.pop("num_warps")
             arrays = {"X": f"*{stream}", "X0": f"*{inner}", "OUT": f"*{stream}", "Y": "*bf16"}
             constants = {"SCALED": scaled, **ACC, **options, **none}
-            kinds = (({}, {"R": None}),) if scaled else (({}, {"R": None}), ({"R": "*fp32"}, {"Y": None}))
-            for more, less in kinds:
+            alone = ({"R": "*fp32"}, dict.fromkeys(("X0", "OUT", "Y")))
+            for more, less in (({}, {"R": None}),) if scaled else (({}, {"R": None}), alone):
                 types = {n: t for n, t in arrays.items() if n not in less} | more | scalars | sizes
                 given = (types, constants | less, warps, 3, ("C",))
-                yield Case(label + (" and its scale" if more else ""), residual_norm._forward, target, *given)
+                yield Case(label + (", its scale alone" if more else ""), residual_norm._forward, target, *given)
             options = residual_norm.constants(channels, residual_norm.BACKWARD[target])
             warps = options.pop("num_warps")
             arrays = dict.fromkeys(("D", "X", "DX"), f"*{stream}") | {"DY": "*bf16", "DX0": f"*{inner}"}

@@ -33,6 +33,7 @@ class Compiled:
     spills: int  # bytes per thread of stack and local memory
     shared: int  # bytes per block, static and dynamic
     ptx: str = field(repr=False)
+    ttgir: str = field(repr=False, default="")  # Triton's own code, with the layouts of what threads hold
 
     @property
     def blocks(self) -> int:
@@ -97,6 +98,7 @@ def compiled(
         spills=use["STACK"] + use["LOCAL"],
         shared=use["SHARED"] + binary.metadata.shared,
         ptx=binary.asm["ptx"],
+        ttgir=binary.asm["ttgir"],
     )
 
 

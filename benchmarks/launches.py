@@ -49,8 +49,8 @@ WRITTEN = {
     "linear_relu2._by_pointers": "OUT",
     "linear_relu2._squared": "+H",
     "linear_relu2._times_root": "+D",
-    "rotated_norm.rotated_kernel": "Out",
-    "attention.forward_kernel": "Y Lse",
+    "rotated_norm.rotated_kernel": "Out R",
+    "attention.forward_kernel": "Out R Y Lse",
     "attention_backward.delta_kernel": "Delta",
     "attention_backward.backward_kernel": "+Dq Dk Dv",
     "attention_backward.rotate_back_kernel": "Out",
@@ -140,8 +140,8 @@ def _products_of(name: str, given: Mapping[str, Any], tensors: Mapping[str, Tens
         return IN_TRITON, 2 * L * down * (down + 1) // 2 * side * side * n
     if name == "attention.forward_kernel":
         return FORWARD, attention_flops(tensors["Q"], given["window"], 2)
-    if name == "attention_backward.backward_kernel":  # here q^ lies as (B, H, T, D)
-        return BACKWARD, attention_flops(tensors["Q"].transpose(1, 2), given["window"], 5)
+    if name == "attention_backward.backward_kernel":
+        return BACKWARD, attention_flops(tensors["Q"], given["window"], 5)
     return PASS, 0
 
 

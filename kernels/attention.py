@@ -13,8 +13,10 @@ tile by tile, without the matrix of scores in memory (Dao et al. 2022; Dao 2023)
 - The keys of a block of queries fall into three ranges: those at the window's far edge, those that every query of
   the block sees, those at the diagonal. The middle one has a loop of its own, which knows no mask; the other two share
   one that skips it (a third loop would only cost registers).
-- Queries are normalised and turned in the prologue, keys by a pass before (many blocks of queries read one key).
-- Kept for the backward (kernels/attention_backward.py): the inputs, y, and one float32 per query and head.
+- Queries are normalised and turned in the prologue, keys by a pass before (many blocks of queries read one key). Both
+  are left in memory for the backward (kernels/attention_backward.py), which so makes nothing again: `attention` puts
+  them into tensors of their own, kernels/lean.py in the place of q and k, of which it is the only reader.
+- Kept for the backward: q^, k^, v, y, and two float32 per query and head, one per key and head.
 
 Shapes: B rows, T tokens, H query heads in groups of G over Hkv = H / G key heads, D channels of a head, DP the padded
 D. A window counts the tokens before a query, itself not counted: FlashAttention's (window, 0).
@@ -32,9 +34,9 @@ from torch import Tensor
 from kernels.attention_backward import LOG2E, gradients
 from kernels.attention_reference import reference
 from kernels.attention_tiles import FORWARD, padded, tile
-from kernels.rotated_norm import halves, rotated
+from kernels.rotated_norm import channels, rotate, rotated
 
-__all__ = ["attention", "obstacle", "packed", "reference"]
+__all__ = ["attend_", "attend_backward", "attention", "obstacle", "reference"]
 
 HEADROOM = 11.0  # log of the largest exp(s - c): e^11 = 59,874, fp16 ends at 65,504
 # Largest bound = scale * D per dtype, by the smallest exp(s - c) that must still be told from 0. fp16: e^-13, half a
@@ -47,9 +49,10 @@ MOST_HEADS = 2**16 - 1  # of all sequences: what a grid's second axis holds on e
 @triton.jit
 def over_keys(
     acc, total, q, rows,  # (M, DP) float32, (M,) float32, (M, DP), (M,)
-    K, V,  # of this head: k^ (T, DP), v (T, D)
+    K, V,  # of this head: k^ and v (T, D)
     first, last, whole, gap, T, window, scale2, shift2,
-    vt: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, N: tl.constexpr, MASKED: tl.constexpr, LEAN: tl.constexpr,
+    kt: tl.constexpr, vt: tl.constexpr,
+    D: tl.constexpr, DP: tl.constexpr, N: tl.constexpr, MASKED: tl.constexpr, LEAN: tl.constexpr,
 ):  # fmt: skip
     """Add the keys first..last (in steps of N) to acc = sum exp(s - c) v and total = sum exp(s - c).
 
@@ -59,16 +62,17 @@ def over_keys(
         if MASKED:
             j = tl.where(j < whole, j, j + gap)
         j = tl.multiple_of(j, N)
-        steps, columns = tl.arange(0, N), tl.arange(0, DP)
-        here = steps[:, None] * DP + columns[None, :]
-        there = j * vt + (steps[:, None] * vt + columns[None, :])
+        steps = tl.arange(0, N)
+        place, real = channels(D, DP)
+        here = j * kt + (steps[:, None] * kt + place[None, :])
+        there = j * vt + (steps[:, None] * vt + place[None, :])
         if MASKED:
-            inside = (j + steps < T)[:, None]
-            k = tl.load(K + j * DP + here, mask=inside, other=0.0)
-            v = tl.load(V + there, mask=inside & (columns < D)[None, :], other=0.0)
+            inside = (j + steps < T)[:, None] & real[None, :]
+            k = tl.load(K + here, mask=inside, other=0.0)
+            v = tl.load(V + there, mask=inside, other=0.0)
         else:
-            k = tl.load(K + j * DP + here)
-            v = tl.load(V + there) if D == DP else tl.load(V + there, mask=(columns < D)[None, :], other=0.0)
+            k = tl.load(K + here) if D == DP else tl.load(K + here, mask=real[None, :], other=0.0)
+            v = tl.load(V + there) if D == DP else tl.load(V + there, mask=real[None, :], other=0.0)
         p = tl.exp2(tl.dot(q, k.T, input_precision="ieee") * scale2 - shift2)  # (M, N)
         if MASKED:
             distance = rows[:, None] - (j + steps)[None, :]
@@ -80,23 +84,22 @@ def over_keys(
 
 @triton.jit
 def forward_kernel(
-    Q, Kr, V, Cos, Sin,  # q (B, T, H, D), k^ (B, Hkv, T, DP), v (B, T, Hkv, D), (T, D/2) float32 twice
-    Y, Lse,  # (B, T, H, D), (B, H, T) float32
-    qb, qt, qh, vb, vh, yb, yt, yh,  # strides of Q, V and Y
+    Q, K, V, Cos, Sin,  # q (B, T, H, D), k^ and v (B, T, Hkv, D), (T, D/2) float32 twice
+    Out, R, Y, Lse,  # q^ (B, T, H, D), which may be Q; r (B, H, T) float32; (B, T, H, D), (B, H, T) float32
+    qb, qt, qh, ob, ot, oh, kb, kh, vb, vh, yb, yt, yh,  # strides of Q, Out, K, V and Y
     T, H, G, window, scale2, shift2,  # scale and c, both times log2(e)
-    vt: tl.constexpr,  # tokens of V lie this far apart
+    kt: tl.constexpr, vt: tl.constexpr,  # tokens of K and of V lie this far apart
     D: tl.constexpr, DP: tl.constexpr, M: tl.constexpr, N: tl.constexpr, LEAN: tl.constexpr,
 ):  # fmt: skip
     """Program: M queries of one head. The last queries, which see most, are started first."""
     b, h = (tl.program_id(1) // H).to(tl.int64), tl.program_id(1) % H
     start = (tl.num_programs(0) - 1 - tl.program_id(0)) * M
     rows = start + tl.arange(0, M)
-    columns = tl.arange(0, DP)
-    a, e, c, s, r = halves(Q + b * qb + h * qh, Cos, Sin, qt, rows, T, D, DP)
-    kind: tl.constexpr = Q.dtype.element_ty
-    pair = tl.join((r * (a * c + e * s)).to(kind), (r * (e * c - a * s)).to(kind))  # (M, DP/2, 2)
-    q = tl.reshape(tl.permute(pair, (0, 2, 1)), (M, DP))
-    k = Kr + (b * (H // G) + h // G) * T * DP
+    place, real = channels(D, DP)
+    of_head = tl.program_id(1).to(tl.int64) * T
+    pair = rotate(Q + b * qb + h * qh, Out + b * ob + h * oh, R + of_head, Cos, Sin, qt, ot, rows, T, D, DP)
+    q = tl.reshape(tl.permute(tl.join(pair[0], pair[1]), (0, 2, 1)), (M, DP))  # of (M, DP/2, 2)
+    k = K + b * kb + (h // G) * kh
     v = V + b * vb + (h // G) * vh
     acc = tl.zeros((M, DP), tl.float32)
     total = tl.zeros((M,), tl.float32)
@@ -106,145 +109,116 @@ def forward_kernel(
     whole = tl.cdiv(tl.maximum(0, start + M - 1 - window), N) * N
     gap = tl.maximum(0, (start + 1) // N * N - whole)
     acc, total = over_keys(
-        acc, total, q, rows, k, v, first, last - gap, whole, gap, T, window, scale2, shift2, vt, D, DP, N, True, LEAN
-    )
+        acc, total, q, rows, k, v, first, last - gap, whole, gap, T, window, scale2, shift2,
+        kt, vt, D, DP, N, True, LEAN,
+    )  # fmt: skip
     acc, total = over_keys(
-        acc, total, q, rows, k, v, whole, whole + gap, whole, gap, T, window, scale2, shift2, vt, D, DP, N, False, LEAN
-    )
+        acc, total, q, rows, k, v, whole, whole + gap, whole, gap, T, window, scale2, shift2,
+        kt, vt, D, DP, N, False, LEAN,
+    )  # fmt: skip
     # rows past T see no key: their total of 0 is divided by, but not stored
-    tl.store(Lse + tl.program_id(1).to(tl.int64) * T + rows, shift2 + tl.log2(total), mask=rows < T)
-    y = Y + b * yb + h * yh + rows[:, None] * yt + columns[None, :]
-    tl.store(y, (acc / total[:, None]).to(kind), mask=(rows < T)[:, None] & (columns < D)[None, :])
+    tl.store(Lse + of_head + rows, shift2 + tl.log2(total), mask=rows < T)
+    y = Y + b * yb + h * yh + rows[:, None] * yt + place[None, :]
+    tl.store(y, (acc / total[:, None]).to(Y.dtype.element_ty), mask=(rows < T)[:, None] & real[None, :])
+
+
+def attended(
+    q: Tensor,  # (B, T, H, D), as k and v with a head's channels side by side
+    k: Tensor,  # (B, T, Hkv, D)
+    v: Tensor,  # (B, T, Hkv, D)
+    out: tuple[Tensor, Tensor],  # where q^ and k^ go; q and k will do, which are then used up
+    cos: Tensor,
+    sin: Tensor,
+    window: int,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """y (B, T, H, D); log2 of the sum of exp(scores) (B, H, T); of q and of k the r of kernels/rotated_norm.py,
+    (B, H, T) and (B, Hkv, T). The last three float32. Without gradients."""
+    B, T, H, D = q.shape
+    shape, DP = tile(FORWARD, q.device, q.dtype, D), padded(D)
+    y = torch.empty(B, T, H, D, dtype=q.dtype, device=q.device)
+    lse, rq = (torch.empty(B, H, T, dtype=torch.float32, device=q.device) for _ in range(2))
+    turned, keys = out
+    with torch.cuda.device_of(q):  # Triton launches on the current device
+        rk = rotated(k, keys, cos, sin)
+        forward_kernel[(triton.cdiv(T, shape.queries), B * H)](
+            q, keys, v, cos, sin, turned, rq, y, lse,
+            *q.stride()[:3], *turned.stride()[:3], keys.stride(0), keys.stride(2), v.stride(0), v.stride(2),
+            *y.stride()[:3], T, H, H // k.size(2), window, scale * LOG2E, max(0.0, scale * D - HEADROOM) * LOG2E,
+            keys.stride(1), v.stride(1), D, DP, shape.queries, shape.keys, shape.lean,
+            num_warps=shape.warps, num_stages=shape.stages,
+        )  # fmt: skip
+    return y, lse, rq, rk
+
+
+Forward = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 @torch.library.custom_op("autoresearch::attention_forward", mutates_args=())
-def attention_forward(
-    q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, window: int, scale: float
-) -> tuple[Tensor, Tensor]:
-    """y (B, T, H, D) and, for the backward, log2 of the sum of exp(scores) (B, H, T) float32."""
-    B, T, H, D = q.shape
-    shape, DP = tile(FORWARD, q.device, q.dtype, D), padded(D)
-    q, v = rows_of(q), rows_of(v)
-    y = torch.empty(B, T, H, D, dtype=q.dtype, device=q.device)
-    lse = torch.empty(B, H, T, dtype=torch.float32, device=q.device)
-    bound = scale * D
-    with torch.cuda.device_of(q):  # Triton launches on the current device
-        turned = rotated(rows_of(k), cos, sin)
-        forward_kernel[(triton.cdiv(T, shape.queries), B * H)](
-            q, turned, v, cos, sin, y, lse,
-            *q.stride()[:3], v.stride(0), v.stride(2), *y.stride()[:3],
-            T, H, H // k.size(2), window, scale * LOG2E, max(0.0, bound - HEADROOM) * LOG2E,
-            v.stride(1), D, DP, shape.queries, shape.keys, shape.lean, num_warps=shape.warps, num_stages=shape.stages,
-        )  # fmt: skip
-    return y, lse
+def attention_forward(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, window: int, scale: float) -> Forward:
+    """y (B, T, H, D) and, for the backward, what `attended` returns beside it, q^ and k^, contiguous."""
+    turned, keys = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k))
+    return *attended(rows_of(q), rows_of(k), rows_of(v), (turned, keys), cos, sin, window, scale), turned, keys
 
 
 @attention_forward.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, window: int, scale: float) -> tuple[Tensor, Tensor]:
-    B, T, H, _ = q.shape
-    return q.new_empty(q.shape), q.new_empty((B, H, T), dtype=torch.float32)
+def _(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, window: int, scale: float) -> Forward:
+    per_row = [q.new_empty((len(x), x.size(2), x.size(1)), dtype=torch.float32) for x in (q, q, k)]
+    return q.new_empty(q.shape), per_row[0], per_row[1], per_row[2], q.new_empty(q.shape), k.new_empty(k.shape)
 
 
 @torch.library.custom_op("autoresearch::attention_backward", mutates_args=())
 def attention_backward(
-    dy: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    y: Tensor,
-    lse: Tensor,
-    window: int,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk, dv, contiguous."""
+    dy: Tensor, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, y: Tensor, lse: Tensor, rq: Tensor,
+    rk: Tensor, window: int, scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """dq, dk, dv, contiguous, of the q and k of which q^ and k^ are given."""
+    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     with torch.cuda.device_of(q):
-        return gradients(rows_of(dy), rows_of(q), rows_of(k), rows_of(v), cos, sin, y, lse, window, scale)
+        gradients(rows_of(dy), q, k, rows_of(v), cos, sin, y, lse, rq, rk, window, scale, (dq, dk, dv))
+    return dq, dk, dv
 
 
 @attention_backward.register_fake
 def _(
-    dy: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    y: Tensor,
-    lse: Tensor,
-    window: int,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+    dy: Tensor, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, y: Tensor, lse: Tensor, rq: Tensor,
+    rk: Tensor, window: int, scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, cos, sin, ctx.window, ctx.scale = inputs
-    ctx.save_for_backward(q, k, v, cos, sin, *output)
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Forward) -> None:
+    _, _, v, cos, sin, ctx.window, ctx.scale = inputs
+    y, lse, rq, rk, turned, keys = output
+    ctx.save_for_backward(turned, keys, v, cos, sin, y, lse, rq, rk)
 
 
-def _differentiate(ctx: Any, dy: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    q, k, v, cos, sin, y, lse = ctx.saved_tensors
-    return (*attention_backward(dy, q, k, v, cos, sin, y, lse, ctx.window, ctx.scale), None, None, None, None)
+def _differentiate(ctx: Any, dy: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    return (*attention_backward(dy, *ctx.saved_tensors, ctx.window, ctx.scale), None, None, None, None)
 
 
 attention_forward.register_autograd(_differentiate, setup_context=_keep)
 
 
-# --- the same where q, k and v lie in one tensor, which the gradients then do too: none of them is copied ----------
+# --- the same in the place of q and k, of which q^ and k^ are left: for kernels/lean.py. Without gradients ----------
 
 
-@torch.library.custom_op("autoresearch::packed_attention_forward", mutates_args=())
-def packed_forward(
-    qkv: Tensor, heads: int, cos: Tensor, sin: Tensor, window: int, scale: float
-) -> tuple[Tensor, Tensor]:
-    return attention_forward(*apart(qkv, heads), cos, sin, window, scale)
+def attend_(
+    q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, window: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As `attended`, at a scale of D^-0.5; q and k become q^ and k^."""
+    window, scale, cos, sin = checked(q, k, v, cos, sin, window, None)
+    return attended(q, k, v, (q, k), cos, sin, window, scale)
 
 
-@packed_forward.register_fake
-def _(qkv: Tensor, heads: int, cos: Tensor, sin: Tensor, window: int, scale: float) -> tuple[Tensor, Tensor]:
-    B, T, _, D = qkv.shape
-    return qkv.new_empty(B, T, heads, D), qkv.new_empty((B, heads, T), dtype=torch.float32)
-
-
-@torch.library.custom_op("autoresearch::packed_attention_backward", mutates_args=())
-def packed_backward(
-    dy: Tensor, qkv: Tensor, heads: int, cos: Tensor, sin: Tensor, y: Tensor, lse: Tensor, window: int, scale: float
-) -> Tensor:
-    dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
-    q, k, v = (rows_of(x) for x in apart(qkv, heads))
-    with torch.cuda.device_of(qkv):
-        gradients(rows_of(dy), q, k, v, cos, sin, y, lse, window, scale, apart(dqkv, heads))
-    return dqkv
-
-
-@packed_backward.register_fake
-def _(
-    dy: Tensor, qkv: Tensor, heads: int, cos: Tensor, sin: Tensor, y: Tensor, lse: Tensor, window: int, scale: float
-) -> Tensor:
-    return qkv.new_empty(qkv.shape)
-
-
-def _keep_packed(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    qkv, ctx.heads, cos, sin, ctx.window, ctx.scale = inputs
-    ctx.save_for_backward(qkv, cos, sin, *output)
-
-
-def _differentiate_packed(ctx: Any, dy: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    qkv, cos, sin, y, lse = ctx.saved_tensors
-    dqkv = packed_backward(dy, qkv, ctx.heads, cos, sin, y, lse, ctx.window, ctx.scale)
-    return dqkv, None, None, None, None, None
-
-
-packed_forward.register_autograd(_differentiate_packed, setup_context=_keep_packed)
-
-
-def apart(qkv: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(B, T, H + 2 Hkv, D) -> views q (B, T, H, D), k and v (B, T, Hkv, D)."""
-    key_heads = (qkv.size(2) - heads) // 2
-    q, k, v = qkv.split([heads, key_heads, key_heads], dim=2)
-    return q, k, v
+def attend_backward(
+    dy: Tensor, y: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, rq: Tensor, rk: Tensor, cos: Tensor,
+    sin: Tensor, window: int, into: tuple[Tensor, Tensor, Tensor],
+) -> None:  # fmt: skip
+    """q and k as `attend_` left them. The gradients of what they were, and dv, go to `into`."""
+    window, scale, cos, sin = checked(q, k, v, cos, sin, window, None)
+    with torch.cuda.device_of(q):
+        gradients(dy, q, k, v, cos, sin, y, lse, rq, rk, window, scale, into)
 
 
 def rows_of(x: Tensor) -> Tensor:
@@ -262,26 +236,12 @@ def attention(
     scale: float | None = None,  # of the scores; D^-0.5 if not given
 ) -> Tensor:
     """y (B, T, H, D) in q's dtype. Gradients for q, k and v."""
-    window, scale, cos, sin = _checked(q, k, v, cos, sin, window, scale)
+    window, scale, cos, sin = checked(q, k, v, cos, sin, window, scale)
     y: Tensor = attention_forward(q, k, v, cos, sin, window, scale)[0]
     return y
 
 
-def packed(
-    qkv: Tensor,  # (B, T, H + 2 Hkv, D): the query heads, the key heads, those of the values
-    heads: int,  # H
-    cos: Tensor,
-    sin: Tensor,
-    window: int,
-    scale: float | None = None,
-) -> Tensor:
-    """`attention` of what lies in one tensor, whose gradient is one tensor too."""
-    window, scale, cos, sin = _checked(*apart(qkv, heads), cos, sin, window, scale)
-    y: Tensor = packed_forward(qkv, heads, cos, sin, window, scale)[0]
-    return y
-
-
-def _checked(
+def checked(
     q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, window: int, scale: float | None
 ) -> tuple[int, float, Tensor, Tensor]:
     """window, scale, cos and sin as the kernels take them; ValueError where something is wrong."""

@@ -11,12 +11,8 @@ a second pass that owned queries instead would compute S and dP again (seven pro
 would need T / keys times the memory. The price is the order of that addition: dq differs by float32 rounding from
 one run to the next; dk and dv do not.
 
-Then the way back through RoPE and norm, for x = (a, b) with r = 1 / sqrt(mean(x^2) + eps), n = x * r and the
-gradient (d, e) of the turned halves:
-
-    g = (d*c - e*s, e*c + d*s)        dx = r * (g - n * mean(g * n))
-
-for keys in the epilogue, for queries in a pass of its own over the finished sums.
+Then the way back through RoPE and norm (kernels/rotated_norm.py), for keys in the epilogue, for queries in a pass of
+its own over the finished sums. It needs q^, k^ and their r: q and k are not there any more.
 """
 
 from __future__ import annotations
@@ -27,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.attention_tiles import BACKWARD, ROWS, padded, tile
-from kernels.rotated_norm import rotate_back, rotated
+from kernels.rotated_norm import channels, rotate_back
 
 LOG2E = 1.4426950408889634
 
@@ -52,9 +48,9 @@ def delta_kernel(
 @triton.jit
 def over_queries(
     dk, dv, k, v, keys,  # (N, DP) float32 twice, (N, DP) twice, (N,)
-    Q, Dy, Dq, Lse, Delta,  # of this head: (T, DP), (T, D), (T, DP) float32, (T,), (T,)
+    Q, Dy, Dq, Lse, Delta,  # of this head: q^ and dy (T, D), (T, DP) float32, (T,), (T,)
     first, last, whole, gap, T, window, scale2, unscale2,
-    gt: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, M: tl.constexpr, MASKED: tl.constexpr,
+    qt: tl.constexpr, gt: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, M: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Add what the queries first..last (in steps of M) bring to dk and dv, and this block's part to dq.
 
@@ -68,19 +64,21 @@ def over_queries(
         # each number of lse and delta, 60 registers, and move them all (with Triton 3.9 it does).
         i = tl.where(i < whole, i, i + gap) if MASKED else tl.minimum(i, T - M)
         i = tl.multiple_of(i, M)
-        steps, columns = tl.arange(0, M), tl.arange(0, DP)
-        here = steps[:, None] * DP + columns[None, :]
-        there = i * gt + (steps[:, None] * gt + columns[None, :])
-        kept = (columns % (DP // 2) < D // 2)[None, :]  # both halves of q^ and k^ are padded for themselves
+        steps = tl.arange(0, M)
+        place, real = channels(D, DP)
+        kept = real[None, :]
+        here = steps[:, None] * DP + tl.arange(0, DP)[None, :]
+        turned = i * qt + (steps[:, None] * qt + place[None, :])
+        there = i * gt + (steps[:, None] * gt + place[None, :])
         inside = i + steps < T
         if MASKED:
-            q = tl.load(Q + i * DP + here, mask=inside[:, None], other=0.0)
-            dy = tl.load(Dy + there, mask=inside[:, None] & (columns < D)[None, :], other=0.0)
+            q = tl.load(Q + turned, mask=inside[:, None] & kept, other=0.0)
+            dy = tl.load(Dy + there, mask=inside[:, None] & kept, other=0.0)
             lse = tl.load(Lse + i + steps, mask=inside, other=float("inf"))  # past T: p = 0
             delta = tl.load(Delta + i + steps, mask=inside, other=0.0)
         else:
-            q = tl.load(Q + i * DP + here)
-            dy = tl.load(Dy + there) if D == DP else tl.load(Dy + there, mask=(columns < D)[None, :], other=0.0)
+            q = tl.load(Q + turned) if D == DP else tl.load(Q + turned, mask=kept, other=0.0)
+            dy = tl.load(Dy + there) if D == DP else tl.load(Dy + there, mask=kept, other=0.0)
             lse = tl.load(Lse + i + steps)
             delta = tl.load(Delta + i + steps)
         # lse and delta are subtracted by starting the sums from them, which frees their registers
@@ -105,12 +103,12 @@ def over_queries(
 
 @triton.jit
 def backward_kernel(
-    Q, Kr, K, V, Dy,  # q^ (B, H, T, DP), k^ (B, Hkv, T, DP), k and v (B, T, Hkv, D), dy (B, T, H, D)
-    Cos, Sin, Lse, Delta,  # (T, D/2) twice, (B, H, T) float32 twice
+    Q, K, V, Dy,  # q^ (B, T, H, D), k^ and v (B, T, Hkv, D), dy (B, T, H, D)
+    Cos, Sin, R, Lse, Delta,  # (T, D/2) twice, r of k (B, Hkv, T), (B, H, T) twice, all float32
     Dq, Dk, Dv,  # dq^ / scale (B, H, T, DP) float32, dk and dv (B, T, Hkv, D)
-    kb, kt, kh, vb, vt, vh, gb, gh, ob, ot, oh,  # strides of K, V, Dy, and of Dk and Dv
+    qb, qh, kb, kt, kh, vb, vt, vh, gb, gh, ob, ot, oh,  # strides of Q, K, V, Dy, and of Dk and Dv
     T, H, G, window, scale, scale2,
-    gt: tl.constexpr,  # tokens of Dy lie this far apart
+    qt: tl.constexpr, gt: tl.constexpr,  # tokens of Q and of Dy lie this far apart
     D: tl.constexpr, DP: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     """Program: N keys of one key head, all G query heads that share it."""
@@ -118,13 +116,11 @@ def backward_kernel(
     b, hk = (tl.program_id(1) // heads).to(tl.int64), tl.program_id(1) % heads
     start = tl.program_id(0) * N
     keys = start + tl.arange(0, N)
-    columns = tl.arange(0, DP)
-    inside = (keys < T)[:, None]
-    k = tl.load(
-        Kr + tl.program_id(1).to(tl.int64) * T * DP + keys[:, None] * DP + columns[None, :], mask=inside, other=0.0
-    )
-    valid = inside & (columns < D)[None, :]
-    v = tl.load(V + b * vb + hk * vh + keys[:, None] * vt + columns[None, :], mask=valid, other=0.0)
+    place, real = channels(D, DP)
+    valid = (keys < T)[:, None] & real[None, :]
+    turned = K + b * kb + hk * kh
+    k = tl.load(turned + keys[:, None] * kt + place[None, :], mask=valid, other=0.0)
+    v = tl.load(V + b * vb + hk * vh + keys[:, None] * vt + place[None, :], mask=valid, other=0.0)
     dk = tl.zeros((N, DP), tl.float32)
     dv = tl.zeros((N, DP), tl.float32)
     # key j is seen by the queries j..j+window; all keys of the block by start+N-1..start+window
@@ -135,71 +131,73 @@ def backward_kernel(
     unscale2 = -1.0 / scale2  # here, as the loops compute anew what does not change
     for g in tl.range(0, G, num_stages=1, disable_licm=True):
         row = (b * H + hk * G + g) * T
-        q, dq, lse, delta = Q + row * DP, Dq + row * DP, Lse + row, Delta + row
+        dq, lse, delta = Dq + row * DP, Lse + row, Delta + row
+        q = Q + b * qb + (hk * G + g) * qh
         dy = Dy + b * gb + (hk * G + g) * gh
         dk, dv = over_queries(
             dk, dv, k, v, keys, q, dy, dq, lse, delta, first, last - gap, whole, gap, T, window, scale2, unscale2,
-            gt, D, DP, M, True,
+            qt, gt, D, DP, M, True,
         )  # fmt: skip
         dk, dv = over_queries(
             dk, dv, k, v, keys, q, dy, dq, lse, delta, whole, whole + gap, whole, gap, T, window, scale2, unscale2,
-            gt, D, DP, M, False,
+            qt, gt, D, DP, M, False,
         )  # fmt: skip
     out = b * ob + hk * oh
-    tl.store(Dv + out + keys[:, None] * ot + columns[None, :], dv.to(Dv.dtype.element_ty), mask=valid)
+    tl.store(Dv + out + keys[:, None] * ot + place[None, :], dv.to(Dv.dtype.element_ty), mask=valid)
     first_half, second_half = tl.split(tl.permute(tl.reshape(dk * scale, (N, 2, DP // 2)), (0, 2, 1)))
-    rotate_back(first_half, second_half, K + b * kb + hk * kh, Dk + out, Cos, Sin, kt, ot, keys, T, D, DP)
+    r = R + tl.program_id(1).to(tl.int64) * T
+    rotate_back(first_half, second_half, turned, r, Dk + out, Cos, Sin, kt, ot, keys, T, D, DP)
 
 
 @triton.jit
 def rotate_back_kernel(
-    Dq, Q, Out, Cos, Sin,  # dq^ / scale (B, H, T, DP) float32, q and dq (B, T, H, D), (T, D/2) twice
+    Dq, Q, R, Out, Cos, Sin,  # dq^ / scale (B, H, T, DP), q^ (B, T, H, D), r (B, H, T), dq (B, T, H, D), (T, D/2) twice
     qb, qt, qh, ob, ot, oh,  # strides of Q and of Out
     T, H, scale, D: tl.constexpr, DP: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """dq from the finished sums. Program: ROWS tokens of one head."""
     b, h = (tl.program_id(1) // H).to(tl.int64), tl.program_id(1) % H
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    source = Dq + tl.program_id(1).to(tl.int64) * T * DP
+    of_head = tl.program_id(1).to(tl.int64) * T
+    source = Dq + of_head * DP
     half = tl.arange(0, DP // 2)
     here = rows[:, None] * DP + half[None, :]
     mask = (rows < T)[:, None] & (half < D // 2)[None, :]
     d = tl.load(source + here, mask=mask, other=0.0) * scale
     e = tl.load(source + here + DP // 2, mask=mask, other=0.0) * scale
-    rotate_back(d, e, Q + b * qb + h * qh, Out + b * ob + h * oh, Cos, Sin, qt, ot, rows, T, D, DP)
+    rotate_back(d, e, Q + b * qb + h * qh, R + of_head, Out + b * ob + h * oh, Cos, Sin, qt, ot, rows, T, D, DP)
 
 
 def gradients(
-    dy: Tensor,  # (B, T, H, D)
-    q: Tensor,  # (B, T, H, D), as given to the forward
-    k: Tensor,  # (B, T, Hkv, D)
+    dy: Tensor,  # (B, T, H, D); of this and the next three a head's channels lie side by side
+    q: Tensor,  # q^ (B, T, H, D)
+    k: Tensor,  # k^ (B, T, Hkv, D)
     v: Tensor,  # (B, T, Hkv, D)
     cos: Tensor,  # (T, D/2) float32
     sin: Tensor,
     y: Tensor,  # (B, T, H, D), what the forward returned
     lse: Tensor,  # (B, H, T) float32: log2 of the sum of exp(scores)
+    rq: Tensor,  # (B, H, T) float32
+    rk: Tensor,  # (B, Hkv, T) float32
     window: int,
     scale: float,
-    into: tuple[Tensor, Tensor, Tensor] | None = None,  # where dq, dk and dv go, the last two equally strided
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk, dv in the inputs' dtype, contiguous unless given. Of the forward only y and lse are kept: q^ and k^ are
-    made again."""
+    into: tuple[Tensor, Tensor, Tensor],  # where dq, dk and dv go, the last two equally strided
+) -> None:
+    """dq, dk and dv, of the q and k of which q^ and k^ are given."""
     B, T, H, D = q.shape
     G, DP = H // k.size(2), padded(D)
     shape = tile(BACKWARD, q.device, q.dtype, D)
-    turned_q, turned_k = rotated(q, cos, sin), rotated(k, cos, sin)
     delta = torch.empty_like(lse)
     grid = (triton.cdiv(T, ROWS), B * H)
     delta_kernel[grid](y, dy, delta, *y.stride()[:3], *dy.stride()[:3], T, H, D, DP, ROWS, num_warps=4)
     sums = torch.zeros(B, H, T, DP, dtype=torch.float32, device=q.device)
-    dq, dk, dv = into or (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    dq, dk, dv = into
     backward_kernel[(triton.cdiv(T, shape.keys), B * k.size(2))](
-        turned_q, turned_k, k, v, dy, cos, sin, lse, delta, sums, dk, dv,
-        *k.stride()[:3], *v.stride()[:3], dy.stride(0), dy.stride(2), *dk.stride()[:3],
-        T, H, G, window, scale, scale * LOG2E, dy.stride(1), D, DP, shape.queries, shape.keys,
+        q, k, v, dy, cos, sin, rk, lse, delta, sums, dk, dv,
+        q.stride(0), q.stride(2), *k.stride()[:3], *v.stride()[:3], dy.stride(0), dy.stride(2), *dk.stride()[:3],
+        T, H, G, window, scale, scale * LOG2E, q.stride(1), dy.stride(1), D, DP, shape.queries, shape.keys,
         num_warps=shape.warps, num_stages=shape.stages,
     )  # fmt: skip
     rotate_back_kernel[grid](
-        sums, q, dq, cos, sin, *q.stride()[:3], *dq.stride()[:3], T, H, scale, D, DP, ROWS, num_warps=4
+        sums, q, rq, dq, cos, sin, *q.stride()[:3], *dq.stride()[:3], T, H, scale, D, DP, ROWS, num_warps=4
     )
-    return dq, dk, dv

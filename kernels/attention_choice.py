@@ -25,7 +25,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from kernels.attention_agreement import inputs, why_apart
 from kernels.attention_peers import PEERS, Attention, Case, block_mask
@@ -53,14 +52,10 @@ class Choice:
         default_factory=dict
     )  # name -> why it cannot do the case, is wrong, or was not timed
 
-    def packed(self, qkv: Tensor, cos: Tensor, sin: Tensor, window: int) -> Tensor:
-        """(B, T, 3, H, D) -> y (B, T, H, D). Triton's kernels write the three gradients into one tensor; for the
-        others torch copies them together."""
-        if self.name != "triton":
-            return self.run(*qkv.unbind(2), cos, sin, window)
-        from kernels.attention import packed
-
-        return packed(qkv.flatten(2, 3), qkv.size(3), cos, sin, window)
+    @property
+    def beside(self) -> Attention | None:
+        """What `lean.attend` takes for attention: None for Triton's kernels."""
+        return None if self.name == "triton" else self.run
 
     @property
     def whole(self) -> bool:

@@ -2,24 +2,28 @@
 
 With norm(z) = z / sqrt(mean(z^2) + 2^-23), a stream x (N, C) and its start x0, scalars a, b, H heads of D channels:
 
-    project    x' = a x + b x0     n = norm(x')     (q, k, v) = n Wqkv^T     v += g E[token], g = 2 sigmoid(n[:32] G^T)
-    feed       z = x' + branch     r z = norm(z)    y = max(r z W1^T, 0)^2   x'' = z + y W2^T
+    attend     x' = a x + b x0     n = norm(x')     (q, k, v) = n Wqkv^T     v += g E[token], g = 2 sigmoid(n[:32] G^T)
+               u = attention of q, k and v, with QK-norm and RoPE (kernels/attention.py)
+    feed       z = x' + u Wu^T     r z = norm(z)    y = max(r z W1^T, 0)^2   x'' = z + y W2^T
 
-`project` keeps x (the next layer's is the last one's result, so one tensor a layer) and g, `feed` keeps z, y and one
-number r a row; norms and the gathered rows of E are made again. y, four times as wide as the stream, is made again too
-where `keep_hidden` is off, for a ninth of a layer's products more. Beside these a layer keeps q, k, v and attention's
-result.
+`attend` keeps x (the next layer's is the last one's result, so one tensor a layer), g, v, u, and q and k normalised and
+turned, which attention leaves where they were, with a few float32 a row (kernels/attention.py); `feed` keeps z, y and
+one number r a row; norms and the gathered rows of E are made again. y, four times as wide as the stream, is made again
+too where `keep_hidden` is off, for a ninth of a layer's products more.
 
-Each is one operation each way for torch.compile, its temporaries gone when it ends: the compiler would find that what
-is made again was there before, and keep it, and would put the products of the weights' gradients off, and keep for them
-what the next layers no longer need. Norms are passes over memory, of which there are few here: that of `feed` never is
-in memory, as its kernels multiply by r what they have in registers (kernels/linear_relu2.py); that of `project` is left
-by its own backward where its gradient was, for the products that come after. q, k and v are one tensor, and so are
-their gradients. Value embeddings: Zhou et al. 2024, gated as in nanochat.
+Each is one operation forward and two backward for torch.compile, their temporaries gone when they end: the compiler
+would find that what is made again was there before, and keep it, and would put the products of the weights' gradients
+off, and keep for them what the next layers no longer need. The second backward of each no longer holds what only the
+first one needs: y and the gradient before its square never stand beside that of the norm. Sums of the stream are made
+by the products that end in them. Norms are passes over memory, of which there are few here: that of `feed` never is in
+memory, as its kernels multiply by r what they have in registers (kernels/linear_relu2.py); that of `attend` is left by
+its own backward where its gradient was, for the products that come after. q, k and v are one tensor, and so are their
+gradients. Value embeddings: Zhou et al. 2024, gated as in nanochat.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -27,6 +31,7 @@ from torch import Tensor
 
 from kernels import portable
 
+Three = tuple[Tensor, Tensor, Tensor]
 Four = tuple[Tensor, Tensor, Tensor, Tensor]
 # --- project ------------------------------------------------------------------------------------
 
@@ -96,13 +101,115 @@ class _Project(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, d: Tensor, dqkv: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         kept = ctx.saved_tensors  # looked at once: a checkpoint gives them no second time
-        *_, a, b, _, gate, _, _ = kept
-        dx, dx0, sums, dw, *rest = _project_backward(d.contiguous(), dqkv.contiguous(), *kept)
-        da, db = sums.to(a.dtype).unbind()
-        return dx, dx0, da.view(a.shape), db.view(b.shape), dw, *((None, None) if gate is None else rest), None
+        return _project_gradients(d, dqkv, *kept)
+
+
+def _project_gradients(d: Tensor, dqkv: Tensor, *kept: Any) -> tuple[Tensor | None, ...]:
+    """Of what `_Project` got, in its order; `kept` is what it keeps."""
+    *_, a, b, _, gate, _, _ = kept
+    dx, dx0, sums, dw, *rest = _project_backward(d.contiguous(), dqkv.contiguous(), *kept)
+    da, db = sums.to(a.dtype).unbind()
+    return dx, dx0, da.view(a.shape), db.view(b.shape), dw, *((None, None) if gate is None else rest), None
 
 
 def project(
+    x: Tensor, x0: Tensor, a: Tensor, b: Tensor, w: Tensor, gate: Tensor | None, table: Tensor | None, tokens: Tensor
+) -> tuple[Tensor, Tensor]:
+    """-> x' (..., C) and q, k, v side by side (..., 3C), of what `attend` takes."""
+    _both(gate, table)
+    rows, rows0 = (t.reshape(-1, t.shape[-1]) for t in (x, x0))
+    out, qkv = _Project.apply(rows, rows0, a, b, w, gate, table, tokens.flatten())
+    return out.view(x.shape), qkv.view(*x.shape[:-1], -1)
+
+
+def _both(gate: Tensor | None, table: Tensor | None) -> None:
+    if (gate is None) != (table is None):
+        raise ValueError("a layer takes both a gate and a table of value embeddings, or neither")
+
+
+# --- attend: the same and attention by Triton's kernels, which use up q and k ----------------------
+
+Attended = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+@torch.library.custom_op("autoresearch::attend", mutates_args=())
+def _attend(
+    x: Tensor, x0: Tensor, a: Tensor, b: Tensor, w: Tensor, gate: Tensor | None, table: Tensor | None, tokens: Tensor,
+    cos: Tensor, sin: Tensor, length: int, window: int,
+) -> Attended:  # fmt: skip
+    """x', u (N, C), then q^ k^ v (N, 3C), what attention's backward needs beside it, and g."""
+    from kernels.attention import attend_
+
+    out, qkv, g = _project(x, x0, a, b, w, gate, table, tokens)
+    u, *beside = attend_(*_apart(qkv, length, cos), cos, sin, window)
+    return out, u.view(x.shape), qkv, *beside, g
+
+
+@_attend.register_fake
+def _(
+    x: Tensor, x0: Tensor, a: Tensor, b: Tensor, w: Tensor, gate: Tensor | None, table: Tensor | None, tokens: Tensor,
+    cos: Tensor, sin: Tensor, length: int, window: int,
+) -> Attended:  # fmt: skip
+    N, C = x.shape
+    heads = C // (2 * cos.size(1))
+    lse, rq, rk = (x.new_empty((N // length, heads, length), dtype=torch.float32) for _ in range(3))
+    g = x.new_empty((0,) if gate is None else (N, heads))
+    return torch.empty_like(x), torch.empty_like(x), x.new_empty(N, 3 * C), lse, rq, rk, g
+
+
+@torch.library.custom_op("autoresearch::attend_backward", mutates_args=())
+def _attend_backward(
+    du: Tensor, u: Tensor, qkv: Tensor, lse: Tensor, rq: Tensor, rk: Tensor, cos: Tensor, sin: Tensor, length: int,
+    window: int,
+) -> Tensor:  # fmt: skip
+    """dq, dk, dv side by side (N, 3C)."""
+    from kernels.attention import attend_backward
+
+    dqkv = torch.empty_like(qkv)
+    (q, k, v), into = (_apart(t, length, cos) for t in (qkv, dqkv))
+    dy, y = (_heads(t, length, cos) for t in (du, u))
+    attend_backward(dy, y, q, k, v, lse, rq, rk, cos, sin, window, into)
+    return dqkv
+
+
+@_attend_backward.register_fake
+def _(
+    du: Tensor, u: Tensor, qkv: Tensor, lse: Tensor, rq: Tensor, rk: Tensor, cos: Tensor, sin: Tensor, length: int,
+    window: int,
+) -> Tensor:  # fmt: skip
+    return torch.empty_like(qkv)
+
+
+def _heads(t: Tensor, length: int, cos: Tensor) -> Tensor:
+    """(N, n D) -> (B, T, n, D), a view."""
+    return t.view(-1, length, t.size(1) // (2 * cos.size(1)), 2 * cos.size(1))
+
+
+def _apart(qkv: Tensor, length: int, cos: Tensor) -> Three:
+    """(N, 3C) -> q, k, v, (B, T, H, D) each, views."""
+    q, k, v = _heads(qkv, length, cos).chunk(3, dim=2)
+    return q, k, v
+
+
+class _Attend(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, x0: Tensor, a: Tensor, b: Tensor, w: Tensor, gate: Any, table: Any, tokens: Tensor,
+        cos: Tensor, sin: Tensor, length: int, window: int,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        out, u, qkv, *beside, g = _attend(x, x0, a, b, w, gate, table, tokens, cos, sin, length, window)
+        ctx.length, ctx.window = length, window
+        ctx.save_for_backward(u, qkv, *beside, cos, sin, g, x, x0, a, b, w, gate, table, tokens)
+        return out, u
+
+    @staticmethod
+    def backward(ctx: Any, d: Tensor, du: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        kept = ctx.saved_tensors  # looked at once, as above
+        dqkv = _attend_backward(du.contiguous(), *kept[:7], ctx.length, ctx.window)
+        return *_project_gradients(d, dqkv, *kept[7:]), None, None, None, None
+
+
+def attend(
     x: Tensor,  # (..., C) stream, compute dtype
     x0: Tensor,  # (..., C)
     a: Tensor,  # one element, float32
@@ -110,76 +217,104 @@ def project(
     w: Tensor,  # (3C, C) compute dtype: c_q, c_k, c_v
     gate: Tensor | None,  # (H, channels of the gate) compute dtype
     table: Tensor | None,  # (V, C) float32 value embeddings; None for a layer without, then no gate either
-    tokens: Tensor,  # (...)
+    tokens: Tensor,  # (B, T), as many as the stream has rows
+    cos: Tensor,  # (T or more, D/2) float32; D tells the heads
+    sin: Tensor,
+    window: int,  # tokens seen before a query
+    by: Callable[..., Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """-> x' (..., C) and q, k, v side by side (..., 3C)."""
-    if (gate is None) != (table is None):
-        raise ValueError("project takes both a gate and a table of value embeddings, or neither")
+    """-> x' and attention's result, (..., C) both.
+
+    by: what computes attention beside the rest, (q, k, v, cos, sin, window) -> u, all (B, T, H, D); None for Triton's
+    kernels, which are part of it.
+    """
+    _both(gate, table)
+    length = tokens.size(-1)
+    if by is not None:
+        out, qkv = project(x, x0, a, b, w, gate, table, tokens)
+        return out, by(*_apart(qkv.flatten(0, -2), length, cos), cos, sin, window).reshape(x.shape)
     rows, rows0 = (t.reshape(-1, t.shape[-1]) for t in (x, x0))
-    out, qkv = _Project.apply(rows, rows0, a, b, w, gate, table, tokens.flatten())
-    return out.view(x.shape), qkv.view(*x.shape[:-1], -1)
+    out, u = _Attend.apply(rows, rows0, a, b, w, gate, table, tokens.flatten(), cos, sin, length, window)
+    return out.view(x.shape), u.view(x.shape)
 
 
 # --- feed ---------------------------------------------------------------------------------------
 
 
 @torch.library.custom_op("autoresearch::feed", mutates_args=())
-def _feed(x: Tensor, branch: Tensor, w1: Tensor, w2: Tensor, keep_hidden: bool, by: str) -> Four:
+def _feed(x: Tensor, u: Tensor, wu: Tensor, w1: Tensor, w2: Tensor, keep_hidden: bool, by: str) -> Four:
     """x'', z, r, y; y is empty where it is not kept."""
-    z, r = portable.sum_and_scale(x, branch)
+    z = torch.addmm(x, u, wu.T)
+    r = portable.scale(z)
     y = portable.relu2(z, w1, r, by)
     return torch.addmm(z, y, w2.T), z, r, y if keep_hidden else y.new_empty(0)
 
 
 @_feed.register_fake
-def _(x: Tensor, branch: Tensor, w1: Tensor, w2: Tensor, keep_hidden: bool, by: str) -> Four:
+def _(x: Tensor, u: Tensor, wu: Tensor, w1: Tensor, w2: Tensor, keep_hidden: bool, by: str) -> Four:
     r = x.new_empty(len(x), dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
     hidden = x.new_empty((len(x), len(w1)) if keep_hidden else (0,))
     return torch.empty_like(x), torch.empty_like(x), r, hidden
 
 
-@torch.library.custom_op("autoresearch::feed_backward", mutates_args=())
-def _feed_backward(
+@torch.library.custom_op("autoresearch::hidden_backward", mutates_args=())
+def _hidden_backward(
     d: Tensor, z: Tensor, r: Tensor, y: Tensor, w1: Tensor, w2: Tensor, keep_hidden: bool, by: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dx, which is the branch's too, dw1, dw2."""
+) -> tuple[Tensor, Tensor]:
+    """r times the gradient before the square (N, 4C), and dw2."""
     if not keep_hidden:
         y = portable.relu2(z, w1, r, by)
-    dw2 = d.T @ y
-    rdh = portable.relu2_backward(d, w2, y, r, by)
-    del y
-    return portable.scaled_backward(d, rdh @ w1, z), rdh.T @ z, dw2
+    return portable.relu2_backward(d, w2, y, r, by), d.T @ y
+
+
+@_hidden_backward.register_fake
+def _(
+    d: Tensor, z: Tensor, r: Tensor, y: Tensor, w1: Tensor, w2: Tensor, keep_hidden: bool, by: str
+) -> tuple[Tensor, Tensor]:
+    return d.new_empty(len(d), len(w1)), torch.empty_like(w2)
+
+
+@torch.library.custom_op("autoresearch::feed_backward", mutates_args=())
+def _feed_backward(d: Tensor, rdh: Tensor, z: Tensor, u: Tensor, wu: Tensor, w1: Tensor) -> Four:
+    """dx, du, dwu, dw1."""
+    dz = portable.scaled_backward(d, rdh @ w1, z)
+    return dz, dz @ wu, dz.T @ u, rdh.T @ z
 
 
 @_feed_backward.register_fake
-def _(
-    d: Tensor, z: Tensor, r: Tensor, y: Tensor, w1: Tensor, w2: Tensor, keep_hidden: bool, by: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(z), torch.empty_like(w1), torch.empty_like(w2)
+def _(d: Tensor, rdh: Tensor, z: Tensor, u: Tensor, wu: Tensor, w1: Tensor) -> Four:
+    return torch.empty_like(z), torch.empty_like(u), torch.empty_like(wu), torch.empty_like(w1)
 
 
 class _Feed(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, branch: Tensor, w1: Tensor, w2: Tensor, keep_hidden: bool, by: str) -> Tensor:
-        out, *kept = _feed(x, branch, w1, w2, keep_hidden, by)
+    def forward(
+        ctx: Any, x: Tensor, u: Tensor, wu: Tensor, w1: Tensor, w2: Tensor, keep_hidden: bool, by: str
+    ) -> Tensor:
+        out, *kept = _feed(x, u, wu, w1, w2, keep_hidden, by)
         ctx.keep_hidden, ctx.by = keep_hidden, by
-        ctx.save_for_backward(*kept, w1, w2)
+        ctx.save_for_backward(*kept, u, wu, w1, w2)
         found: Tensor = out
         return found
 
     @staticmethod
     def backward(ctx: Any, d: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        dx, dw1, dw2 = _feed_backward(d.contiguous(), *ctx.saved_tensors, ctx.keep_hidden, ctx.by)
-        return dx, dx, dw1, dw2, None, None
+        z, r, y, u, wu, w1, w2 = ctx.saved_tensors
+        d = d.contiguous()
+        rdh, dw2 = _hidden_backward(d, z, r, y, w1, w2, ctx.keep_hidden, ctx.by)
+        dx, du, dwu, dw1 = _feed_backward(d, rdh, z, u, wu, w1)
+        return dx, du, dwu, dw1, dw2, None, None
 
 
-def feed(x: Tensor, branch: Tensor, w1: Tensor, w2: Tensor, keep_hidden: bool = True, by: str = "triton") -> Tensor:
-    """x' and attention's result (..., C), w1 (4C, C), w2 (C, 4C), all in the compute dtype -> x'' (..., C).
+def feed(
+    x: Tensor, u: Tensor, wu: Tensor, w1: Tensor, w2: Tensor, keep_hidden: bool = True, by: str = "triton"
+) -> Tensor:
+    """x' and attention's result (..., C), wu (C, C), w1 (4C, C), w2 (C, 4C), all in the compute dtype -> x'' (..., C).
 
     by: what makes the two products beside the squared ReLU, as in kernels/mlp_choice.py.
     """
-    rows, added = (t.reshape(-1, t.shape[-1]) for t in (x, branch))
-    found: Tensor = _Feed.apply(rows, added, w1, w2, keep_hidden, by)
+    rows, attended = (t.reshape(-1, t.shape[-1]) for t in (x, u))
+    found: Tensor = _Feed.apply(rows, attended, wu, w1, w2, keep_hidden, by)
     return found.view(x.shape)
 
 

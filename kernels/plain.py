@@ -65,13 +65,12 @@ def inverse_rms(z: Tensor) -> Tensor:
     return length.square_().mul_(1 / z.size(-1)).add_(EPSILON).rsqrt_()
 
 
-def sum_and_scale(x: Tensor, x0: Tensor) -> tuple[Tensor, Tensor]:
-    """(N, C) rows -> z = x + x0, and r (N,), float32: the norm of z is r z."""
-    z, r = torch.empty_like(x), torch.empty(len(x), dtype=wide(x[:0]).dtype, device=x.device)
-    for part in parts(x.shape, ROW_ELEMENTS):
-        total = wide(x[part]) + wide(x0[part])
-        z[part], r[part] = total, inverse_rms(total).squeeze(-1)
-    return z, r
+def scale(z: Tensor) -> Tensor:
+    """(N, C) rows -> r (N,), float32: the norm of z is r z."""
+    r = torch.empty(len(z), dtype=wide(z[:0]).dtype, device=z.device)
+    for part in parts(z.shape, ROW_ELEMENTS):
+        r[part] = inverse_rms(wide(z[part])).squeeze(-1)
+    return r
 
 
 def scaled_backward(d: Tensor, rdy: Tensor, z: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -77,6 +78,11 @@ def attention(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, window:
     return by_triton(q, k, v, cos, sin, window)
 
 
+def beside(device: torch.device) -> Callable[..., Tensor] | None:
+    """What `lean.attend` takes for attention: None for Triton's kernels, where they can be used."""
+    return None if products(device) else sliced_attention
+
+
 def norm(x: Tensor, x0: Tensor, a: Tensor | None, b: Tensor | None) -> tuple[Tensor, Tensor]:
     """(N, C) rows -> a x + b x0 (x + x0 without scalars) and its RMS norm. Without gradients."""
     if not fused(x.device):
@@ -117,13 +123,13 @@ def norm_backward(
     return backward(d, dy, x.contiguous(), x0, a, b, x.dtype, y)
 
 
-def sum_and_scale(x: Tensor, x0: Tensor) -> tuple[Tensor, Tensor]:
-    """(N, C) rows -> z = x + x0, and r (N,) float32: r z is the norm of z. Without gradients."""
-    if not fused(x.device):
-        return plain.sum_and_scale(x, x0)
-    from kernels.residual_norm import sum_and_scale as by_triton
+def scale(z: Tensor) -> Tensor:
+    """(N, C) rows -> r (N,) float32: r z is the norm of z. Without gradients."""
+    if not fused(z.device):
+        return plain.scale(z)
+    from kernels.residual_norm import scale as by_triton
 
-    return by_triton(x.contiguous(), x0.contiguous())
+    return by_triton(z.contiguous())
 
 
 def scaled_backward(d: Tensor, rdy: Tensor, z: Tensor) -> Tensor:

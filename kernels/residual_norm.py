@@ -205,11 +205,11 @@ def backward(
     return dx, dx0, sums.sum(0)
 
 
-def sum_and_scale(x: Tensor, x0: Tensor) -> tuple[Tensor, Tensor]:
-    """(N, C) twice, contiguous -> z = x + x0, and r (N,), float32: r z is the norm of z. Without gradients."""
-    z, r = torch.empty_like(x), torch.empty(len(x), dtype=_accumulator(x)[1], device=x.device)
-    _launch(x, x0, None, None, z, None, r)
-    return z, r
+def scale(z: Tensor) -> Tensor:
+    """(N, C), contiguous -> r (N,), float32: r z is the norm of z. Without gradients."""
+    r = torch.empty(len(z), dtype=_accumulator(z)[1], device=z.device)
+    _launch(z, None, None, None, None, None, r)
+    return r
 
 
 def scaled_backward(d: Tensor, rdy: Tensor, z: Tensor) -> Tensor:

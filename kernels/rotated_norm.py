@@ -5,8 +5,12 @@ al. 2020, with RMS in place of L2), and the angles of half-split RoPE (Su et al.
 
     x^ = r * (a*c + b*s, b*c - a*s)
 
-Its length is at most sqrt(D). Outside of the kernels x^ is stored as (B, H, T, DP): each half padded with zeros to
-DP/2, a power of two, so that the loops of attention load it without a mask.
+Its length is at most sqrt(D). x^ may take the place of x: with r, one float32 a head, it is all that the way back
+needs, as turning changes no length. For the gradient (d, e) of the halves of x^:
+
+    (u, w) = (d, e) - x^ mean((d, e) * x^)        dx = r * (u*c - w*s, w*c + u*s)
+
+In registers each half is padded with zeros to DP/2, a power of two.
 """
 
 from __future__ import annotations
@@ -25,58 +29,90 @@ EPS: Any = tl.constexpr(EPSILON)
 
 
 @triton.jit
-def halves(X, Cos, Sin, xt, rows, T, D: tl.constexpr, DP: tl.constexpr):
-    """Of a head at X, row stride xt: both halves of its rows, their cosines and sines, all (rows, DP/2) float32, and
-    r (rows, 1). Zero where padded."""
+def channels(D: tl.constexpr, DP: tl.constexpr):
+    """Of the DP channels of a head in registers: where each lies in memory, and whether it does."""
+    columns = tl.arange(0, DP)
+    place = columns
+    if D != DP:
+        place = columns // (DP // 2) * (D // 2) + columns % (DP // 2)
+    return place, columns % (DP // 2) < D // 2
+
+
+@triton.jit
+def halves(X, xt, rows, T, D: tl.constexpr, DP: tl.constexpr):
+    """Of a head at X, row stride xt: both halves of its rows, (rows, DP/2) float32. Zero where padded."""
     half = tl.arange(0, DP // 2)
     mask = (rows < T)[:, None] & (half < D // 2)[None, :]
     here = rows[:, None] * xt + half[None, :]
     a = tl.load(X + here, mask=mask, other=0.0).to(tl.float32)
     b = tl.load(X + here + D // 2, mask=mask, other=0.0).to(tl.float32)
-    angle = rows[:, None] * (D // 2) + half[None, :]
-    c = tl.load(Cos + angle, mask=mask, other=0.0)
-    s = tl.load(Sin + angle, mask=mask, other=0.0)
-    r = tl.rsqrt((tl.sum(a * a, axis=1) + tl.sum(b * b, axis=1)) / D + EPS)
-    return a, b, c, s, r[:, None]
+    return a, b
 
 
 @triton.jit
-def rotate_back(d, e, X, Out, Cos, Sin, xt, ot, rows, T, D: tl.constexpr, DP: tl.constexpr):
-    """Store the gradient of x, given that of x^ as its two halves d and e, (rows, DP/2) float32.
+def angles(Cos, Sin, rows, T, D: tl.constexpr, DP: tl.constexpr):
+    """Cosines and sines of the rows, (rows, DP/2) float32."""
+    half = tl.arange(0, DP // 2)
+    mask = (rows < T)[:, None] & (half < D // 2)[None, :]
+    angle = rows[:, None] * (D // 2) + half[None, :]
+    return tl.load(Cos + angle, mask=mask, other=0.0), tl.load(Sin + angle, mask=mask, other=0.0)
 
-    g = (d*c - e*s, e*c + d*s),  n = x * r,  dx = r * (g - n * mean(g * n))
-    """
-    a, b, c, s, r = halves(X, Cos, Sin, xt, rows, T, D, DP)
-    g1, g2 = d * c - e * s, e * c + d * s
-    mean = r * (tl.sum(g1 * a + g2 * b, axis=1) / D)[:, None]
+
+@triton.jit
+def put(first, second, Out, ot, rows, T, D: tl.constexpr, DP: tl.constexpr):
+    """Store both halves, (rows, DP/2), of a head at Out, row stride ot."""
     half = tl.arange(0, DP // 2)
     mask = (rows < T)[:, None] & (half < D // 2)[None, :]
     here = rows[:, None] * ot + half[None, :]
-    tl.store(Out + here, (r * (g1 - a * r * mean)).to(Out.dtype.element_ty), mask=mask)
-    tl.store(Out + here + D // 2, (r * (g2 - b * r * mean)).to(Out.dtype.element_ty), mask=mask)
+    tl.store(Out + here, first.to(Out.dtype.element_ty), mask=mask)
+    tl.store(Out + here + D // 2, second.to(Out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def rotate(X, Out, R, Cos, Sin, xt, ot, rows, T, D: tl.constexpr, DP: tl.constexpr):
+    """Store x^ and r, (rows,), of a head at X; both halves of x^ in Out's dtype. Out may be X: what a thread writes
+    there it has read."""
+    a, b = halves(X, xt, rows, T, D, DP)
+    c, s = angles(Cos, Sin, rows, T, D, DP)
+    r = tl.rsqrt((tl.sum(a * a, axis=1) + tl.sum(b * b, axis=1)) / D + EPS)
+    tl.store(R + rows, r, mask=rows < T)
+    first = (r[:, None] * (a * c + b * s)).to(Out.dtype.element_ty)
+    second = (r[:, None] * (b * c - a * s)).to(Out.dtype.element_ty)
+    put(first, second, Out, ot, rows, T, D, DP)
+    return first, second
+
+
+@triton.jit
+def rotate_back(d, e, X, R, Out, Cos, Sin, xt, ot, rows, T, D: tl.constexpr, DP: tl.constexpr):
+    """Store the gradient of x, given that of x^ as its two halves d and e, (rows, DP/2) float32. X: of x^."""
+    a, b = halves(X, xt, rows, T, D, DP)
+    c, s = angles(Cos, Sin, rows, T, D, DP)
+    r = tl.load(R + rows, mask=rows < T, other=0.0)[:, None]
+    mean = (tl.sum(d * a + e * b, axis=1) / D)[:, None]
+    u, w = d - a * mean, e - b * mean
+    put(r * (u * c - w * s), r * (w * c + u * s), Out, ot, rows, T, D, DP)
 
 
 @triton.jit
 def rotated_kernel(
-    X, Out, Cos, Sin,  # (B, T, H, D), (B, H, T, DP), (T, D/2) float32 twice
-    xb, xt, xh,  # strides of X
+    X, Out, R, Cos, Sin,  # (B, T, H, D) twice, (B, H, T) float32, (T, D/2) float32 twice
+    xb, xt, xh, ob, ot, oh,  # strides of X and Out
     T, H, D: tl.constexpr, DP: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """x^ of all heads of one row. Program: ROWS tokens of one head."""
+    """x^ and r. Out may be X. Program: ROWS tokens of one head."""
     b, h = (tl.program_id(1) // H).to(tl.int64), tl.program_id(1) % H
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    a, e, c, s, r = halves(X + b * xb + h * xh, Cos, Sin, xt, rows, T, D, DP)
-    place = Out + tl.program_id(1).to(tl.int64) * T * DP + rows[:, None] * DP + tl.arange(0, DP // 2)[None, :]
-    inside = (rows < T)[:, None]
-    tl.store(place, (r * (a * c + e * s)).to(Out.dtype.element_ty), mask=inside)
-    tl.store(place + DP // 2, (r * (e * c - a * s)).to(Out.dtype.element_ty), mask=inside)
+    r = R + tl.program_id(1).to(tl.int64) * T
+    rotate(X + b * xb + h * xh, Out + b * ob + h * oh, r, Cos, Sin, xt, ot, rows, T, D, DP)
 
 
-def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """(B, T, H, D) with D contiguous -> (B, H, T, DP) in x's dtype. cos, sin (T, D/2) float32, contiguous."""
+def rotated(x: Tensor, out: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x^ of x (B, T, H, D) to out, which may be x; in both the channels lie side by side. -> r (B, H, T) float32.
+
+    cos, sin (T, D/2) float32, contiguous.
+    """
     B, T, H, D = x.shape
-    DP = padded(D)
-    out = torch.empty(B, H, T, DP, dtype=x.dtype, device=x.device)
+    r = torch.empty(B, H, T, dtype=torch.float32, device=x.device)
     grid = (triton.cdiv(T, ROWS), B * H)
-    rotated_kernel[grid](x, out, cos, sin, *x.stride()[:3], T, H, D, DP, ROWS, num_warps=4)
-    return out
+    rotated_kernel[grid](x, out, r, cos, sin, *x.stride()[:3], *out.stride()[:3], T, H, D, padded(D), ROWS, num_warps=4)
+    return r

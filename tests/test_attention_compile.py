@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ast
+import math
 import os
+import re
 import subprocess
 
 import pytest
@@ -12,7 +15,7 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("Triton's interpreter compiles nothing", allow_module_level=True)
 
-from benchmarks.compile_attention import PRODUCT, TARGETS, backward, both, passes
+from benchmarks.compile_attention import PRODUCT, TARGETS, backward, both, forward, passes
 from benchmarks.compiled import Compiled, compiled, resources
 from kernels.attention_tiles import BACKWARD, FORWARD, nearest, padded
 
@@ -54,6 +57,28 @@ def test_one_token_one_head_and_a_window_of_one_compile():
 def test_the_passes_over_memory_fit(target):
     for found in passes(target, 128):
         assert not found.problems() and found.registers <= 128
+
+
+SPREAD = re.compile(
+    r"(#\w+) = #ttg.blocked<\{sizePerThread = (.+?), threadsPerWarp = (.+?), warpsPerCTA = (.+?), order"
+)
+ACCESS = re.compile(r"tt\.(load|store) .*tensor<(\d+)x(\d+)x!tt\.ptr<bf16>, (#\w+)>")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("head", [*HEADS, 48])
+@pytest.mark.parametrize("target", [80, 90])
+def test_what_is_turned_in_place_is_written_by_the_thread_that_read_it(target, head):
+    """And by no other: a second one that holds the same element could read what the first has written."""
+    rotation, *_ = passes(target, head)
+    for found in (rotation, forward(target, head)):
+        spread = {name: [ast.literal_eval(part) for part in parts] for name, *parts in SPREAD.findall(found.ttgir)}
+        accesses = [(kind, int(m), int(n), layout) for kind, m, n, layout in ACCESS.findall(found.ttgir)]
+        halves = [access for access in accesses if access[2] == padded(head) // 2]
+        assert [kind for kind, *_ in halves[:4]] == ["load", "load", "store", "store"]
+        (_, rows, columns, layout), *others = halves[:4]
+        assert all(other[1:] == (rows, columns, layout) for other in others)
+        assert math.prod(x for part in spread[layout] for x in part) <= rows * columns
 
 
 def test_tables_hold_the_same_cards_and_sizes():

@@ -33,7 +33,7 @@ from core.contract import Batches, Spec
 from kernels import mlp_choice
 from kernels.attention_choice import Case, Choice, settled
 from kernels.compiling import compiled
-from kernels.lean import feed, last_norm, project
+from kernels.lean import attend, feed, last_norm
 from kernels.memory import fitted_rows
 from kernels.muon import muon_
 from kernels.recomputed import embedded_norm
@@ -189,18 +189,16 @@ class GPT:
 
     def layer(self, w: Mapping[str, Tensor], i: int, x: Tensor, x0: Tensor, scale: Pair, tokens: Tensor) -> Tensor:
         """x, x0 (B, T, C), which are weighed by `scale`, and tokens (B, T) -> (B, T, C)."""
-        B, T, C = x.shape
         w = {n.removeprefix(f"transformer.h.{i}."): weight for n, weight in w.items()}
         qkv_weight = torch.cat([w[f"attn.{n}.weight"] for n in ("c_q", "c_k", "c_v")]).to(x.dtype)
         gate = table = None
         if has_value_embedding(i):  # value residual: v + 2 sigmoid(gate n[:32]) table[token], per head
             gate, table = w["attn.ve_gate.weight"].to(x.dtype), w[f"value_embeds.{i}.weight"]
-        x, qkv = project(x, x0, *scale, qkv_weight, gate, table, tokens)
         window = self.windows[i]
-        y = self.chosen[window].packed(qkv.view(B, T, 3, self.heads, HEAD_DIM), self.cos, self.sin, window)
-        branch = linear(y.reshape(B, T, C), w["attn.c_proj.weight"])
-        up, down = (w[f"mlp.{n}.weight"].to(x.dtype) for n in ("c_fc", "c_proj"))
-        return feed(x, branch, up, down, by=self.mlp.name)
+        by = self.chosen[window].beside  # None: Triton's kernels, within
+        x, attended = attend(x, x0, *scale, qkv_weight, gate, table, tokens, self.cos, self.sin, window, by)
+        out, up, down = (w[f"{n}.weight"].to(x.dtype) for n in ("attn.c_proj", "mlp.c_fc", "mlp.c_proj"))
+        return feed(x, attended, out, up, down, by=self.mlp.name)
 
     def stream(self, tokens: Tensor) -> Tensor:
         """(B, T) integers -> (B, T, C): the norm of each position's last state, in the compute dtype."""

@@ -7,7 +7,7 @@ M = 12 L C^2 weights in matrices, E = (2 + layers with value embeddings) V C in 
 
 - float32 weights, AdamW's two moments and Muon's one, gradients: 4 (M + E) + 8 E + 4 M + 4 (M + E)
 - kept, per token: 10 C s a layer (x, q, k, v, attention's result, z, and y of 4 C); 6 C s without the MLP's y; C s when
-  whole layers are made again. Beside the layers the last state and its norm.
+  whole layers are made again. Of attention three float32 a head, too. Beside the layers the last state and its norm.
 - the matrices in the compute dtype, s M, as they are kept with the layers; one layer's where these are made again
 - on its way, at most one of: the logits of a part of the rows; the backward of a layer, with the gradients that the
   layers behind it have left and those of earlier rows; the gradients that are put together; Muon's copies
@@ -24,9 +24,9 @@ from typing import Any
 
 RECOMPUTES = ("nothing", "hidden", "layer")  # from the fastest to the leanest
 KEPT = {"nothing": 10, "hidden": 6, "layer": 1}  # channels a layer keeps per token, over C
-# Widths of the stream in the MLP's backward, beside what is kept: the gradients of its output, its norm and its input,
-# the norm and dh of 4 C. Where y is made again it is there beside dh, before the last two; with a whole layer q, k, v,
-# attention's result and z are, too.
+# Widths of the stream in the MLP's backward, beside what is kept: the gradients of its output, its input and
+# attention's result, dh of 4 C, and one to spare. Where y is made again it is there beside dh, before two of these;
+# with a whole layer q, k, v, attention's result and z are, too.
 ON_THE_WAY = {"nothing": 8, "hidden": 10, "layer": 15}
 # Without Triton's attention its backward takes more: dq, dk, dv, two gradients of the stream, the float32 steps of norm
 # and RoPE for q and k (6) and their gradients for one (10); y, z and attention's result are gone by then.
@@ -66,7 +66,7 @@ class Shape:
 
     def layer_per_token(self, recompute: str) -> float:
         """Bytes that a token keeps from forward to backward in one layer. x0 is the first layer's x."""
-        return KEPT[recompute] * self.dim * self.itemsize + (0 if recompute == "layer" else 4 * self.heads)
+        return KEPT[recompute] * self.dim * self.itemsize + (0 if recompute == "layer" else 12 * self.heads)
 
     def kept_per_token(self, recompute: str) -> float:
         """In all layers; and the last state, the loss's gradient, tokens, targets and positions."""

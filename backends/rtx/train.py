@@ -36,7 +36,7 @@ from torch.utils.checkpoint import checkpoint
 from core.contract import Batches, Spec
 from kernels import mlp_choice, portable
 from kernels.errors import out_of_memory
-from kernels.lean import feed, last_norm, project
+from kernels.lean import attend, feed, last_norm
 from kernels.recomputed import embedded_norm
 
 # --- constants: `# search:` gives the range that the offline search may try --------------------
@@ -172,18 +172,15 @@ class GPT:
         """x, x0 (N, C), tokens (B, T) -> (N, C). `w` is one `by_name` for all layers: the gradient through a view is
         as large as its whole stack, made once for all views that were taken together."""
         name = f"transformer.h.{i}."
-        matrix = {n: w[f"{name}{n}.weight"].to(x.dtype) for n in ("attn.c_proj", "mlp.c_fc", "mlp.c_proj")}
         qkv_weight = torch.cat([w[f"{name}attn.{n}.weight"].to(x.dtype) for n in ("c_q", "c_k", "c_v")])
         gate = table = None  # value residual: the token's own vector joins v, gated per head by the stream
         if has_value_embedding(i):
             gate, table = w[f"{name}attn.ve_gate.weight"].to(x.dtype), w[f"value_embeds.{i}.weight"]
-        a, b = w["resid_lambdas"][i], w["x0_lambdas"][i]
-        x, qkv = project(x, x0, a, b, qkv_weight, gate, table, tokens.flatten())
-        q, k, v = qkv.view(*tokens.shape, 3, self.heads, HEAD_DIM).unbind(2)
-        y = portable.attention(q, k, v, self.cos, self.sin, self.windows[i])
-        branch = F.linear(y.reshape(x.shape), matrix["attn.c_proj"])
-        up, down, keep_hidden = matrix["mlp.c_fc"], matrix["mlp.c_proj"], self.recompute == "nothing"
-        return feed(x, branch, up, down, keep_hidden, by=self.mlp.name)
+        scale, window = (w["resid_lambdas"][i], w["x0_lambdas"][i]), self.windows[i]
+        by = portable.beside(self.device)  # None: Triton's kernels, within
+        x, attended = attend(x, x0, *scale, qkv_weight, gate, table, tokens, self.cos, self.sin, window, by)
+        out, up, down = (w[f"{name}{n}.weight"].to(x.dtype) for n in ("attn.c_proj", "mlp.c_fc", "mlp.c_proj"))
+        return feed(x, attended, out, up, down, self.recompute == "nothing", by=self.mlp.name)
 
     def stream(self, tokens: Tensor) -> Tensor:
         """(B, T) integers -> (N, C): the last state of each position, in the compute dtype."""

@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from interpreted.attention import mended  # noqa: F401 - a fixture: the interpreter's products of bfloat16
 
-from kernels import lean, linear_relu2, portable, recomputed
+from kernels import attention, attention_reference, attention_slices, lean, linear_relu2, portable, recomputed
 from kernels.residual_norm import EPSILON, residual_norm
 
 
@@ -99,17 +100,19 @@ def test_value_embeddings_in_the_compute_dtype(dtype):
 @settings(deadline=None, max_examples=10)
 @given(st.integers(0, 2**32), st.integers(1, 40), st.sampled_from([16, 48]), st.booleans())
 def test_an_mlp_of_a_norm_keeps_what_was_normalised(with_triton, seed, N, C, keep_hidden):
-    x, branch, w1, w2 = leaves(seed, (N, C), (N, C), (2 * C, C), (C, 2 * C))
+    x, u, wu, w1, w2 = leaves(seed, (N, C), (N, C), (C, C), (2 * C, C), (C, 2 * C))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(portable, "fused", lambda device: with_triton)
         for table in ("FORWARD", "BACKWARD"):  # in plain torch: the kernels have tests of their own
             patch.setattr(linear_relu2, table, {})
         kept = []
         with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-            found = lean.feed(x, branch, w1, w2, keep_hidden)
-        hidden = norm(x + branch) @ w1.T
-        assert sum(t.numel() for t in kept) == N * C + N + 2 * w1.numel() + (hidden.numel() if keep_hidden else 0)
-        same(found, x + branch + hidden.relu().square() @ w2.T, (x, branch, w1, w2))
+            found = lean.feed(x, u, wu, w1, w2, keep_hidden)
+        z = x + u @ wu.T
+        hidden = norm(z) @ w1.T
+        weights = wu.numel() + w1.numel() + w2.numel()
+        assert sum(t.numel() for t in kept) == 2 * N * C + N + weights + (hidden.numel() if keep_hidden else 0)
+        same(found, z + hidden.relu().square() @ w2.T, (x, u, wu, w1, w2))
 
 
 @pytest.mark.parametrize("with_triton", [True, False], ids=["triton", "torch"])
@@ -142,8 +145,8 @@ def test_a_gate_without_a_table_is_refused():
 
 @pytest.mark.parametrize("gated", [True, False])
 def test_the_operators_keep_torchs_rules(gated):
-    shapes = ((6, 8), (6, 8), (1,), (1,), (24, 8), (6, 24), (6, 2), (12, 8), (8, 12), (6, 12))
-    x, x0, a, b, w, dz, g, w1, w2, y = (t.detach().abs() for t in leaves(1, *shapes))
+    shapes = ((6, 8), (6, 8), (1,), (1,), (24, 8), (6, 24), (6, 2), (8, 8), (12, 8), (8, 12), (6, 12))
+    x, x0, a, b, w, dz, g, wu, w1, w2, y = (t.detach().abs() for t in leaves(1, *shapes))
     gate, table = (t.detach() for t in leaves(2, (2, 3), (5, 8))) if gated else (None, None)
     tokens, ops, tests = some_tokens(1, 5, 6), torch.ops.autoresearch, ("test_schema", "test_faketensor")
     (free,) = leaves(3, (5, 8))
@@ -153,11 +156,111 @@ def test_the_operators_keep_torchs_rules(gated):
     torch.library.opcheck(ops.normed.default, (x,), test_utils=tests)
     torch.library.opcheck(ops.normed_backward.default, (x0, x))
     for keep in (True, False):
-        torch.library.opcheck(ops.feed.default, (x, x0, w1, w2, keep, "triton"), test_utils=tests)
+        torch.library.opcheck(ops.feed.default, (x, x0, wu, w1, w2, keep, "triton"), test_utils=tests)
         back = (x, x0, g[:, 0].clone(), y if keep else y.new_empty(0), w1, w2, keep, "triton")
-        torch.library.opcheck(ops.feed_backward.default, back)
+        torch.library.opcheck(ops.hidden_backward.default, back)
+    torch.library.opcheck(ops.feed_backward.default, (x, y, x0, x, wu, w1))
     torch.library.opcheck(ops.embedded_norm.default, (tokens, free, torch.float64))
     torch.library.opcheck(ops.embedded_norm_backward.default, (x, tokens, free.detach()))
+
+
+# --- a layer's first half, attention within -------------------------------------------------------
+
+EPSILONS = {torch.float32: 2.0**-23, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
+BY = {  # what stands beside the rest, from which q, k and v are left alone
+    "triton": attention.attention,
+    "slices": attention_slices.attention,
+    "plain": attention_reference.reference,
+}
+
+
+def half(seed, B, T, H, D, gated, dtype=torch.float64):
+    """What `lean.attend` gets but for the window: x, x0, a, b, w, gate, table, tokens, cos, sin."""
+    C, entries = H * D, 7
+    x, x0, w, a, b = leaves(seed, (B, T, C), (B, T, C), (3 * C, C), (1,), (1,))
+    gate, table = leaves(seed + 1, (H, 8), (entries, C)) if gated else (None, None)
+    angle = torch.outer(torch.arange(T).float(), 10000.0 ** (-torch.arange(0, D, 2) / D))
+    narrow = (t if t is None else t.detach().to(dtype).requires_grad_() for t in (x, x0, w, gate))
+    x, x0, w, gate = narrow
+    if dtype != torch.float64:
+        a, b, table = (t if t is None else t.detach().float().requires_grad_() for t in (a, b, table))
+    return x, x0, a, b, w, gate, table, some_tokens(seed, entries, B, T), angle.cos(), angle.sin()
+
+
+def gradients(outputs, given, dy):
+    """Of what is given and wants them, in float64; and the outputs before them."""
+    wanted = [t for t in given if t is not None and t.requires_grad]
+    found = torch.autograd.grad(outputs, wanted, [d.to(y.dtype) for d, y in zip(dy, outputs)])
+    return [t.detach().double() for t in (*outputs, *found)]
+
+
+def plain_half(x, x0, a, b, w, gate, table, tokens, cos, sin, window):
+    total = a * x + b * x0
+    y = plain_qkv(norm(total).flatten(0, 1), w, gate, table, tokens.flatten())
+    q, k, v = y.view(*tokens.shape, 3, -1, 2 * cos.size(1)).unbind(2)
+    return total, attention_reference.reference(q, k, v, cos, sin, window).reshape(x.shape)
+
+
+@settings(deadline=None, max_examples=12)
+@given(
+    st.integers(0, 2**32), st.integers(1, 2), st.integers(2, 60), st.integers(1, 3), st.sampled_from([32, 48, 64]),
+    st.booleans(), st.sampled_from(list(EPSILONS)), st.data(),
+)  # fmt: skip
+def test_attention_within_a_layer_agrees_with_float64(seed, B, T, H, D, gated, dtype, data):
+    window = data.draw(st.integers(0, T))
+    given_ = half(seed, B, T, H, D, gated, dtype)
+    outputs = lean.attend(*given_, window)
+    dy = [torch.randn_like(y) for y in outputs]
+    found = gradients(outputs, given_, dy)
+    wide = [t if t is None or not t.is_floating_point() else t.detach().double() for t in given_]
+    wide = [t if t is None or o is None else t.requires_grad_(o.requires_grad) for t, o in zip(wide, given_)]
+    wanted = gradients(plain_half(*wide, window), wide, dy)
+    for f, w in zip(found, wanted, strict=True):
+        usual = max(w.numel(), given_[0].numel() if w.numel() == 1 else 0) ** 0.5  # a scalar's is a sum over all rows
+        assert (f - w).norm() <= (20 * EPSILONS[dtype] + 1e-5) * (w.norm() + usual)
+
+
+@pytest.mark.parametrize("by", [*BY])
+@pytest.mark.parametrize("window", [0, 5, 30])
+def test_every_attention_beside_a_layer_gives_what_the_one_within_gives(by, window):
+    given_ = half(torch.seed() % 2**32, 2, 31, 2, 32, True, torch.float32)
+    pairs = [lean.attend(*given_, window, other) for other in (None, BY[by])]
+    dy = [torch.randn_like(y) for y in pairs[0]]
+    for ours, theirs in zip(*(gradients(pair, given_, dy) for pair in pairs), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=2e-5 * float(theirs.abs().max()) + 1e-6, rtol=1e-4)
+
+
+def test_a_layer_keeps_q_and_k_once():
+    """Normalised and turned, where they were: beside the stream and the weights four widths and a few numbers a row."""
+    B, T, H, D = 2, 24, 2, 32
+    given_, kept = half(1, B, T, H, D, False, torch.float32), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        lean.attend(*given_, 9)
+    places = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() // 4 for t in kept if t.is_floating_point()}
+    for t in given_:
+        places.pop(t.untyped_storage().data_ptr() if t is not None else 0, None)
+    assert sum(places.values()) == B * T * (4 * H * D + 3 * H)
+
+
+def test_heads_that_the_kernels_do_not_take_are_told():
+    given_ = half(1, 1, 8, 2, 30, False, torch.float32)
+    with pytest.raises(ValueError, match="head size 30; this kernel takes even ones from 32"):
+        lean.attend(*given_, 3)
+    with pytest.raises(ValueError, match="window -1"):
+        lean.attend(*half(1, 1, 8, 2, 32, False, torch.float32), -1)
+
+
+@pytest.mark.parametrize("gated", [True, False])
+def test_attention_within_a_layer_keeps_torchs_rules(gated):
+    x, x0, a, b, w, gate, table, tokens, cos, sin = (
+        t if t is None else t.detach() for t in half(1, 2, 9, 2, 32, gated, torch.float32)
+    )
+    flat = (x.flatten(0, 1), x0.flatten(0, 1), a, b, w, gate, table, tokens.flatten(), cos, sin, 9, 4)
+    ops, tests = torch.ops.autoresearch, ("test_schema", "test_faketensor")
+    torch.library.opcheck(ops.attend.default, flat, test_utils=tests)
+    _, u, qkv, lse, rq, rk, _ = ops.attend(*flat)
+    back = (torch.randn_like(u), u, qkv, lse, rq, rk, cos, sin, 9, 4)
+    torch.library.opcheck(ops.attend_backward.default, back, test_utils=tests, rtol=1e-4, atol=1e-5)
 
 
 def test_all_of_it_is_one_graph():
@@ -169,7 +272,7 @@ def test_all_of_it_is_one_graph():
     def loss(x0, w, a, b, w1, w2, table, values, gate):
         x = recomputed.embedded_norm(tokens, table, torch.float32)
         x, qkv = lean.project(x, x0, a, b, w, gate, values, tokens)
-        return lean.last_norm(lean.feed(x, qkv[..., -8:], w1, w2)).sin().mean() + qkv.square().mean()
+        return lean.last_norm(lean.feed(x, qkv[..., -8:], w[:8], w1, w2)).sin().mean() + qkv.square().mean()
 
     inputs = (x0, w, a, b, w1, w2, table, values, gate)
     whole = torch.compile(loss, backend="aot_eager", fullgraph=True)

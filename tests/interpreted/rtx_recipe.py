@@ -27,15 +27,16 @@ def halves(dtype, monkeypatch, fused, keep_hidden=True, by="triton"):
     monkeypatch.setattr(portable, "products", lambda device: fused)
     g = torch.Generator().manual_seed(3)
     N, C, heads, vocab = 70, 64, 2, 31
-    made = [torch.randn(s, generator=g) for s in ((N, C), (N, C), (3 * C, C), (heads, 32), (4 * C, C), (C, 4 * C))]
-    x, x0, w, gate, w1, w2 = ((t * (1 if i < 2 else 0.1)).to(dtype).requires_grad_() for i, t in enumerate(made))
+    shapes = ((N, C), (N, C), (3 * C, C), (heads, 32), (4 * C, C), (C, 4 * C), (C, C))
+    made = [torch.randn(s, generator=g) for s in shapes]
+    x, x0, w, gate, w1, w2, wu = ((t * (1 if i < 2 else 0.1)).to(dtype).requires_grad_() for i, t in enumerate(made))
     a, b = torch.tensor(0.9).requires_grad_(), torch.tensor(0.2).requires_grad_()
     table = torch.randn(vocab, C, generator=g).requires_grad_()
     tokens = torch.randint(0, vocab, (N,), generator=g)
     out, qkv = lean.project(x, x0, a, b, w, gate, table, tokens)
-    y = lean.feed(out, qkv[:, -C:], w1, w2, keep_hidden, by)
+    y = lean.feed(out, qkv[:, -C:], wu, w1, w2, keep_hidden, by)
     weight = torch.randn(y.shape, generator=g).to(dtype)
-    leaves = (x, x0, a, b, w, gate, table, w1, w2)
+    leaves = (x, x0, a, b, w, gate, table, wu, w1, w2)
     return [y.detach(), *torch.autograd.grad((y * weight).float().sum() + qkv.float().sum(), leaves)]
 
 

@@ -20,7 +20,7 @@ import triton.language as tl
 from interpreted.watched import watched
 
 from kernels import attention_tiles, lean, linear_relu2, muon, recomputed, residual_norm, softcapped_loss
-from kernels.attention import attention, packed
+from kernels.attention import attention
 from kernels.attention_tiles import Tile
 
 WIDE = [torch.float32, torch.bfloat16]
@@ -161,9 +161,12 @@ def some_attention(dtype: torch.dtype, T: int, heads: int, groups: int, D: int, 
     through(attention(q, k, v, *angles(T, D), window))
 
 
-def some_packed_attention(T: int, D: int, window: int) -> None:
-    (qkv,) = leaves((2, T, 6, D))
-    through(packed(qkv, 2, *angles(T, D), window))
+def some_half_of_a_layer(dtype: torch.dtype, T: int, D: int, window: int) -> None:
+    """Attention in the place of q and k, which lie beside v in one tensor."""
+    C = 2 * D
+    x, x0, w, a, b, gate, table = leaves((2, T, C), (2, T, C), (3 * C, C), (1,), (1,), (2, 8), (5, C))
+    x, x0, w, gate = (t.to(dtype) for t in (x, x0, w, gate))
+    through(lean.attend(x, x0, a, b, w, gate, table, torch.randint(5, (2, T)), *angles(T, D), window))
 
 
 def some_mlp(patch: pytest.MonkeyPatch, how: str, C: int, F: int, dtype: torch.dtype) -> None:
@@ -224,8 +227,10 @@ def test_attention(dtype: torch.dtype, shape: tuple[int, ...], sound: Any) -> No
     sound(some_attention, dtype, *shape)
 
 
-def test_attention_in_one_tensor(sound: Any) -> None:
-    sound(some_packed_attention, 45, 48, 17)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("shape", [(45, 48, 17), (64, 32, 64), (33, 64, 0)], ids=["padded", "whole", "itself"])
+def test_attention_in_the_place_of_q_and_k(dtype: torch.dtype, shape: tuple[int, int, int], sound: Any) -> None:
+    sound(some_half_of_a_layer, dtype, *shape)
 
 
 @pytest.mark.parametrize("dtype", WIDE)
