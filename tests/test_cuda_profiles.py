@@ -295,7 +295,8 @@ def test_a_lab_that_goes_on_on_another_card_is_told_of_a_change(settings, monkey
     monkeypatch.setattr("core.hardware.LocalFacts", lambda: Machine(**there))
     on_card = replace(settings, backend="cuda", device="cuda:0")
     first = versions(on_card)
-    assert first["card"] == H100.name and "card" not in versions(settings)
+    assert first["card"] == H100.name and "processor" not in first
+    assert "card" not in versions(settings) and versions(settings)["processor"] == "x86_64, 8 cores"
     there["gpus"] = [replace(H100, uuid="GPU-b")]
     assert changes(first, versions(on_card)) == []  # its twin
     there["gpus"] = "NVML: Unknown Error"
