@@ -20,7 +20,7 @@ from typing import Any
 import backends
 import cli
 from console import fitting
-from core import gpuwatch, health, landlock, sandbox
+from core import gpuwatch, health, landlock, sandbox, session
 
 CARD = {name: os.environ[name] for name in os.environ if name.startswith(("BLANK_CARD", "TORCHDYNAMO"))} | {
     name: os.environ[name] for name in ("LD_PRELOAD", "LD_LIBRARY_PATH", "TRITON_LIBCUDA_PATH")
@@ -54,6 +54,7 @@ def main() -> None:
     gpuwatch.wait = lambda stop, seconds: given_wait(stop, min(seconds, 0.5))
     health._busy_seconds = lambda: 0.0
     fitting.TRIED = 1
+    session.TRIED_AGAIN = (1.0, 3.0)
     cli.main()
 
 
