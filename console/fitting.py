@@ -15,6 +15,7 @@ from core.verdict import taint
 
 TRIED = 3  # plans that are timed; the likeliest to be fast come first
 REMEMBERED = 64  # choices
+SECONDS = "seconds_per_step"  # as a timing calls it
 
 Constants = Mapping[str, Any]
 
@@ -32,16 +33,19 @@ def choose(
     measure: Callable[[Constants], Mapping[str, Any]],
     say: Callable[[str], None],
     known_as: str,
-) -> dict[str, Any]:
-    """The constants of the fastest of the first plans. `measure`: what a trial with these constants found.
+) -> tuple[dict[str, Any], float | None]:
+    """The constants of the fastest of the first plans, and seconds of its step (None: remembered by an older version,
+    without them). `measure`: what a trial with these constants found.
 
     A plan under which the recipe ran out of memory and went on with fewer rows counts as what it went on with. Nothing
     is remembered of a choice for which a trial was disturbed.
     """
     found = _remembered().get(known_as)
-    if isinstance(found, dict) and any(dict(plan) == found for plan in plans):
-        say(f"  {told(found)}, as measured on this card before")
-        return found
+    if isinstance(found, dict):
+        seconds = found.pop(SECONDS, None)
+        if any(dict(plan) == found for plan in plans):
+            say(f"  {told(found)}, as measured on this card before")
+            return found, seconds
     times: dict[str, float] = {}
     real: dict[str, dict[str, Any]] = {}
     failed: UserError | None = None
@@ -58,7 +62,7 @@ def choose(
         if went != dict(plan):
             say(f"  out of memory with {told(plan)}; it went on with {told(went)}")
         name = json.dumps(went, sort_keys=True)
-        times[name] = min(times.get(name, float("inf")), float(facts["seconds_per_step"]))
+        times[name] = min(times.get(name, float("inf")), float(facts[SECONDS]))
         real[name] = went
     if failed and not times:
         raise failed
@@ -66,8 +70,8 @@ def choose(
     others = ", ".join(f"{t * 1e3:.0f} ms with {told(real[n])}" for n, t in times.items() if n != best)
     say(f"  {told(real[best])}: {times[best] * 1e3:.0f} ms a step" + (f"; {others}" if others else ""))
     if not disturbed:
-        _remember(known_as, real[best])
-    return real[best]
+        _remember(known_as, {**real[best], SECONDS: times[best]})
+    return real[best], times[best]
 
 
 def shared(facts: Mapping[str, Any]) -> str:

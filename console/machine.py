@@ -25,7 +25,7 @@ class Reading:
 
 @dataclass(frozen=True)
 class Machine:
-    cards: Sequence[str]  # that were measured on, each with its driver and torch, once
+    devices: Sequence[str]  # that were measured on, each once: cards with driver and torch, processors with the system
     runs: int  # with any health at all
     tainted: int  # runs that were disturbed, all those on the record
     experiments: int  # to which these belong; runs with a change left out belong to none
@@ -63,7 +63,7 @@ def machine(
     bare = [r for r in rows if r.tainted and not samples.get(r.number)]  # failed, or of an early ledger
     left_out = [s for s in ablations if s.tainted]
     return Machine(
-        cards=_cards([*(s for r in rows for s in samples.get(r.number, ())), *ablations]),
+        devices=_devices([*(s for r in rows for s in samples.get(r.number, ())), *ablations]),
         runs=len(healths),
         tainted=len(disturbed) + len(bare) + len(left_out),
         experiments=len({s.number for s in disturbed}) + len(bare),
@@ -74,10 +74,18 @@ def machine(
     )
 
 
-def _cards(runs: Sequence[Sample]) -> list[str]:
+def _devices(runs: Sequence[Sample]) -> list[str]:
     """Those that the runs' versions name, oldest first."""
-    made = [s.versions for s in sorted(runs, key=lambda s: s.id) if s.versions.get("card")]
-    return list(dict.fromkeys(f"{v['card']}, driver {v.get('driver')}, torch {v.get('torch')}" for v in made))
+    named = [_device(s.versions) for s in sorted(runs, key=lambda s: s.id)]
+    return list(dict.fromkeys(name for name in named if name))
+
+
+def _device(versions: Mapping[str, Any]) -> str:
+    """ "" for versions of an early ledger, which name neither."""
+    if card := versions.get("card"):
+        return f"{card}, driver {versions.get('driver')}, torch {versions.get('torch')}"
+    processor = versions.get("processor")
+    return f"{processor}, {versions.get('os')}" if processor else ""
 
 
 def _outcomes(r: Row, samples: Sequence[Sample]) -> list[dict[str, Any]]:

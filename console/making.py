@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -167,31 +167,40 @@ def _fitted(
     settings = _lock(chosen, dataset, _first_dtype(chosen))
     slow = "; it is compiled first, which takes a minute or two" if settings.device.startswith("cuda") else ""
     screen.say(f"fitting: timing the recipe on this machine{slow} ...")
-    facts = _measure(screen, recipe, settings, compiled)
+    measure = _Timing(screen, compiled)
+    facts = measure(recipe, settings)
     if facts["dtype"] != settings.dtype:
         settings = replace(settings, dtype=facts["dtype"])
-        facts = _measure(screen, recipe, settings, compiled)
+        facts = measure(recipe, settings)
     fits = not keep_shape and not fitting.shared(facts)
-    fitted = backend.scale(profile, facts["seconds_per_step"]) if fits else profile
-    if not keep_shape and (ways := backend.plans(fitted, chosen.hardware)):
-        timed = facts if fitted.constants == profile.constants else None
-        way = _way(screen, chosen, fitted, ways, settings, compiled, timed)
-        fitted = replace(fitted, constants={**fitted.constants, **way})
-    steps = chosen.budget / facts["seconds_per_step"]
+    scaled = fitted = backend.scale(profile, facts["seconds_per_step"]) if fits else profile
+    if scaled.constants != profile.constants:
+        screen.say(f"  {scaled.reason}")
+    seconds = facts["seconds_per_step"] if scaled.constants == profile.constants else None
+    if not keep_shape and (ways := backend.plans(scaled, chosen.hardware)):
+        timed = facts if seconds is not None else None
+        way, seconds = _way(screen, chosen, scaled, ways, settings, measure, timed)
+        fitted = replace(scaled, constants={**scaled.constants, **way})
     if fitted.constants != profile.constants:
         recipe = backends.fit(backend.recipe(), fitted)
-        screen.say(f"  {fitted.reason}")
-    else:
-        few = "; that is few: a smaller model or batch would learn more" if steps < FEW_STEPS else ""
-        screen.say(
-            f"  about {count(steps)} steps in {duration(chosen.budget)}, {count(facts['params'])} parameters{few}"
-        )
+    params = facts["params"] if scaled.constants == profile.constants else None
+    if line := _size_line(chosen.budget, seconds, params):
+        screen.say(f"  {line}")
     screen.say(f"  compute in {settings.dtype}: {facts['dtype_reason']}")
     if chosen.verdict == "statistical" and not settings.probe:
         screen.say("  early stopping is off: Windows cannot pause a process")
     if by := computed_by(facts["describe"]):
         screen.say("  " + "; ".join(f"{what}: {name}" for what, name in by.items()))
     return recipe, settings
+
+
+def _size_line(budget: float, seconds: float | None, params: int | None) -> str:
+    """Of what was timed as it will run: steps of so many `seconds` in the budget, and parameters; None: not known."""
+    steps = None if seconds is None else budget / seconds
+    known = [f"about {count(steps)} steps in {duration(budget)}"] if steps is not None else []
+    known += [f"{count(params)} parameters"] if params is not None else []
+    few = "; that is few: a smaller model or batch would learn more" if steps is not None and steps < FEW_STEPS else ""
+    return ", ".join(known) + few
 
 
 def _first_dtype(chosen: Plan) -> str:
@@ -213,11 +222,11 @@ def _way(
     fitted: Profile,
     ways: list[dict[str, Any]],
     settings: Settings,
-    compiled: Path,
+    timing: Callable[[bytes, Settings], dict[str, Any]],
     timed: dict[str, Any] | None,
-) -> dict[str, Any]:
-    """The constants of the fastest way for the batch through the device's memory. `timed`: what the timing of the
-    profile as it is found, where there was one."""
+) -> tuple[dict[str, Any], float | None]:
+    """The constants of the fastest way for the batch through the device's memory, and seconds of its step where they
+    are known. `timed`: what the timing of the profile as it is found, where there was one."""
     import backends
     from console import fitting
     from core.versions import versions
@@ -233,30 +242,55 @@ def _way(
         if timed is not None and tried.constants == fitted.constants:
             return timed  # it takes as long to compile as any other
         screen.say(f"  timing {fitting.told(constants)} ...")
-        return _measure(screen, backends.fit(backend.recipe(), tried), settings, compiled)
+        return timing(backends.fit(backend.recipe(), tried), settings)
 
     return fitting.choose(ways, measure, screen.say, known_as)
 
 
-def _measure(screen: Screen, recipe: bytes, settings: Settings, compiled: Path) -> dict[str, Any]:
-    """The recipe timed, again where others used the card meanwhile; the last reading may be disturbed all the same."""
-    from console import fitting
-    from core import locks, verdict
+class _Timing:
+    """Recipes timed on this machine, each again where others used the card meanwhile; the last reading may be disturbed
+    all the same. That they may be too slow is said once, and from then on each is timed once: a card that others use
+    all the time would be timed for half an hour."""
 
-    with locks.hold_device(settings.device):
-        for reading in range(1, READINGS + 1):
-            _wait_for_card(screen, settings.device)
-            facts = _timed(recipe, settings, compiled)
-            if not (shared := fitting.shared(facts)) or reading == READINGS:
-                break
-            screen.say(f"  {shared}: timed again")
-    if shared:
-        screen.say(f"  {shared}, in each of {READINGS} timings: the model is not fitted by them;")
-        screen.say("  make the lab again when the card is left alone and cool, or choose the constants yourself")
-    elif disturbed := verdict.taint(facts["health"]):
-        screen.say(f"  {disturbed}: this machine is measured slower than it is, and the model may be too small;")
-        screen.say("  end what else is running and make the lab again, or choose the constants yourself")
-    return facts
+    def __init__(self, screen: Screen, compiled: Path) -> None:
+        self._screen, self._compiled = screen, compiled
+        self._told = False
+        self._readings = READINGS
+
+    def __call__(self, recipe: bytes, settings: Settings) -> dict[str, Any]:
+        from console import fitting
+        from core import locks
+
+        with locks.hold_device(settings.device):
+            for reading in range(1, self._readings + 1):
+                _wait_for_card(self._screen, settings.device)
+                facts = _timed(recipe, settings, self._compiled)
+                if not (shared := fitting.shared(facts)) or reading == self._readings:
+                    break
+                self._screen.say(f"  {shared}: timed again")
+        if not self._told:
+            self._tell(shared, facts)
+        return facts
+
+    def _tell(self, shared: str, facts: Mapping[str, Any]) -> None:
+        from core import verdict
+
+        if shared:
+            self._readings = 1
+            lines = [
+                f"{shared}, in each of {READINGS} timings: the model is not fitted by them;",
+                "make the lab again when the card is left alone and cool, or choose the constants yourself",
+            ]
+        elif disturbed := verdict.taint(facts["health"]):
+            lines = [
+                f"{disturbed}: this machine is measured slower than it is, and the model may be too small;",
+                "end what else is running and make the lab again, or choose the constants yourself",
+            ]
+        else:
+            return
+        self._told = True
+        for line in lines:
+            self._screen.say(f"  {line}")
 
 
 def _timed(recipe: bytes, settings: Settings, compiled: Path) -> dict[str, Any]:

@@ -183,7 +183,7 @@ def _trust(found: Findings) -> str:
             f"{rules.simple}; both {rules.both}. {sections.SIMPLE_SEES}"
             + (f"; {rules.earlier} {sections.EARLIER_SEES}." if rules.earlier else ".")
         )
-    lines += [f"Measured on {_plain(card)}." for card in m.cards]
+    lines += [f"Measured on {_plain(device)}." for device in m.devices]
     of = f", of {plural(m.experiments, 'experiment')}" if m.experiments else ""
     lines.append(f"{plural(m.runs, 'run')} watched; disturbed: {m.tainted}{of}. Dropped, and repeated: {m.again}.")
     lines += [f"Why: {_plain(reason)}" for reason in m.reasons[: sections.REASONS]]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from html import escape
+from typing import Any
 
 from console import sections
 from console.chart import charts, curve, key
@@ -100,6 +101,7 @@ def facts(r: Row) -> list[tuple[str, str]]:
             "everything else",
             duration(r.seconds - o["training_seconds"]) if r.seconds and o.get("training_seconds") else "",
         ),
+        ("scored", _halved(o.get("describe") or {})),
         ("device idle before", _idle(r)),
         ("audited", "yes" if o.get("audited") else ""),
         ("commit", r.commit[:10]),
@@ -107,6 +109,13 @@ def facts(r: Row) -> list[tuple[str, str]]:
         ("not isolated", str(r.detail.get("not_isolated") or "")),
     ]
     return [(what, figure) for what, figure in found if figure]
+
+
+def _halved(describe: Mapping[str, Any]) -> str:
+    """Only where memory ended with as many rows as the settings say."""
+    if not describe.get("scored_rows_reason"):
+        return ""
+    return f"in batches of {plural(int(describe['scored_rows']), 'row')}, as memory ended with more"
 
 
 def _idle(r: Row) -> str:

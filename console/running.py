@@ -286,8 +286,8 @@ def _keys(loop: Loop) -> tuple[Callable[[str], None], Callable[[bool], str]]:
 
 def _must_be_free(lab: Lab) -> None:
     """Before the banner: the loop refuses the same, but a banner followed by an error would mislead. Raises `Busy` of
-    lab and device, `LabError` of a train.py that nobody handed in."""
-    from core import locks
+    lab and device, `LabError` of a train.py that nobody handed in, `CardGone`."""
+    from core import cardfaults, locks
 
     state, where = running_state(lab), quoted(places.spelled(lab.path))
     if state is not None:
@@ -297,6 +297,9 @@ def _must_be_free(lab: Lab) -> None:
             f"see `autoresearch status {where}`, or end it with `autoresearch stop {where}`",
         )
     locks.require_free(lab.settings.device)
+    cards = [str(s.versions.get("card") or "") for s in lab.ledger.all_samples()]
+    if lost := cardfaults.missing(lab.settings.device, next(filter(None, reversed(cards)), "")):
+        raise lost
     if lab.is_dirty() and not lab.ledger.knows_source(hashlib.sha256(lab.working_source()).hexdigest()):
         raise LabError("train.py has changes that were not judged", lab.how_to_restore())
 

@@ -425,7 +425,7 @@ def _machine(found: Findings) -> str:
         f"Runs that were watched: {number('machine.runs', m.runs)}; disturbed: {number('machine.tainted', m.tainted)}"
     )
     lead += f", of {number('machine.experiments', m.experiments)} {noun}" if m.experiments else ""
-    parts = [f"<p>{escape(shorten(card, 200))}</p>" for card in m.cards]
+    parts = [f'<p class="says">{escape(shorten(device, 200))}</p>' for device in m.devices]
     parts += [f"<p>{lead}. Dropped, and repeated: {number('machine.again', m.again)}.</p>"]
     parts += [f'<p class="says soft">{escape(shorten(reason, 200))}</p>' for reason in m.reasons[:REASONS]]
     if m.speed:

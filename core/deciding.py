@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from core import probing, verdict
+from core import probing, steady, verdict
 from core.eras import eras
 from core.ledger import FAILED, KEPT, Experiment, Sample, now
 from core.live import Event
@@ -183,9 +183,7 @@ class Deciding:
         status, reason = str(outcome.get("status", "crash")), str(outcome.get("reason", ""))
         rule = {"rule": self._session.lab.settings.verdict, "simple": status}
         disturbed = (outcome.get("health") or {}).get("disturbed")
-        # Others make a recipe slow, and take the memory that it needs; what is broken by itself is not run again.
-        by_others = status in ("timeout", "hopeless") or (status == "crash" and outcome.get("out_of_memory"))
-        if by_others and disturbed and e.attempts < ATTEMPTS:
+        if steady.can_be_others(outcome) and disturbed and e.attempts < ATTEMPTS:
             return Step(AGAIN, f"{reason}, while {disturbed}")
         if status == "hopeless":  # what upstream's rule would have said after the rest of the run is as good as sure
             record = {**rule, "simple": "discard", "stopped_early": outcome.get("stopped_early") or {}}

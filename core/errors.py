@@ -22,6 +22,17 @@ class Busy(UserError):
 class Transient(UserError):
     """The machine could not at that moment, being too slow or too busy; the same again a little later may work."""
 
+    def at_last(self) -> str:
+        """What to do when it did not."""
+        return f"end what else uses the machine, then `autoresearch run` goes on: nothing is lost ({self.action})"
+
+
+class CardGone(Transient):
+    """The driver no longer tells of a graphics card: it has failed, or was taken out. It may come back by itself."""
+
+    def at_last(self) -> str:
+        return self.action
+
 
 class DeviceFull(UserError):
     """Others hold so much of a card's memory that no work can begin on it; with `needed` free bytes it could."""

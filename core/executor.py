@@ -11,7 +11,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Protocol
 
-from core import gpuwatch
+from core import cardfaults, gpuwatch, locks
 from core.errors import DeviceFull
 from core.facts import Facts
 from core.files import remove
@@ -91,6 +91,7 @@ class LocalExecutor:
     def _on_card(self, request: Request, on_event: Callable[[Event], None], stop: threading.Event) -> Outcome:
         """A shared card is waited for: what is measured beside a game is worth nothing, or does not fit."""
         from core import referee
+        from core.child import BackendFailed
 
         device, source, began, needed = request.settings.device, self._source(), time.monotonic(), request.card_bytes
         self._needed = needed
@@ -102,7 +103,7 @@ class LocalExecutor:
         while True:
             left = max(0.0, self._card_wait - (time.monotonic() - began))
             gpuwatch.require_free(device, source, say, stop, left, self._card_every, needed)
-            waited, free = time.monotonic() - began, source.look(device, ()).free
+            waited, before = time.monotonic() - began, source.look(device, ())
             try:
                 outcome = referee.execute(request, on_event, stop)
                 break
@@ -113,17 +114,35 @@ class LocalExecutor:
                 needed = max(needed, full.needed)
                 say(f"{full.fact}: waits until it is free")
                 gpuwatch.wait(stop, self._card_every)
+            except BackendFailed as failed:
+                self._require_card(device)
+                if said := cardfaults.fault(failed.fact, failed.action):
+                    raise cardfaults.failing(said) from None
+                raise
+        if outcome.status in ("crash", "timeout") and not before.error:
+            self._require_card(device)  # else the recipe had none to run on
         outcome.timings |= {"waiting": round(waited, 3)} if waited >= 1.0 else {}
-        self._tell_card(outcome, device, free, stop, needed)
+        self._tell_card(outcome, device, before, stop, needed)
         return outcome
 
-    def _tell_card(self, outcome: Outcome, device: str, free: int | None, stop: threading.Event, needed: int) -> None:
-        """Into the record: what was free before the run, and whether others have the card after one that ran out of
-        memory, which may have ended before it was watched."""
-        card = {**(outcome.health.get("card") or {}), "free_before": free}
-        if outcome.out_of_memory and not card.get("tainted"):
-            card["tainted"] = gpuwatch.in_use_now(device, self._source(), stop, needed=needed)
-            outcome.health |= {"tainted": card["tainted"]} if card["tainted"] else {}
+    def _require_card(self, device: str) -> None:
+        """Raises `CardGone` where the driver does not tell of the card."""
+        if said := self._source().look(device, ()).error:
+            index = locks.cuda_index(device)
+            raise cardfaults.gone("" if index is None else locks.cuda_name(index), said) from None
+
+    def _tell_card(
+        self, outcome: Outcome, device: str, before: gpuwatch.Look, stop: threading.Event, needed: int
+    ) -> None:
+        """Into the record: what was free before the run, whether others have the card after one that ran out of
+        memory, which may have ended before it was watched, and what the driver said where it ended the run."""
+        card = {**(outcome.health.get("card") or {}), "free_before": before.free}
+        if outcome.status == "crash" and (said := cardfaults.fault(outcome.reason, outcome.log_tail)):
+            card["fault"] = said
+            card["tainted"] = card.get("tainted") or "the card's driver ended what ran on it"
+        elif outcome.out_of_memory and not card.get("tainted"):
+            card["tainted"] = gpuwatch.in_use_now(device, self._source(), stop, needed=needed, before=before)
+        outcome.health |= {"tainted": card["tainted"]} if card.get("tainted") else {}
         outcome.health["card"] = card
 
     def _source(self) -> gpuwatch.Source:

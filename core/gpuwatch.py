@@ -231,16 +231,37 @@ def wait_until_free(
     return True
 
 
-def in_use_now(device: str, source: Source, stop: threading.Event, lingers: float = LINGERS, needed: int = 0) -> str:
-    """Why the card is not free, "" if it is; for a moment at which nothing of ours runs.
+def in_use_now(
+    device: str,
+    source: Source,
+    stop: threading.Event,
+    lingers: float = LINGERS,
+    needed: int = 0,
+    before: Look | None = None,
+) -> str:
+    """Why the card is not free, "" if it is; for a moment at which nothing of ours runs. `before`: an earlier such
+    moment, since which others may have taken memory.
 
     So here all that is busy is others', on every system. But our last child may have ended just now, and its work is in
     the driver's figure for a second more: a card in use is looked at twice.
     """
-    if in_use(source.look(device, ()), needed):
+
+    def look() -> str:
+        now = source.look(device, ())
+        return in_use(now, needed) or (taken_since(before, now) if before else "")
+
+    if look():
         wait(stop, lingers)
-        return in_use(source.look(device, ()), needed)
+        return look()
     return ""
+
+
+def taken_since(before: Look, now: Look) -> str:
+    """What others have taken of the card's memory between two looks beside which nothing of ours runs, "" for little:
+    what is left may do for a run and did not when it ran beside what they took."""
+    if before.free is None or now.free is None or before.free - now.free <= TAKEN:
+        return ""
+    return f"other programs took {(before.free - now.free) >> 20} MiB of the card meanwhile"
 
 
 def in_use(look: Look, needed: int = 0) -> str:

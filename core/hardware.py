@@ -116,6 +116,17 @@ def probe(source: Facts | None = None) -> Hardware:
 # --- processor ---------------------------------------------------------------------------------
 
 
+def processor(source: Facts | None = None) -> str:
+    """What trains where no NVIDIA card does: "AMD EPYC, 2 cores" or "Apple M4 Max, 16 cores, 40 GPU cores"."""
+    facts = source or LocalFacts()
+    system, _, machine = facts.system()
+    chip, emulated = _apple(facts) if system == "Darwin" else ("", False)
+    gpu_cores = identify(chip, facts).gpu_cores if chip and not emulated else 0
+    cores = usable_cores(facts)
+    parts = [chip or _cpu_name(facts, system.lower()) or machine, f"{cores} core{'s' if cores > 1 else ''}"]
+    return ", ".join([*parts, *([f"{gpu_cores} GPU cores"] if gpu_cores else [])])
+
+
 def _cpu_name(facts: Facts, os_name: str) -> str:
     if os_name == "darwin":
         return facts.run("sysctl", "-n", "machdep.cpu.brand_string") or ""

@@ -230,7 +230,7 @@ class Measuring:
         why = "; ".join(changed) or "it was run before the machine changed"
         session.note(f"measuring the best (#{best.number}) again: {why}")
         session.again(best.number, lab.settings.seed, f"the best again, because of a change: {why}")
-        outcome, idle = self.run(best, dataset, lab.settings.seed)
+        outcome, idle = self._run_patiently(best, dataset)
         if outcome.status == "stopped":
             return False
         if outcome.status != "scored" or outcome.val_bpb is None:
@@ -251,6 +251,17 @@ class Measuring:
         lab.products.clear_work({best.number})
         session.on_event(Event("note", {"text": text}))
         return True
+
+    def _run_patiently(self, best: Experiment, dataset: Dataset) -> tuple[Outcome, dict[str, float]]:
+        """A run of the best on the lab's seed, again where it has no score by the fault of others."""
+        session = self._session
+        for left in range(FAILS - 1, -1, -1):
+            outcome, idle = self.run(best, dataset, session.lab.settings.seed)
+            why = self.disturbed(best.number, outcome)
+            if outcome.status == "stopped" or not (why and left and steady.can_be_others(outcome.to_dict())):
+                break
+            session.note(f"#{best.number} is run again: {outcome.reason}, while {why}")
+        return outcome, idle
 
     # --- what surrounds a run ----------------------------------------------------------------------
 

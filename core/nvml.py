@@ -60,8 +60,8 @@ class Nvml:
                 nvml.nvmlShutdown()
 
     def _uuid(self, device: str) -> str:
-        """The card that "cuda:1" stands for, as CUDA counts; looked up once."""
-        if device not in self._uuids:
+        """The card that "cuda:1" stands for, as CUDA counts; looked up until it is found, as a card may come back."""
+        if not self._uuids.get(device):
             index = device.partition(":")[2]
             self._uuids[device] = cuda_uuid(int(index or 0))
         return self._uuids[device]

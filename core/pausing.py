@@ -44,7 +44,8 @@ from core.wire import Message, ProtocolError
 
 REST_SEEN = 1.1  # seconds; a driver's figure is about the last second at most
 REST_EVERY = 0.05  # seconds between two looks at a card that comes to rest
-REST_WITHIN = 2.0  # seconds in which it has to
+REST_WITHIN = 2.0  # seconds in which it has to, but not more than
+REST_SHARE = 0.05  # of the budget
 SHORTEST = 0.5  # seconds; a pause lasts this, or twice, four times, ... as long
 PROBER_SECONDS = 30.0  # in which a prober has to import, build, load and score
 DEATH_SHOWS = 1.0  # seconds in which the end of a trainer is told, for want of memory say
@@ -137,7 +138,7 @@ class Prober:
             return None
         if self._card is None:
             clock.stop()
-        elif reason := at_rest(self._place.settings.device, self._card, clock, self._place.stop):
+        elif reason := at_rest(self._place.settings.device, self._card, clock, self._place.stop, patience(budget)):
             frozen.thaw()
             self._leave_out(index, reason)
             return None
@@ -213,6 +214,12 @@ def card(device: str) -> gpuwatch.Source | None:
     if device == "cpu":
         return None
     return Nvml() if device.startswith("cuda") else apple.GpuLoad(LocalFacts())
+
+
+def patience(budget: float) -> float:
+    """Seconds that a card may take to come to rest. They count as training in which none is done: of a budget of a few
+    seconds two looks in vain would leave nothing, and every run would end late."""
+    return min(REST_WITHIN, REST_SHARE * budget)
 
 
 def at_rest(

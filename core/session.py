@@ -68,10 +68,7 @@ class Session:
         try:
             return call()
         except Transient as failed:
-            raise UserError(
-                f"{failed.fact}, {1 + len(TRIED_AGAIN)} times in a row",
-                f"end what else uses the machine, then `autoresearch run` goes on: nothing is lost ({failed.action})",
-            ) from failed
+            raise UserError(f"{failed.fact}, {1 + len(TRIED_AGAIN)} times in a row", failed.at_last()) from failed
 
     def again(self, number: int, seed: int, text: str) -> None:
         """Another run of what was measured before, or of what is made from it."""

@@ -47,6 +47,14 @@ def departure(outcome: Mapping[str, Any], steady: Steady) -> str:
     return _interrupted(health) or _unlike(health, steady) or _rate(rate(outcome), steady)
 
 
+def can_be_others(outcome: Mapping[str, Any]) -> bool:
+    """Whether a run without a score may be one by the fault of others, if it was disturbed: they make a recipe slow and
+    take the memory that it needs, and a driver fails. What is broken by itself is not run again."""
+    status, card = str(outcome.get("status", "crash")), (outcome.get("health") or {}).get("card") or {}
+    not_its = bool(outcome.get("out_of_memory") or card.get("fault"))
+    return status in ("timeout", "hopeless") or (status == "crash" and not_its)
+
+
 def rate(outcome: Mapping[str, Any]) -> float | None:
     """Steps per second; None where nothing was trained."""
     steps, seconds = float(outcome.get("steps") or 0), float(outcome.get("training_seconds") or 0.0)

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from core import locks
+from core import hardware, locks
 from core.caches import kernels_tag
 from core.facts import nvidia_driver
 from core.paths import project_root
@@ -33,10 +33,11 @@ ON_CARDS = ("flash-attn-3", "flash-attn-4", "nvidia-cudnn-cu12", "nvidia-cudnn-c
 
 
 def versions(settings: Settings, root: Path | None = None) -> dict[str, Any]:
-    """Code hash, libraries, interpreter, OS, driver, device and card, as JSON. Loads no library for it.
+    """Code hash, libraries, interpreter, OS, driver, device and card or processor, as JSON. Loads no library for it.
 
     A card is one by its name: in a rented machine, or by another CUDA_VISIBLE_DEVICES, "cuda:0" may be a faster one
-    than yesterday, and what it trains in a budget is no gain of a recipe.
+    than yesterday, and what it trains in a budget is no gain of a recipe. So is a processor, with the cores of it that
+    may be used.
     """
     on_card = settings.device.startswith("cuda")
     index = locks.cuda_index(settings.device)
@@ -44,7 +45,7 @@ def versions(settings: Settings, root: Path | None = None) -> dict[str, Any]:
     return {
         "code": code_hash(root or project_root(), settings.backend),
         **({"kernels": kernels_tag(root)} if on_card else {}),
-        **({"card": locks.cuda_name(index) or None} if index is not None else {}),
+        **({"card": locks.cuda_name(index) or None} if index is not None else {"processor": hardware.processor()}),
         **{name: version for name in names if (version := _installed(name)) is not None},
         "python": platform.python_version(),
         "os": f"{platform.system()} {platform.release()} {platform.machine()}",

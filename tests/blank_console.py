@@ -5,12 +5,13 @@ of its library and of who shares it to what they may read. The card's numbers ar
 logarithm of the vocabulary, a scorer's losses are what its logits, all alike, give. Of each child they are lower by a
 chance of so little that the audit lets it pass: else no experiment were better than another.
 
-Shapes are small, one way through the card is timed, a busy card is looked at often, and what else this machine does
-counts as nothing.
+Shapes are small, one way through the card is timed, a busy or lost card is looked at often, and neither what else this
+machine does nor how fast steps come counts as anything.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import random
 from dataclasses import replace
@@ -20,7 +21,7 @@ from typing import Any
 import backends
 import cli
 from console import fitting
-from core import gpuwatch, health, landlock, sandbox
+from core import gpuwatch, health, landlock, sandbox, session, steady
 
 CARD = {name: os.environ[name] for name in os.environ if name.startswith(("BLANK_CARD", "TORCHDYNAMO"))} | {
     name: os.environ[name] for name in ("LD_PRELOAD", "LD_LIBRARY_PATH", "TRITON_LIBCUDA_PATH")
@@ -53,7 +54,9 @@ def main() -> None:
     backends.Backend.profile = profile
     gpuwatch.wait = lambda stop, seconds: given_wait(stop, min(seconds, 0.5))
     health._busy_seconds = lambda: 0.0
+    steady.SLOWER = math.inf
     fitting.TRIED = 1
+    session.TRIED_AGAIN = (1.0, 3.0)
     cli.main()
 
 

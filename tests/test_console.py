@@ -271,6 +271,13 @@ def test_what_computed_an_experiment_is_among_its_facts() -> None:
     assert "kernels" not in dict(page.facts(a_row(2, outcome=OUTCOME)))
 
 
+def test_a_score_in_smaller_batches_is_told_as_one() -> None:
+    less = {"scored_rows": 7, "scored_rows_reason": "CUDA out of memory"}
+    for described, said in (({"scored_rows": 16}, None), (less, "in batches of 7 rows, as memory ended with more")):
+        row = a_row(1, "keep", 1.85, None, outcome={**OUTCOME, "describe": described})
+        assert dict(page.facts(row)).get("scored") == said
+
+
 # --- picture and page ----------------------------------------------------------------------------
 
 

@@ -295,7 +295,8 @@ def test_a_lab_that_goes_on_on_another_card_is_told_of_a_change(settings, monkey
     monkeypatch.setattr("core.hardware.LocalFacts", lambda: Machine(**there))
     on_card = replace(settings, backend="cuda", device="cuda:0")
     first = versions(on_card)
-    assert first["card"] == H100.name and "card" not in versions(settings)
+    assert first["card"] == H100.name and "processor" not in first
+    assert "card" not in versions(settings) and versions(settings)["processor"] == "x86_64, 8 cores"
     there["gpus"] = [replace(H100, uuid="GPU-b")]
     assert changes(first, versions(on_card)) == []  # its twin
     there["gpus"] = "NVML: Unknown Error"
@@ -323,7 +324,9 @@ def test_on_a_card_a_change_of_kernels_or_of_their_peers_is_one_of_what_measures
 @pytest.mark.parametrize(
     ("said", "kind"),
     [("CUDA error: out of memory", DeviceFull), ("CUDA-capable device(s) is/are busy or unavailable", DeviceFull),
-     ("CUDA error: an illegal memory access was encountered", RuntimeError)],
+     ("CUDA error: an illegal memory access was encountered", RuntimeError),
+     ("CUDA error: unspecified launch failure", UserError),
+     ('NVML_SUCCESS == DriverAPI::get()->nvmlInit_v2_() INTERNAL ASSERT FAILED at "PeerToPeerAccess.cpp"', UserError)],
 )  # fmt: skip
 def test_a_card_that_cannot_be_opened_now_is_waited_for(monkeypatch, said, kind):
     device = pytest.importorskip("backends.cuda.device")
@@ -342,7 +345,8 @@ def test_a_card_that_cannot_be_opened_now_is_waited_for(monkeypatch, said, kind)
     }.items():
         monkeypatch.setattr(device.torch.cuda, name, lambda *a, answer=answer: answer)
     monkeypatch.setattr(device.torch.cuda, "set_per_process_memory_fraction", lambda share: None)
-    expected = pytest.raises(kind, match="cannot be opened now" if kind is DeviceFull else "illegal")
+    told = {DeviceFull: "cannot be opened now", RuntimeError: "illegal", UserError: "Xid|restart the container"}
+    expected = pytest.raises(kind, match=told[kind])
     with monkeypatch.context() as patch:
         patch.setattr(device.torch.cuda, "mem_get_info", refuse)
         for opened in (device, rtx):

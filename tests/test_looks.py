@@ -231,6 +231,11 @@ def test_a_clock_stands_still_only_while_the_card_rests(
     assert (first == second) == (not why)
 
 
+def test_two_looks_in_vain_leave_most_of_a_short_budget() -> None:
+    """What a card takes to come to rest counts as training."""
+    assert [pausing.patience(budget) for budget in (2.0, 20.0, 300.0)] == [0.1, 1.0, 2.0]
+
+
 @pytest.mark.parametrize(("took", "length"), [(0.0, 0.5), (0.5, 0.5), (0.51, 1.0), (3.0, 4.0), (33.0, 64.0)])
 def test_a_pause_has_one_of_a_few_lengths(took: float, length: float) -> None:
     """What a prober could tell a trainer by its own slowness is one of these."""

@@ -338,18 +338,23 @@ def test_a_disturbed_experiment_is_wasted_time_and_its_reason_is_told(tmp_path, 
         assert "other processes kept 1.9 cores busy beside our 2.0" in said
 
 
-def test_the_cards_that_were_measured_on_are_told(tmp_path, settings, monkeypatch):
+def test_the_cards_and_processors_that_were_measured_on_are_told(tmp_path, settings, monkeypatch):
     """By name and driver, each once: "cuda:0" says nothing a week later."""
     lab, _, _ = night(tmp_path / "cards", settings, monkeypatch, NIGHT[:3])
     with sqlite3.connect(lab.record / "ledger.sqlite") as db:
-        for number, card in ((1, "A <b> card"), (2, "A <b> card"), (3, "Another card")):
-            versions = {"device": "cuda:0", "card": card, "driver": "580.65", "torch": "2.14.1"}
+        card = {"card": "A <b> card", "driver": "580.65", "torch": "2.14.1"}
+        for number, versions in (
+            (1, card),
+            (2, card),
+            (3, card | {"card": "Another card"}),
+            (4, {"processor": "AMD EPYC, 2 cores", "os": "Linux 6"}),
+        ):
             db.execute("UPDATE samples SET versions = ? WHERE number = ?", (json.dumps(versions), number))
-    assert findings(read(lab)).machine.cards == [
-        f"{card}, driver 580.65, torch 2.14.1" for card in ("A <b> card", "Another card")
-    ]
+    cards = [f"{card}, driver 580.65, torch 2.14.1" for card in ("A <b> card", "Another card")]
+    assert findings(read(lab)).machine.devices == [*cards, "AMD EPYC, 2 cores, Linux 6"]
     html, text = sane(lab)
     assert "A &lt;b&gt; card, driver 580.65" in html and "Measured on Another card, driver 580.65" in text
+    assert "Measured on AMD EPYC, 2 cores, Linux 6." in text
 
 
 def test_runs_that_were_dropped_are_told_with_the_reason(tmp_path, settings, monkeypatch):

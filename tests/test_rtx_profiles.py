@@ -279,7 +279,7 @@ def trial(tmp_path, monkeypatch):
             facts = {"seconds_per_step": seconds[way["DEVICE_BATCH_SIZE"]], "describe": describe(way)}
             return {**facts, "health": health or {}}
 
-        return fitting.choose(ways, measure, said.append, known_as)
+        return fitting.choose(ways, measure, said.append, known_as)[0]
 
     return run, tried, said
 
@@ -341,19 +341,20 @@ def fitted(monkeypatch, tmp_path):
     """The fitting for a card that is not here: what it said, and the settings of each timing."""
     from console import making
 
-    def fit(card, facts, keep_shape=True):
+    def fit(card, facts, keep_shape=True, each=None):
         here = probe(Machine(gpus=[card]))
         monkeypatch.setattr("core.hardware.probe", lambda: here)
         monkeypatch.chdir(tmp_path)
         chosen = making.plan(None, making.Wishes(backend="rtx", tag="x"))
         said, timed = [], []
 
-        def measure(screen, recipe, settings, compiled):
+        def measure(recipe, settings):
             timed.append(settings)
             usual = {"dtype": device.choose_dtype(here.gpus[0].capability).value, "dtype_reason": here.gpus[0].arch}
-            return {**usual, "seconds_per_step": 0.1, "params": 10**7, "describe": {}, "health": {}, **facts}
+            seconds = {"seconds_per_step": next(each)} if each else {}
+            return {**usual, "seconds_per_step": 0.1, "params": 10**7, "describe": {}, "health": {}, **facts, **seconds}
 
-        monkeypatch.setattr(making, "_measure", measure)
+        monkeypatch.setattr(making, "_Timing", lambda screen, compiled: measure)
         data = SimpleNamespace(path=Path("text"), sha256="0" * 64, vocab_size=8192, bos_id=0)
         recipe = backends.fit(backends.load("rtx").recipe(), chosen.profile)
         _, settings = making._fitted(SimpleNamespace(say=said.append), chosen, data, recipe, keep_shape, tmp_path)
@@ -392,6 +393,13 @@ def test_no_way_through_the_card_is_timed_twice_and_each_is_told_before_it_is_co
     assert sum(line.startswith("  timing ") for line in said) == fitting.TRIED - 1
 
 
+def test_the_steps_that_are_told_are_those_of_the_way_that_was_chosen(fitted, tmp_path, monkeypatch):
+    monkeypatch.setenv("AUTORESEARCH_HOME", str(tmp_path / "home"))
+    for times in ([0.4, 0.25, 0.5], [0.4]):  # timed, and remembered
+        said = fitted(rtx("3060", 11.76, (8, 6)), {}, keep_shape=False, each=iter(times))[0]
+        assert "  about 1.2k steps in 5 min, 10M parameters" in said
+
+
 GAME = {
     "card": {"tainted": "other programs kept the card 80% busy"},
     "tainted": "other programs kept the card 80% busy",
@@ -426,8 +434,13 @@ def test_a_timing_beside_a_game_is_taken_again(monkeypatch, tmp_path, games, tim
         return {"seconds_per_step": 0.1, "health": GAME if len(made) <= games else {"card": {"tainted": ""}}}
 
     monkeypatch.setattr("core.referee.measure", measure)
-    facts = making._measure(SimpleNamespace(say=lines.append), b"", SimpleNamespace(device="cuda:0"), tmp_path)
+    timing = making._Timing(SimpleNamespace(say=lines.append), tmp_path)
+    facts = timing(b"", SimpleNamespace(device="cuda:0"))
     assert len(made) == timings and made[0] == 7, "the card was waited for until it was quiet twice"
     assert "90% busy with other programs: waits until it is free" in lines[0]
     assert [line.split(": ")[-1] for line in lines[1:] if "timed again" in line] == said
     assert bool(fitting.shared(facts)) == any("the model is not fitted" in line for line in lines) == (games > 2)
+    if games > 2:  # the next recipe is timed once, and nothing is said again
+        before = len(lines)
+        timing(b"", SimpleNamespace(device="cuda:0"))
+        assert (len(made), len(lines)) == (timings + 1, before)

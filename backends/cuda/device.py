@@ -14,7 +14,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from core import allocator, torchbuild
+from core import allocator, cardfaults, torchbuild
 from core.contract import Choice, Memory, Peak
 from core.errors import DeviceFull, UserError
 from kernels.errors import out_of_memory
@@ -23,6 +23,7 @@ from kernels.pinned import PinnedSlots, later
 NATS_BYTES = 2**28  # memory of the float32 logits that are turned into nats at a time
 LEAST_CAPABILITY = (8, 0)
 LEAST_FREE = 2 * 2**30  # bytes; what a child needs before it holds anything of a model
+NVML = "NVML_SUCCESS"  # of torch's assertion, which is all that it says when NVML fails
 PEAK_SIZE = 8192  # side of the square matrices of which an unknown card's peak is measured
 PEAK_SOURCE = "NVIDIA's data sheet: dense bfloat16 with float32 accumulation"
 PEAKS = {  # FLOP/s without sparsity; the longest name that a card's name contains counts
@@ -174,7 +175,7 @@ def suit_allocator(name: str) -> None:
 @contextmanager
 def opening(needed: int) -> Iterator[None]:
     """`DeviceFull` where what this process needs of the card by itself is not there, or where the card is set to serve
-    one process at a time and serves another."""
+    one process at a time and serves another; `UserError` where torch or the driver fails."""
     try:
         yield
     except RuntimeError as error:
@@ -182,9 +183,18 @@ def opening(needed: int) -> Iterator[None]:
         if "operation not supported" in said:
             action = "set PYTORCH_ALLOC_CONF=expandable_segments:False, and run it again"
             raise UserError(f"the card's driver refuses memory that grows ({said})", action) from None
+        if NVML in said and not out_of_memory(error):
+            action = (
+                "see whether nvidia-smi answers, and restart the container or the machine where it does not; without "
+                "NVML torch works with PYTORCH_ALLOC_CONF=expandable_segments:False"
+            )
+            raise UserError(f"torch asks NVML about the card and gets no answer ({said[:200]})", action) from None
+        if cardfaults.fault(said, ""):
+            raise UserError(f"the card cannot be opened ({said[:200]})", cardfaults.LOOK) from None
         if not out_of_memory(error) and "unavailable" not in said:
             raise
-        raise DeviceFull(f"the card cannot be opened now ({said})", "end what uses it: nvidia-smi", needed) from None
+        fact = f"the card cannot be opened now ({said.partition('. ')[0]})"  # what torch goes on with is of no use here
+        raise DeviceFull(fact, "end what uses it: nvidia-smi", needed) from None
 
 
 def _require_driver() -> None:

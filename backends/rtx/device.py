@@ -50,24 +50,35 @@ def choose_dtype(capability: tuple[int, int]) -> Choice:
     return Choice("float16", f"{named} (Turing) only emulates bfloat16; the loss is scaled so that float16 suffices")
 
 
-def no_cuda(platform: str = sys.platform) -> UserError:
-    """Why torch does not reach the card, with the next command."""
+def no_cuda(platform: str = sys.platform, said: str = "") -> UserError:
+    """Why torch does not reach the card, with the next command. `said`: its own words."""
     if torch.version.cuda is None:
         where = " (PyPI's torch for Windows is one)" if platform == "win32" else ""
         return UserError(
             f"torch {torch.__version__} is a build without CUDA{where}", f"{install(0)}, or use --backend cpu"
         )
+    fact = f"torch {torch.__version__} (CUDA {torch.version.cuda}) cannot use this machine's driver"
     return UserError(
-        f"torch {torch.__version__} (CUDA {torch.version.cuda}) cannot use this machine's driver",
-        "update NVIDIA's driver (nvidia-smi shows which CUDA it knows), or use --backend cpu",
+        f"{fact} ({said})" if said else fact,
+        "run nvidia-smi: it tells whether the card answers and which CUDA the driver knows; update an older driver, or "
+        "use --backend cpu",
     )
+
+
+def _said() -> str:
+    """Why torch finds no card, in its own words."""
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:  # AssertionError: a torch that was built without CUDA
+        return next(iter(str(error).splitlines()), type(error).__name__)[:200]
+    return ""
 
 
 def open_device() -> RtxDevice:
     """Sets this process up for work on the card: memory capped below what is free, float16 sums in float32."""
     os.environ.update(allocator.settings(os.environ))
     if not torch.cuda.is_available():
-        raise no_cuda()
+        raise no_cuda(said=_said())
     with opening(margin() + LEAST):
         torch.cuda.set_device(0)
         free, total = torch.cuda.mem_get_info()

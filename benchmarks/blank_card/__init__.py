@@ -15,7 +15,8 @@ What it is not: no kernel is run, so numbers on the card are zeros or what was c
 and no time means anything. What it does not stand in for answers "not supported" and is counted as absent.
 
 Processes whose BLANK_CARD_SHARED names one file share a card: what one holds the others cannot take, and NVML tells of
-all. BLANK_CARD_VALUE is a number that stands on the host for every one that a kernel would have written.
+all; `sharing.Shared` is another program's part in it, and lets the card fail, fall off the bus or be taken out.
+BLANK_CARD_VALUE is a number that stands on the host for every one that a kernel would have written.
 
 The real libcuda is hidden from those children alone that are given `environment`; nothing is changed in this process.
 """
@@ -62,6 +63,7 @@ CARDS: Mapping[str, Card] = {
     "2080ti": Card("NVIDIA GeForce RTX 2080 Ti", 75, 68, 11 * GIB),
     "3060": Card("NVIDIA GeForce RTX 3060", 86, 28, 12 * GIB),
     "4060": Card("NVIDIA GeForce RTX 4060", 89, 24, 8 * GIB),
+    "4060-laptop": Card("NVIDIA GeForce RTX 4060 Laptop GPU", 89, 24, 8 * GIB),
     "4090": Card("NVIDIA GeForce RTX 4090", 89, 128, 24 * GIB),
     "5090": Card("NVIDIA GeForce RTX 5090", 120, 170, 32 * GIB),
 }

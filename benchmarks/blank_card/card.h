@@ -40,4 +40,14 @@ void card_give_back(size_t bytes);
 size_t card_free(void); /* bytes that nobody has */
 int card_users(User *users); /* how many there are now; `users` has room for CARD_USERS */
 
+/* What befell the card since; the numbers stand in `sharing.py`. */
+enum { FINE, LOST, REMOVED, UNTOLD, MISMATCH };
+typedef struct {
+  unsigned state;
+  unsigned failures; /* how often all that was on it was ended, as by an Xid 13 */
+} Fate;
+
+unsigned card_state(void);
+int card_error(void); /* what a call of this process returns for it; the runtime's and the driver's number, 0 for none */
+
 #endif

@@ -101,9 +101,11 @@ void blank_count(int kind, const char *name, long long bytes) {
   pthread_mutex_unlock(&lock);
 }
 
+enum { EXECUTION_FAILED = 13 }; /* of cublasStatus_t */
+
 int blank_product(const char *name) {
   blank_count(PRODUCT, name, 0);
-  return 0;
+  return card_error() ? EXECUTION_FAILED : 0;
 }
 
 int blank_absent(const char *name) {

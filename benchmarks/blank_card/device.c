@@ -13,9 +13,15 @@ static char context; /* one for all */
 
 static void told(int *value, int what) { *value = what; }
 
-cudaError_t cudaGetDeviceCount(int *n) { return told(n, 1), cudaSuccess; }
+/* Of a card that is away, or that the driver does not fit, there are none. */
+static int counted(int *n) {
+  int error = card_error();
+  return told(n, !error), error == cudaErrorLaunchFailure ? 0 : error;
+}
+
+cudaError_t cudaGetDeviceCount(int *n) { return counted(n); }
 cudaError_t cudaGetDevice(int *d) { return told(d, 0), cudaSuccess; }
-cudaError_t cudaSetDevice(int d) { return d ? cudaErrorInvalidDevice : cudaSuccess; }
+cudaError_t cudaSetDevice(int d) { return d ? cudaErrorInvalidDevice : card_error(); }
 cudaError_t cudaDriverGetVersion(int *v) { return told(v, CUDART_VERSION), cudaSuccess; }
 cudaError_t cudaRuntimeGetVersion(int *v) { return told(v, CUDART_VERSION), cudaSuccess; }
 cudaError_t cudaDeviceGetAttribute(int *value, enum cudaDeviceAttr which, int d) {
@@ -56,9 +62,9 @@ cudaError_t cudaGetDeviceProperties(struct cudaDeviceProp *p, int d) {
   return cudaSuccess;
 }
 
-CUresult cuInit(unsigned flags) { return CUDA_SUCCESS; }
+CUresult cuInit(unsigned flags) { return card_error(); }
 CUresult cuDriverGetVersion(int *v) { return told(v, CUDART_VERSION), CUDA_SUCCESS; }
-CUresult cuDeviceGetCount(int *n) { return told(n, 1), CUDA_SUCCESS; }
+CUresult cuDeviceGetCount(int *n) { return counted(n); }
 CUresult cuDeviceGet(CUdevice *d, int i) { return told(d, i), i ? CUDA_ERROR_INVALID_DEVICE : CUDA_SUCCESS; }
 CUresult cuDeviceGetName(char *name, int size, CUdevice d) {
   snprintf(name, (size_t)size, "%s", card_name());
@@ -84,10 +90,10 @@ CUresult cuDevicePrimaryCtxGetState(CUdevice d, unsigned *flags, int *active) {
   return told(active, 1), CUDA_SUCCESS;
 }
 
-/* --- errors: each call returns its own, none lies in wait ---------------------------------------------------- */
+/* --- errors: each call returns its own, and what befell the card is every call's from then on ------------------ */
 
-cudaError_t cudaGetLastError(void) { return cudaSuccess; }
-cudaError_t cudaPeekAtLastError(void) { return cudaSuccess; }
+cudaError_t cudaGetLastError(void) { return card_error(); }
+cudaError_t cudaPeekAtLastError(void) { return card_error(); }
 
 const char *cudaGetErrorString(cudaError_t e) {
   switch (e) {
@@ -96,6 +102,10 @@ const char *cudaGetErrorString(cudaError_t e) {
     case cudaErrorInvalidConfiguration: return "invalid configuration argument";
     case cudaErrorNotSupported: return "not supported by the blank card";
     case cudaErrorInvalidValue: return "invalid argument";
+    case cudaErrorLaunchFailure: return "unspecified launch failure";
+    case cudaErrorUnknown: return "unknown error";
+    case cudaErrorNoDevice: return "no CUDA-capable device is detected";
+    case cudaErrorSystemDriverMismatch: return "system has unsupported display driver / cuda driver combination";
     default: return "an error of the blank card";
   }
 }
@@ -121,7 +131,7 @@ cudaError_t cudaStreamCreateWithFlags(cudaStream_t *s, unsigned flags) { return 
 cudaError_t cudaStreamCreateWithPriority(cudaStream_t *s, unsigned flags, int priority) { return new_stream(s); }
 cudaError_t cudaStreamDestroy(cudaStream_t s) { return cudaSuccess; }
 cudaError_t cudaStreamGetPriority(cudaStream_t s, int *priority) { return told(priority, 0), cudaSuccess; }
-cudaError_t cudaStreamQuery(cudaStream_t s) { return cudaSuccess; }
+cudaError_t cudaStreamQuery(cudaStream_t s) { return card_error(); }
 cudaError_t cudaStreamWaitEvent(cudaStream_t s, cudaEvent_t e, unsigned flags) { return cudaSuccess; }
 
 /* Graphs of launches are not captured; asking for one is refused. */
@@ -157,10 +167,10 @@ cudaError_t cudaEventRecord(cudaEvent_t e, cudaStream_t s) {
   struct timespec t;
   clock_gettime(CLOCK_MONOTONIC, &t);
   *moment(e) = 1e3 * (double)t.tv_sec + 1e-6 * (double)t.tv_nsec;
-  return cudaSuccess;
+  return card_error();
 }
 cudaError_t cudaEventRecordWithFlags(cudaEvent_t e, cudaStream_t s, unsigned flags) { return cudaEventRecord(e, s); }
-cudaError_t cudaEventQuery(cudaEvent_t e) { return cudaSuccess; }
+cudaError_t cudaEventQuery(cudaEvent_t e) { return card_error(); }
 cudaError_t cudaEventElapsedTime(float *ms, cudaEvent_t start, cudaEvent_t end) {
   *ms = (float)(*moment(end) - *moment(start)) + 1e-3f; /* never 0: programs divide by it */
   return cudaSuccess;
@@ -170,7 +180,7 @@ cudaError_t cudaEventElapsedTime(float *ms, cudaEvent_t start, cudaEvent_t end) 
 
 static int waited(const char *name) {
   blank_count(WAIT, name, 0);
-  return 0;
+  return card_error();
 }
 cudaError_t cudaDeviceSynchronize(void) { return waited("cudaDeviceSynchronize"); }
 cudaError_t cudaStreamSynchronize(cudaStream_t s) { return waited("cudaStreamSynchronize"); }

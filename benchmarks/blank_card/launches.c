@@ -10,7 +10,7 @@ static int launch(const char *kernel, dim3 grid, dim3 block, size_t shared) {
              threads <= 1024 && block.z <= 64 && shared <= (size_t)card_shared();
   blank_count(LAUNCH, kernel, 0);
   if (!fits) blank_count(INVALID, kernel, 0);
-  return fits ? cudaSuccess : cudaErrorInvalidConfiguration;
+  return fits ? card_error() : cudaErrorInvalidConfiguration;
 }
 
 /* --- nvcc's: a library registers each kernel under the address of its host function ---------------------- */
@@ -117,7 +117,7 @@ CUresult cuModuleGetFunction(CUfunction *f, CUmodule m, const char *name) {
 CUresult cuLaunchKernel(CUfunction f, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz,
                         unsigned shared, CUstream s, void **args, void **extra) {
   int why_not = launch((const char *)f, (dim3){gx, gy, gz}, (dim3){bx, by, bz}, shared);
-  return why_not ? CUDA_ERROR_INVALID_VALUE : CUDA_SUCCESS;
+  return why_not == cudaErrorInvalidConfiguration ? CUDA_ERROR_INVALID_VALUE : why_not;
 }
 
 CUresult cuLaunchKernelEx(const CUlaunchConfig *c, CUfunction f, void **args, void **extra) {

@@ -13,6 +13,8 @@ static Block *blocks;
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 
 cudaError_t cudaMemGetInfo(size_t *unused, size_t *total) {
+  int error = card_error();
+  if (error) return error;
   card_open(); /* as with a card: asking makes the context */
   *total = card_memory();
   *unused = card_free();
@@ -101,6 +103,8 @@ CUresult cuMemGetAddressRange_v2(CUdeviceptr *base, size_t *size, CUdeviceptr p)
 cudaError_t cudaMalloc(void **p, size_t size) {
   *p = NULL;
   if (!size) return cudaSuccess;
+  int error = card_error();
+  if (error) return error;
   if (!card_take(size)) return cudaErrorMemoryAllocation;
   void *start = map(size, PROT_READ | PROT_WRITE);
   if (start) *p = remember(start, size, 0);
@@ -158,6 +162,8 @@ CUresult cuMemAddressFree(CUdeviceptr p, size_t size) {
 
 CUresult cuMemCreate(CUmemGenericAllocationHandle *handle, size_t size, const CUmemAllocationProp *p,
                      unsigned long long flags) {
+  int error = card_error();
+  if (error) return error;
   if (!card_take(size)) return CUDA_ERROR_OUT_OF_MEMORY;
   *handle = (CUmemGenericAllocationHandle)size; /* all that its release needs */
   return CUDA_SUCCESS;
@@ -216,7 +222,7 @@ static int copy(void *to, const void *from, size_t size) {
 cudaError_t cudaMemcpy(void *to, const void *from, size_t size, enum cudaMemcpyKind k) {
   blank_count(copy(to, from, size), "cudaMemcpy", (long long)size);
   blank_count(WAIT, "cudaMemcpy", 0);
-  return cudaSuccess;
+  return card_error();
 }
 
 cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t size, enum cudaMemcpyKind k, cudaStream_t s) {
@@ -224,17 +230,17 @@ cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t size, enum cudaMe
   int pinned = find(from, &b) && find(to, &b);
   blank_count(copy(to, from, size), "cudaMemcpyAsync", (long long)size);
   if (!pinned) blank_count(WAIT, "cudaMemcpyAsync of memory that is not pinned", 0);
-  return cudaSuccess;
+  return card_error();
 }
 
 cudaError_t cudaMemset(void *p, int value, size_t size) {
   blank_count(LAUNCH, "memset", (long long)size);
-  return cudaSuccess;
+  return card_error();
 }
 
 cudaError_t cudaMemsetAsync(void *p, int value, size_t size, cudaStream_t s) { return cudaMemset(p, value, size); }
 
 CUresult cuMemsetD32Async(CUdeviceptr p, unsigned value, size_t n, CUstream s) {
   blank_count(LAUNCH, "memset", 4LL * (long long)n);
-  return CUDA_SUCCESS;
+  return card_error();
 }

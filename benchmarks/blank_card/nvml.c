@@ -5,12 +5,20 @@
 #include <string.h>
 #include <time.h>
 
-enum { DONE = 0, NOT_SUPPORTED = 3, TOO_SMALL = 7 };
+enum { DONE = 0, NOT_SUPPORTED = 3, NOT_FOUND = 6, TOO_SMALL = 7, IS_LOST = 15, OTHER_VERSION = 18, UNKNOWN = 999 };
 
+/* Why nothing at all is told. */
+static int silent(void) {
+  unsigned state = card_state();
+  return state == UNTOLD ? UNKNOWN : state == MISMATCH ? OTHER_VERSION : DONE;
+}
+
+/* A card that has fallen off the bus is counted and does not answer; one that was taken out is not there. */
 static char the_card;
 static int here(void **device) {
+  unsigned state = card_state();
   *device = &the_card;
-  return DONE;
+  return silent() ? silent() : state == LOST ? IS_LOST : state == REMOVED ? NOT_FOUND : DONE;
 }
 static int told(unsigned *value, unsigned what) {
   *value = what;
@@ -21,10 +29,19 @@ static int text(char *to, unsigned size, const char *what) {
   return DONE;
 }
 
-int nvmlInit_v2(void) { return DONE; }
-int nvmlInitWithFlags(unsigned flags) { return DONE; }
+int nvmlInit_v2(void) { return silent(); }
+int nvmlInitWithFlags(unsigned flags) { return silent(); }
 int nvmlShutdown(void) { return DONE; }
-const char *nvmlErrorString(int error) { return error == NOT_SUPPORTED ? "Not Supported" : "an error of the blank card"; }
+const char *nvmlErrorString(int error) {
+  switch (error) {
+    case NOT_SUPPORTED: return "Not Supported";
+    case NOT_FOUND: return "Not Found";
+    case IS_LOST: return "GPU is lost";
+    case OTHER_VERSION: return "Driver/library version mismatch";
+    case UNKNOWN: return "Unknown Error";
+    default: return "an error of the blank card";
+  }
+}
 
 int nvmlSystemGetCudaDriverVersion_v2(int *version) { return told((unsigned *)version, CUDART_VERSION); }
 int nvmlSystemGetDriverVersion(char *to, unsigned size) {
@@ -33,7 +50,10 @@ int nvmlSystemGetDriverVersion(char *to, unsigned size) {
 
 /* --- which card -------------------------------------------------------------------------------------------- */
 
-int nvmlDeviceGetCount_v2(unsigned *n) { return told(n, 1); }
+int nvmlDeviceGetCount_v2(unsigned *n) {
+  told(n, card_state() != REMOVED);
+  return silent();
+}
 int nvmlDeviceGetHandleByIndex_v2(unsigned i, void **device) { return i ? 2 : here(device); }
 int nvmlDeviceGetHandleByPciBusId_v2(const char *id, void **device) { return here(device); }
 int nvmlDeviceGetHandleByUUID(const char *id, void **device) { return strcmp(id, CARD_UUID) ? 6 : here(device); }
