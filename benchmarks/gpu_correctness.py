@@ -13,7 +13,7 @@ from torch import Tensor
 
 from benchmarks.gpu import Order
 from kernels import tolerance
-from kernels.attention_agreement import apart
+from kernels.agreement import apart
 from kernels.errors import out_of_memory
 
 Row = dict[str, Any]
@@ -266,7 +266,7 @@ def double(dy: Tensor | None) -> Tensor | None:
 
 
 def error(found: Tensor, wanted: Tensor) -> float:
-    """How far apart these are (kernels/attention_agreement.py). Where zeros are wanted, as on a card that computes
+    """How far apart these are (kernels/agreement.py). Where zeros are wanted, as on a card that computes
     nothing, equal zeros are no proof: 1. Where something is no number, infinite: a comparison with NaN is false, and
     the largest of several errors, one of them NaN, may be any of them."""
     return apart(found, wanted) if bool(wanted.any()) else 1.0
