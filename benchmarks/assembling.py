@@ -53,12 +53,13 @@ class Taken:
 
 def assembled(taken: Taken, profile: BenchProfile) -> BackendResult:
     contender = taken.contender
+    facts = taken.facts | {"attention": anonymous(taken.facts.get("attention", ""))}
     base = BackendResult(
         name=contender.name,
         status="measured",
         recipe=_recipe(contender),
         parity=list(taken.parity),
-        **taken.facts,
+        **facts,
     )
     if contender.obstacle:
         return replace(base, status="unavailable", reason=contender.obstacle)

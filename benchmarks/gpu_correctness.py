@@ -13,7 +13,7 @@ from torch import Tensor
 
 from benchmarks.gpu import Order
 from kernels import tolerance
-from kernels.attention_agreement import apart
+from kernels.agreement import apart
 from kernels.errors import out_of_memory
 
 Row = dict[str, Any]
@@ -22,6 +22,7 @@ TOLERANCE = {getattr(torch, name): share for name, share in tolerance.TOLERANCE.
 MUON_TOLERANCE = {torch.bfloat16: 0.06, torch.float16: 0.06, torch.float32: 5e-3}
 RATES = (1.0, 0.9, 0.5)  # Muon's learning rate, momentum and weight decay: each of them shows in one step
 OTHER_HEAD = 64  # channels of a head, beside the order's own
+GATE = 32  # channels of the norm that a value embedding's gate looks at, as in the recipes
 NO_MEMORY = "out of memory"
 
 
@@ -39,6 +40,12 @@ def correctness(order: Order) -> Iterator[Row]:
             ("mlp, products of torch", partial(mlp, by="torch")),
             ("residual_norm", partial(residual_norm, scaled=True)),
             ("residual_norm, no scalars", partial(residual_norm, scaled=False)),
+            ("project", partial(project, gated=False)),
+            ("project, value embeddings", partial(project, gated=True)),
+            ("feed", partial(feed, by="triton", keep_hidden=True)),
+            ("feed, hidden made again", partial(feed, by="triton", keep_hidden=False)),
+            ("feed, products of torch", partial(feed, by="torch", keep_hidden=True)),
+            ("last_norm", last_norm),
             ("softcapped_loss", softcapped_loss),
             ("muon, X X^T", symmetric),
         ]
@@ -131,6 +138,94 @@ def residual_norm(name: str, order: Order, dtype: torch.dtype, scaled: bool) -> 
     given = (x, x0, *scalars)
     found = gradients(norm_of(kernel.residual_norm), given, dy=dy)
     return compare(name, found, references(norm_of(kernel.reference), given, dy=dy), dtype)
+
+
+def project(name: str, order: Order, dtype: torch.dtype, gated: bool) -> Row:
+    """The first half of a layer: both outputs, and all gradients, of value embeddings too. The stream's gradient goes
+    with x and x0, for the sake of the scalars' as in `residual_norm`."""
+    from kernels import lean
+
+    normal, n, C = source(order), rows(order), order.dim
+    x, x0 = uneven(order, dtype), normal(n, C, dtype=dtype)
+    scalars = [torch.tensor([value], device=order.device) for value in (0.9, 0.2)]
+    given: tuple[Tensor, ...] = (x, x0, *scalars, normal(3 * C, C, scale=C**-0.5, dtype=dtype))
+    if gated:
+        gate = normal(order.heads, min(GATE, C), scale=min(GATE, C) ** -0.5, dtype=dtype)
+        given = (*given, gate, normal(order.vocab, C))
+    tokens = torch.randint(order.vocab, (n,), device=order.device)
+    dy = (x + x0 + normal(n, C, dtype=dtype), normal(n, 3 * C, dtype=dtype))
+
+    def ours(
+        x: Tensor, x0: Tensor, a: Tensor, b: Tensor, w: Tensor, gate: Tensor | None = None, table: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        return lean.project(x, x0, a, b, w, gate, table, tokens)
+
+    found = gradients(ours, given, dy=dy)
+    return compare(name, found, references(project_reference, given, tokens=tokens, heads=order.heads, dy=dy), dtype)
+
+
+def project_reference(
+    x: Tensor,  # (N, C)
+    x0: Tensor,  # (N, C)
+    a: Tensor,  # (1,)
+    b: Tensor,  # (1,)
+    w: Tensor,  # (3C, C)
+    gate: Tensor | None = None,  # (H, channels of the gate)
+    table: Tensor | None = None,  # (V, C)
+    *,
+    tokens: Tensor,  # (N,)
+    heads: int,
+) -> tuple[Tensor, Tensor]:
+    """kernels/lean.py's `project` in plain torch, any dtype -> (N, C), (N, 3C)."""
+    out = a * x + b * x0
+    n = normed(out)
+    q, k, v = (n @ w.T).chunk(3, dim=-1)
+    if gate is not None and table is not None:
+        g = 2 * torch.sigmoid(n[:, : gate.size(1)] @ gate.T)
+        v = v + (g[..., None] * table[tokens].unflatten(-1, (heads, -1))).flatten(1)
+    return out, torch.cat((q, k, v), dim=-1)
+
+
+def feed(name: str, order: Order, dtype: torch.dtype, by: str, keep_hidden: bool) -> Row:
+    """The second half of a layer, whose products have the norm's scale in them."""
+    from kernels import lean
+
+    normal, C = source(order), order.dim
+    given = (
+        uneven(order, dtype),
+        normal(rows(order), C, dtype=dtype),
+        normal(4 * C, C, scale=C**-0.5, dtype=dtype),
+        normal(C, 4 * C, scale=C**-0.5, dtype=dtype),
+    )
+    dy = normal(rows(order), C, dtype=dtype)
+    found = gradients(lean.feed, given, keep_hidden, by, dy=dy)
+    return compare(name, found, references(feed_reference, given, dy=dy), dtype)
+
+
+def feed_reference(x: Tensor, branch: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
+    """kernels/lean.py's `feed` in plain torch, any dtype: (N, C), (N, C), (F, C), (C, F) -> (N, C)."""
+    z = x + branch
+    return z + (normed(z) @ w1.T).relu().square() @ w2.T
+
+
+def last_norm(name: str, order: Order, dtype: torch.dtype) -> Row:
+    from kernels import lean
+
+    given, dy = (uneven(order, dtype),), source(order)(rows(order), order.dim, dtype=dtype)
+    return compare(name, gradients(lean.last_norm, given, dy=dy), references(normed, given, dy=dy), dtype)
+
+
+def normed(z: Tensor) -> Tensor:
+    from kernels.residual_norm import EPSILON
+
+    return z * torch.rsqrt(z.square().mean(-1, keepdim=True) + EPSILON)
+
+
+def uneven(order: Order, dtype: torch.dtype) -> Tensor:
+    """(N, C), some rows four times as long as others: whoever takes another row's norm for a row's is far off."""
+    x = source(order)(rows(order), order.dim)
+    lengths = torch.linspace(0.5, 2.0, len(x), device=x.device)[torch.randperm(len(x), device=x.device)]
+    return x.mul_(lengths[:, None]).to(dtype)
 
 
 def softcapped_loss(name: str, order: Order, dtype: torch.dtype) -> Row:
@@ -231,22 +326,27 @@ def source(order: Order) -> Callable[..., Tensor]:
     return normal
 
 
+Gradient = Tensor | tuple[Tensor, ...] | None
+
+
 def gradients(
-    function: Callable[..., Tensor], leaves: tuple[Tensor, ...], *rest: Any, dy: Tensor | None = None
+    function: Callable[..., Any], leaves: tuple[Tensor, ...], *rest: Any, dy: Gradient = None, **more: Any
 ) -> list[Tensor]:
-    """Output and gradients for `dy`, the output's gradient; by default one of its own shape."""
+    """Output, or outputs, and gradients for `dy`, the gradient of each; by default one of its own shape."""
     wanted = [x.detach().requires_grad_(x.is_floating_point()) for x in leaves]
-    y = function(*wanted, *rest)
-    dy = output_gradient(y) if dy is None else dy
-    return [y.detach(), *torch.autograd.grad(y, [x for x in wanted if x.requires_grad], dy)]
+    y = function(*wanted, *rest, **more)
+    outputs = y if isinstance(y, tuple) else (y,)
+    given = [output_gradient(out) for out in outputs] if dy is None else dy
+    found = torch.autograd.grad(outputs, [x for x in wanted if x.requires_grad], given)
+    return [*(out.detach() for out in outputs), *found]
 
 
 def references(
-    function: Callable[..., Tensor], leaves: tuple[Tensor, ...], *rest: Any, dy: Tensor | None = None
+    function: Callable[..., Any], leaves: tuple[Tensor, ...], *rest: Any, dy: Gradient = None, **more: Any
 ) -> list[Tensor]:
     """`gradients` of a reference, of leaves in float64. NotMeasured where it runs out of memory."""
     with of_a_reference():
-        return gradients(function, tuple(x.detach().double() for x in leaves), *rest, dy=double(dy))
+        return gradients(function, tuple(x.detach().double() for x in leaves), *rest, dy=double(dy), **more)
 
 
 def output_gradient(y: Tensor) -> Tensor | None:
@@ -260,13 +360,15 @@ def output_gradient(y: Tensor) -> Tensor | None:
     return torch.linspace(-1, 1, y.numel(), device=y.device, dtype=torch.float64).to(y.dtype).view(y.shape)
 
 
-def double(dy: Tensor | None) -> Tensor | None:
+def double(dy: Gradient) -> Gradient:
     """The rounded one for the reference too: its rounding is no error of a kernel's."""
+    if isinstance(dy, tuple):
+        return tuple(d.double() for d in dy)
     return None if dy is None else dy.double()
 
 
 def error(found: Tensor, wanted: Tensor) -> float:
-    """How far apart these are (kernels/attention_agreement.py). Where zeros are wanted, as on a card that computes
+    """How far apart these are (kernels/agreement.py). Where zeros are wanted, as on a card that computes
     nothing, equal zeros are no proof: 1. Where something is no number, infinite: a comparison with NaN is false, and
     the largest of several errors, one of them NaN, may be any of them."""
     return apart(found, wanted) if bool(wanted.any()) else 1.0

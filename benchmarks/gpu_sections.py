@@ -188,6 +188,8 @@ def mlp(order: Order) -> Iterator[Row]:
     for name, ms in choice.milliseconds.items():
         flops = 2 * 2 * min(N, mlp_choice.TIMED_TOKENS) * C * 4 * C
         yield {"products": name, "ms": ms, "tflops": flops / ms / 1e9}
+    for name, why in choice.refused.items():
+        yield {"products": name, "not measured": why}
     yield {"products": choice.name, "chosen": choice.reason}
 
     def make() -> tuple[Tensor, ...]:

@@ -41,6 +41,8 @@ def _group(results: Sequence[Result]) -> Iterator[str]:
     if lines:
         yield from rows(heads, lines, [False] * len(heads))
         yield ""
+    for line in shown.attentions(results):
+        yield f"- {escaped(line)}"
     for name, status, why in shown.troubles(results):
         yield f"- **{escaped(name)} is not compared ({status})**: {escaped(why)}"
     yield ""

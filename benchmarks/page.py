@@ -220,9 +220,11 @@ def _notes(results: Sequence[Result]) -> str:
                     rates = f"{kernel_table.rate_text(p.flops)}, {kernel_table.byte_text(p.bandwidth)}"
                     sources = f"{p.flops_source}; {p.bandwidth_source}"
                     yield f"{escape(place)}, {escape(backend.name)}: {rates} ({escape(sources)})"
+                if backend.attention:
+                    yield f"{escape(place)}, {escape(backend.name)}, attention: {escape(backend.attention)}"
                 if backend.energy is not None:
                     yield f"{escape(place)}, {escape(backend.name)}, energy: {escape(backend.energy.source)}"
             yield from (f"{escape(place)}: {escape(note)}" for note in result.notes)
 
     found = bullets(list(lines()))
-    return f"<h3>Peaks, energy, notes</h3>{found}" if found else ""
+    return f"<h3>Peaks, attention, energy, notes</h3>{found}" if found else ""

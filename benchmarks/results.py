@@ -189,6 +189,7 @@ class BackendResult:
     device: str = ""
     dtype: str = ""
     dtype_reason: str = ""
+    attention: str = ""  # of upstream: what each window of its layers got, and what was timed for that
     parity: list[Parity] = field(default_factory=list)
     flops_per_token: Number = 0.0
     peak: Peak | None = None

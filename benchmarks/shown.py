@@ -239,6 +239,11 @@ def troubles(results: Sequence[Result]) -> list[tuple[str, str, str]]:
     return found
 
 
+def attentions(results: Sequence[Result]) -> list[str]:
+    """Of each upstream what its attention was, and what was timed for it: one line each."""
+    return [f"{s.name}, attention: {s.backend.attention}" for s in series(results, every=True) if s.backend.attention]
+
+
 def checked(one: Series) -> str:
     """What parity found, in one line."""
     held = one.backend.parity

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from benchmarks import shown
 from benchmarks.comparing import Column, Difference, columns, compare, letter
 from benchmarks.metrics import METRICS, spread
 from benchmarks.results import Result
@@ -40,6 +41,8 @@ def show(screen: Screen, results: Sequence[Result]) -> None:
                 screen.say(f"{where}{backend.name}: {backend.status}: {why}")
     if len(found) > 1:
         screen.say(f"ratios are against {found[0].label}; `same`: within noise, `?`: too few repeats to tell")
+    for line in shown.attentions(results):
+        screen.say(line)
     for result in results:
         for note in result.notes:
             screen.say(f"note: {note}")

@@ -1,7 +1,8 @@
 """Upstream as a peer of a bench: its model and optimizer on the bench's weights and batches, in a process of its own.
 
 It runs in the clone's own environment where that has one (`.venv`), else in this one's packages without our folders:
-neither side can lend the other anything. What runs there is `upstream_side.py`, which imports nothing of ours.
+neither side can lend the other anything. What runs there is a copy of `upstream_side.py` with the three files beside it
+that put the fastest attention at hand in the place of what upstream downloads; they import nothing of ours.
 """
 
 from __future__ import annotations
@@ -20,9 +21,16 @@ from benchmarks.side import Order
 from core.errors import UserError
 from core.paths import project_root
 
-SCRIPT = Path(__file__).with_name("upstream_side.py")
+HERE, KERNELS = Path(__file__).parent, project_root() / "kernels"
+COPIED = {
+    "side.py": HERE / "upstream_side.py",
+    "at_hand.py": HERE / "at_hand.py",
+    "attention_flash.py": KERNELS / "attention_flash.py",
+    "measured.py": KERNELS / "measured.py",
+}
 PASSED_ON = ("PATH", "HOME", "LANG", "TMPDIR", "OMP_NUM_THREADS", "OMP_WAIT_POLICY", "LD_LIBRARY_PATH", "CC", "CXX",
-             "CUDA_VISIBLE_DEVICES", "CUDA_HOME", "SYSTEMROOT")  # fmt: skip
+             "CUDA_VISIBLE_DEVICES", "CUDA_HOME", "SYSTEMROOT", "HF_HOME", "HF_HUB_CACHE", "KERNELS_CACHE",
+             "XDG_CACHE_HOME")  # fmt: skip
 NEEDED = (
     "GPT",
     "GPTConfig",
@@ -47,6 +55,26 @@ def definitions(folder: Path) -> str:
             "--upstream takes a clone of karpathy/autoresearch",
         )
     return ast.unparse(module)
+
+
+def own_attention(folder: Path) -> str:
+    """The lines of the clone's train.py that fetch its attention, `fa3`, and those that they need, as source; "" where
+    there are none."""
+    wanted, found = {"fa3"}, list[ast.stmt]()
+    for node in reversed(ast.parse((folder / "train.py").read_text(encoding="utf-8")).body):
+        if _bound(node) & wanted:
+            found.insert(0, node)
+            wanted |= {part.id for part in ast.walk(node) if isinstance(part, ast.Name)}
+    return ast.unparse(ast.Module(found, []))
+
+
+def _bound(node: ast.stmt) -> set[str]:
+    """The names that an import or an assignment gives to something."""
+    if isinstance(node, ast.Import | ast.ImportFrom):
+        return {(name.asname or name.name).split(".")[0] for name in node.names}
+    if isinstance(node, ast.Assign):
+        return {target.id for target in node.targets if isinstance(target, ast.Name)}
+    return set()
 
 
 def interpreter(folder: Path) -> Path:
@@ -74,7 +102,9 @@ def _call(order: Order, caches: Path) -> tuple[list[str], dict[str, str], Path]:
     place = Path(order.folder) / "upstream"
     place.mkdir(exist_ok=True)
     (place / "definitions.py").write_text(definitions(folder), encoding="utf-8")
-    shutil.copyfile(SCRIPT, place / "side.py")  # run from there: ours is then no folder of its path
+    (place / "own_attention.py").write_text(own_attention(folder), encoding="utf-8")
+    for name, file in COPIED.items():
+        shutil.copyfile(file, place / name)  # run from there: ours is then no folder of its path
     given = {**asdict(order), "definitions": str(place / "definitions.py"), "ours": str(project_root())}
     command = [str(interpreter(folder)), "-I", str(place / "side.py"), json.dumps(given)]
     environment = {name: os.environ[name] for name in PASSED_ON if name in os.environ}

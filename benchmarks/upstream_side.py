@@ -1,8 +1,12 @@
 """Upstream's model and optimizer on a bench's weights and batches. Imports torch, numpy and nothing of ours.
 
-Run by `benchmarks.upstream` as `python -I side.py ORDER`, from a copy in an empty folder. As they stand in the clone:
-model, optimizer, schedules, torch.compile and bfloat16 autocast. Replaced: FlashAttention 3, which is downloaded from a
-hub, by FlexAttention on a card and scaled_dot_product_attention on a CPU; both are told with the answer.
+Run by `benchmarks.upstream` as `python -I side.py ORDER`, from a copy in a folder with three others of ours that need
+no more than torch. As they stand in the clone: model, optimizer, schedules, torch.compile and bfloat16 autocast.
+
+Its attention is FlashAttention 3, which it downloads from a hub; here is no network. On a card each window of its
+layers gets the fastest at hand, forward and backward, which is told with the answer: what the clone's own lines find
+where a training of upstream's has left it, FlashAttention 3 as a package, cuDNN's and torch's flash attention (whole
+context only), or FlexAttention. The first process of a bench times them. On a CPU it is PyTorch's, with a mask.
 """
 
 from __future__ import annotations
@@ -18,10 +22,15 @@ import sys
 import time
 import types
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 SETTLE, GROUPS = 0.1, 8  # as in the bench's own sides (benchmarks/side.py)
+TIMED_ROWS = 16  # at most: times grow with the rows, their order does not change
+CHOSEN = "attention.json"  # in this folder, left by a bench's first process for those after it
+OWN = "own_attention.py"  # the clone's lines that fetch its attention
+AS_IT_IS, INSTEAD = "upstream's own", "in the place of what upstream downloads"
 
 
 def forget(ours: Path) -> None:
@@ -56,12 +65,14 @@ def main() -> None:
 
     device = "cuda:0" if torch.cuda.is_available() else "cpu"
     startup = time.time() - order["began"]
-    tell("ready", device=device, dtype="bfloat16", dtype_reason=f"upstream's autocast; {attention_name(device)}")
     if order["task"] == "start":
+        tell("ready", device=device)
         tell("answer", startup=startup)
         os._exit(0)
+    attend, attention = standing(order, device)
+    tell("ready", device=device, dtype="bfloat16", dtype_reason="upstream's autocast", attention=attention)
     began = time.perf_counter()
-    one = training(order, device, np.load(order["weights"]))
+    one = training(order, device, np.load(order["weights"]), attend)
     build = time.perf_counter() - began
     steps = Steps(one, torch.from_numpy(np.load(order["batches"]).astype(np.int64)), device)
     tell("opened", startup=startup, build=build, flops_per_token=0.0, **first_steps(steps, order))
@@ -72,14 +83,16 @@ def main() -> None:
 # --- model and optimizer -----------------------------------------------------------------------
 
 
-def training(order: dict[str, Any], device: str, weights: Any) -> Callable[[Any, float], Any]:
+def training(
+    order: dict[str, Any], device: str, weights: Any, attend: Callable[..., Any]
+) -> Callable[[Any, float], Any]:
     """(rows, T + 1) tokens on the device, progress -> mean loss, unread: one optimizer step as its own loop does it."""
     import torch
 
-    peer = namespace(order, device)
+    peer = namespace(order, attend)
     constants = order["constants"]
     depth, head_dim = constants["DEPTH"], constants["HEAD_DIM"]
-    heads = -(-depth * constants["ASPECT_RATIO"] // head_dim)
+    heads = heads_of(constants)
     config = peer["GPTConfig"](
         order["context"], order["vocab_size"], depth, heads, heads, heads * head_dim, constants["WINDOW_PATTERN"]
     )
@@ -117,9 +130,13 @@ def training(order: dict[str, Any], device: str, weights: Any) -> Callable[[Any,
     return one
 
 
-def namespace(order: dict[str, Any], device: str) -> dict[str, Any]:
+def heads_of(constants: dict[str, Any]) -> int:
+    """Of a layer, by the recipe's constants."""
+    return -(-constants["DEPTH"] * constants["ASPECT_RATIO"] // constants["HEAD_DIM"])
+
+
+def namespace(order: dict[str, Any], attend: Callable[..., Any]) -> dict[str, Any]:
     """What the clone's train.py defines, with an attention of FlashAttention 3's signature."""
-    attend = flex if device != "cpu" else windowed_sdpa
     peer: dict[str, Any] = {"__name__": "peer", "fa3": types.SimpleNamespace(flash_attn_func=attend)}
     module = types.ModuleType("peer")
     module.__dict__.update(peer)
@@ -150,37 +167,115 @@ def load(model: Any, weights: Any) -> None:
             parameter.copy_(torch.from_numpy(weights[name]))
 
 
-def attention_name(device: str) -> str:
-    return "FlexAttention for FlashAttention 3" if device != "cpu" else "PyTorch's attention for FlashAttention 3"
+# --- attention ---------------------------------------------------------------------------------
 
 
-def windowed_sdpa(q: Any, k: Any, v: Any, causal: bool, window_size: tuple[int, int]) -> Any:
-    """FlashAttention 3's signature, (B, T, H, D)."""
+def standing(order: dict[str, Any], device: str) -> tuple[Callable[..., Any], str]:
+    """A function of FlashAttention 3's signature, (q, k, v, causal, window_size), all (B, T, H, D); and what it is."""
     import torch
-    import torch.nn.functional as F
 
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    T, back = q.size(2), window_size[0]
-    if back >= T or back < 0:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=causal).transpose(1, 2)
-    distance = torch.arange(T, device=q.device)[:, None] - torch.arange(T, device=q.device)
-    seen = (distance >= 0) & (distance <= back)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen).transpose(1, 2)
+    at_hand = beside("at_hand")
+    if device == "cpu":
+        return at_hand.windowed_sdpa, f"{at_hand.MASKED}, {INSTEAD}"
+    T, file = order["context"], Path(__file__).with_name(CHOSEN)
+    cases = {window: case(order, device, window) for window in windows(T, order["constants"]["WINDOW_PATTERN"])}
+    if not file.is_file():
+        names, rows = chosen(cases)
+        file.write_text(json.dumps({"names": names, "told": at_hand.told(rows)}), encoding="utf-8")
+    found = json.loads(file.read_text(encoding="utf-8"))
+    names = {int(window): name for window, name in found["names"].items()}
+    made = {window: makers().get(name, at_hand.masked)(cases[window]) for window, name in names.items()}
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()  # what was timed is none of upstream's
+    instead = "" if {*names.values()} == {AS_IT_IS} else f", {INSTEAD}"
+    return at_hand.call_of(made), f"{at_hand.named(names)}{instead} ({found['told']})"
 
 
-def flex(q: Any, k: Any, v: Any, causal: bool, window_size: tuple[int, int]) -> Any:
-    """The same on a card, without scores of size T^2; called from within the compiled model."""
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+def windows(length: int, pattern: str) -> list[int]:
+    """Tokens that are seen by the layers of a pattern, as upstream reads it: L all, S half; the last layer sees all."""
+    return [length // 2, length] if "S" in pattern.upper() else [length]
 
-    T = q.size(1)
-    back = T if window_size[0] < 0 else min(window_size[0], T)
 
-    def seen(b: Any, h: Any, i: Any, j: Any) -> Any:
-        return (i >= j) & (i - j <= back)
+def case(order: dict[str, Any], device: str, window: int) -> Any:
+    import torch
 
-    mask = create_block_mask(seen, None, None, T, T, device=q.device)
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    return flex_attention(q, k, v, block_mask=mask).transpose(1, 2)
+    constants = order["constants"]
+    rows = min(constants["DEVICE_BATCH_SIZE"], TIMED_ROWS)
+    return types.SimpleNamespace(
+        rows=rows, length=order["context"], heads=heads_of(constants), head=constants["HEAD_DIM"], window=window,
+        device=torch.device(device),
+    )  # fmt: skip
+
+
+def chosen(cases: dict[int, Any]) -> tuple[dict[int, str], list[dict[str, Any]]]:
+    """window -> the name of the fastest; and what there is to tell of all."""
+    names: dict[int, str] = {}
+    rows: list[dict[str, Any]] = []
+    for window, of in cases.items():
+        names[window], _, found = beside("at_hand").fastest(of, makers(), partial(why_not, of), partial(timed, of))
+        rows += found
+    return names, rows
+
+
+def makers() -> dict[str, Callable[[Any], Any]]:
+    """Name -> what makes its function of q, k and v for a case."""
+    from torch.nn.attention import SDPBackend
+
+    at_hand = beside("at_hand")
+    return {
+        AS_IT_IS: own,
+        "fa3": partial(at_hand.flash3, beside("attention_flash")),
+        "cudnn": partial(at_hand.sdpa, SDPBackend.CUDNN_ATTENTION),
+        "flash": partial(at_hand.sdpa, SDPBackend.FLASH_ATTENTION),
+        "flex": at_hand.flex,
+    }
+
+
+def own(of: Any) -> Callable[..., Any]:
+    """What the clone's own lines find, without a network: that is left in a cache by a training of upstream's."""
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    found: dict[str, Any] = {"__name__": "own_attention"}
+    exec(compile(Path(__file__).with_name(OWN).read_text(encoding="utf-8"), OWN, "exec"), found)
+    attend = found["fa3"].flash_attn_func
+    return lambda q, k, v: attend(q, k, v, causal=True, window_size=(of.window, 0))
+
+
+def why_not(of: Any, name: str) -> str:
+    """Why a candidate is not tried; what is tried and fails says so itself."""
+    if name in ("cudnn", "flash") and of.window < of.length - 1:
+        return "knows no windows"
+    if name == AS_IT_IS and not Path(__file__).with_name(OWN).read_text(encoding="utf-8"):
+        return "its train.py fetches none"
+    module = beside("attention_flash").MODULE
+    if name == "fa3" and importlib.util.find_spec(module) is None:
+        return f"flash-attn-3 is not installed (no module {module})"
+    return ""
+
+
+def timed(of: Any, plain: Callable[..., Any]) -> float:
+    """Milliseconds of a forward and backward by the card's own clock."""
+    import torch
+
+    shape = (of.rows, of.length, of.heads, of.head)
+    q, k, v, dy = (torch.randn(shape, device=of.device, dtype=torch.bfloat16) for _ in range(4))
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+
+    def both() -> None:
+        torch.autograd.grad(plain(*leaves), leaves, dy)
+
+    return float(beside("measured").median(both, of.device))
+
+
+def beside(name: str) -> Any:
+    """A module that lies beside this file, and in no folder that is imported from."""
+    known = f"beside_{name}"
+    if known not in sys.modules:
+        spec = importlib.util.spec_from_file_location(known, Path(__file__).with_name(f"{name}.py"))
+        assert spec is not None and spec.loader is not None  # it is a file of Python's
+        sys.modules[known] = module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    return sys.modules[known]
 
 
 # --- steps -------------------------------------------------------------------------------------

@@ -16,9 +16,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from kernels.agreement import not_finite, off
 from kernels.attention_peers import Case
 from kernels.attention_reference import reference_rotated
-from kernels.tolerance import TOLERANCE
 
 QUERIES = 256  # whose scores are in memory at once
 PARTS = ("output", "gradient of q", "gradient of k", "gradient of v")
@@ -41,9 +41,8 @@ def why_apart(run: Callable[..., Tensor], case: Case) -> str:
     dy = torch.randn(q.shape, generator=torch.Generator(case.device).manual_seed(1), device=case.device, dtype=q.dtype)
     y = run(q, k, v, cos, sin, case.window)
     whole = [y.detach(), *torch.autograd.grad(y, (q, k, v), dy)]
-    for part, x in zip(PARTS, whole, strict=True):
-        if not all(math.isfinite(float(end)) for end in (x.amin(), x.amax())):  # which are NaN where one is
-            return f"its {part} is not finite everywhere"
+    if why := not_finite(PARTS, whole):
+        return why
     group = case.heads // case.key_heads
     found = [x[-1, :, -heads:].double() for x, heads in zip(whole, (group, group, 1, 1), strict=True)]
     of_one = ((q, group), (k, 1), (v, 1), (dy, group))
@@ -53,24 +52,15 @@ def why_apart(run: Callable[..., Tensor], case: Case) -> str:
 
 def _why(found: Sequence[Tensor], wanted: Callable[[int], Sequence[Tensor]], case: Case) -> str:
     """wanted: a window -> what it gives, in the order of PARTS."""
-    window, allowed = min(case.window, case.length - 1), TOLERANCE[str(case.dtype).removeprefix("torch.")]
+    window = min(case.window, case.length - 1)
     right = wanted(window)
-    for part, f, w in zip(PARTS, found, right, strict=True):
-        if (share := apart(f, w)) > allowed:
-            return f"its {part} is {100 * share:.3g} % off, {100 * allowed:g} % is allowed"
+    if why := off(PARTS, found, right, case.dtype):
+        return why
     for other in (n for n in (window - 1, window + 1) if 0 <= n < case.length):
         for part, f, w, o in zip(PARTS, found, right, wanted(other), strict=True):
             if 2 * float((f - o).square().sum()) < float((f - w).square().sum()):
                 return f"its {part} is closer to that of a window of {other} tokens than of {window}"
     return ""
-
-
-def apart(found: Tensor, wanted: Tensor) -> float:
-    """Root mean square of the difference, as a share of that of what is wanted; infinite where something is no number.
-    Where all that is wanted is zeros, as on a card that computes nothing, 0 for zeros."""
-    difference, size = (float(x.double().norm()) for x in (found.double() - wanted.double(), wanted))
-    share = difference / size if size else (0.0 if difference == 0.0 else math.inf)
-    return share if math.isfinite(share) else math.inf
 
 
 def exact(

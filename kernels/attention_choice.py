@@ -30,7 +30,7 @@ from kernels.attention_agreement import inputs, why_apart
 from kernels.attention_peers import PEERS, Attention, Case, block_mask
 from kernels.errors import out_of_memory
 from kernels.measured import caches as _caches
-from kernels.measured import digest, leave, median, read
+from kernels.measured import digest, installed, leave, median, read
 from kernels.measured import first_line as _first_line
 from kernels.measured import triton_version as _triton
 from kernels.tolerance import TOLERANCE
@@ -38,6 +38,7 @@ from kernels.tolerance import TOLERANCE
 __all__ = ["Attention", "Case", "Choice", "available", "block_mask", "choose", "inputs", "milliseconds", "settled"]
 
 TIMED_ROWS = 16  # at most, when a recipe asks: times grow with the rows, their order does not change
+LIBRARIES = ("flash-attn-3", "nvidia-cudnn-cu12", "nvidia-cudnn-cu13")  # of another version it is measured anew
 PATIENCE = 15.0  # seconds of a recipe's warm-up for those that compile; Triton, the recipe's own compiler, is extra
 _log = logging.getLogger(__name__)
 
@@ -183,7 +184,7 @@ def key(case: Case) -> str:
     card = torch.cuda.get_device_name(case.device) if case.device.type == "cuda" else case.device.type
     able = sorted(name for name, why in available(case).items() if not why and PEERS[name].whole)
     ours = os.environ.get("TORCH_COMPILE_CACHE_KEY_TAG", "")  # children have it: of these kernels' code
-    versions = [torch.__version__, _triton(), ours, sorted(TOLERANCE.items())]
+    versions = [torch.__version__, _triton(), installed(LIBRARIES), ours, sorted(TOLERANCE.items())]
     parts = [case.length, case.heads, case.key_heads, case.head, case.window, case.dtype, card, able, versions]
     return digest(*parts)
 

@@ -12,7 +12,8 @@ import importlib
 import json
 import os
 import statistics
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -52,6 +53,21 @@ def triton_version() -> str:
         return str(importlib.import_module("triton").__version__)
     except ImportError:
         return ""
+
+
+def installed(packages: Sequence[str]) -> list[str]:
+    """ "flash_attn_3-3.0.0+20260217.cu130.x86.dist-info" of each of these that is there, sorted: one of another version
+    may be faster or slower. By the names of what installers leave beside a package, which a recipe's sandbox shows of
+    every package, and not what is in it, which it shows of few."""
+    wanted, kept = tuple(f"{package.replace('-', '_')}-" for package in packages), (".dist-info", ".egg-info")
+    found: set[str] = set()
+    for folder in {place for place in sys.path if place.endswith("-packages")}:
+        try:
+            names = [path.name for path in Path(folder).iterdir()]
+        except OSError:  # it is not there, or may not be looked into: then nothing of it can be imported either
+            continue
+        found |= {name for name in names if name.lower().startswith(wanted) and name.endswith(kept)}
+    return sorted(found)
 
 
 def digest(*parts: object) -> str:

@@ -10,6 +10,10 @@ Both keep the squared ReLU alone for the backward: memory does not depend on the
 products on some cards it pays with hidden numbers that are read or written five times more, which weighs the more the
 narrower the model is: a product has 2 C operations for each of them. So both are timed in the warm-up, and the choice
 is kept for all processes (kernels/measured.py). The other four products are torch's in either case, and not timed.
+
+What gives other numbers than exact arithmetic does (kernels/mlp_agreement.py) is not taken, however fast; nor is what
+fails. Where neither is left, which no card should show, it is `plain`: cuBLAS, and PyTorch's own operations behind it
+(kernels/plain.py), slower and of as little memory. A forced name is neither timed nor compared.
 """
 
 from __future__ import annotations
@@ -20,13 +24,18 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from kernels import portable
 from kernels.errors import out_of_memory
-from kernels.measured import caches, digest, first_line, leave, median, read, triton_version
+from kernels.measured import caches, digest, first_line, installed, leave, median, read, triton_version
+from kernels.mlp_agreement import Case, inputs, why_apart
+from kernels.tolerance import TOLERANCE
 
-NAMES = ("triton", "torch")
+__all__ = ["Case", "Choice", "choose", "inputs", "keep", "milliseconds", "obstacle", "settled"]
+
+NAMES = ("triton", "torch", "plain")
+TIMED = ("torch", "triton")
+LIBRARIES = ("nvidia-cublas", "nvidia-cublas-cu12")  # which multiply; another version may be another choice
 TIE = 0.02  # share of the time within which neither is faster, and the fused one is taken
 TIMED_TOKENS = 2**16  # at most: the hidden units of more lie in no card's cache either, and their order is the same
 HALF = (torch.float16, torch.bfloat16)
@@ -34,21 +43,11 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Case:
-    """What the MLP is asked to do."""
-
-    tokens: int  # N, that go through the model at once
-    dim: int  # C
-    hidden: int  # F
-    dtype: torch.dtype
-    device: torch.device
-
-
-@dataclass(frozen=True)
 class Choice:
     name: str  # one of NAMES
     reason: str
-    milliseconds: dict[str, float] = field(default_factory=dict)  # forward and backward, of what was timed
+    milliseconds: dict[str, float] = field(default_factory=dict)  # forward and backward, of what was timed and is right
+    refused: dict[str, str] = field(default_factory=dict)  # name -> why it was not taken: it is wrong, or failed
 
     @property
     def told(self) -> str:
@@ -79,22 +78,31 @@ def choose(case: Case, forced: str | None = None) -> Choice:
         return _made(case, Choice("torch", why))
     if case.device.type != "cuda":
         return _made(case, Choice("triton", "its kernels are interpreted, as TRITON_INTERPRET says"))
-    times, failed = _timed(case)
-    if failed:
-        return _made(case, Choice("torch", failed, times))
+    times, refused = _timed(case)
+    return _made(case, _faster(times, refused))
+
+
+def _faster(times: dict[str, float], refused: dict[str, str]) -> Choice:
+    """Of those that are left; the fused one where neither is faster."""
+    passed_by = "; ".join(f"{name} {why}" for name, why in refused.items())
+    if not times:
+        return Choice("plain", passed_by, times, refused)
+    if refused:
+        return Choice(next(iter(times)), passed_by, times, refused)
     ours, theirs = times["triton"], times["torch"]
     if theirs < ours * (1 - TIE):
-        return _made(case, Choice("torch", f"{theirs:.3f} ms forward and backward; triton {ours:.3f}", times))
+        return Choice("torch", f"{theirs:.3f} ms forward and backward; triton {ours:.3f}", times)
     near = f", not faster by {TIE:.0%}" if theirs < ours else ""
-    return _made(case, Choice("triton", f"{ours:.3f} ms forward and backward; torch {theirs:.3f}{near}", times))
+    return Choice("triton", f"{ours:.3f} ms forward and backward; torch {theirs:.3f}{near}", times)
 
 
-def _timed(case: Case) -> tuple[dict[str, float], str]:
-    """Milliseconds of both, and why Triton's has none; of fewer tokens where memory is out, as steps will be too."""
+def _timed(case: Case) -> tuple[dict[str, float], dict[str, str]]:
+    """Milliseconds of each that runs and is right, and why the others have none; of fewer tokens where memory is out,
+    as steps will be too."""
     tokens = min(case.tokens, TIMED_TOKENS)
     while True:
         try:
-            return _both(replace(case, tokens=tokens))
+            return _all(replace(case, tokens=tokens))
         except RuntimeError as error:
             if tokens == 1 or not out_of_memory(error):
                 raise
@@ -102,19 +110,27 @@ def _timed(case: Case) -> tuple[dict[str, float], str]:
         tokens //= 2
 
 
-def _both(case: Case) -> tuple[dict[str, float], str]:
-    times, failed = {"torch": milliseconds("torch", case)}, ""
-    try:
-        times["triton"] = milliseconds("triton", case)
-    except Exception as error:  # Triton's own share no base but this
-        if out_of_memory(error):
-            raise
-        failed = f"triton failed when timed: {type(error).__name__}: {first_line(error)}"
-    return times, failed
+def _all(case: Case) -> tuple[dict[str, float], dict[str, str]]:
+    times: dict[str, float] = {}
+    refused: dict[str, str] = {}
+    for name in TIMED:
+        try:
+            took, why = milliseconds(name, case), why_apart(name, case)
+        except Exception as error:  # Triton's own share no base but this
+            if out_of_memory(error):
+                raise
+            refused[name] = f"failed when timed: {type(error).__name__}: {first_line(error)}"
+        else:
+            if why:
+                refused[name] = f"refused: {why}"
+            else:
+                times[name] = took
+    return times, refused
 
 
 def _made(case: Case, choice: Choice) -> Choice:
-    _log.info("MLP of %d by %d: %s (%s)", case.dim, case.hidden, choice.name, choice.reason)
+    level = logging.WARNING if choice.refused else logging.INFO
+    _log.log(level, "MLP of %d by %d: %s (%s)", case.dim, case.hidden, choice.name, choice.reason)
     return choice
 
 
@@ -148,10 +164,10 @@ def keep(case: Case, choice: Choice, folder: Path | None = None) -> None:
 
 
 def _file(case: Case) -> str:
-    """Names the case without its tokens, the card, and the versions of what computes."""
+    """Names the case without its tokens, the card, the versions of what computes, and how right it has to be."""
     ours = os.environ.get("TORCH_COMPILE_CACHE_KEY_TAG", "")  # children have it: of these kernels' code
     card = torch.cuda.get_device_name(case.device)
-    versions = [torch.__version__, triton_version(), ours]
+    versions = [torch.__version__, triton_version(), installed(LIBRARIES), ours, sorted(TOLERANCE.items())]
     return f"mlp-{digest(case.dim, case.hidden, case.dtype, card, versions)}.json"
 
 
@@ -167,14 +183,3 @@ def milliseconds(name: str, case: Case) -> float:
         portable.relu2_backward(dout, w2, portable.relu2(x, w1, scale, name), scale, name)
 
     return median(both, case.device)
-
-
-def inputs(case: Case, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Random x (N, C), w1 (F, C), w2 (C, F) and the output's gradient (N, C)."""
-    rng = torch.Generator(case.device).manual_seed(seed)
-    N, C, F = case.tokens, case.dim, case.hidden
-
-    def normal(rows: int, columns: int, scale: float) -> Tensor:
-        return torch.randn(rows, columns, generator=rng, device=case.device).mul_(scale).to(case.dtype)
-
-    return normal(N, C, 1.0), normal(F, C, C**-0.5), normal(C, F, F**-0.5), normal(N, C, 1.0)

@@ -179,8 +179,8 @@ def add_gated_backward(dv: Tensor, gates: Tensor, table: Tensor, tokens: Tensor)
 
 def relu2(x: Tensor, w: Tensor, r: Tensor | None = None, by: str = "triton") -> Tensor:
     """(N, C), (F, C), r (N,) or none -> max(r x w^T, 0)^2, (N, F). by: "torch" for its product and one pass over it,
-    also where Triton has products (kernels/mlp_choice.py)."""
-    if not fused(x.device):
+    "plain" for none of Triton's, also where Triton has products (kernels/mlp_choice.py)."""
+    if by == "plain" or not fused(x.device):
         return plain.relu2(x, w, r)
     from kernels.linear_relu2 import relu2 as on_card
 
@@ -189,7 +189,7 @@ def relu2(x: Tensor, w: Tensor, r: Tensor | None = None, by: str = "triton") -> 
 
 def relu2_backward(d: Tensor, w2: Tensor, y: Tensor, r: Tensor | None = None, by: str = "triton") -> Tensor:
     """(N, C), (C, F), y (N, F) of `relu2` -> r times the gradient before the square, 2 r sqrt(y) (d w2), (N, F)."""
-    if not fused(d.device):
+    if by == "plain" or not fused(d.device):
         return plain.relu2_backward(d, w2, y, r)
     from kernels.linear_relu2 import relu2_backward as on_card
 

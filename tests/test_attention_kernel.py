@@ -211,6 +211,14 @@ def test_what_is_installed_or_changed_since_is_measured_again(monkeypatch, tmp_p
         assert not settle(monkeypatch, tmp_path, [1.0, 2.0, 3.0, 4.0])[1]
     monkeypatch.setattr(choice, "_triton", lambda: "9.9")
     assert settle(monkeypatch, tmp_path, [1.0, 2.0, 3.0, 4.0])[1]
+    packages = tmp_path / "site-packages"
+    monkeypatch.syspath_prepend(str(packages))
+    for version in ("3.0.0+20260217.cu130.x86", "3.0.0+20260601.cu130.x86"):  # as PyTorch's index names its builds
+        left = packages / f"flash_attn_3-{version}.dist-info"
+        left.mkdir(parents=True)
+        assert settle(monkeypatch, tmp_path, [1.0, 2.0, 3.0, 4.0])[1], version
+        assert not settle(monkeypatch, tmp_path, [1.0, 2.0, 3.0, 4.0])[1], version
+        left.rmdir()
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import io
 import random
 import re
 import subprocess
+from contextlib import redirect_stdout
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -16,7 +17,7 @@ from browser import BROWSER, assert_readable, look
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from benchmarks import kernel_table, markdown, page, plots, shown
+from benchmarks import kernel_table, markdown, page, plots, shown, tables
 from benchmarks.results import (
     BackendResult,
     Energy,
@@ -33,6 +34,7 @@ from benchmarks.results import (
     save,
 )
 from cli import cli
+from console.output import Screen
 from core.errors import UserError
 from core.paths import project_root
 
@@ -208,6 +210,18 @@ def test_one_backend_only_and_none_at_all() -> None:
     nothing = replace(alone, backends=[BackendResult("cuda", "unavailable", reason="no NVIDIA GPU was found")])
     text = page.html([nothing])
     assert "Nothing was measured." in text and "<figure>" not in text and "no NVIDIA GPU was found" in text
+
+
+def test_upstreams_attention_is_named_wherever_its_figures_are() -> None:
+    said = "flex over 128, flash over 256, in the place of what upstream downloads (fa3: <not> installed)"
+    peer = replace(backend("upstream", 0.2), attention=said)
+    for attention in (said, ""):
+        result = replace(a_result(), backends=[backend("cpu", 0.06), replace(peer, attention=attention)])
+        with redirect_stdout(io.StringIO()) as printed:
+            tables.show(Screen(False), [result])
+        texts = (page.html([result]), markdown.table([result]), " ".join(printed.getvalue().split()))
+        assert ["in the place of what upstream downloads" in text for text in texts] == [bool(attention)] * 3
+        assert "<not>" not in texts[0] + texts[1]
 
 
 # --- kernels -------------------------------------------------------------------------------------

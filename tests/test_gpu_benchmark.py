@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,6 +21,7 @@ pytest.importorskip("triton")
 from benchmarks import gpu, gpu_correctness, gpu_run, gpu_sections, kernel_cases  # noqa: E402 - after the skips
 from benchmarks.gpu import LIMITS, SMOKE, run_section, table  # noqa: E402
 from core import sandbox  # noqa: E402
+from kernels import mlp_choice, plain  # noqa: E402
 
 
 @pytest.mark.slow
@@ -36,7 +38,7 @@ def test_all_sections_run_small_and_write_what_they_found(tmp_path):
     assert [process.returncode for process in started] == [0, 0], "\n".join(said)
     rows = [r for name in parts for r in json.loads((tmp_path / name / "results.json").read_text())["rows"]]
     assert {row["section"] for row in rows} == LIMITS.keys() - {"upstream"}
-    assert len([row for row in rows if row.get("passed")]) == 27
+    assert len([row for row in rows if row.get("passed")]) == 39
     sides = [row["side"] for row in rows if row["section"] == "mlp" and "side" in row]
     assert sides == ["ours", "ours, products of torch", "torch.compile", "ratio"]
     (chosen,) = [row for row in rows if row["section"] == "mlp" and "chosen" in row]
@@ -161,6 +163,38 @@ def test_a_kernel_that_fails_leaves_the_others(monkeypatch):
     assert not any(row["passed"] for row in broken) and found[-1]["kernel"].startswith("muon")
 
 
+HALVES = {
+    "project": partial(gpu_correctness.project, gated=False),
+    "project, value embeddings": partial(gpu_correctness.project, gated=True),
+    "feed": partial(gpu_correctness.feed, by="torch", keep_hidden=True),
+    "feed, hidden made again": partial(gpu_correctness.feed, by="torch", keep_hidden=False),
+    "last_norm": gpu_correctness.last_norm,
+}
+
+
+@pytest.mark.parametrize("name", HALVES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_halves_of_a_layer_are_looked_at_as_the_recipes_have_them(monkeypatch, name, dtype):
+    """In plain torch; and told where a norm is taken for another row's, or a gradient is left out."""
+    row = HALVES[name](name, SMOKE, dtype)
+    assert row["kernel"] == name and row["passed"] and row["error"] < gpu_correctness.TOLERANCE[dtype] / 3
+    real = plain.inverse_rms
+    monkeypatch.setattr(plain, "inverse_rms", lambda z: real(z).roll(1, 0))
+    assert HALVES[name](name, SMOKE, dtype)["error"] > 0.1
+    monkeypatch.setattr(plain, "inverse_rms", real)
+    for door in ("norm_backward", "scaled_backward"):
+        monkeypatch.setattr(plain, door, zeros_of(getattr(plain, door)))
+    assert HALVES[name](name, SMOKE, dtype)["passed"] is False
+
+
+def zeros_of(function):
+    def run(*given):
+        found = function(*given)
+        return tuple(t.zero_() for t in found) if isinstance(found, tuple) else found.zero_()
+
+    return run
+
+
 def test_a_step_that_fails_is_repeated_with_tritons_attention(monkeypatch):
     real, asked = gpu_sections.recipe, []
 
@@ -255,7 +289,7 @@ def test_attention_is_told_beside_tritons(monkeypatch):
 
 
 def test_the_mlp_is_told_by_each_that_it_was_timed_with_and_kept_for_the_next_sections(monkeypatch):
-    choice, kept = SimpleNamespace(milliseconds={"torch": 1.0, "triton": 2.0}, name="torch", reason="faster"), []
+    choice, kept = mlp_choice.Choice("torch", "faster", {"torch": 1.0, "triton": 2.0}), []
     monkeypatch.setattr("kernels.mlp_choice.choose", lambda case: choice)
     monkeypatch.setattr("kernels.mlp_choice.keep", lambda case, found: kept.append((case, found)))
     monkeypatch.setattr(gpu_sections, "against", lambda *given: iter(()))
@@ -264,6 +298,9 @@ def test_the_mlp_is_told_by_each_that_it_was_timed_with_and_kept_for_the_next_se
     assert timed[0]["tflops"] == 2 * timed[1]["tflops"]
     assert chosen == {"products": "torch", "chosen": "faster"}
     assert kept[0][1] is choice and kept[0][0].hidden == 4 * SMOKE.dim
+    choice = mlp_choice.Choice("torch", "triton is wrong", {"torch": 1.0}, {"triton": "refused: it is 9 % off"})
+    _, wrong, chosen = gpu_sections.mlp(SMOKE)
+    assert wrong == {"products": "triton", "not measured": "refused: it is 9 % off"} and chosen["products"] == "torch"
 
 
 def test_tolerances_are_those_of_the_bench():

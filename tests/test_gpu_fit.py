@@ -96,7 +96,7 @@ def losses():
 
 @pytest.fixture
 def others_left_out(monkeypatch):
-    for name in ("attention", "mlp", "residual_norm", "symmetric", "muon"):
+    for name in ("attention", "mlp", "residual_norm", "project", "feed", "last_norm", "symmetric", "muon"):
         monkeypatch.setattr(gpu_correctness, name, lambda name, *_, **__: {"kernel": name})
 
 
@@ -110,18 +110,22 @@ def test_a_reference_that_does_not_fit_is_no_failure_of_the_kernel(monkeypatch, 
 REFERENCE = """
 import json, torch
 from benchmarks.gpu_correctness import *
-check = partial(softcapped_loss, "softcapped_loss", Order(rows=ROWS), torch.bfloat16)
-print(json.dumps(attempt("softcapped_loss", check, torch.bfloat16)))
+check = partial(CHECK, "it", Order(rows=ROWS), torch.bfloat16)
+print(json.dumps(attempt("it", check, torch.bfloat16)))
 """
+GATED, MADE_AGAIN = "partial(project, gated=True)", "partial(feed, by='triton', keep_hidden=False)"
 
 
 @on_a_blank_card
-@pytest.mark.parametrize(("rows", "fits"), [(128, False), (16, True)])
-def test_eight_gigabytes_hold_the_reference_of_the_rows_that_fit(rows, fits, tmp_path):
+@pytest.mark.parametrize(
+    ("check", "rows", "fits"),
+    [("softcapped_loss", 128, False), ("softcapped_loss", 16, True), (GATED, 512, False), (GATED, 16, True),
+     (MADE_AGAIN, 512, False), (MADE_AGAIN, 16, True)],
+)  # fmt: skip
+def test_eight_gigabytes_hold_the_reference_of_the_rows_that_fit(check, rows, fits, tmp_path):
     """By PyTorch's own allocator, on a card that computes nothing: what it can compare is all wrong."""
-    done = blank_card.python(
-        blank_card.CARDS["4060"], ["-c", REFERENCE.replace("ROWS", str(rows))], tmp_path, timeout=300
-    )
+    source = REFERENCE.replace("CHECK", check).replace("ROWS", str(rows))
+    done = blank_card.python(blank_card.CARDS["4060"], ["-c", source], tmp_path, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     row = json.loads(done.stdout.splitlines()[-1])
     assert ("not measured" in row) is not fits and ("error" in row) is fits and "failed" not in row

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import re
+import shutil
 from dataclasses import replace
 
 import pytest
 
 torch = pytest.importorskip("torch")
 
-from kernels import mlp_choice as choice  # noqa: E402 - after the skip
-from kernels import portable  # noqa: E402
+from kernels import mlp_agreement, plain, portable  # noqa: E402 - after the skip
+from kernels import mlp_choice as choice  # noqa: E402
 
 
 def case(**given):
@@ -27,8 +28,10 @@ def card(monkeypatch, capability=90, **given):
 
 
 def timed(monkeypatch, **times):
-    """What `milliseconds` answers from now on, where it is an error that is raised; and what was asked."""
+    """What `milliseconds` answers from now on, where it is an error that is raised; and what was asked. No card is
+    here whose numbers could be looked at: all are right."""
     asked = []
+    monkeypatch.setattr(choice, "why_apart", lambda name, of: "")
 
     def milliseconds(name, of):
         asked.append((name, of.tokens))
@@ -95,11 +98,88 @@ def test_where_memory_is_out_fewer_tokens_are_timed(monkeypatch):
         return 1.0
 
     monkeypatch.setattr(choice, "milliseconds", milliseconds)
+    monkeypatch.setattr(choice, "why_apart", lambda name, of: "")
     assert choice.choose(card(monkeypatch)).name == "triton"
     assert asked == [2**16, 2**15, 2**14, 2**14]
     timed(monkeypatch, torch=torch.OutOfMemoryError("CUDA out of memory"))
     with pytest.raises(torch.OutOfMemoryError):
         choice.choose(card(monkeypatch))
+
+
+# --- the right ones -----------------------------------------------------------------------------
+
+SMALL = {"tokens": 70, "dim": 16, "hidden": 40}
+WRONG = {
+    "the norm's scale is left out": lambda r: None,
+    "the scales of other rows are taken": lambda r: r.roll(1),
+}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("tokens", [1, 70, 1300])
+def test_numbers_that_are_right_pass(dtype, tokens):
+    assert mlp_agreement.why_apart("torch", case(**SMALL | {"tokens": tokens}, dtype=getattr(torch, dtype))) == ""
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_numbers_that_are_wrong_are_told(monkeypatch, what):
+    real = portable.relu2
+    monkeypatch.setattr(portable, "relu2", lambda x, w, r, by: real(x, w, WRONG[what](r), by))
+    said = mlp_agreement.why_apart("torch", case(**SMALL, dtype=torch.bfloat16))
+    assert re.fullmatch(r"its squared ReLU is [\d.]+ % off, 3 % is allowed", said)
+
+
+def test_a_wrong_gradient_is_told(monkeypatch):
+    real = portable.relu2_backward
+    monkeypatch.setattr(portable, "relu2_backward", lambda d, w, y, r, by: real(d, w, y, r, by) * 1.04)
+    assert mlp_agreement.why_apart("torch", case(**SMALL)) == "its gradient before it is 4 % off, 0.01 % is allowed"
+
+
+def test_what_is_no_number_is_told_wherever_it_is(monkeypatch):
+    def one_is_nan(x, w, r, by):
+        y = plain.relu2(x, w, r)
+        y[777, 3] = torch.nan  # in a row that is not computed anew
+        return y
+
+    monkeypatch.setattr(portable, "relu2", one_is_nan)
+    said = mlp_agreement.why_apart("torch", case(**SMALL | {"tokens": 1300}))
+    assert said == "its squared ReLU is not finite everywhere"
+
+
+@pytest.mark.parametrize(
+    ("wrong", "name", "reason"),
+    [
+        (["torch"], "triton", "torch refused: its squared ReLU is 9 % off, 3 % is allowed"),
+        (["triton"], "torch", "triton refused: its squared ReLU is 9 % off, 3 % is allowed"),
+        (["torch", "triton"], "plain", "torch refused: its squared ReLU is 9 % off, 3 % is allowed; "
+         "triton refused: its squared ReLU is 9 % off, 3 % is allowed"),
+    ],
+)  # fmt: skip
+def test_what_gives_other_numbers_is_not_taken_however_fast(monkeypatch, caplog, tmp_path, wrong, name, reason):
+    timed(monkeypatch, torch=1.0, triton=1.0)
+    off = "its squared ReLU is 9 % off, 3 % is allowed"
+    monkeypatch.setattr(choice, "why_apart", lambda name, of: off if name in wrong else "")
+    found = choice.settled(card(monkeypatch), folder=tmp_path)
+    assert (found.name, found.reason) == (name, reason) and not found.milliseconds.keys() & set(wrong)
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert bool([*tmp_path.iterdir()]) == (name != "plain"), "what was not timed is asked again"
+    assert choice.settled(card(monkeypatch), folder=tmp_path).name == name
+
+
+def test_what_fails_leaves_the_other(monkeypatch):
+    timed(monkeypatch, torch=RuntimeError("CUBLAS_STATUS_EXECUTION_FAILED"), triton=1.0)
+    assert choice.choose(card(monkeypatch)).told == (
+        "triton: torch failed when timed: RuntimeError: CUBLAS_STATUS_EXECUTION_FAILED"
+    )
+
+
+def test_plain_is_pytorchs_own_operations_also_where_tritons_run(monkeypatch):
+    assert choice.choose(card(monkeypatch), forced="plain").told == "plain: forced"
+    monkeypatch.setattr(portable, "fused", lambda device: True)
+    x, w1, w2, dout = choice.inputs(case(**SMALL))
+    y = portable.relu2(x, w1, None, "plain")
+    assert torch.equal(y, plain.relu2(x, w1))
+    assert torch.equal(portable.relu2_backward(dout, w2, y, None, "plain"), plain.relu2_backward(dout, w2, y))
 
 
 # --- one choice for every process of an experiment ----------------------------------------------
@@ -129,6 +209,20 @@ def test_what_is_installed_or_changed_since_is_measured_again(monkeypatch, tmp_p
         choice.settled(card(monkeypatch), folder=tmp_path)
         choice.settled(card(monkeypatch), folder=tmp_path)
         assert len(asked) == 2
+
+
+def test_another_version_of_what_multiplies_is_measured_again(monkeypatch, tmp_path):
+    packages = tmp_path / "site-packages"
+    monkeypatch.syspath_prepend(str(packages))  # which is not there at first
+    asked = timed(monkeypatch, triton=1.0, torch=2.0)
+    for i, version in enumerate(("", "99.1", "99.2", "99.2")):
+        shutil.rmtree(packages, ignore_errors=True)
+        (packages / f"nvidia_cublas-{version}.dist-info").mkdir(parents=True) if version else None
+        choice.settled(card(monkeypatch), folder=tmp_path / "caches")
+        assert len(asked) == 2 * min(i + 1, 3), version
+    monkeypatch.setattr(choice, "TOLERANCE", choice.TOLERANCE | {"bfloat16": 0.001})
+    choice.settled(card(monkeypatch), folder=tmp_path / "caches")
+    assert len(asked) == 8, "how right it has to be is another question"
 
 
 @pytest.mark.parametrize(
