@@ -59,6 +59,8 @@ def confirm_verb(
         f"{told} on {plural(seeds, 'fresh seed')}: {plural(len(wanted.runs), 'run')} to go"
         + (f", about {roughly(wanted.seconds)}" if wanted.runs else ": all is measured")
     )
+    if number is None and len(numbers) == 1:
+        screen.say("nothing was kept yet: the baseline alone is measured, which shows the noise")
     if cost:
         screen.document({"lab": places.about(lab), "runs": len(wanted.runs), "seconds": wanted.seconds})
         return 0

@@ -14,6 +14,7 @@ import pytest
 pytest.importorskip("torch")
 pytest.importorskip("triton")
 
+from blank_sharing import Shared
 from test_hardware import Machine
 from test_rtx_profiles import rtx
 
@@ -124,7 +125,11 @@ x = torch.empty(int(sys.argv[1]), dtype=torch.uint8, device="cuda")
 (gpu,), look = LocalFacts().nvidia(), Nvml().look("cuda:0", ())
 print(json.dumps([gpu.name, gpu.memory, gpu.processes, look.used, look.others_busy, torch.cuda.mem_get_info()[0]]))
 sys.stdout.flush()
-input()
+if input():
+    try:
+        x.add_(1)
+    except RuntimeError as error:
+        print(str(error).splitlines()[0], LocalFacts().nvidia()[0].name)
 """
 
 
@@ -133,6 +138,7 @@ def test_processes_share_a_card_where_they_are_told_to(caches, tmp_path, monkeyp
     monkeypatch.setenv("BLANK_CARD_SHARED", str(tmp_path / "card"))
     monkeypatch.setenv("BLANK_CARD_SHARE", "40")
     card, context, part = CARDS["4060"], CARDS["4060"].context, 1000 * MIB  # of whole segments, which have 20 MiB
+    shared = Shared(tmp_path / "card", card)
     held = 5 * GIB + part + 2 * context
 
     def user(size):
@@ -144,17 +150,21 @@ def test_processes_share_a_card_where_they_are_told_to(caches, tmp_path, monkeyp
     first, said = user(5 * GIB)
     try:
         assert json.loads(said) == [card.name, 8 * GIB, 0, 5 * GIB + context, 0.0, 3 * GIB - context]
+        assert shared.free() == 3 * GIB - context
         second, said = user(part)
-        second.communicate()
+        second.communicate("\n")
         assert json.loads(said) == [card.name, 8 * GIB, 1, held, 0.4, 8 * GIB - held]
         third, said = user(3 * GIB)
         assert not said and "CUDA out of memory" in third.communicate()[1]
     finally:
         first.kill()
         first.communicate()
-    last, said = user(7 * part)
-    last.communicate()
-    assert json.loads(said)[2:4] == [0, 7 * part + context]
+    with shared.used(part):
+        last, said = user(6 * part)
+        assert json.loads(said)[2:4] == [1, 7 * part + context]
+        shared.fail()  # what is on it now; what comes after is well
+        assert last.communicate("again\n")[0] == f"CUDA error: unspecified launch failure {card.name}\n"
+    assert shared.free() == card.bytes
 
 
 PROOF = """

@@ -16,9 +16,10 @@ import pytest
 pytest.importorskip("torch")
 pytest.importorskip("triton")
 
+from blank_sharing import Shared
+
 from benchmarks import blank_card
 from benchmarks.blank_card import CARDS, GIB
-from benchmarks.blank_card.sharing import Shared
 
 HERE = Path(__file__).resolve().parent
 VOCAB = 512

@@ -15,7 +15,7 @@ What it is not: no kernel is run, so numbers on the card are zeros or what was c
 and no time means anything. What it does not stand in for answers "not supported" and is counted as absent.
 
 Processes whose BLANK_CARD_SHARED names one file share a card: what one holds the others cannot take, and NVML tells of
-all; `sharing.Shared` is another program's part in it, and lets the card fail, fall off the bus or be taken out.
+all; `tests/blank_sharing.py` is another program's part in it, and lets the card fail, fall off the bus or be taken out.
 BLANK_CARD_VALUE is a number that stands on the host for every one that a kernel would have written.
 
 The real libcuda is hidden from those children alone that are given `environment`; nothing is changed in this process.

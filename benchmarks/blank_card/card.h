@@ -40,7 +40,7 @@ void card_give_back(size_t bytes);
 size_t card_free(void); /* bytes that nobody has */
 int card_users(User *users); /* how many there are now; `users` has room for CARD_USERS */
 
-/* What befell the card since; the numbers stand in `sharing.py`. */
+/* What befell the card since; the numbers stand in `tests/blank_sharing.py`. */
 enum { FINE, LOST, REMOVED, UNTOLD, MISMATCH };
 typedef struct {
   unsigned state;

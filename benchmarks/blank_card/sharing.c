@@ -3,7 +3,7 @@
  * BLANK_CARD_SHARED names a file that has a row for each process on the card. A process has a lock on the
  * byte of its own number as long as it lives: so what it had is free when it is killed, and whoever looks learns its
  * process id, as his own namespace counts.
- * Behind the rows stands the card's fate. `sharing.py` writes both from outside. */
+ * Behind the rows stands the card's fate. `tests/blank_sharing.py` writes both from outside. */
 #include "card.h"
 
 #include <fcntl.h>
