@@ -42,6 +42,7 @@ def correctness(order: Order) -> Iterator[Row]:
             ("residual_norm, no scalars", partial(residual_norm, scaled=False)),
             ("project", partial(project, gated=False)),
             ("project, value embeddings", partial(project, gated=True)),
+            ("attend, value embeddings", attend),
             ("feed", partial(feed, by="triton", keep_hidden=True)),
             ("feed, hidden made again", partial(feed, by="triton", keep_hidden=False)),
             ("feed, products of torch", partial(feed, by="torch", keep_hidden=True)),
@@ -164,6 +165,31 @@ def project(name: str, order: Order, dtype: torch.dtype, gated: bool) -> Row:
     return compare(name, found, references(project_reference, given, tokens=tokens, heads=order.heads, dy=dy), dtype)
 
 
+def attend(name: str, order: Order, dtype: torch.dtype) -> Row:
+    """The first half of a layer with Triton's attention in it, which uses up q and k, in windows of half the text."""
+    from kernels import lean
+    from kernels.attention_choice import Case, inputs
+    from kernels.attention_reference import reference
+
+    normal, C, heads, T = source(order), order.dim, order.heads, order.context
+    window = T // 2
+    *_, cos, sin = inputs(Case(2, T, heads, heads, order.head_dim, window, dtype, torch.device(order.device)))
+    x, x0 = (t.view(2, T, C) for t in (uneven(order, dtype, 2 * T), normal(2 * T, C, dtype=dtype)))
+    scalars = [torch.tensor([value], device=order.device) for value in (0.9, 0.2)]
+    weights = (normal(3 * C, C, scale=C**-0.5, dtype=dtype), normal(heads, min(GATE, C), scale=0.2, dtype=dtype))
+    given = (x, x0, *scalars, *weights, normal(order.vocab, C))
+    tokens = torch.randint(order.vocab, (2, T), device=order.device)
+    dy = (x + x0 + normal(2, T, C, dtype=dtype), normal(2, T, C, dtype=dtype))
+
+    def in_plain_torch(x: Tensor, x0: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor]:
+        out, qkv = project_reference(x.flatten(0, 1), x0.flatten(0, 1), *rest, tokens=tokens.flatten(), heads=heads)
+        q, k, v = (t.unflatten(-1, (heads, -1)) for t in qkv.view(2, T, 3 * C).chunk(3, dim=-1))
+        return out.view_as(x), reference(q, k, v, cos.to(x), sin.to(x), window).flatten(2)
+
+    found = gradients(lean.attend, given, tokens, cos, sin, window, dy=dy)
+    return compare(name, found, references(in_plain_torch, given, dy=dy), dtype)
+
+
 def project_reference(
     x: Tensor,  # (N, C)
     x0: Tensor,  # (N, C)
@@ -194,6 +220,7 @@ def feed(name: str, order: Order, dtype: torch.dtype, by: str, keep_hidden: bool
     given = (
         uneven(order, dtype),
         normal(rows(order), C, dtype=dtype),
+        normal(C, C, scale=C**-0.5, dtype=dtype),
         normal(4 * C, C, scale=C**-0.5, dtype=dtype),
         normal(C, 4 * C, scale=C**-0.5, dtype=dtype),
     )
@@ -202,9 +229,9 @@ def feed(name: str, order: Order, dtype: torch.dtype, by: str, keep_hidden: bool
     return compare(name, found, references(feed_reference, given, dy=dy), dtype)
 
 
-def feed_reference(x: Tensor, branch: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
-    """kernels/lean.py's `feed` in plain torch, any dtype: (N, C), (N, C), (F, C), (C, F) -> (N, C)."""
-    z = x + branch
+def feed_reference(x: Tensor, u: Tensor, wu: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
+    """kernels/lean.py's `feed` in plain torch, any dtype: (N, C), (N, C), (C, C), (F, C), (C, F) -> (N, C)."""
+    z = x + u @ wu.T
     return z + (normed(z) @ w1.T).relu().square() @ w2.T
 
 
@@ -221,9 +248,9 @@ def normed(z: Tensor) -> Tensor:
     return z * torch.rsqrt(z.square().mean(-1, keepdim=True) + EPSILON)
 
 
-def uneven(order: Order, dtype: torch.dtype) -> Tensor:
+def uneven(order: Order, dtype: torch.dtype, count: int = 0) -> Tensor:
     """(N, C), some rows four times as long as others: whoever takes another row's norm for a row's is far off."""
-    x = source(order)(rows(order), order.dim)
+    x = source(order)(count or rows(order), order.dim)
     lengths = torch.linspace(0.5, 2.0, len(x), device=x.device)[torch.randperm(len(x), device=x.device)]
     return x.mul_(lengths[:, None]).to(dtype)
 

@@ -24,6 +24,7 @@ from matplotlib.image import imread
 from console import awake, chart, output, page, picture, places, tables, words
 from console.display import SPINNER, Ticker, expected, finish_line
 from console.findings import Findings, Record, findings
+from console.picture import change
 from console.rows import Row, Scale, tally
 from core.errors import UserError
 from core.ledger import Sample, Spent
@@ -403,3 +404,10 @@ def test_a_helper_that_is_refused_is_told(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(awake, "command", lambda: ([str(script)], "sleep is held off"))
     with awake.awake() as says:
         assert says == f"sleep is not held off: {script} ended with status 3"
+
+
+def test_a_label_of_the_picture_says_what_was_changed() -> None:
+    """Not why the search tried it; what others wrote stays whole."""
+    assert change("DEPTH 3 -> 2, WIDTH 64 -> 96: 2 not tried yet") == "DEPTH 3 -> 2, WIDTH 64 -> 96"
+    assert change("Adam: a second moment per row") == "Adam: a second moment per row"
+    assert change("LR 0.02 -> 0.03") == "LR 0.02 -> 0.03" and change("baseline") == "baseline"

@@ -25,7 +25,7 @@ from console.looking import best_verb, show_verb
 from console.markdown import markdown
 from console.output import Screen
 from console.page import page
-from console.picture import change, title
+from console.picture import title
 from console.report import report_verb, write
 from console.running import _kept as ending
 from console.style import STYLE
@@ -594,10 +594,3 @@ def test_the_page_is_self_contained_and_quotes_safely(full):
     assert not re.search(r"<script|url\(|src=|href=\"(?!#)", html)
     for r in findings(read(full)).rows:
         assert f'id="e{r.number}"' in html
-
-
-def test_a_label_of_the_picture_says_what_was_changed() -> None:
-    """Not why the search tried it; what others wrote stays whole."""
-    assert change("DEPTH 3 -> 2, WIDTH 64 -> 96: 2 not tried yet") == "DEPTH 3 -> 2, WIDTH 64 -> 96"
-    assert change("Adam: a second moment per row") == "Adam: a second moment per row"
-    assert change("LR 0.02 -> 0.03") == "LR 0.02 -> 0.03" and change("baseline") == "baseline"
