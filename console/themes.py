@@ -12,6 +12,7 @@ from typing import Any
 from console.rows import Row
 from core.errors import UserError
 from core.recipe import Choices, Range, constants, fingerprint
+from core.syntax import parse
 
 # The first family with one of these words in a constant's name is its theme.
 FAMILIES: tuple[tuple[str, frozenset[str]], ...] = (
@@ -78,7 +79,7 @@ def _read(source: bytes) -> tuple[dict[str, Any], dict[str, str]] | None:
         values = {name: repr(c.value) for name, c in constants(text).items()}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            tree = ast.parse(text)
+            tree = parse(text)
     except (UserError, UnicodeDecodeError, SyntaxError):
         return None
     found: dict[str, str] = {}

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from core.errors import UserError
+from core.syntax import parse
 
 MOST_BYTES = 2**20
 _BINARY: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
@@ -82,7 +83,7 @@ def read_constants(source: str) -> tuple[dict[str, Any], list[str]]:
     """Top-level UPPER_CASE assignments of a file: values, and the names whose value could not be evaluated."""
     values: dict[str, Any] = {}
     unread: list[str] = []
-    for node in ast.parse(source).body:
+    for node in parse(source).body:
         name, expression = _assignment(node)
         if name is None or expression is None:
             continue
@@ -109,7 +110,7 @@ def _assignment(node: ast.stmt) -> tuple[str | None, ast.expr | None]:
 def left_behind(source: str) -> list[str]:
     """What else the file holds, as a person would list it: 'class GPT (line 112)', 'training loop (line 543)'."""
     found: list[str] = []
-    for node in ast.parse(source).body:
+    for node in parse(source).body:
         if isinstance(node, ast.ClassDef):
             found.append(f"class {node.name} (line {node.lineno})")
         elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):

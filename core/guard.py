@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from core.errors import UserError
+from core.syntax import parse
 
 MAX_SOURCE = 64 * 1024  # bytes of train.py
 MAX_PACKED = 24 * 1024  # bytes after compression: what the text really carries
@@ -114,7 +115,7 @@ def _parse(text: str) -> ast.Module | Finding:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            tree = ast.parse(text, "train.py")
+            tree = parse(text, "train.py")
             compile(text, "train.py", "exec", dont_inherit=True)  # finds what the grammar alone allows
     except SyntaxError as error:
         return Finding(error.lineno or 1, "syntax", f"not valid Python: {error.msg}")

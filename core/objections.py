@@ -10,6 +10,7 @@ import warnings
 from core.contract import Proposal
 from core.ledger import Experiment, Ledger
 from core.recipe import fingerprint
+from core.syntax import parse
 
 REPAIRS = 2  # failed experiments that a researcher may answer with a repair of the same idea, one after another
 
@@ -78,6 +79,6 @@ def _plain(source: bytes) -> list[str]:
     try:
         with warnings.catch_warnings():  # an odd escape in somebody's recipe is no news for the console
             warnings.simplefilter("ignore")
-            return ast.unparse(ast.parse(source)).splitlines()
+            return ast.unparse(parse(source)).splitlines()
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return source.decode("utf-8", "replace").splitlines()

@@ -27,6 +27,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from core.errors import UserError
+from core.syntax import expression, parse
 
 _NAME = re.compile(r"[A-Z][A-Z0-9_]*\Z")
 _SEARCH = re.compile(r"\bsearch:\s*(.*?)(?=\s*(?:[;#]|\s{2}|$))")  # prose may follow after ";" or two spaces
@@ -127,7 +128,7 @@ def _parse(source: str | bytes) -> ast.Module:
     try:
         with warnings.catch_warnings():  # an odd escape in somebody's recipe is no news for the console
             warnings.simplefilter("ignore")
-            return ast.parse(source)
+            return parse(source)
     except SyntaxError as error:
         raise UserError(f"train.py is not valid Python: line {error.lineno or 1}: {error.msg}", "correct it") from None
     except (ValueError, RecursionError, MemoryError) as error:  # null bytes; nested too deeply
@@ -234,7 +235,7 @@ def _parse_search(text: str, value: Any) -> Range | Choices:
 
 
 def _number(text: str) -> float:
-    value = _evaluate(ast.parse(text.strip(), mode="eval").body)
+    value = _evaluate(expression(text.strip()))
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
         raise ValueError(f"{text.strip()!r} is not a number")
     return value
@@ -243,7 +244,7 @@ def _number(text: str) -> float:
 def _choice(text: str, value: Any) -> Any:
     """One item of `A | B`: a literal, or (for string constants) a bare word."""
     try:
-        read = _evaluate(ast.parse(text, mode="eval").body)
+        read = _evaluate(expression(text))
     except (SyntaxError, ValueError):
         read = text
     if isinstance(value, str) and not isinstance(read, str):

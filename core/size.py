@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import ast
 
+from core.syntax import parse
+
 _DOCUMENTED = (ast.Module, ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 _NO_TOKENS = (ast.Module, ast.expr_context)
 
 
 def syntax_tokens(source: bytes) -> int:
     """The number of nodes of the syntax tree, docstrings left out. Raises `SyntaxError` where there is no tree."""
-    tree = ast.parse(source)
+    tree = parse(source)
     for node in ast.walk(tree):
         if isinstance(node, _DOCUMENTED) and ast.get_docstring(node, clean=False) is not None:
             node.body = node.body[1:]

@@ -29,6 +29,7 @@ from core.lab import Lab
 from core.loop import Limits, Loop
 from core.outcome import Event, Outcome, Request
 from core.settings import Settings
+from core.syntax import parse
 
 
 def recipe(score: float | None = None, status: str = "crash", mark: str = "") -> bytes:
@@ -145,7 +146,7 @@ class Ahead(Night):
 
 
 def _constants(source: bytes) -> dict[str, Any]:
-    body = ast.parse(source).body
+    body = parse(source).body
     return {n.targets[0].id: ast.literal_eval(n.value) for n in body if isinstance(n, ast.Assign)}  # type: ignore[attr-defined]
 
 
