@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 
+from core import loading
 from core import weights as weight_files
 from core.clock import Budget, StepTimes
 from core.contract import Device, Spec, Training
@@ -53,10 +54,7 @@ class RecipeError(Exception):
 def main() -> None:
     role, backend = sys.argv[1:3]
     channel = own_channel()
-    gc.disable()  # a library makes very many objects, all of which stay: looking through them is a tenth of its import
-    device_module = importlib.import_module(f"backends.{backend}.device")
-    gc.freeze()
-    gc.enable()
+    device_module = loading.load(f"backends.{backend}.device")
     roles = {
         "trainer": train, "warm-up": rehearse, "scorer": answer, "auditor": answer, "prober": answer,
         "measure": measure, "dry": dry,

@@ -35,6 +35,7 @@ SCRATCH_SPARE = 256 * 2**20  # bytes that have to stay free on the disk with the
 SANDBOX_NOT_APPLIED = 125  # exit status; a recipe may choose it too, so it counts before there is one
 MEMORY_SHARE = 0.9  # of the machine's memory, where no limit is set
 EXIT_AFTER_CLOSING = 10.0  # seconds between the end of a child's channel and that of its process, on a busy machine
+LOADING = "loading the backend's library"
 LIBRARY_CAP = 120.0  # seconds to import torch or mlx; from a cold disk it is slow
 OUT_OF_MEMORY = "out of"  # begins the reason of a child that took more than it may
 NT_FAULTS = 0xC0000000  # NTSTATUS of severity "error" begin here
@@ -136,16 +137,18 @@ class Place:
         server = self.forkserver
         if server is None:
             return None
-        doing = "loading the backend's library"
         try:
             server.wait(self.look_for_stop, LIBRARY_CAP)
         except NotLoaded as failed:
-            what = f"the backend {self.settings.backend} cannot be loaded"
+            what = self.not_loaded()
             if failed.code is None:
-                raise NotInTime(f"{what}: {doing} took more than {LIBRARY_CAP:.3g} s", advice("")) from None
-            how = f"the process that does it for all ended by itself in {doing}, with exit status {failed.code}"
+                raise NotInTime(f"{what}: {LOADING} took more than {LIBRARY_CAP:.3g} s", advice("")) from None
+            how = f"the process that does it for all ended by itself in {LOADING}, with exit status {failed.code}"
             raise BackendFailed(f"{what}: {how}", advice(server.log_tail(3))) from None
         return server
+
+    def not_loaded(self) -> str:
+        return f"the backend {self.settings.backend} cannot be loaded"
 
     def look_for_stop(self) -> None:
         if self.stop.is_set():
@@ -208,11 +211,11 @@ class Worker:
         if self._ready:
             return
         try:
-            self.expect("ready", LIBRARY_CAP, "loading the backend's library")
+            self.expect("ready", LIBRARY_CAP, LOADING)
         except Ended as end:
             if end.status == "stopped":
                 raise
-            raise self._backend_failed(end, f"the backend {self.place.settings.backend} cannot be loaded") from None
+            raise self._backend_failed(end, self.place.not_loaded()) from None
         self._ready = True
 
     def begin(self, source: bytes, seed: int, compiled: Path | None, **fields: Any) -> None:

@@ -1,7 +1,7 @@
 """Children as forks of a process that has loaded the backend's library: two seconds of processor time less for each.
 
 Three children of an experiment (trainer, scorer, auditor) and its probers each load torch: seconds on a small machine,
-and as much memory again. Here it is loaded once (`core/inside.py SETUP fork MODULES FD`), before anything of a recipe
+and as much memory again. Here it is loaded once (`core/inside.py SETUP fork MODULE FD`), before anything of a recipe
 is there, by a process that never works for one: it forks a *launcher* (core/launcher.py), that its init and the
 recipe's process, and this goes on in the copy with what else Python would be executed for. Such processes are known as
 fork servers (Python's multiprocessing) and zygotes (Android).
@@ -18,8 +18,6 @@ For libraries that survive a fork: torch does while no device was opened and not
 from __future__ import annotations
 
 import array
-import gc
-import importlib
 import json
 import os
 import signal
@@ -35,14 +33,6 @@ from core.wire import CHANNEL
 
 GIVEN = ("channel", "control", "status")  # descriptors that come behind the orders, in this order; then the output
 EXPECTED = 1 + len(GIVEN) + 1
-
-
-def load(modules: list[str]) -> None:
-    gc.disable()  # a library makes very many objects, all of which stay: looking through them is a tenth of its import
-    for module in modules:
-        importlib.import_module(module)
-    gc.freeze()
-    gc.enable()
 
 
 def serve(descriptor: int) -> list[str]:

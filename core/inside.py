@@ -1,7 +1,7 @@
 """First Python code inside the sandbox: sets the import path, then runs what was asked for.
 
-Started as `python -s -S core/inside.py JSON -m module ARGS...` (or `-c code`, or a script; `fork MODULES FD` loads
-these modules and does each of the others in forks, see core/forking.py). `-S` keeps `.pth` files
+Started as `python -s -S core/inside.py JSON -m module ARGS...` (or `-c code`, or a script; `fork MODULE FD` loads
+this module and does each of the others in forks, see core/forking.py). `-S` keeps `.pth` files
 and `sitecustomize` out. The import path becomes: three packages of the project, the standard library, and of each
 package folder only the listed names, so that a package which must not be read is one that is not installed.
 """
@@ -92,14 +92,14 @@ class Copying:
             os.unlink(src)
 
 
-def forked(modules: str, descriptor: str) -> list[str]:
+def forked(module: str, descriptor: str) -> list[str]:
     """In each fork: what it is to do."""
     from core import landlock
 
     landlock.die_with_parent(signal.SIGKILL)  # which may be before the library is there, and the channel is listened to
-    from core import forking
+    from core import forking, loading
 
-    forking.load(modules.split())
+    loading.load(module)
     return forking.serve(int(descriptor))
 
 
