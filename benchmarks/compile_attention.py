@@ -49,6 +49,7 @@ def pass_parts(target: int, head: int, dtype: str = "bf16") -> Iterator[Case]:
         "rotation": rotated_norm.rotated_kernel,
         "delta": attention_backward.delta_kernel,
         "rotation back": attention_backward.rotate_back_kernel,
+        "rotation back, of others": rotated_norm.rotated_back_kernel,
     }
     for name, kernel in passing.items():
         yield _part(name, kernel, target, head, dtype, {"ROWS": ROWS}, 4, 3)

@@ -42,7 +42,8 @@ def correctness(order: Order) -> Iterator[Row]:
             ("residual_norm, no scalars", partial(residual_norm, scaled=False)),
             ("project", partial(project, gated=False)),
             ("project, value embeddings", partial(project, gated=True)),
-            ("attend, value embeddings", attend),
+            ("attend, value embeddings", partial(attend, by=None, window=T // 2)),
+            ("attend, attention of torch", partial(attend, by="flash", window=T)),
             ("feed", partial(feed, by="triton", keep_hidden=True)),
             ("feed, hidden made again", partial(feed, by="triton", keep_hidden=False)),
             ("feed, products of torch", partial(feed, by="torch", keep_hidden=True)),
@@ -165,14 +166,13 @@ def project(name: str, order: Order, dtype: torch.dtype, gated: bool) -> Row:
     return compare(name, found, references(project_reference, given, tokens=tokens, heads=order.heads, dy=dy), dtype)
 
 
-def attend(name: str, order: Order, dtype: torch.dtype) -> Row:
-    """The first half of a layer with Triton's attention in it, which uses up q and k, in windows of half the text."""
+def attend(name: str, order: Order, dtype: torch.dtype, by: str | None, window: int) -> Row:
+    """The first half of a layer with attention in it that uses up q and k: Triton's, or another's on turned ones."""
     from kernels import lean
     from kernels.attention_choice import Case, inputs
     from kernels.attention_reference import reference
 
     normal, C, heads, T = source(order), order.dim, order.heads, order.context
-    window = T // 2
     *_, cos, sin = inputs(Case(2, T, heads, heads, order.head_dim, window, dtype, torch.device(order.device)))
     x, x0 = (t.view(2, T, C) for t in (uneven(order, dtype, 2 * T), normal(2 * T, C, dtype=dtype)))
     scalars = [torch.tensor([value], device=order.device) for value in (0.9, 0.2)]
@@ -186,7 +186,7 @@ def attend(name: str, order: Order, dtype: torch.dtype) -> Row:
         q, k, v = (t.unflatten(-1, (heads, -1)) for t in qkv.view(2, T, 3 * C).chunk(3, dim=-1))
         return out.view_as(x), reference(q, k, v, cos.to(x), sin.to(x), window).flatten(2)
 
-    found = gradients(lean.attend, given, tokens, cos, sin, window, dy=dy)
+    found = gradients(lean.attend, given, tokens, cos, sin, window, by, dy=dy)
     return compare(name, found, references(in_plain_torch, given, dy=dy), dtype)
 
 

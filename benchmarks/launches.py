@@ -50,6 +50,7 @@ WRITTEN = {
     "linear_relu2._squared": "+H",
     "linear_relu2._times_root": "+D",
     "rotated_norm.rotated_kernel": "Out R",
+    "rotated_norm.rotated_back_kernel": "Out",
     "attention.forward_kernel": "Out R Y Lse",
     "attention_backward.delta_kernel": "Delta",
     "attention_backward.backward_kernel": "+Dq Dk Dv",
@@ -195,13 +196,17 @@ def _flash3(phase: str, args: tuple[Any, ...], out: Any) -> Launch:
 
 def _flash3_backward(phase: str, args: tuple[Any, ...], out: Any) -> Launch:
     """Three launches: one of dy and y before it, one that turns the sums of dq, float32, into dq."""
-    dy, q, k, v, y, lse, window = args
+    dy, q, k, v, y, lse, *into, window = args
     sums = 2 * 2 * q.numel() * 4 - 2 * q.numel() * q.element_size()  # added to and read again; the zeros are seen
-    count = moved([dy, q, k, v, y, lse], list(out)) + size(dy) + sums
+    count = moved([dy, q, k, v, y, lse], into or list(out)) + size(dy) + sums
     return Launch("flash3_backward", phase, BACKWARD, 3, count, attention_flops(q, window, 5), _shapes(args))
 
 
-STANDS_FOR = {"blank::flash3": _flash3, "blank::flash3_backward": _flash3_backward}
+STANDS_FOR = {
+    "blank::flash3": _flash3,
+    "blank::flash3_backward": _flash3_backward,
+    "blank::flash3_gradients": _flash3_backward,
+}
 
 
 # --- watching -----------------------------------------------------------------------------------

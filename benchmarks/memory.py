@@ -3,6 +3,7 @@
     python -m benchmarks.memory                     # upstream's shapes: 128 rows of 2048, depth 8, dim 512
     python -m benchmarks.memory --rows 64 --depth 9 --card h200
     python -m benchmarks.memory --upstream ~/autoresearch --upstream-python ~/autoresearch/.venv/bin/python
+    python -m benchmarks.memory --fa3               # and ours with FlashAttention 3 in the place of Triton's attention
     python -m benchmarks.memory --peak 20           # what is held when the most is held
 
 Each side runs in a child of its own on a blank card (benchmarks/blank_card): what torch.compile and Triton make for
@@ -12,8 +13,8 @@ allocator's, exactly; the figure of `nvidia-smi` has the driver's context in it,
 
 Of a step is told what the allocator held at most (allocated) and took from the card (reserved), the most of the second
 and third step; and what a step launches, copies and waits for. The loader's two waits are for its own earlier copies.
-Upstream's FlashAttention 3 is an operator that allocates what it does (benchmarks/memory_side.py), and its norm keeps
-its dtype, as in the torch 2.9.1 that upstream pins (`norm_in_its_dtype` in benchmarks/gpu_sections.py): both give the
+FlashAttention 3 is an operator that allocates what it does (benchmarks/memory_side.py), and upstream's norm keeps its
+dtype, as in the torch 2.9.1 that upstream pins (`norm_in_its_dtype` in benchmarks/gpu_sections.py): both give the
 same peak. `--upstream-python` names an interpreter that has another torch, with numpy.
 """
 
@@ -37,6 +38,7 @@ from core.paths import home, project_root
 PUBLISHED = 45_060.2  # MiB, `peak_vram_mb` of the run that upstream's README shows
 GOAL = 0.55  # share of it, at the same shapes
 LIMIT = 1200.0  # seconds of one side, which compiles for one or two minutes
+WITH_FLASH3 = "ours, fa3"  # the side
 COLUMNS = ("allocated", "reserved", "launches", "products", "waits", "to card", "bytes to card", "to host")
 
 Row = dict[str, Any]
@@ -78,13 +80,14 @@ def _cell(value: float) -> str:
 
 
 def ratios(sides: dict[str, Row], order: Order) -> Iterator[str]:
-    held = sides["ours"]["allocated"]
-    if "upstream" in sides:
-        yield f"ours / upstream: {held / sides['upstream']['allocated']:.3f} allocated, " + (
-            f"{sides['ours']['reserved'] / sides['upstream']['reserved']:.3f} reserved"
+    own = {name: row for name, row in sides.items() if name != "upstream"}
+    for name, row in own.items() if "upstream" in sides else ():
+        yield f"{name} / upstream: {row['allocated'] / sides['upstream']['allocated']:.3f} allocated, " + (
+            f"{row['reserved'] / sides['upstream']['reserved']:.3f} reserved"
         )
     if order == published():
-        yield f"upstream as published, of a real H100: {PUBLISHED:,.1f} MiB; ours / published: {held / PUBLISHED:.3f}"
+        shares = ", ".join(f"{name} / published: {row['allocated'] / PUBLISHED:.3f}" for name, row in own.items())
+        yield f"upstream as published, of a real H100: {PUBLISHED:,.1f} MiB; {shares}"
         yield f"the goal is {GOAL:g} of it, {GOAL * PUBLISHED:,.0f} MiB"
 
 
@@ -108,6 +111,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--depth", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=2**19, help="of an optimizer step")
     parser.add_argument("--card", choices=list(blank_card.CARDS), default="h100")
+    parser.add_argument("--fa3", action="store_true", help="ours with FlashAttention 3, too")
     parser.add_argument("--upstream", type=Path, help="a clone of karpathy/autoresearch")
     parser.add_argument("--upstream-python", default=sys.executable, help="an interpreter with the torch that it pins")
     parser.add_argument("--peak", type=int, default=0, metavar="N", help="list the N largest of what is held then")
@@ -117,6 +121,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         order = replace(order, upstream=str(given.upstream.expanduser().resolve()))
     try:
         found = {"ours": side("ours", order, given.card, top=given.peak)}
+        if given.fa3:
+            found[WITH_FLASH3] = side(WITH_FLASH3, order, given.card, top=given.peak)
         if given.upstream:
             found["upstream"] = side("upstream", order, given.card, given.upstream_python, given.peak)
     except UserError as error:

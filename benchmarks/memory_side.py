@@ -7,7 +7,9 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -17,14 +19,16 @@ from benchmarks import blank_card
 from benchmarks.gpu import Order
 from benchmarks.gpu_sections import Tokens, recipe, upstream_step
 from core.contract import Spec
+from kernels import attention_flash
 
 MIB = 2**20
 STEPS = 3  # the first compiles
 ENTRIES = 200_000  # of the allocator's history, more than a step has
 
+Pair = tuple[int, int]
 Step = Callable[[Tokens, float], Tensor]
 
-# --- what upstream's attention allocates --------------------------------------------------------
+# --- what FlashAttention 3 allocates, upstream's attention and where it is the fastest ours, too --------
 
 
 @torch.library.custom_op("blank::flash3", mutates_args=())
@@ -37,11 +41,25 @@ def _flash3(q: Tensor, k: Tensor, v: Tensor, window: int) -> tuple[Tensor, Tenso
 def _flash3_backward(
     dy: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, lse: Tensor, window: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Its backward holds dq in float32 and two numbers a row beside the gradients (hopper/flash_api.cpp, mha_bwd)."""
-    beside = q.new_zeros(q.size(0), q.size(2), q.size(1), q.size(3), dtype=torch.float32), _per_row(q), _per_row(q)
+    beside = _beside_gradients(q)
     found = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     del beside
     return found
+
+
+@torch.library.custom_op("blank::flash3_gradients", mutates_args=("dq", "dk", "dv"))
+def _flash3_gradients(
+    dy: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, lse: Tensor, dq: Tensor, dk: Tensor, dv: Tensor, window: int
+) -> None:
+    """The same where there is a place for them."""
+    beside = _beside_gradients(q)
+    del beside
+
+
+def _beside_gradients(q: Tensor) -> tuple[Tensor, ...]:
+    """Its backward holds dq in float32 and two numbers a row beside the gradients (hopper/flash_api.cpp, mha_bwd)."""
+    sums = q.new_zeros(q.size(0), q.size(2), q.size(1), q.size(3), dtype=torch.float32)
+    return sums, _per_row(q), _per_row(q)
 
 
 def _per_row(q: Tensor) -> Tensor:
@@ -70,13 +88,31 @@ def flash3(q: Tensor, k: Tensor, v: Tensor, causal: bool, window_size: tuple[int
     return _flash3(q, k, v, window_size[0])[0]  # type: ignore[no-any-return]
 
 
+def flash3_package() -> ModuleType:
+    """What kernels/attention_flash.py imports."""
+
+    def forward(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float, causal: bool, window_size: Pair) -> Any:
+        return _flash3(q, k, v, window_size[0])
+
+    def backward(
+        dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, softmax_lse: Tensor, dq: Tensor, dk: Tensor,
+        dv: Tensor, softmax_scale: float, causal: bool, window_size: Pair,
+    ) -> None:  # fmt: skip
+        _flash3_gradients(dout, q, k, v, out, softmax_lse, dq, dk, dv, window_size[0])
+
+    package = ModuleType(attention_flash.MODULE)
+    package.__spec__ = ModuleSpec(package.__name__, None)
+    vars(package).update(_flash_attn_forward=forward, _flash_attn_backward=backward)
+    return package
+
+
 # --- measuring ----------------------------------------------------------------------------------
 
 
-def ours(order: Order) -> Step:
+def ours(order: Order, attention: str = "triton") -> Step:
     """The shipped recipe with its own kernels, which every card since sm_80 can take: nothing is chosen by time."""
     spec = Spec(order.vocab, order.context, order.vocab - 1, order.device, "bfloat16", 42, 0)
-    training = recipe(order, ATTENTION="triton", MLP="triton").build(spec)
+    training = recipe(order, ATTENTION=attention, MLP="triton").build(spec)
 
     def step(tokens: Tokens, progress: float) -> Tensor:
         loss: Tensor = training.step(tokens, progress)
@@ -87,8 +123,16 @@ def ours(order: Order) -> Step:
     return step
 
 
+def ours_with_flash3(order: Order) -> Step:
+    sys.modules[attention_flash.MODULE] = flash3_package()
+    return ours(order, "fa3")
+
+
 def upstream(order: Order) -> Step:
     return upstream_step(order, flash3)
+
+
+SIDES = {"ours": ours, "ours, fa3": ours_with_flash3, "upstream": upstream}
 
 
 def measured(step: Step, tokens: Tokens, progress: float) -> dict[str, Any]:
@@ -152,7 +196,7 @@ def _taker(event: Mapping[str, Any]) -> str:
 
 def main() -> None:
     side, order, top = sys.argv[1], Order(**json.loads(sys.argv[2])), int(sys.argv[3])
-    step, tokens = {"ours": ours, "upstream": upstream}[side](order), Tokens(order)
+    step, tokens = SIDES[side](order), Tokens(order)
     for i in range(STEPS):
         print(json.dumps({"step": i + 1, **measured(step, tokens, i / STEPS)}), flush=True)
     for row in at_peak(step, tokens, top) if top else ():

@@ -13,7 +13,8 @@ FLOPs / rate, and a moment to start: a floor, as none of the rates below is reac
 Not in it: instructions beside products (exponentials, conversions), occupancy, tiles that do not fill the card, gaps
 that the host leaves, atomics beyond their tensors' bytes, what the cache spares between two launches or a kernel has to
 read twice. Attention runs at FlashAttention 3's published rates on both sides; `--attention 0.8` gives ours that share
-of them. The norms and rotations around it are launches of their own in both.
+of them. The norms and rotations around it are launches of their own in upstream's, and with `--fa3`, ours with
+FlashAttention 3 in the place of Triton's attention.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu import Order
-from benchmarks.memory import published, told
+from benchmarks.memory import WITH_FLASH3, published, told
 from core.errors import UserError
 
 CARD = "h100"
@@ -118,6 +119,9 @@ def compared(sides: dict[str, list[Row]], rates: dict[str, Rates], known: float 
     """The ratio of both floors, what share of FlashAttention 3's rate it takes, and upstream's time if it is known."""
     ours, theirs = (summed(sides[side], rates[side]).seconds for side in ("ours", "upstream"))
     yield f"upstream / ours: {theirs / ours:.3f}, both calculated; the goal is {GOAL:g}"
+    if WITH_FLASH3 in sides:
+        other = summed(sides[WITH_FLASH3], rates[WITH_FLASH3]).seconds
+        yield f"upstream / {WITH_FLASH3}: {theirs / other:.3f}, too"
     if known is not None:
         beyond = known - theirs
         yield (
@@ -154,6 +158,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--rows", type=int, default=128, help="that go through the model at once")
     parser.add_argument("--depth", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=2**19, help="of an optimizer step")
+    parser.add_argument("--fa3", action="store_true", help="ours with FlashAttention 3, too")
     parser.add_argument("--upstream", type=Path, help="a clone of karpathy/autoresearch")
     parser.add_argument("--attention", type=float, default=1.0, help="our rate as a share of FlashAttention 3's")
     parser.add_argument("--top", type=int, default=0, metavar="N", help="list the N that take longest")
@@ -163,7 +168,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if given.upstream:
         order = replace(order, upstream=str(given.upstream.expanduser().resolve()))
     try:
-        found = {side: launched(side, order) for side in ("ours", "upstream") if side == "ours" or given.upstream}
+        wanted = {"ours": True, WITH_FLASH3: given.fa3, "upstream": bool(given.upstream)}
+        found = {side: launched(side, order) for side, is_wanted in wanted.items() if is_wanted}
     except UserError as error:
         sys.exit(str(error))
     own = replace(
@@ -171,7 +177,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         attention_forward=given.attention * Rates().attention_forward,
         attention_backward=given.attention * Rates().attention_backward,
     )
-    sides, rates = {side: rows for side, (rows, _) in found.items()}, {"ours": own, "upstream": Rates()}
+    sides, rates = {side: rows for side, (rows, _) in found.items()}, dict.fromkeys(found, Rates())
+    rates["ours"] = own
     if given.json:
         print(json.dumps(_as_json(sides, rates)))
     else:

@@ -27,6 +27,7 @@ from pathlib import Path
 import torch
 
 from kernels.attention_agreement import inputs, why_apart
+from kernels.attention_cores import CORES
 from kernels.attention_peers import PEERS, Attention, Case, block_mask
 from kernels.errors import out_of_memory
 from kernels.measured import caches as _caches
@@ -54,9 +55,11 @@ class Choice:
     )  # name -> why it cannot do the case, is wrong, or was not timed
 
     @property
-    def beside(self) -> Attention | None:
-        """What `lean.attend` takes for attention: None for Triton's kernels."""
-        return None if self.name == "triton" else self.run
+    def beside(self) -> str | Attention | None:
+        """What `lean.attend` takes for attention: None for Triton's kernels, the name of what it has within, too."""
+        if self.name == "triton":
+            return None
+        return self.name if self.name in CORES else self.run
 
     @property
     def whole(self) -> bool:

@@ -44,15 +44,32 @@ def _called(name: str, window: int, scale: float, **tensors: Tensor) -> Any:
     return function(**{**missing, **{n: value for n, value in known.items() if n in taken}})
 
 
-@torch.library.custom_op("autoresearch::flash3", mutates_args=())
-def _forward(q: Tensor, k: Tensor, v: Tensor, window: int, scale: float) -> tuple[Tensor, Tensor]:
-    """-> y, and of each query the logarithm of its sum of exponentials (B, H, T), float32."""
+def forward(q: Tensor, k: Tensor, v: Tensor, window: int, scale: float) -> tuple[Tensor, Tensor]:
+    """-> y, and of each query the logarithm of its sum of exponentials (B, H, T), float32. Without gradients."""
     y, sums, *_ = _called("_flash_attn_forward", window, scale, q=q, k=k, v=v)
     wanted = (q.size(0), q.size(2), q.size(1))
     if y.shape != q.shape or sums.shape != wanted or sums.dtype != torch.float32:
         found = f"{tuple(y.shape)} and {sums.dtype} {tuple(sums.shape)}"
         raise RuntimeError(f"{MODULE} gave {found}; {tuple(q.shape)} and float32 {wanted} are known here")
     return y.contiguous(), sums.contiguous()
+
+
+def backward(
+    dy: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, sums: Tensor, into: tuple[Tensor, Tensor, Tensor],
+    window: int, scale: float,
+) -> None:  # fmt: skip
+    """dq, dk and dv to `into`, of which the channels of a head lie side by side."""
+    dq, dk, dv = into
+    given = {"dout": dy, "q": q, "k": k, "v": v, "out": y, "softmax_lse": sums, "dq": dq, "dk": dk, "dv": dv}
+    _called("_flash_attn_backward", window, scale, **given)
+
+
+# --- as operators -------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("autoresearch::flash3", mutates_args=())
+def _forward(q: Tensor, k: Tensor, v: Tensor, window: int, scale: float) -> tuple[Tensor, Tensor]:
+    return forward(q, k, v, window, scale)
 
 
 @_forward.register_fake
@@ -66,8 +83,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv."""
     dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
-    given = {"dout": dy, "q": q, "k": k, "v": v, "out": y, "softmax_lse": sums, "dq": dq, "dk": dk, "dv": dv}
-    _called("_flash_attn_backward", window, scale, **given)
+    backward(dy, q, k, v, y, sums, (dq, dk, dv), window, scale)
     return dq, dk, dv
 
 

@@ -14,6 +14,7 @@ import importlib.util
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.machinery import PathFinder
 from typing import Any
 
@@ -79,18 +80,13 @@ def _reference(case: Case) -> Attention:
     return reference
 
 
-def _flash3(case: Case) -> Attention:
-    from kernels import attention_flash
+def _core(name: str, case: Case) -> Attention:
+    """One that kernels/attention_cores.py knows, by its name."""
+    from kernels import attention_cores, attention_flash
 
-    attention_flash.load()
-    turn = _turning(case)
-
-    def run(
-        q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, window: int, scale: float | None = None
-    ) -> Tensor:
-        return attention_flash.flash3(turn(q, cos, sin), turn(k, cos, sin), v, window, scale)
-
-    return run
+    if name == "fa3":
+        attention_flash.load()
+    return partial(attention_cores.attention, by=name)
 
 
 def _flash4(case: Case) -> Attention:
@@ -108,49 +104,6 @@ def _flash4(case: Case) -> Attention:
 
     disabled: Attention = torch.compiler.disable(run)
     return disabled
-
-
-def _whole_context(name: str, product: Callable[..., Tensor], case: Case) -> Attention:
-    """product: (q, k, v, scale), each (B, H or Hkv, T, D) -> (B, H, T, D), causal."""
-    turn = _turning(case)
-
-    def run(
-        q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, window: int, scale: float | None = None
-    ) -> Tensor:
-        if window < q.size(1) - 1:
-            raise ValueError(f"{name} knows no windows; {window} of {q.size(1)} tokens asked for")
-        q, k, v = (x.transpose(1, 2) for x in (turn(q, cos, sin), turn(k, cos, sin), v))
-        return product(q, k, v, scale).transpose(1, 2)
-
-    return run
-
-
-# scaled_dot_product_attention takes one of these two where sdpa_kernel names it, with these arguments. They are called
-# by themselves because a graph that holds sdpa_kernel is never found again: torch's cache of graphs with their backward
-# does not know what Dynamo puts there for it. Of the statistics that a backward needs cuDNN makes none without one.
-
-
-def _cudnn(case: Case) -> Attention:
-    attend = torch.ops.aten._scaled_dot_product_cudnn_attention.default
-
-    def product(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
-        kept = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-        y: Tensor = attend(q, k, v, None, kept, 0.0, True, False, scale=scale)[0]  # no bias, no dropout, causal
-        return y
-
-    return _whole_context("cuDNN", product, case)
-
-
-def _sdpa_flash(case: Case) -> Attention:
-    ops = torch.ops.aten
-    on_card = case.device.type == "cuda"
-    attend = ops._scaled_dot_product_flash_attention if on_card else ops._scaled_dot_product_flash_attention_for_cpu
-
-    def product(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
-        y: Tensor = attend.default(q, k, v, 0.0, True, scale=scale)[0]  # no dropout, causal
-        return y
-
-    return _whole_context("torch's flash attention", product, case)
 
 
 def _flex(case: Case) -> Attention:
@@ -185,7 +138,7 @@ def block_mask(length: int, window: int, device: torch.device) -> Any:
 
 
 def _turning(case: Case) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """QK-norm and RoPE for those that do not have them inside: on a card one fused pass."""
+    """QK-norm and RoPE for those that have them neither inside nor around them: on a card one fused pass."""
     fused = torch.compile(reference_rotated, dynamic=False) if case.device.type == "cuda" else reference_rotated
 
     def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -280,10 +233,10 @@ def _installed(module: str) -> bool:
 
 PEERS: dict[str, Peer] = {
     "triton": Peer(_triton, _no_triton, compiles=True),
-    "fa3": Peer(_flash3, _no_flash3),
+    "fa3": Peer(partial(_core, "fa3"), _no_flash3),
     "fa4": Peer(_flash4, _no_flash4, whole=False, compiles=True),
-    "cudnn": Peer(_cudnn, _no_cudnn),
-    "flash": Peer(_sdpa_flash, _no_sdpa_flash),
+    "cudnn": Peer(partial(_core, "cudnn"), _no_cudnn),
+    "flash": Peer(partial(_core, "flash"), _no_sdpa_flash),
     "flex": Peer(_flex, _no_flex, compiles=True),
     "reference": Peer(_reference, lambda case: ""),
 }

@@ -3,13 +3,13 @@
 With norm(z) = z / sqrt(mean(z^2) + 2^-23), a stream x (N, C) and its start x0, scalars a, b, H heads of D channels:
 
     attend     x' = a x + b x0     n = norm(x')     (q, k, v) = n Wqkv^T     v += g E[token], g = 2 sigmoid(n[:32] G^T)
-               u = attention of q, k and v, with QK-norm and RoPE (kernels/attention.py)
+               u = attention of q, k and v, with QK-norm and RoPE (kernels/attention.py, attention_cores.py)
     feed       z = x' + u Wu^T     r z = norm(z)    y = max(r z W1^T, 0)^2   x'' = z + y W2^T
 
 `attend` keeps x (the next layer's is the last one's result, so one tensor a layer), g, v, u, and q and k normalised and
-turned, which attention leaves where they were, with a few float32 a row (kernels/attention.py); `feed` keeps z, y and
-one number r a row; norms and the gathered rows of E are made again. y, four times as wide as the stream, is made again
-too where `keep_hidden` is off, for a ninth of a layer's products more.
+turned, which attention leaves where they were, with a few float32 a row; `feed` keeps z, y and one number r a row;
+norms and the gathered rows of E are made again. y, four times as wide as the stream, is made again too where
+`keep_hidden` is off, for a ninth of a layer's products more.
 
 Each is one operation forward and two backward for torch.compile, their temporaries gone when they end: the compiler
 would find that what is made again was there before, and keep it, and would put the products of the weights' gradients
@@ -29,8 +29,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels import portable
+from kernels import attention_cores, portable
 
+TRITON = "triton"  # attention by ours
 Three = tuple[Tensor, Tensor, Tensor]
 Four = tuple[Tensor, Tensor, Tensor, Tensor]
 # --- project ------------------------------------------------------------------------------------
@@ -127,55 +128,65 @@ def _both(gate: Tensor | None, table: Tensor | None) -> None:
         raise ValueError("a layer takes both a gate and a table of value embeddings, or neither")
 
 
-# --- attend: the same and attention by Triton's kernels, which use up q and k ----------------------
+# --- attend: the same and attention by kernels that use up q and k -----------------------------------
 
-Attended = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+Attended = tuple[Tensor, Tensor, Tensor, list[Tensor], Tensor]
 
 
 @torch.library.custom_op("autoresearch::attend", mutates_args=())
 def _attend(
     x: Tensor, x0: Tensor, a: Tensor, b: Tensor, w: Tensor, gate: Tensor | None, table: Tensor | None, tokens: Tensor,
-    cos: Tensor, sin: Tensor, length: int, window: int,
+    cos: Tensor, sin: Tensor, length: int, window: int, by: str,
 ) -> Attended:  # fmt: skip
     """x', u (N, C), then q^ k^ v (N, 3C), what attention's backward needs beside it, and g."""
-    from kernels.attention import attend_
-
     out, qkv, g = _project(x, x0, a, b, w, gate, table, tokens)
-    u, *beside = attend_(*_apart(qkv, length, cos), cos, sin, window)
-    return out, u.view(x.shape), qkv, *beside, g
+    q, k, v = _apart(qkv, length, cos)
+    if by == TRITON:
+        from kernels.attention import attend_
+
+        u, *beside = attend_(q, k, v, cos, sin, window)
+    else:
+        u, beside = attention_cores.attended(q, k, v, (q, k), cos, sin, window, by)
+    return out, u.view(x.shape), qkv, beside, g
 
 
 @_attend.register_fake
 def _(
     x: Tensor, x0: Tensor, a: Tensor, b: Tensor, w: Tensor, gate: Tensor | None, table: Tensor | None, tokens: Tensor,
-    cos: Tensor, sin: Tensor, length: int, window: int,
+    cos: Tensor, sin: Tensor, length: int, window: int, by: str,
 ) -> Attended:  # fmt: skip
-    N, C = x.shape
-    heads = C // (2 * cos.size(1))
-    lse, rq, rk = (x.new_empty((N // length, heads, length), dtype=torch.float32) for _ in range(3))
-    g = x.new_empty((0,) if gate is None else (N, heads))
-    return torch.empty_like(x), torch.empty_like(x), x.new_empty(N, 3 * C), lse, rq, rk, g
+    qkv, heads = x.new_empty(len(x), 3 * x.size(1)), x.size(1) // (2 * cos.size(1))
+    if by == TRITON:
+        beside = [x.new_empty((len(x) // length, heads, length), dtype=torch.float32) for _ in range(3)]
+    else:
+        _, beside = attention_cores.shapes(*_apart(qkv, length, cos), window, by)
+    g = x.new_empty((0,) if gate is None else (len(x), heads))
+    return torch.empty_like(x), torch.empty_like(x), qkv, beside, g
 
 
 @torch.library.custom_op("autoresearch::attend_backward", mutates_args=())
 def _attend_backward(
-    du: Tensor, u: Tensor, qkv: Tensor, lse: Tensor, rq: Tensor, rk: Tensor, cos: Tensor, sin: Tensor, length: int,
-    window: int,
+    du: Tensor, u: Tensor, qkv: Tensor, beside: list[Tensor], cos: Tensor, sin: Tensor, length: int, window: int,
+    by: str,
 ) -> Tensor:  # fmt: skip
     """dq, dk, dv side by side (N, 3C)."""
-    from kernels.attention import attend_backward
-
     dqkv = torch.empty_like(qkv)
     (q, k, v), into = (_apart(t, length, cos) for t in (qkv, dqkv))
     dy, y = (_heads(t, length, cos) for t in (du, u))
-    attend_backward(dy, y, q, k, v, lse, rq, rk, cos, sin, window, into)
+    if by == TRITON:
+        from kernels.attention import attend_backward
+
+        lse, rq, rk = beside
+        attend_backward(dy, y, q, k, v, lse, rq, rk, cos, sin, window, into)
+    else:
+        attention_cores.gradients(dy, y, q, k, v, beside, cos, sin, window, into, by)
     return dqkv
 
 
 @_attend_backward.register_fake
 def _(
-    du: Tensor, u: Tensor, qkv: Tensor, lse: Tensor, rq: Tensor, rk: Tensor, cos: Tensor, sin: Tensor, length: int,
-    window: int,
+    du: Tensor, u: Tensor, qkv: Tensor, beside: list[Tensor], cos: Tensor, sin: Tensor, length: int, window: int,
+    by: str,
 ) -> Tensor:  # fmt: skip
     return torch.empty_like(qkv)
 
@@ -195,18 +206,19 @@ class _Attend(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, x0: Tensor, a: Tensor, b: Tensor, w: Tensor, gate: Any, table: Any, tokens: Tensor,
-        cos: Tensor, sin: Tensor, length: int, window: int,
+        cos: Tensor, sin: Tensor, length: int, window: int, by: str,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        out, u, qkv, *beside, g = _attend(x, x0, a, b, w, gate, table, tokens, cos, sin, length, window)
-        ctx.length, ctx.window = length, window
-        ctx.save_for_backward(u, qkv, *beside, cos, sin, g, x, x0, a, b, w, gate, table, tokens)
+        out, u, qkv, beside, g = _attend(x, x0, a, b, w, gate, table, tokens, cos, sin, length, window, by)
+        ctx.length, ctx.window, ctx.by = length, window, by
+        ctx.save_for_backward(g, x, x0, a, b, w, gate, table, tokens, u, qkv, cos, sin, *beside)
         return out, u
 
     @staticmethod
     def backward(ctx: Any, d: Tensor, du: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         kept = ctx.saved_tensors  # looked at once, as above
-        dqkv = _attend_backward(du.contiguous(), *kept[:7], ctx.length, ctx.window)
-        return *_project_gradients(d, dqkv, *kept[7:]), None, None, None, None
+        u, qkv, cos, sin, *beside = kept[9:]
+        dqkv = _attend_backward(du.contiguous(), u, qkv, beside, cos, sin, ctx.length, ctx.window, ctx.by)
+        return *_project_gradients(d, dqkv, *kept[:9]), None, None, None, None, None
 
 
 def attend(
@@ -221,20 +233,21 @@ def attend(
     cos: Tensor,  # (T or more, D/2) float32; D tells the heads
     sin: Tensor,
     window: int,  # tokens seen before a query
-    by: Callable[..., Tensor] | None = None,
+    by: str | Callable[..., Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """-> x' and attention's result, (..., C) both.
 
-    by: what computes attention beside the rest, (q, k, v, cos, sin, window) -> u, all (B, T, H, D); None for Triton's
-    kernels, which are part of it.
+    by: what computes attention: None for Triton's kernels, or the name of another's of kernels/attention_cores.py, both
+    part of it; or a function that stands beside the rest, (q, k, v, cos, sin, window) -> u, all (B, T, H, D).
     """
     _both(gate, table)
     length = tokens.size(-1)
-    if by is not None:
+    if callable(by):
         out, qkv = project(x, x0, a, b, w, gate, table, tokens)
         return out, by(*_apart(qkv.flatten(0, -2), length, cos), cos, sin, window).reshape(x.shape)
     rows, rows0 = (t.reshape(-1, t.shape[-1]) for t in (x, x0))
-    out, u = _Attend.apply(rows, rows0, a, b, w, gate, table, tokens.flatten(), cos, sin, length, window)
+    given = (rows, rows0, a, b, w, gate, table, tokens.flatten(), cos, sin, length, window, by or TRITON)
+    out, u = _Attend.apply(*given)
     return out.view(x.shape), u.view(x.shape)
 
 

@@ -110,6 +110,28 @@ def norm_backward(
     return dx, dx0, sums
 
 
+def rotated(x: Tensor, out: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """(B, T, H, D), (T, D/2) twice -> r (B, H, T), and x^ in out, which may be x: kernels/rotated_norm.py."""
+    r = torch.empty(len(x), x.size(2), x.size(1), device=x.device, dtype=wide(x[:0]).dtype)
+    c, s = cos[:, None], sin[:, None]
+    for given, turned, r_of_row in zip(x, out, r):
+        n = wide(given)
+        scale = inverse_rms(n)
+        r_of_row.copy_(scale.squeeze(-1).T)
+        a, b = (n * scale).chunk(2, -1)
+        turned.copy_(torch.cat((a * c + b * s, b * c - a * s), -1))
+    return r
+
+
+def rotated_back(d: Tensor, turned: Tensor, r: Tensor, out: Tensor, cos: Tensor, sin: Tensor) -> None:
+    """The gradient of x in out, which may be d, that of x^: (B, T, H, D)."""
+    c, s = cos[:, None], sin[:, None]
+    for given, n, r_of_row, found in zip(d, turned, r, out):
+        n, g = wide(n), wide(given)
+        u, w = (g - n * (g * n).mean(-1, keepdim=True)).chunk(2, -1)
+        found.copy_(torch.cat((u * c - w * s, w * c + u * s), -1) * r_of_row.T.unsqueeze(-1))
+
+
 def embedded_norm(tokens: Tensor, table: Tensor, dtype: torch.dtype) -> Tensor:
     """(N,), (V, C): kernels/embedded_norm.py."""
     out = torch.empty(len(tokens), table.size(1), dtype=dtype, device=table.device)

@@ -83,6 +83,29 @@ def beside(device: torch.device) -> Callable[..., Tensor] | None:
     return None if products(device) else sliced_attention
 
 
+def rotated(x: Tensor, out: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """QK-norm and RoPE of x (B, T, H, D) to out, which may be x -> r (B, H, T) float32 (kernels/rotated_norm.py).
+
+    cos, sin (T, D/2) float32, contiguous. Without gradients.
+    """
+    if not fused(x.device):
+        return plain.rotated(x, out, cos, sin)
+    from kernels.rotated_norm import rotated as by_triton
+
+    with torch.cuda.device_of(x):
+        return by_triton(x, out, cos, sin)
+
+
+def rotated_back(d: Tensor, turned: Tensor, r: Tensor, out: Tensor, cos: Tensor, sin: Tensor) -> None:
+    """The gradient of x to out, which may be d, given that of what `rotated` made of x, d (B, T, H, D), and that."""
+    if not fused(d.device):
+        return plain.rotated_back(d, turned, r, out, cos, sin)
+    from kernels.rotated_norm import rotated_back as by_triton
+
+    with torch.cuda.device_of(d):
+        return by_triton(d, turned, r, out, cos, sin)
+
+
 def norm(x: Tensor, x0: Tensor, a: Tensor | None, b: Tensor | None) -> tuple[Tensor, Tensor]:
     """(N, C) rows -> a x + b x0 (x + x0 without scalars) and its RMS norm. Without gradients."""
     if not fused(x.device):

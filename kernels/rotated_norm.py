@@ -106,6 +106,20 @@ def rotated_kernel(
     rotate(X + b * xb + h * xh, Out + b * ob + h * oh, r, Cos, Sin, xt, ot, rows, T, D, DP)
 
 
+@triton.jit
+def rotated_back_kernel(
+    Dx, X, R, Out, Cos, Sin,  # of x^ (B, T, H, D), x^ the same, (B, H, T) float32, of x (B, T, H, D), (T, D/2) twice
+    db, dt, dh, xb, xt, xh, ob, ot, oh,  # strides of Dx, X and Out
+    T, H, D: tl.constexpr, DP: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """The gradient of x, given that of x^. Out may be Dx. Program: ROWS tokens of one head."""
+    b, h = (tl.program_id(1) // H).to(tl.int64), tl.program_id(1) % H
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    d, e = halves(Dx + b * db + h * dh, dt, rows, T, D, DP)
+    r = R + tl.program_id(1).to(tl.int64) * T
+    rotate_back(d, e, X + b * xb + h * xh, r, Out + b * ob + h * oh, Cos, Sin, xt, ot, rows, T, D, DP)
+
+
 def rotated(x: Tensor, out: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """x^ of x (B, T, H, D) to out, which may be x; in both the channels lie side by side. -> r (B, H, T) float32.
 
@@ -116,3 +130,13 @@ def rotated(x: Tensor, out: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     grid = (triton.cdiv(T, ROWS), B * H)
     rotated_kernel[grid](x, out, r, cos, sin, *x.stride()[:3], *out.stride()[:3], T, H, D, padded(D), ROWS, num_warps=4)
     return r
+
+
+def rotated_back(d: Tensor, turned: Tensor, r: Tensor, out: Tensor, cos: Tensor, sin: Tensor) -> None:
+    """The gradient of x (B, T, H, D) to out, given that of x^, d, and what `rotated` made of x: x^ and r. out may be d;
+    in all three the channels lie side by side."""
+    B, T, H, D = d.shape
+    rotated_back_kernel[(triton.cdiv(T, ROWS), B * H)](
+        d, turned, r, out, cos, sin, *d.stride()[:3], *turned.stride()[:3], *out.stride()[:3], T, H, D, padded(D), ROWS,
+        num_warps=4,
+    )  # fmt: skip

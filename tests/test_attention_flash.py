@@ -6,13 +6,13 @@ from __future__ import annotations
 import sys
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
 torch = pytest.importorskip("torch")
 
-from torch import Tensor  # noqa: E402 - after the skip
+
+from flash3 import FORMS, stand_in  # noqa: E402
 
 from kernels import attention_choice as choice  # noqa: E402
 from kernels import attention_flash, attention_peers  # noqa: E402
@@ -91,71 +91,6 @@ def test_what_splits_the_graph_is_timed_and_told_but_not_taken(monkeypatch):
 # --- FlashAttention-3 in a graph ------------------------------------------------------------------------
 
 
-def scores(q: Tensor, k: Tensor, window: int, scale: float) -> Tensor:
-    i = torch.arange(q.size(1))
-    seen = (i[:, None] >= i) & (i[:, None] - i <= window)
-    return (torch.einsum("bihd,bjhd->bhij", q, k) * scale).masked_fill(~seen, -torch.inf)
-
-
-def wide(x: Tensor, q: Tensor) -> Tensor:
-    return x.repeat_interleave(q.size(2) // x.size(2), 2)
-
-
-def forward(q: Tensor, k: Tensor, v: Tensor, window: int, scale: float) -> tuple[Tensor, Tensor]:
-    s = scores(q, wide(k, q), window, scale)
-    return torch.einsum("bhij,bjhd->bihd", s.softmax(-1), wide(v, q)), s.logsumexp(-1)
-
-
-def backward(dy, q, k, v, y, sums, dq, dk, dv, window: int, scale: float) -> None:
-    """From y and the logarithms, as the real one."""
-    p = (scores(q, wide(k, q), window, scale) - sums.unsqueeze(-1)).exp()
-    ds = p * (torch.einsum("bihd,bjhd->bhij", dy, wide(v, q)) - (dy * y).sum(-1).transpose(1, 2).unsqueeze(-1))
-    dq.copy_(torch.einsum("bhij,bjhd->bihd", ds, wide(k, q)) * scale)
-    dk.copy_((torch.einsum("bhij,bihd->bjhd", ds, q) * scale).unflatten(2, (k.size(2), -1)).sum(3))
-    dv.copy_(torch.einsum("bhij,bihd->bjhd", p, dy).unflatten(2, (k.size(2), -1)).sum(3))
-
-
-def older_forward(q, k, v, k_new, cu_seqlens_q, softmax_scale, causal, window_size=(-1, -1), softcap=0.0):
-    assert causal is True and k_new is cu_seqlens_q is None and window_size[1] == 0
-    return *forward(q, k, v, window_size[0], softmax_scale), None, None
-
-
-def older_backward(dout, q, k, v, out, softmax_lse, cu_seqlens_q, dq, dk, dv, softmax_scale, causal,
-                   window_size=(-1, -1), deterministic=False):  # fmt: skip
-    assert causal is True and cu_seqlens_q is None
-    backward(dout, q, k, v, out, softmax_lse, dq, dk, dv, window_size[0], softmax_scale)
-    return dq, dk, dv, None
-
-
-@torch.library.custom_op("stand_in::flash_forward", mutates_args=())
-def newer_forward(
-    q: Tensor, k: Tensor, v: Tensor, k_new: Tensor | None = None, softmax_scale: float | None = None,
-    causal: bool = False, window_size_left: int = -1, window_size_right: int = -1, num_splits: int = 1,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    assert causal and window_size_right == 0 and softmax_scale is not None
-    return *forward(q, k, v, window_size_left, softmax_scale), q.new_empty(0)
-
-
-@torch.library.custom_op("stand_in::flash_backward", mutates_args=("dq", "dk", "dv"))
-def newer_backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, softmax_lse: Tensor, cu_seqlens_q: Tensor | None = None,
-    dq: Tensor | None = None, dk: Tensor | None = None, dv: Tensor | None = None, softmax_scale: float | None = None,
-    is_causal: bool = False, window_size_left: int = -1, window_size_right: int = -1,
-) -> Tensor:  # fmt: skip
-    assert is_causal and window_size_right == 0
-    backward(dout, q, k, v, out, softmax_lse, dq, dk, dv, window_size_left, softmax_scale)
-    return q.new_empty(0)
-
-
-FORMS = {"older": (older_forward, older_backward), "newer": (newer_forward, newer_backward)}
-
-
-def stand_in(monkeypatch, forward_, backward_) -> None:
-    module = ModuleType(attention_flash.MODULE)
-    module._flash_attn_forward, module._flash_attn_backward = forward_, backward_
-    monkeypatch.setitem(sys.modules, attention_flash.MODULE, module)
-
-
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("window", [0, 5, T - 1, 10**6])
 def test_flash_attention_3_agrees_with_the_reference(monkeypatch, form, window):
@@ -188,10 +123,10 @@ def test_layers_with_flash_attention_3_are_one_graph(monkeypatch, form):
 
 def test_a_version_that_is_not_known_is_refused_and_not_used_without_its_window(monkeypatch):
     q, k, v, _, _ = choice.inputs(case())
-    stand_in(monkeypatch, lambda q, k, v, softmax_scale, causal: None, older_backward)
+    stand_in(monkeypatch, lambda q, k, v, softmax_scale, causal: None, FORMS["older"][1])
     with pytest.raises(RuntimeError, match="_flash_attn_forward takes q, k, v, softmax_scale, causal: no window"):
         attention_flash.flash3(q, k, v, 3)
-    stand_in(monkeypatch, lambda q, k, v, softmax_scale, causal, window_size: (q + 0, q, k), older_backward)
+    stand_in(monkeypatch, lambda q, k, v, softmax_scale, causal, window_size: (q + 0, q, k), FORMS["older"][1])
     with pytest.raises(RuntimeError, match=r"gave .* are known here"):
         attention_flash.flash3(q, k, v, 3)
 

@@ -256,11 +256,13 @@ def test_the_next_experiment_finds_its_graph_with_torchs_attention_too(caches, t
 
 @pytest.mark.slow
 def test_torchs_attention_is_the_graph_that_its_public_function_gives(caches):
-    """Operators, arguments and what is kept for the backward, of flash attention and of cuDNN's."""
-    for case in told(CARDS["h100"], caches, "blank_attention.py"):
-        ways = ["", "_backward"] if case["gradients"] else [""]
+    """Operators and all that they are given, forward and backward, of flash attention and of cuDNN's."""
+    cases = told(CARDS["h100"], caches, "blank_attention.py")
+    assert [(case["name"], case["key heads"]) for case in cases] == [(n, g) for n in ("flash", "cudnn") for g in (4, 2)]
+    for case in cases:
+        ways = ["", "_backward"]
         assert case["operators"] == [f"aten._scaled_dot_product_{case['name']}_attention{way}.default" for way in ways]
-        assert case["same"]
+        assert case["ours"] == case["public"]
 
 
 @pytest.mark.slow

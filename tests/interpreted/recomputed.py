@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from flash3 import FORMS, stand_in
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from interpreted.attention import mended  # noqa: F401 - a fixture: the interpreter's products of bfloat16
@@ -174,6 +175,13 @@ BY = {  # what stands beside the rest, from which q, k and v are left alone
 }
 
 
+@pytest.fixture(autouse=True, scope="module")
+def flash_attention_3():
+    with pytest.MonkeyPatch.context() as patch:
+        stand_in(patch, *FORMS["newer"])
+        yield
+
+
 def half(seed, B, T, H, D, gated, dtype=torch.float64):
     """What `lean.attend` gets but for the window: x, x0, a, b, w, gate, table, tokens, cos, sin."""
     C, entries = H * D, 7
@@ -201,15 +209,15 @@ def plain_half(x, x0, a, b, w, gate, table, tokens, cos, sin, window):
     return total, attention_reference.reference(q, k, v, cos, sin, window).reshape(x.shape)
 
 
-@settings(deadline=None, max_examples=12)
+@settings(deadline=None, max_examples=20)
 @given(
-    st.integers(0, 2**32), st.integers(1, 2), st.integers(2, 60), st.integers(1, 3), st.sampled_from([32, 48, 64]),
-    st.booleans(), st.sampled_from(list(EPSILONS)), st.data(),
+    st.sampled_from([None, "flash", "fa3"]), st.integers(0, 2**32), st.integers(1, 2), st.integers(2, 60),
+    st.integers(1, 3), st.sampled_from([32, 48, 64]), st.booleans(), st.sampled_from(list(EPSILONS)), st.data(),
 )  # fmt: skip
-def test_attention_within_a_layer_agrees_with_float64(seed, B, T, H, D, gated, dtype, data):
-    window = data.draw(st.integers(0, T))
+def test_attention_within_a_layer_agrees_with_float64(by, seed, B, T, H, D, gated, dtype, data):
+    window = T if by == "flash" else data.draw(st.integers(0, T))  # torch's own knows no windows
     given_ = half(seed, B, T, H, D, gated, dtype)
-    outputs = lean.attend(*given_, window)
+    outputs = lean.attend(*given_, window, by)
     dy = [torch.randn_like(y) for y in outputs]
     found = gradients(outputs, given_, dy)
     wide = [t if t is None or not t.is_floating_point() else t.detach().double() for t in given_]
@@ -230,12 +238,13 @@ def test_every_attention_beside_a_layer_gives_what_the_one_within_gives(by, wind
         torch.testing.assert_close(ours, theirs, atol=2e-5 * float(theirs.abs().max()) + 1e-6, rtol=1e-4)
 
 
-def test_a_layer_keeps_q_and_k_once():
+@pytest.mark.parametrize("by", [None, "flash", "fa3"])
+def test_a_layer_keeps_q_and_k_once(by):
     """Normalised and turned, where they were: beside the stream and the weights four widths and a few numbers a row."""
     B, T, H, D = 2, 24, 2, 32
     given_, kept = half(1, B, T, H, D, False, torch.float32), []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        lean.attend(*given_, 9)
+        lean.attend(*given_, T, by)
     places = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() // 4 for t in kept if t.is_floating_point()}
     for t in given_:
         places.pop(t.untyped_storage().data_ptr() if t is not None else 0, None)
@@ -250,16 +259,17 @@ def test_heads_that_the_kernels_do_not_take_are_told():
         lean.attend(*half(1, 1, 8, 2, 32, False, torch.float32), -1)
 
 
+@pytest.mark.parametrize("by", ["triton", "flash", "fa3"])
 @pytest.mark.parametrize("gated", [True, False])
-def test_attention_within_a_layer_keeps_torchs_rules(gated):
+def test_attention_within_a_layer_keeps_torchs_rules(gated, by):
     x, x0, a, b, w, gate, table, tokens, cos, sin = (
         t if t is None else t.detach() for t in half(1, 2, 9, 2, 32, gated, torch.float32)
     )
-    flat = (x.flatten(0, 1), x0.flatten(0, 1), a, b, w, gate, table, tokens.flatten(), cos, sin, 9, 4)
+    flat = (x.flatten(0, 1), x0.flatten(0, 1), a, b, w, gate, table, tokens.flatten(), cos, sin, 9, 9, by)
     ops, tests = torch.ops.autoresearch, ("test_schema", "test_faketensor")
     torch.library.opcheck(ops.attend.default, flat, test_utils=tests)
-    _, u, qkv, lse, rq, rk, _ = ops.attend(*flat)
-    back = (torch.randn_like(u), u, qkv, lse, rq, rk, cos, sin, 9, 4)
+    _, u, qkv, beside, _ = ops.attend(*flat)
+    back = (torch.randn_like(u), u, qkv, beside, cos, sin, 9, 9, by)
     torch.library.opcheck(ops.attend_backward.default, back, test_utils=tests, rtol=1e-4, atol=1e-5)
 
 

@@ -161,12 +161,12 @@ def some_attention(dtype: torch.dtype, T: int, heads: int, groups: int, D: int, 
     through(attention(q, k, v, *angles(T, D), window))
 
 
-def some_half_of_a_layer(dtype: torch.dtype, T: int, D: int, window: int) -> None:
-    """Attention in the place of q and k, which lie beside v in one tensor."""
+def some_half_of_a_layer(dtype: torch.dtype, T: int, D: int, window: int, by: str | None = None) -> None:
+    """Attention in the place of q and k, which lie beside v in one tensor; or torch's, for which they are turned."""
     C = 2 * D
     x, x0, w, a, b, gate, table = leaves((2, T, C), (2, T, C), (3 * C, C), (1,), (1,), (2, 8), (5, C))
     x, x0, w, gate = (t.to(dtype) for t in (x, x0, w, gate))
-    through(lean.attend(x, x0, a, b, w, gate, table, torch.randint(5, (2, T)), *angles(T, D), window))
+    through(lean.attend(x, x0, a, b, w, gate, table, torch.randint(5, (2, T)), *angles(T, D), window, by))
 
 
 def some_mlp(patch: pytest.MonkeyPatch, how: str, C: int, F: int, dtype: torch.dtype) -> None:
@@ -231,6 +231,12 @@ def test_attention(dtype: torch.dtype, shape: tuple[int, ...], sound: Any) -> No
 @pytest.mark.parametrize("shape", [(45, 48, 17), (64, 32, 64), (33, 64, 0)], ids=["padded", "whole", "itself"])
 def test_attention_in_the_place_of_q_and_k(dtype: torch.dtype, shape: tuple[int, int, int], sound: Any) -> None:
     sound(some_half_of_a_layer, dtype, *shape)
+
+
+@pytest.mark.parametrize("dtype", WIDE)
+@pytest.mark.parametrize("shape", [(45, 48), (64, 32)], ids=["padded", "whole"])
+def test_attention_of_torchs_in_the_place_of_q_and_k(dtype: torch.dtype, shape: tuple[int, int], sound: Any) -> None:
+    sound(some_half_of_a_layer, dtype, *shape, shape[0], "flash")
 
 
 @pytest.mark.parametrize("dtype", WIDE)
