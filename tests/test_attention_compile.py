@@ -70,13 +70,13 @@ ACCESS = re.compile(r"tt\.(load|store) .*tensor<(\d+)x(\d+)x!tt\.ptr<bf16>, (#\w
 @pytest.mark.parametrize("target", [80, 90])
 def test_what_is_turned_in_place_is_written_by_the_thread_that_read_it(target, head):
     """And by no other: a second one that holds the same element could read what the first has written."""
-    rotation, *_ = passes(target, head)
-    for found in (rotation, forward(target, head)):
+    rotation, _, _, back = passes(target, head)
+    for found, read in ((rotation, 2), (forward(target, head), 2), (back, 4)):  # the last: a gradient and what it is of
         spread = {name: [ast.literal_eval(part) for part in parts] for name, *parts in SPREAD.findall(found.ttgir)}
         accesses = [(kind, int(m), int(n), layout) for kind, m, n, layout in ACCESS.findall(found.ttgir)]
         halves = [access for access in accesses if access[2] == padded(head) // 2]
-        assert [kind for kind, *_ in halves[:4]] == ["load", "load", "store", "store"]
-        (_, rows, columns, layout), *others = halves[:4]
+        assert [kind for kind, *_ in halves[: read + 2]] == [*["load"] * read, "store", "store"]
+        (_, rows, columns, layout), *others = halves[: read + 2]
         assert all(other[1:] == (rows, columns, layout) for other in others)
         assert math.prod(x for part in spread[layout] for x in part) <= rows * columns
 
