@@ -5,8 +5,9 @@
 
 The peer is what ports to gaming PCs do, written here: eager PyTorch, a dense boolean mask for every windowed layer,
 each layer checkpointed, all logits at once in float32. Model, weights, optimizer, batch and tokens are the same on both
-sides, and loss and gradient of one row are held against each other. A side that does not fit into the limit gets half
-of its rows at once until it does, which is told.
+sides, and loss and gradient of one row are held against each other. Ours is there twice: as it is the fastest, and with
+the MLP's inside made again in backward, which is leaner. A side that does not fit into the limit gets half of its rows
+at once until it does, which is told. `benchmarks.ports` is the same on a card that is not there.
 """
 
 from __future__ import annotations
@@ -56,13 +57,14 @@ class Shape:
 SMOKE = Shape(2, 64, 96, 97, 4 * 96, 2, 3)
 
 
-def recipe(shape: Shape) -> ModuleType:
-    """The shipped recipe at these shapes."""
+def recipe(shape: Shape, **more: Any) -> ModuleType:
+    """The shipped recipe at these shapes; more: other constants of it."""
     constants = {
         "DEPTH": shape.depth,
         "ASPECT_RATIO": shape.ratio,
         "TOTAL_BATCH_SIZE": shape.tokens,
         "DEVICE_BATCH_SIZE": shape.rows,
+        **more,
     }
     source = (project_root() / "backends" / "rtx" / "train.py").read_text(encoding="utf-8")
     module = ModuleType("train")
@@ -149,11 +151,14 @@ def apart(ours: Row, peer: Row) -> Row:
     return {"losses_apart": loss, "gradients_apart": gradient, "passed": passed}
 
 
+OURS, PEER = {"ours": "nothing", "ours, hidden made again": "hidden"}, "peer"  # of ours the constant RECOMPUTE
+
+
 def measure(side: str, shape: Shape, device: str, dtype: str) -> Row:
     """Median time of a step, the most memory held, the proof of equal work; rows at once as they ended up."""
-    module = recipe(shape)
+    module = recipe(shape, **({"RECOMPUTE": OURS[side]} if side in OURS else {}))
     training = module.build(Spec(shape.vocab, shape.context, 0, device, dtype, 42, 0))
-    if side == "peer":
+    if side == PEER:
         make_peer(training, module)
     randomize(training)
     proof = proven(training, shape, device)
@@ -165,29 +170,34 @@ def measure(side: str, shape: Shape, device: str, dtype: str) -> Row:
         float(training.step(tokens, step / shape.steps))  # waits for the device
         times.append(time.perf_counter() - start)
     row = {"side": side, "ms": 1e3 * statistics.median(times[2:] or times), **proof}
-    row |= {"rows_at_once": training.rows_at_once, "kernels": training.describe()["kernels"] if side == "ours" else ""}
+    row |= {"rows_at_once": training.rows_at_once, "kernels": training.describe()["kernels"] if side in OURS else ""}
     return row | ({"peak_gib": torch.cuda.max_memory_allocated() / 2**30} if device != "cpu" else {})
 
 
 def compare(shape: Shape, device: str, dtype: str) -> Iterator[Row]:
-    """Both sides, each as soon as it is measured: a peer that cannot run takes no row of ours with it. Then their
-    ratios. A side that does not fit with one row is a row that says so, and fails if ours."""
-    rows: list[Row] = []
-    for side in ("ours", "peer"):
+    """Each side as soon as it is measured: a peer that cannot run takes no row of ours with it. Then the ratios of the
+    peer to each of ours. A side that does not fit with one row is a row that says so, and fails if ours."""
+    rows: dict[str, Row] = {}
+    for side in (*OURS, PEER):
         try:
-            rows.append(measure(side, shape, device, dtype))
+            rows[side] = measure(side, shape, device, dtype)
         except RuntimeError as error:
             if not out_of_memory(error):
                 raise
-            rows.append({"side": side, "out_of_memory": " ".join(str(error).split())[:200]})
-            rows[-1] |= {"passed": False} if side == "ours" else {}
-        yield rows[-1]
+            rows[side] = {"side": side, "out_of_memory": " ".join(str(error).split())[:200]}
+            rows[side] |= {"passed": False} if side in OURS else {}
+        yield rows[side]
         gc.collect()
         torch.cuda.empty_cache()
-    ours, peer = rows
-    if "out_of_memory" not in ours and "out_of_memory" not in peer:
-        row = {"side": "ratio", "speed": peer["ms"] / ours["ms"], **apart(ours, peer)}
-        yield row | ({"memory": ours["peak_gib"] / peer["peak_gib"]} if "peak_gib" in ours else {})
+    for side in OURS:
+        if "out_of_memory" not in rows[side] and "out_of_memory" not in rows[PEER]:
+            yield ratio(rows[side], rows[PEER])
+
+
+def ratio(ours: Row, peer: Row) -> Row:
+    """How many times as fast, and how much of the memory, where that was measured."""
+    row = {"side": f"peer / {ours['side']}", "speed": peer["ms"] / ours["ms"], **apart(ours, peer)}
+    return row | ({"memory": ours["peak_gib"] / peer["peak_gib"]} if "peak_gib" in ours else {})
 
 
 def on_card(limit_gb: float | None) -> Iterator[Row]:

@@ -113,6 +113,20 @@ def attention_flops(q: Tensor, window: int, products: int) -> int:
     return 2 * products * D * B * H * pairs(T, window)
 
 
+# PyTorch's attention under a mask: what it is, and the products of a tile. It looks at every key.
+MASKED = {
+    "aten::_scaled_dot_product_efficient_attention": (FORWARD, 2),
+    "aten::_scaled_dot_product_efficient_attention_backward": (BACKWARD, 5),
+}
+
+
+def masked_flops(args: tuple[Any, ...], products: int) -> int:
+    """The first tensor is q, or the output's gradient, (B, H, T, D): all pairs of tokens, as a mask spares none."""
+    q = next(x for x in args if isinstance(x, Tensor))
+    B, H, T, D = q.shape
+    return 2 * products * D * B * H * T * T
+
+
 def of_kernel(name: str, given: Mapping[str, Any]) -> Told:
     """Of one of our kernels by the arguments that it got."""
     if name not in WRITTEN:
@@ -265,8 +279,11 @@ class Recorder(TorchDispatchMode):
                 return own._init_fn(*args, **kwargs)
 
         def told(out: Any, products: int) -> Told:
-            flops = product_flops(args, out) if products else 0
-            return PRODUCT if products else PASS, flops, of_operator(func, args, kwargs, out)
+            count = of_operator(func, args, kwargs, out)
+            if name in MASKED:
+                kind, of_a_tile = MASKED[name]
+                return kind, masked_flops(args, of_a_tile), count
+            return PRODUCT if products else PASS, product_flops(args, out) if products else 0, count
 
         out = self._around(name, call, told, args)
         if name in STANDS_FOR:

@@ -32,6 +32,7 @@ from typing import Any
 
 from benchmarks import blank_card
 from benchmarks.gpu import Order
+from benchmarks.gpu_rtx import Shape
 from core.errors import UserError
 from core.paths import home, project_root
 
@@ -49,7 +50,7 @@ def side(name: str, order: Order, card: str, interpreter: str = sys.executable, 
     return told("benchmarks.memory_side", name, order, card, interpreter, str(top))
 
 
-def told(module: str, name: str, order: Order, card: str, interpreter: str, *more: str) -> list[Row]:
+def told(module: str, name: str, order: Order | Shape, card: str, interpreter: str, *more: str) -> list[Row]:
     """The lines of JSON that a side's module prints on a blank card."""
     child = [interpreter, "-m", module, name, json.dumps(asdict(order)), *more]
     command = [interpreter, "-m", "benchmarks.blank_card", card, "--", *child]

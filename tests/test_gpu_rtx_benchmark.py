@@ -24,10 +24,41 @@ COMMAND = [sys.executable, "-m", "benchmarks.gpu_rtx"]
 def test_both_sides_start_from_one_loss():
     done = subprocess.run([*COMMAND, "--smoke"], cwd=project_root(), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    ours, peer, ratio = (json.loads(line) for line in done.stdout.splitlines())
-    assert (ours["side"], peer["side"]) == ("ours", "peer") and ours["rows_at_once"] == 2
-    assert ratio["passed"] and ratio["losses_apart"] < 1e-5 and ratio["gradients_apart"] < 1e-4 and ratio["speed"] > 0
+    ours, lean, peer, *ratios = (json.loads(line) for line in done.stdout.splitlines())
+    assert [row["side"] for row in (ours, lean, peer)] == ["ours", "ours, hidden made again", "peer"]
+    assert ours["rows_at_once"] == lean["rows_at_once"] == 2
+    assert [row["side"] for row in ratios] == ["peer / ours", "peer / ours, hidden made again"]
+    for row in ratios:
+        assert row["passed"] and row["losses_apart"] < 1e-5 and row["gradients_apart"] < 1e-4 and row["speed"] > 0
     assert ours["proof_gradient"] > 1e-3, "a gradient of zeros proves nothing"
+
+
+def test_each_of_ours_makes_again_what_its_name_says(monkeypatch):
+    made = []
+    real = gpu_rtx.recipe
+
+    def watched(shape, **more):
+        made.append(more)
+        return real(shape, **more)
+
+    monkeypatch.setattr(gpu_rtx, "recipe", watched)
+    monkeypatch.setattr(gpu_rtx, "SMOKE", replace(gpu_rtx.SMOKE, steps=1))
+    assert len(list(gpu_rtx.small())) == 5
+    assert made == [{"RECOMPUTE": "nothing"}, {"RECOMPUTE": "hidden"}, {}]
+
+
+def test_a_peer_that_does_not_fit_takes_no_row_of_ours_with_it(monkeypatch):
+    real = gpu_rtx.measure
+
+    def full(side, *given):
+        if side == "peer":
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 4.00 GiB")
+        return real(side, *given)
+
+    monkeypatch.setattr(gpu_rtx, "measure", full)
+    monkeypatch.setattr(gpu_rtx, "SMOKE", replace(gpu_rtx.SMOKE, steps=1))
+    ours, lean, peer = gpu_rtx.small()
+    assert "out_of_memory" in peer and "passed" not in peer and ours["ms"] > 0 and lean["ms"] > 0
 
 
 def test_a_peer_that_sees_less_is_refused(monkeypatch):
@@ -41,7 +72,7 @@ def test_a_peer_that_sees_less_is_refused(monkeypatch):
     monkeypatch.setattr(gpu_rtx, "make_peer", broken)
     monkeypatch.setattr(gpu_rtx, "SMOKE", replace(gpu_rtx.SMOKE, steps=1))
     ratio = list(gpu_rtx.small())[-1]
-    assert ratio["side"] == "ratio" and ratio["passed"] is False and ratio["gradients_apart"] > 0.05
+    assert ratio["side"].startswith("peer / ours") and ratio["passed"] is False and ratio["gradients_apart"] > 0.05
     monkeypatch.setattr(gpu_rtx, "randomize", lambda training: None)
     assert list(gpu_rtx.small())[-1]["losses_apart"] < gpu_rtx.LOSSES_APART
 
