@@ -109,6 +109,10 @@ class Place:
             shown[allocator.TOLD_FREE] = str(free)  # looked at before the first child of the experiment takes its part
         return shown
 
+    def look_again(self) -> None:
+        """What children are told of the card is found out anew for the next one: others may have taken of it."""
+        self.__dict__.pop("card", None)
+
     @cached_property
     def forkserver(self) -> Forkserver | None:
         """The process that loads the backend's library for all children; made when it is first asked for."""
