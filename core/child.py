@@ -37,6 +37,7 @@ MEMORY_SHARE = 0.9  # of the machine's memory, where no limit is set
 EXIT_AFTER_CLOSING = 10.0  # seconds between the end of a child's channel and that of its process, on a busy machine
 LOADING = "loading the backend's library"
 LIBRARY_CAP = 120.0  # seconds to import torch or mlx; from a cold disk it is slow
+SMALLER = "use smaller batches or a smaller model"
 OUT_OF_MEMORY = "out of"  # begins the reason of a child that took more than it may
 NT_FAULTS = 0xC0000000  # NTSTATUS of severity "error" begin here
 NT_NAMES = {
@@ -340,7 +341,7 @@ class Worker:
     def _limit(self) -> str:
         exceeded = self.child.exceeded() or ""
         if exceeded.startswith("memory"):
-            return f"{OUT_OF_MEMORY} {exceeded}; use smaller batches or a smaller model"
+            return f"{OUT_OF_MEMORY} {exceeded}; {SMALLER}"
         return f"too many {exceeded}" if exceeded.startswith("processes") else exceeded
 
     def _gone(self, doing: str) -> Ended:

@@ -23,9 +23,9 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from core import caches, files, freezing, gpuwatch, guard, scoring
+from core import caches, cardfaults, files, freezing, gpuwatch, guard, scoring
 from core import weights as weight_files
-from core.child import LOG_LINES, Ended, OutOfMemory, Place, Worker
+from core.child import LOG_LINES, SMALLER, Ended, OutOfMemory, Place, Worker
 from core.errors import DeviceFull
 from core.health import Watch
 from core.outcome import Event, Outcome, Request, Sharing, Status, ignore, printable, source_sha256
@@ -62,7 +62,7 @@ def execute(
     try:
         run.go()
     except Ended as end:
-        run.outcome.status, run.outcome.reason = end.status, end.reason
+        run.outcome.status, run.outcome.reason = end.status, run.told(end)
         own_limit = any(worker.child.exceeded() for worker in run.workers.values())
         run.outcome.out_of_memory = isinstance(end, OutOfMemory) and not own_limit
         run.outcome.val_bpb, run.outcome.weights = None, None
@@ -141,6 +141,14 @@ class _Experiment:
         prober = Prober(self.request, self.place, self.outcome, lambda: self.compiled)
         self.workers |= prober.workers
         return prober
+
+    def told(self, end: Ended) -> str:
+        """Its reason, with what to do where it does not say so."""
+        if isinstance(end, (OutOfMemory, scoring.OutOfMemoryLate)):
+            action = SMALLER if self.weights < 0 else "use a smaller model"  # how it is scored is not the recipe's
+        else:
+            action = cardfaults.next_action(end.reason) if end.status == "crash" else ""
+        return end.reason if not action or SMALLER in end.reason else f"{end.reason}; {action}"
 
     def close(self) -> None:
         """End every process, keep the last lines of their logs, remove what they wrote."""
