@@ -15,6 +15,7 @@ from scripted import Limits, Loop, Night, Scripted, check, make_lab
 from core.errors import DiskFull, UserError
 from core.lab import Lab
 
+RECIPE_FILES = (".autoresearch.json", "program.md", "results.tsv", "train.py")
 MAY_MOUNT = sys.platform == "linux" and os.geteuid() == 0
 needs_mount = pytest.mark.skipif(not MAY_MOUNT, reason="mounting a small disk needs root on Linux")
 
@@ -107,6 +108,17 @@ def test_a_full_disk(tmp_path, settings, dataset, monkeypatch, where):
         total = len(lab.ledger.experiments())
         descriptions = [e.description for e in lab.ledger.experiments()]
         assert descriptions == ["baseline", *(f"idea {k}" for k in range(1, total))]
+        lab.ledger.close()
+
+
+@needs_mount
+def test_a_lab_on_a_disk_of_its_own(tmp_path, settings):
+    """Its folder is a mount point, as a container's volume is; the record lies on another disk."""
+    with small_disk(tmp_path / "night", 4096) as place:
+        lab = make_lab(place, settings)
+        assert {p.name for p in place.iterdir()} == {".git", *RECIPE_FILES} and list(tmp_path.iterdir()) == [place]
+        run(lab, 3)
+        check(lab)
         lab.ledger.close()
 
 
