@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from contextlib import contextmanager
@@ -183,6 +184,25 @@ def test_a_read_only_record(tmp_path, settings, dataset, monkeypatch):
     lab = Lab.open(lab.path)
     run(lab, 1)
     check(lab)
+
+
+@pytest.mark.parametrize("what", ["the folder", "the repository"])
+def test_a_lab_that_is_moved_while_it_runs_goes_on_where_it_lies(tmp_path, settings, what):
+    lab, place = make_lab(tmp_path / "night", settings), tmp_path / "moved"
+    run(lab, 1)
+
+    class Meanwhile(Scripted):
+        def execute(self, request, on_event, stop):
+            lab.path.rename(place) if what == "the folder" else shutil.rmtree(lab.path / ".git")
+            return super().execute(request, on_event, stop)
+
+    with pytest.raises(UserError, match=r"was moved or removed while it was in use; .*nothing is lost"):
+        Loop(lab, Night(), Meanwhile(), lambda event: None).run(Limits(experiments=2))
+    lab.ledger.close()
+    again = Lab.open(place if what == "the folder" else lab.path)
+    run(again, 1)
+    assert [e.description for e in again.ledger.experiments()] == ["baseline", "idea 1"]
+    check(again)
 
 
 # --- a disk that others fill while an experiment runs ------------------------------------------------
