@@ -32,7 +32,7 @@ from core.contract import Device, Spec, Training
 from core.errors import DeviceFull, UserError
 from core.windows import under_wsl
 from core.wire import Channel, ChannelClosed, Message, close_all, own_channel
-from kernels.errors import out_of_memory, refused_by_wsl
+from kernels.errors import out_of_memory, plain, refused_by_wsl
 
 PROGRESS_EVERY = 1.0  # seconds between two messages of progress
 WARMUP = (0.0, 0.5, 1.0)  # progress at which a step is tried before the clock starts
@@ -103,7 +103,7 @@ def call(doing: str, function: Callable[..., Any], *arguments: Any) -> Any:
 
 def describe_error(error: BaseException) -> str:
     """Type, message and the line of train.py, in one line."""
-    text = " ".join(str(error).split())
+    text = plain(str(error))
     lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == "train.py"]
     if isinstance(error, SyntaxError) and error.lineno:
         lines = [error.lineno]

@@ -58,6 +58,7 @@ def confirm_verb(
     screen.say(
         f"{told} on {plural(seeds, 'fresh seed')}: {plural(len(wanted.runs), 'run')} to go"
         + (f", about {roughly(wanted.seconds)}" if wanted.runs else ": all is measured")
+        + (", the holdout too" if any(run.holdout for run in wanted.runs) else "")
     )
     if number is None and len(numbers) == 1:
         screen.say("nothing was kept yet: the baseline alone is measured, which shows the noise")
@@ -102,10 +103,19 @@ def plan(lab: Lab, numbers: Sequence[int], seeds: int, holdout: Sequence[int]) -
     samples: dict[int, list[Any]] = {}
     for sample in lab.ledger.all_samples():
         samples.setdefault(sample.number, []).append(sample)
-    each = confirming.seconds_each([e.outcome for e in lab.ledger.experiments()], lab.settings.budget)
-    return confirming.plan(
-        samples, lab.settings.seed, each, numbers, seeds, holdout, versions(lab.settings), lab.ledger.epoch()
-    )
+    each, beside = costs(lab)
+    now = (versions(lab.settings), lab.ledger.epoch())
+    return confirming.plan(samples, lab.settings.seed, each, numbers, seeds, holdout, *now, beside)
+
+
+def costs(lab: Lab) -> tuple[float, float]:
+    """Seconds of one more run, and of the holdout's measurement beside it."""
+    s, dataset = lab.settings, lab.dataset()
+    outcomes = [e.outcome for e in lab.ledger.experiments()]
+    scored, held = (min(s.eval_tokens, dataset.part(part).tokens) for part in ("val", "holdout"))
+    confirmed = [sample.outcome for sample in lab.ledger.all_samples() if sample.purpose == "confirm"]
+    beside = confirming.holdout_seconds([*outcomes, *confirmed], held / scored)
+    return confirming.seconds_each(outcomes, s.budget), beside
 
 
 def measure(screen: Screen, lab: Lab, wanted: Plan) -> tuple[Done, Asked]:
@@ -194,8 +204,9 @@ def research(screen: Screen, loop: Loop, experiments: int | None, deadline: floa
 
 def reserve(lab: Lab, deadline: float | None) -> float:
     """Seconds that a run with this deadline keeps for confirming."""
-    each = confirming.seconds_each([e.outcome for e in lab.ledger.experiments()], lab.settings.budget)
-    return confirming.reserved(deadline, time.time(), lab.settings.verdict, each)
+    if deadline is None:
+        return 0.0
+    return confirming.reserved(deadline, time.time(), lab.settings.verdict, sum(costs(lab)))
 
 
 def reserve_line(lab: Lab, deadline: float | None) -> str:

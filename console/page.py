@@ -102,6 +102,7 @@ def facts(r: Row) -> list[tuple[str, str]]:
             duration(r.seconds - o["training_seconds"]) if r.seconds and o.get("training_seconds") else "",
         ),
         ("scored", _halved(o.get("describe") or {})),
+        ("judged again", "; ".join(map(str, (o.get("health") or {}).get("judged_again") or []))),
         ("device idle before", _idle(r)),
         ("audited", "yes" if o.get("audited") else ""),
         ("commit", r.commit[:10]),

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from core.data import Dataset
     from core.lab import Lab
     from core.referee import Outcome
+    from core.sharing import SharedCard
 
 
 def train_verb(screen: Screen, given: str | None, recipe: Path | None, budget: float | None, out: Path | None) -> int:
@@ -92,7 +93,21 @@ def _execute(
         audit="never",
     )
     with locks.hold_device(lab.settings.device):
-        return referee.execute(request, ticker.feed, stop)
+        return referee.execute(request, ticker.feed, stop, _sharing(lab, ticker, stop))
+
+
+def _sharing(lab: Lab, ticker: Ticker, stop: threading.Event) -> SharedCard | None:
+    """Of a card, which is not waited for at the beginning; but what hours have trained is not lost where others have
+    taken it when it is to be scored. None for a processor."""
+    from core.nvml import Nvml
+    from core.outcome import Event
+    from core.sharing import SharedCard
+
+    if not lab.settings.device.startswith("cuda"):
+        return None
+    card = SharedCard(lab.settings.device, Nvml(), lambda text: ticker.feed(Event("phase", {"phase": text})), stop)
+    card.look()
+    return card
 
 
 def _plain(outcome: Outcome) -> dict[str, Any]:

@@ -16,6 +16,7 @@ SAID = (
     "no cuda-capable device",
     "execution_failed",
 )
+KERNELS = ("cuda error", "triton error [cuda]")  # what else a card says
 DIED = ("ended by itself", "killed by SIGABRT")  # a child that torch ended; its log has the driver's words
 LOOK = "see what `nvidia-smi` and the system's log (Xid) say"
 RESTART = "restart the machine, then `autoresearch run` goes on: nothing is lost"
@@ -25,6 +26,15 @@ def fault(reason: str, log_tail: str) -> str:
     """The driver's words where it ended a run, by the reason of a crash; "" where it did not."""
     text = f"{reason} {log_tail if any(words in reason for words in DIED) else ''}".lower()
     return next((words for words in SAID if words in text), "")
+
+
+def next_action(reason: str) -> str:
+    """What to do after a crash for this reason; "" where it is nothing of a card's."""
+    if fault(reason, ""):
+        return f"the card's driver ended it: {LOOK}"
+    if any(words in reason.lower() for words in KERNELS):
+        return "a card tells of a kernel's fault late: look for an index out of range in earlier lines too"
+    return ""
 
 
 def gone(card: str, said: str) -> CardGone:

@@ -19,9 +19,9 @@ from typing import Any
 import numpy as np
 import psutil
 
-from core import allocator, caches, files, forkserver, locks, sandbox, wire
+from core import allocator, caches, files, forkserver, locks, sandbox, trees, wire
 from core.contract import Spec
-from core.errors import DeviceFull, Transient, UserError
+from core.errors import DeviceFull, DiskFull, Transient, UserError
 from core.forkserver import Forkserver, NotLoaded
 from core.nvml import Nvml
 from core.outcome import Status
@@ -32,11 +32,14 @@ MESSAGE_BYTES = 65536  # of arrays, beyond what a caller expects
 MESSAGES_PER_SECOND = 20  # of progress; more is flooding
 MESSAGES_AT_ONCE = 200
 SCRATCH_SPARE = 256 * 2**20  # bytes that have to stay free on the disk with the scratch folders
+USUAL_WEIGHTS = 2**30  # bytes; who lacks the room for more than that wants more than others do
+SPACE = "free some space, then `autoresearch run` goes on: nothing is lost"
 SANDBOX_NOT_APPLIED = 125  # exit status; a recipe may choose it too, so it counts before there is one
 MEMORY_SHARE = 0.9  # of the machine's memory, where no limit is set
 EXIT_AFTER_CLOSING = 10.0  # seconds between the end of a child's channel and that of its process, on a busy machine
 LOADING = "loading the backend's library"
 LIBRARY_CAP = 120.0  # seconds to import torch or mlx; from a cold disk it is slow
+SMALLER = "use smaller batches or a smaller model"
 OUT_OF_MEMORY = "out of"  # begins the reason of a child that took more than it may
 NT_FAULTS = 0xC0000000  # NTSTATUS of severity "error" begin here
 NT_NAMES = {
@@ -108,6 +111,15 @@ class Place:
         if device.startswith("cuda") and allocator.shared_with_windows() and (free := Nvml().look(device, ()).free):
             shown[allocator.TOLD_FREE] = str(free)  # looked at before the first child of the experiment takes its part
         return shown
+
+    @cached_property
+    def room(self) -> int:
+        """Bytes that were free on the disk when its first child was started."""
+        return shutil.disk_usage(self.workdir).free
+
+    def look_again(self) -> None:
+        """What children are told of the card is found out anew for the next one: others may have taken of it."""
+        self.__dict__.pop("card", None)
 
     @cached_property
     def forkserver(self) -> Forkserver | None:
@@ -185,6 +197,7 @@ class Worker:
         self.scratch.mkdir()
         self.on_progress: Callable[[Message], None] | None = None
         self._disk_at = 0.0
+        _ = place.room  # before anything of it writes
         self._dead = False
         self._ready = False
         self._opened = False
@@ -260,7 +273,8 @@ class Worker:
             raise self._gone(f"before `{kind}`") from None
 
     def expect(self, kind: str, timeout: float, doing: str, arrays_bytes: int = 0) -> Message:
-        """The next message of this kind. Everything else that can happen is an `Ended`.
+        """The next message of this kind. Everything else that can happen is an `Ended`, or a `UserError` where it is
+        nothing of the child's.
 
         `doing`: what the child is busy with, for messages; `arrays_bytes`: the most that the message may carry.
         """
@@ -329,14 +343,34 @@ class Worker:
         now = time.monotonic()
         if now - self._disk_at > LOOK_AT_DISK:
             self._disk_at = now
-            free = shutil.disk_usage(self.folder).free
-            if free < SCRATCH_SPARE:
-                raise Ended("crash", f"the disk with {self.place.workdir} has {free >> 20} MiB left; free some space")
+            self._look_at_disk()
+
+    def require_disk(self, weights: int) -> None:
+        """Before a training: room for its weights, of so many bytes, beside what has to stay free. `DiskFull`, or a
+        crash where they are larger than usual."""
+        free, needed = shutil.disk_usage(self.folder).free, SCRATCH_SPARE + weights
+        if free < needed:
+            fact = f"the disk with {self.place.workdir} has {free >> 20} MiB left, and {needed >> 20} are needed"
+            if weights > USUAL_WEIGHTS:
+                raise Ended("crash", f"{fact}: weights() takes {weights >> 20} MiB")
+            raise DiskFull(fact, SPACE)
+
+    def _look_at_disk(self) -> None:
+        """Who has written the disk full: the experiment's children, which ends it, or others, whose doing is not held
+        against it."""
+        free = shutil.disk_usage(self.folder).free
+        if free >= SCRATCH_SPARE:
+            return
+        own = trees.disk_usage([self.place.workdir])
+        fact = f"the disk with {self.place.workdir} has {free >> 20} MiB left, and {SCRATCH_SPARE >> 20} are needed"
+        if free + own >= SCRATCH_SPARE and 2 * own > self.place.room - free:
+            raise Ended("crash", f"{fact}: the recipe's processes wrote {own >> 20} MiB")
+        raise DiskFull(fact, SPACE)
 
     def _limit(self) -> str:
         exceeded = self.child.exceeded() or ""
         if exceeded.startswith("memory"):
-            return f"{OUT_OF_MEMORY} {exceeded}; use smaller batches or a smaller model"
+            return f"{OUT_OF_MEMORY} {exceeded}; {SMALLER}"
         return f"too many {exceeded}" if exceeded.startswith("processes") else exceeded
 
     def _gone(self, doing: str) -> Ended:
@@ -348,6 +382,7 @@ class Worker:
         if code == SANDBOX_NOT_APPLIED and not self._ready:
             raise SandboxFailed("the sandbox could not be applied", f"see `doctor`; {self.child.log_tail(3)}")
         if code >= 0:
+            self._look_at_disk()  # on which it could not write, maybe
             return Ended("crash", f"the {self.role} ended by itself in {doing}, with exit status {_status(code)}")
         name = "SIGKILL" if code == -9 else signal.Signals(-code).name  # which Windows' list of signals lacks
         hint = "; the machine may have run out of memory" if name == "SIGKILL" else ""

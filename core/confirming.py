@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 FIRST_SEED = 1000  # after the lab's own seed
 SEEDS = 4  # fresh seeds of each recipe, unless something else is asked for
 RESERVED = 0.1  # of a run's time, kept for confirming at its end
+AUDIT = "audit"  # of an outcome's timings
+ON_VALIDATION, ON_HOLDOUT = ("scoring", AUDIT), ("holdout scoring", "holdout audit")  # likewise: all of a measurement
 LATEST = 5  # runs by whose duration the next ones are estimated
 ATTEMPTS = 3  # runs of one seed that may be disturbed before it ends, or at the end of a night is passed by
 
@@ -40,14 +42,19 @@ class Run:
 
 @dataclass(frozen=True)
 class Plan:
-    """What is left to run, in order, and about how long each takes."""
+    """What is left to run, in order, and about how long each takes, and the holdout's measurement beside it."""
 
     runs: tuple[Run, ...]
     seconds_each: float
+    holdout_seconds: float = 0.0
+
+    def takes(self, run: Run) -> float:
+        """Seconds."""
+        return self.seconds_each + self.holdout_seconds * run.holdout
 
     @property
     def seconds(self) -> float:
-        return len(self.runs) * self.seconds_each
+        return sum(map(self.takes, self.runs))
 
 
 @dataclass(frozen=True)
@@ -73,6 +80,7 @@ def plan(
     holdout: Collection[int] = (),
     versions: Mapping[str, Any] | None = None,
     epoch: int | None = None,
+    holdout_seconds: float = 0.0,
 ) -> Plan:
     """The runs that are missing until each of `numbers` has `seeds` fresh ones, seed after seed, so that what ends
     early can still be compared.
@@ -86,7 +94,7 @@ def plan(
     if versions is None:
         versions = max(everything, key=lambda s: s.created).versions if everything else {}
     recipes = [(Run(number, seed, number in holdout), samples.get(number, ())) for number in numbers]
-    return missing(recipes, seconds_each, seeds, versions, epoch)
+    return replace(missing(recipes, seconds_each, seeds, versions, epoch), holdout_seconds=holdout_seconds)
 
 
 def missing(
@@ -113,10 +121,32 @@ def _counts(sample: Sample, wanted: Run, epoch: int, versions: Mapping[str, Any]
 
 
 def seconds_each(outcomes: Sequence[Mapping[str, Any] | None], budget: float) -> float:
-    """How long one run takes: as the last scored ones of `outcomes`; before there are any, the budget."""
+    """How long one run takes that is audited, as all of these are: as the last scored ones of `outcomes`; before there
+    are any, the budget."""
     scored = [o for o in outcomes if o and o.get("status") == "scored" and o.get("val_bpb")]
-    known = [float(t) for o in scored[-LATEST:] if (t := (o.get("timings") or {}).get("total"))]
-    return median(known) if known else budget
+    known = [(o, t) for o in scored[-LATEST:] if (t := _taken(o, ("total",)))]
+    audit = _typical([_taken(o, (AUDIT,)) for o in scored])
+    return median([t if _taken(o, (AUDIT,)) else t + audit for o, t in known]) if known else budget
+
+
+def holdout_seconds(outcomes: Sequence[Mapping[str, Any] | None], share: float = 1.0) -> float:
+    """How long the holdout's measurement takes: as the last ones of `outcomes`; before there are any, as the validation
+    text's, of which the holdout is this `share`. 0 where nothing was measured."""
+    made = [o for o in outcomes if o]
+    known = _typical([_taken(o, ON_HOLDOUT) for o in made])
+    return known or share * sum(_typical([_taken(o, (name,)) for o in made]) for name in ON_VALIDATION)
+
+
+def _taken(outcome: Mapping[str, Any], names: Sequence[str]) -> float:
+    """Seconds of an outcome's timings, 0 where one of them is not there."""
+    found = [float((outcome.get("timings") or {}).get(name) or 0.0) for name in names]
+    return sum(found) if all(found) else 0.0
+
+
+def _typical(seconds: Sequence[float]) -> float:
+    """The median of the last ones that are known, 0 where none is."""
+    known = [s for s in seconds if s][-LATEST:]
+    return median(known) if known else 0.0
 
 
 def reserved(deadline: float | None, now: float, rule: str, each: float) -> float:
@@ -137,13 +167,12 @@ def confirm(
     record tells; it is passed by, and tried again when somebody asks again. A recipe with a change left out that fails
     is not run on further seeds: that it does not run is what was asked.
     """
-    latest = None if deadline is None else deadline - wanted.seconds_each
     measured, many, failed = 0, len(wanted.runs), set[int]()
     with loop.holding():
         for at, run in enumerate(wanted.runs):
             if run.without in failed:
                 continue
-            score = _measured(loop, run, latest)
+            score = _measured(loop, run, None if deadline is None else deadline - wanted.takes(run))
             if isinstance(score, str):
                 return Done(measured, many - at, score)
             measured += bool(score)

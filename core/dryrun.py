@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from core import referee
+from core.child import SMALLER
 from core.errors import UserError
 from core.gap import Stopped
 from core.quoting import TAIL, quote
@@ -71,7 +72,8 @@ def _try(
 
 def told(failed: referee.RecipeFailed) -> str:
     log = quote(failed.log_tail, LOG_LINES, LOG_CHARACTERS)
-    return f"it does not run ({failed.status}): {failed.reason}" + (f"{TAIL}{log}" if log else "")
+    action = f"; {SMALLER}" if failed.out_of_memory else ""
+    return f"it does not run ({failed.status}): {failed.reason}{action}" + (f"{TAIL}{log}" if log else "")
 
 
 def smaller(source: bytes, settings: Settings) -> bytes:

@@ -34,6 +34,14 @@ class CardGone(Transient):
         return self.action
 
 
+class DiskFull(Transient):
+    """Others have filled the disk that experiments write to. They may give room back: other programs' files come and
+    go."""
+
+    def at_last(self) -> str:
+        return self.action
+
+
 class DeviceFull(UserError):
     """Others hold so much of a card's memory that no work can begin on it; with `needed` free bytes it could."""
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import tempfile
 import threading
-import time
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +16,7 @@ from core.facts import Facts
 from core.files import remove
 from core.outcome import Event, Outcome, Request
 from core.settings import Settings
+from core.sharing import SharedCard
 
 SETTLE_SECONDS = 20.0  # of training whose step rate is one reading
 SETTLE_READINGS = 3  # whose mean is compared with that of as many before, as single readings are noisy
@@ -89,40 +89,36 @@ class LocalExecutor:
             return ""
 
     def _on_card(self, request: Request, on_event: Callable[[Event], None], stop: threading.Event) -> Outcome:
-        """A shared card is waited for: what is measured beside a game is worth nothing, or does not fit."""
+        """A shared card is waited for: what is measured beside a game is worth nothing, or does not fit. What has been
+        trained before others took it is not trained again (`Sharing`)."""
         from core import referee
         from core.child import BackendFailed
 
-        device, source, began, needed = request.settings.device, self._source(), time.monotonic(), request.card_bytes
-        self._needed = needed
+        device, source = request.settings.device, self._source()
+        self._needed = request.card_bytes
 
         def say(text: str) -> None:
             on_event(Event("phase", {"phase": text, "experiment": request.experiment}))
             on_event(Event("waiting", {"text": text}))  # for hours, maybe: where nothing is redrawn, a line that stays
 
+        card = SharedCard(device, source, say, stop, self._card_wait, self._card_every, request.card_bytes)
         while True:
-            left = max(0.0, self._card_wait - (time.monotonic() - began))
-            gpuwatch.require_free(device, source, say, stop, left, self._card_every, needed)
-            waited, before = time.monotonic() - began, source.look(device, ())
+            card.begin()
             try:
-                outcome = referee.execute(request, on_event, stop)
+                outcome = referee.execute(request, on_event, stop, card)
                 break
             except DeviceFull as full:  # it was taken between the look and the opening
-                if time.monotonic() - began >= self._card_wait:
-                    raise
+                card.refused(full)
                 remove(request.workdir)
-                needed = max(needed, full.needed)
-                say(f"{full.fact}: waits until it is free")
-                gpuwatch.wait(stop, self._card_every)
             except BackendFailed as failed:
                 self._require_card(device)
                 if said := cardfaults.fault(failed.fact, failed.action):
                     raise cardfaults.failing(said) from None
                 raise
-        if outcome.status in ("crash", "timeout") and not before.error:
+        if outcome.status in ("crash", "timeout") and not card.before.error:
             self._require_card(device)  # else the recipe had none to run on
-        outcome.timings |= {"waiting": round(waited, 3)} if waited >= 1.0 else {}
-        self._tell_card(outcome, device, before, stop, needed)
+        outcome.timings |= {"waiting": round(card.waited, 3)} if card.waited >= 1.0 else {}
+        self._tell_card(outcome, device, card.before, stop, card.needed)
         return outcome
 
     def _require_card(self, device: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import stat
@@ -42,6 +43,34 @@ def replace_open(source: Path, target: Path, patience: float = 2.0) -> None:
             if sys.platform != "win32" or time.monotonic() > deadline:
                 raise
         time.sleep(0.02)
+
+
+def move_into_place(made: Path, path: Path, last: str) -> None:
+    """A folder, as a whole; into a folder that is there (somebody may stand in it) entry by entry, the one named `last`
+    at the end. One that is a mount point (a container's volume) is on another file system, to which nothing can be
+    moved: it gets a copy first."""
+    if not path.exists():
+        replace_open(made, path)
+        sync_folder(path.parent)
+        return
+    try:
+        _move_entries(made, path, last)
+    except OSError as error:
+        if error.errno != errno.EXDEV:  # the first of them tells
+            raise
+        copy = path / made.name
+        try:
+            shutil.copytree(made, copy, symlinks=True)
+            _move_entries(copy, path, last)
+        finally:
+            remove(copy)
+    remove(made)
+    sync_folder(path)
+
+
+def _move_entries(folder: Path, target: Path, last: str) -> None:
+    for entry in sorted(folder.iterdir(), key=lambda entry: entry.name == last):
+        replace_open(entry, target / entry.name)
 
 
 def remove_unfinished(folder: Path, *names: str) -> None:

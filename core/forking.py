@@ -92,9 +92,8 @@ def launched(descriptors: list[int]) -> list[str] | None:
     os.dup2(output, 2)
     os.close(output)
     with os.fdopen(stream) as text:
-        told = json.load(text)
-    arguments: list[str] = told.pop("arguments")
-    orders: launcher.Orders = told | dict(zip(GIVEN, given, strict=True))
+        orders: launcher.Orders = json.load(text) | dict(zip(GIVEN, given, strict=True))
+    arguments = orders["argv"]
     if not launcher.supervise(orders):
         return None
     become_new({**orders["env"], CHANNEL: str(orders["channel"])})

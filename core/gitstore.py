@@ -168,11 +168,17 @@ class GitStore:
         return {name: sha for name, sha in pairs if sha != ZERO}
 
     def update_refs(self, updates: Mapping[str, str]) -> None:
-        """Set all of these refs, or none of them. On disk before it returns."""
+        """Set all of these refs, or none of them. On disk before it returns. What a git that was killed meanwhile has
+        left locked is unlocked: a night does not end by it."""
         for name in updates:
             self._discard_damaged(name)
-        lines = "".join(f"update {name}\0{sha}\0\0" for name, sha in updates.items())
-        self._run("update-ref", "--no-deref", "-m", "autoresearch", "--stdin", "-z", stdin=lines.encode())
+        lines = "".join(f"update {name}\0{sha}\0\0" for name, sha in updates.items()).encode()
+        command = ("update-ref", "--no-deref", "-m", "autoresearch", "--stdin", "-z")
+        try:
+            self._run(*command, stdin=lines)
+        except GitError:
+            self.clear_stale_locks(list(updates))
+            self._run(*command, stdin=lines)
 
     def is_branch_name(self, name: str) -> bool:
         """Would git take it for a new branch?"""

@@ -31,7 +31,7 @@ from core.commands import quoted
 from core.contract import Past, View
 from core.data import Dataset
 from core.errors import DataError, LabError
-from core.files import remove, remove_unfinished, replace_file, replace_open, sync_folder
+from core.files import move_into_place, remove, remove_unfinished, replace_file
 from core.gitstore import GitStore
 from core.keeping import Products
 from core.ledger import Experiment, Ledger, Sample, earlier
@@ -90,7 +90,7 @@ class Lab:
             lab = cls(beside, record, tag, settings, Ledger.create(record / "ledger.sqlite"))
             lab._fill(recipe, program.encode(), message, list(history or ()))
             replace_file(record / "lab.json", json.dumps({"path": str(path), "tag": tag}).encode())
-            _move_into_place(beside, path)
+            move_into_place(beside, path, last=POINTER)
         except BaseException as error:
             remove(beside)
             remove(record)
@@ -539,18 +539,6 @@ def _tag(name: str) -> str:
     if not plain:
         raise LabError(f"{name!r} cannot name a lab", "use letters, digits, '-', '_' and '.'")
     return plain
-
-
-def _move_into_place(made: Path, path: Path) -> None:
-    """As a whole; into a folder that is there (somebody may stand in it) entry by entry, the pointer last."""
-    if not path.exists():
-        replace_open(made, path)
-        sync_folder(path.parent)
-        return
-    for entry in sorted(made.iterdir(), key=lambda entry: entry.name == POINTER):
-        replace_open(entry, path / entry.name)
-    made.rmdir()
-    sync_folder(path)
 
 
 def _locked_settings(record: Path, ledger: Ledger) -> Settings:

@@ -28,7 +28,7 @@ DEVICE = READ | WRITE_FILE | IOCTL_DEV
 RENAME_THREADS = WRITE_FILE | TRUNCATE  # as the shell's `>` and fopen open a file
 ON_FILES = EXECUTE | WRITE_FILE | READ_FILE | TRUNCATE | IOCTL_DEV  # what a rule on a plain file may allow
 
-PR_SET_PDEATHSIG, PR_CAPBSET_READ, PR_CAPBSET_DROP = 1, 23, 24
+PR_SET_PDEATHSIG, PR_SET_NAME, PR_CAPBSET_READ, PR_CAPBSET_DROP = 1, 15, 23, 24
 PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS, PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL = 36, 38, 47, 4
 MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_REC, MS_PRIVATE = 2, 4, 8, 1 << 14, 1 << 18
 SHARED_MEMORY = "size=256m,mode=1777"
@@ -58,6 +58,13 @@ def syscall(name: str, number: int, *arguments: int | ctypes.Array[ctypes.c_char
 def prctl(name: str, option: int, *arguments: int) -> int:
     values = [ctypes.c_ulong(a) for a in (*arguments, 0, 0, 0, 0)[:4]]
     return check(libc().prctl(ctypes.c_int(option), *values), f"prctl {name}")
+
+
+def name_process(name: str) -> None:
+    """What `ps -o comm` and `top` call this process, 15 bytes of it: a fork has the command line of what it was forked
+    from. An exec undoes it."""
+    text = ctypes.create_string_buffer(name.encode())
+    prctl("PR_SET_NAME", PR_SET_NAME, ctypes.addressof(text))
 
 
 def die_with_parent(signal_number: int) -> None:

@@ -38,8 +38,9 @@ SHARED_NAMESPACES = landlock.CLONE_NEWPID | landlock.CLONE_NEWIPC | landlock.CLO
 class Orders(TypedDict):
     """What the referee passes. File descriptors are numbers in the launcher."""
 
-    argv: list[str]  # to execute; empty: the recipe's process goes on where it was forked
-    arguments: list[str]  # of the Python that it goes on as
+    goes_on: bool  # whether the recipe's process goes on where it was forked and executes nothing
+    argv: list[str]  # to execute; where it goes on: the arguments of the Python that it goes on as
+    name: str  # by which its three processes are told in lists of processes
     env: dict[str, str]
     cwd: str
     rules: list[tuple[str, int]]  # path, Landlock rights
@@ -80,9 +81,10 @@ def supervise(orders: Orders) -> bool:
     referee = process_handle(orders["referee"])
     if referee is not None:
         watched.append(referee)
-    if orders["argv"] and os.getppid() != orders["referee"]:  # a fork has another parent; it sees that the pipe closes
+    if not orders["goes_on"] and os.getppid() != orders["referee"]:  # a fork has another; it sees that the pipe closes
         os._exit(FAILED)
     if sys.platform == "linux":
+        landlock.name_process(f"{orders['name'][:8]}-launch")
         landlock.become_subreaper()
     namespaced = orders["namespaces"] and enter_namespaces()
     first = fork(orders, namespaced)
@@ -131,6 +133,7 @@ def run_init(orders: Orders, launcher: int | None) -> None:
     if launcher is None or readable([launcher], 0):
         os._exit(FAILED)  # it died before the line above
     landlock.private_mounts()
+    landlock.name_process(f"{orders['name'][:8]}-init")
     recipe = os.fork()
     if not recipe:
         return
@@ -161,7 +164,7 @@ def run_recipe(orders: Orders, launcher: int, namespaced: bool) -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGPIPE):
         signal.signal(number, signal.SIG_DFL)
     signal.set_wakeup_fd(-1)
-    if not orders["argv"]:
+    if orders["goes_on"]:
         close_others({orders["channel"], orders["status"]})
     os.chdir(orders["cwd"])
     os.umask(0o077)
@@ -170,12 +173,13 @@ def run_recipe(orders: Orders, launcher: int, namespaced: bool) -> None:
     os.nice(orders["nice"])
     applied: dict[str, Any] = {}
     if sys.platform == "linux":
+        landlock.name_process(orders["name"])
         landlock.die_with_parent(signal.SIGKILL)
         if not namespaced and os.getppid() != launcher:
             os._exit(FAILED)
         applied = confine(orders, namespaced)
     say(orders["status"], ready=True, namespaced=namespaced, **applied)
-    if not orders["argv"]:
+    if orders["goes_on"]:
         os.close(orders["status"])
         return
     os.set_inheritable(orders["channel"], True)

@@ -552,4 +552,9 @@ def _explained(lab: Lab) -> Iterator[None]:
                 f"{place} cannot be written ({os.strerror(error.errno)})",
                 "make it writable, then `autoresearch run`: nothing is lost",
             ) from error
+        if not (lab.path / ".git").is_dir():
+            raise UserError(
+                f"{lab.path}, or the repository in it, was moved or removed while it was in use",
+                "put the folder back, or name where it lies now: `autoresearch run LAB` goes on, nothing is lost",
+            ) from error
         raise

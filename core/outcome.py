@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from core.data import Dataset
 from core.probing import Probe
@@ -32,6 +32,19 @@ def ignore(event: Event) -> None:
 def always(bpb: float) -> bool:
     """Audit whatever the score is."""
     return True
+
+
+class Sharing(Protocol):
+    """What others do with a device that is not ours alone, as the referee asks when the training is done."""
+
+    waited: float  # seconds, all waits together
+
+    def taken(self, took: int) -> str:
+        """Why it may be others' doing that something failed on the device just now, "" where it is not. Nothing of ours
+        may compute there meanwhile. `took`: bytes that the training says it took."""
+
+    def wait(self, why: str, needed: int = 0) -> bool:
+        """Until others have left the device, with `needed` free bytes at least. False: not within the limit."""
 
 
 @dataclass(frozen=True)

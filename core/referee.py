@@ -19,42 +19,50 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
-from core import caches, files, freezing, gpuwatch, guard, scoring
+from core import caches, cardfaults, files, freezing, gpuwatch, guard, scoring
 from core import weights as weight_files
-from core.child import LOG_LINES, Ended, OutOfMemory, Place, Worker
+from core.child import LOG_LINES, SMALLER, Ended, OutOfMemory, Place, Worker
+from core.errors import DeviceFull
 from core.health import Watch
-from core.outcome import Event, Outcome, Request, Status, ignore, printable, source_sha256
+from core.outcome import Event, Outcome, Request, Sharing, Status, ignore, printable, source_sha256
 from core.pausing import Prober
 from core.sandbox import abilities
 from core.settings import Settings
 from core.trainer import Trainer, plain
 from core.versions import versions
 
+T = TypeVar("T")
 __all__ = ["Event", "Outcome", "Request", "Status", "dry_build", "execute", "ignore", "measure", "sample"]
 
 REHEARSED = ("mlx",)  # backends whose trainer finds what a warm-up in another process has compiled
 LOOKS = 4  # at the card during the shortest timing
+AGAIN = 3  # times that a scoring, or an audit, that others broke off is done again, once the recipe was in it
 EAGER = ("cuda", "rtx")  # backends on which torch.compile does nothing where a recipe is only tried out
 
 
 def execute(
-    request: Request, on_event: Callable[[Event], None] = ignore, stop: threading.Event | None = None
+    request: Request,
+    on_event: Callable[[Event], None] = ignore,
+    stop: threading.Event | None = None,
+    sharing: Sharing | None = None,
 ) -> Outcome:
     """One experiment, from the bytes of `train.py` to a score or the reason why there is none.
 
     Whatever the recipe does ends in an `Outcome`; a `UserError` means that the data or the sandbox is not in order.
     `stop` ends it within a second or two, with status "stopped". Afterwards no process and no scratch folder is left.
+    `sharing`: of a device that others use too, where what is trained is not lost if they take it then; `DeviceFull`
+    where they had it before, or do not leave it.
     """
     request.workdir.mkdir(parents=True, exist_ok=True)
-    run = _Experiment(request, on_event, stop or threading.Event())
+    run = _Experiment(request, on_event, stop or threading.Event(), sharing)
     try:
         run.go()
     except Ended as end:
-        run.outcome.status, run.outcome.reason = end.status, end.reason
+        run.outcome.status, run.outcome.reason = end.status, run.told(end)
         own_limit = any(worker.child.exceeded() for worker in run.workers.values())
         run.outcome.out_of_memory = isinstance(end, OutOfMemory) and not own_limit
         run.outcome.val_bpb, run.outcome.weights = None, None
@@ -66,8 +74,11 @@ def execute(
 class _Experiment:
     """The state of one `execute`."""
 
-    def __init__(self, request: Request, on_event: Callable[[Event], None], stop: threading.Event) -> None:
+    def __init__(
+        self, request: Request, on_event: Callable[[Event], None], stop: threading.Event, sharing: Sharing | None
+    ) -> None:
         self.request = request
+        self.sharing = sharing
         self.settings = request.settings
         self.place = Place(request.settings, request.workdir, stop, forked=True)
         self.on_event = on_event
@@ -78,6 +89,8 @@ class _Experiment:
         self.peak_flops = 0.0
         self.started = self.mark = time.monotonic()
         self.weights = -1  # descriptor
+        self.waited = 0.0  # seconds, for a device that others took when the training was done
+        self.shown: dict[scoring.Part, scoring.Text] = {}  # what a scorer has seen of, in batches of what size
 
     def go(self) -> None:
         self._lint()
@@ -129,6 +142,14 @@ class _Experiment:
         self.workers |= prober.workers
         return prober
 
+    def told(self, end: Ended) -> str:
+        """Its reason, with what to do where it does not say so."""
+        if isinstance(end, (OutOfMemory, scoring.OutOfMemoryLate)):
+            action = SMALLER if self.weights < 0 else "use a smaller model"  # how it is scored is not the recipe's
+        else:
+            action = cardfaults.next_action(end.reason) if end.status == "crash" else ""
+        return end.reason if not action or SMALLER in end.reason else f"{end.reason}; {action}"
+
     def close(self) -> None:
         """End every process, keep the last lines of their logs, remove what they wrote."""
         tails = []
@@ -147,7 +168,7 @@ class _Experiment:
         if self.weights >= 0:
             os.close(self.weights)
         self.outcome.log_tail = printable("\n".join("\n".join(tails).splitlines()[-LOG_LINES:]))
-        self.outcome.timings["total"] = round(time.monotonic() - self.started, 3)
+        self.outcome.timings["total"] = round(time.monotonic() - self.started - self.waited, 3)
 
     # --- phases ------------------------------------------------------------------------------------
 
@@ -160,16 +181,64 @@ class _Experiment:
 
     def _judge(self, text: scoring.Text) -> scoring.Score:
         """Score, and audit where that is wanted, at equal shapes. An auditor that runs out of memory has seen the
-        questions, so it is not asked others: its end is the experiment's.
+        questions, so it is not asked others: its end is the experiment's, or it is asked the same again.
 
         The holdout has a scorer and an auditor of its own, which have seen no other text, and is always audited."""
         if text.part == "holdout":
             for role in ("scorer", "auditor"):
                 self._anew(role)
-        text, score = self._score_in_memory(text)
+        order, questions = self.rng.integers(2**63, size=2)
+        text, score = self._beside_others("scorer", lambda: self._score_in_memory(text, order))
         if text.part == "holdout" or self._wants_audit(score.bpb):
-            self._audit(text, score)
+            self._beside_others("auditor", lambda: self._audit(text, score, questions))
         return score
+
+    def _beside_others(self, role: str, work: Callable[[], T]) -> T:
+        """The result of `work`, done again in a new process of `role` where it failed because others had taken the
+        device; the weights are the same, and nothing is trained again.
+
+        That they had taken it the referee sees for itself, with nothing of the recipe alive: a child that says that
+        memory ended, or lets its time pass, gains nothing by that alone. Where they had, it is asked the very same
+        again: rows in the same order, of the same batches once a row was shown, the same questions; and AGAIN times at
+        most. How long it took says nothing of the weights, so such a score is as good as any: `tainted` is what the
+        training was."""
+        failed = 0
+        while True:
+            try:
+                return work()
+            except DeviceFull as full:  # before anything of the recipe was there: for as long as there is time
+                end: Ended | DeviceFull = full
+                why, needed = full.fact, full.needed
+            except Ended as gone:
+                failed += 1
+                end, needed = gone, 0
+                why = self._others_doing(role, gone) if failed <= AGAIN else ""
+            if not why or not self._wait_for_device(role, why, needed):
+                raise end
+
+    def _others_doing(self, role: str, end: Ended) -> str:
+        """Why the end of a scorer or an auditor is others' doing, "" where it is not known to be."""
+        memory = isinstance(end, (OutOfMemory, scoring.OutOfMemoryLate))
+        if self.sharing is None or not (memory or end.status == "timeout") or self.workers[role].child.exceeded():
+            return ""
+        self.workers[role].kill()
+        why = self.sharing.taken(self.outcome.peak_memory)
+        return f"{end.reason[:300]}, while {why}" if why else ""
+
+    def _wait_for_device(self, role: str, why: str, needed: int) -> bool:
+        if self.sharing is None:
+            return False
+        self.workers[role].close()
+        before = self.sharing.waited
+        free = self.sharing.wait(printable(why), needed)
+        waited = self.sharing.waited - before
+        self.waited, self.mark = self.waited + waited, self.mark + waited
+        self.place.look_for_stop()
+        if free:
+            self.outcome.health.setdefault("judged_again", []).append(printable(f"{role}: {why}"))
+            self.place.look_again()
+            self._anew(role)
+        return free
 
     def _worker(self, role: str) -> Worker:
         """The process of this role, started now where it was not before the training."""
@@ -183,28 +252,34 @@ class _Experiment:
             self.workers[role].close()  # first, as it holds memory
         self.workers[role] = Worker(role, self.place)
 
-    def _score_in_memory(self, text: scoring.Text) -> tuple[scoring.Text, scoring.Score]:
+    def _score_in_memory(self, text: scoring.Text, order: int) -> tuple[scoring.Text, scoring.Score]:
         """The score, with half of the rows in a batch where memory ends before any text was shown, in a new process."""
+        if text.part == "val" and text.part not in self.shown:
+            self.outcome.describe.pop("scored_rows_reason", None)  # of a try beside others, who have gone
+        text = self.shown.get(text.part, text)
         while True:
             self.outcome.describe["scored_rows"] = text.size
             try:
-                return text, self._score(text)
+                return text, self._score(text, order)
             except OutOfMemory as end:
-                if text.size == 1:
+                if text.size == 1 or text.part in self.shown:
                     raise
                 text = text.halved()
                 why = f"{end.reason[:300]}; scored again with {text.size} rows at a time"
                 self.outcome.describe["scored_rows_reason"] = printable(why)
                 self._anew("scorer")
 
-    def _score(self, text: scoring.Text) -> scoring.Score:
+    def _score(self, text: scoring.Text, order: int) -> scoring.Score:
+        """`order`: the seed of that of the rows."""
         self.phase("score" if text.part == "val" else "score the holdout")
         worker = self._worker("scorer")
         self._begin(worker, text)
         scoring.give_weights(worker, self.weights)
         seconds = scoring.limit(self.place)
-        scoring.fill_memory(worker, text, seconds, self.rng)
-        score = scoring.score(worker, text, seconds, self.rng)
+        rng = np.random.default_rng(order)
+        scoring.fill_memory(worker, text, seconds, rng)
+        self.shown[text.part] = text
+        score = scoring.score(worker, text, seconds, rng)
         worker.close()
         if text.part == "val":
             self.outcome.scored_tokens, self.outcome.total_bytes = score.tokens, score.total_bytes
@@ -212,12 +287,14 @@ class _Experiment:
         self.lap("scoring" if text.part == "val" else "holdout scoring")
         return score
 
-    def _audit(self, text: scoring.Text, score: scoring.Score) -> None:
+    def _audit(self, text: scoring.Text, score: scoring.Score, questions: int) -> None:
+        """`questions`: the seed of where is asked."""
         self.phase("audit" if text.part == "val" else "audit of the holdout")
         worker = self._worker("auditor")
         self._begin(worker, text)
         seconds = scoring.limit(self.place)
-        facts = scoring.audit(worker, text, self.weights, score, seconds, self.rng)
+        rng = np.random.default_rng(questions)
+        facts = scoring.audit(worker, text, self.weights, score, seconds, rng)
         worker.close()
         if text.part == "val":
             self.outcome.audit, self.outcome.audited = facts, True

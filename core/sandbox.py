@@ -278,8 +278,9 @@ def launch(argv: list[str], policy: Policy, *, cwd: Path, log: Path, forkserver:
         for end in (control, status, output):
             kept.callback(os.close, end)
         orders = {
-            "argv": [] if forkserver else command(argv, policy),
-            "arguments": argv[1:],
+            "goes_on": forkserver is not None,
+            "argv": argv[1:] if forkserver else command(argv, policy),
+            "name": log.stem,
             "env": {**policy.env, "AUTORESEARCH_CHANNEL": str(ends[0])},
             "cwd": str(cwd),
             "rules": policy.rules(),

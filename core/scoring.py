@@ -22,6 +22,14 @@ from core.wire import ProtocolError
 Part = Literal["train", "val", "holdout"]
 
 
+class OutOfMemoryLate(Ended):
+    """Memory ended where as much had fitted before: others took it, or the recipe more of it. Text has been shown, so
+    no other batch size follows."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__("crash", reason)
+
+
 @dataclass(frozen=True)
 class Text:
     """The rows that are scored, and what their targets count for."""
@@ -114,7 +122,7 @@ def score(worker: Worker, text: Text, seconds: float, rng: np.random.Generator) 
         try:
             message = worker.expect("scored", max(0.1, deadline - time.monotonic()), doing, 4 * tokens.size)
         except OutOfMemory as end:
-            raise Ended("crash", f"{end.reason}; a batch of {text.size} random rows did fit before") from None
+            raise OutOfMemoryLate(f"{end.reason}; a batch of {text.size} random rows did fit before") from None
         try:
             nats = message.array("nats", "<f4", (text.size, length))
         except ProtocolError as error:

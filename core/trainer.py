@@ -73,6 +73,7 @@ class Trainer:
             self.outcome.params = built.integer("params")
             self._declared = built.integer("weights_bytes")
             self._untrained = built.text("weights", 64)
+            self.worker.require_disk(self._declared)
             if self.prober is not None:
                 self.prober.weights_bytes = self._declared
             self.outcome.describe = {

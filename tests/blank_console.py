@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 import os
 import random
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from typing import Any
 import backends
 import cli
 from console import fitting
-from core import gpuwatch, health, landlock, sandbox, session, steady
+from core import gpuwatch, health, landlock, referee, sandbox, session, steady
 
 CARD = {name: os.environ[name] for name in os.environ if name.startswith(("BLANK_CARD", "TORCHDYNAMO"))} | {
     name: os.environ[name] for name in ("LD_PRELOAD", "LD_LIBRARY_PATH", "TRITON_LIBCUDA_PATH")
@@ -30,6 +31,7 @@ LUCK = 8e-4  # nats
 SMALL = {"DEPTH": 2, "TOTAL_BATCH_SIZE": 2**13, "DEVICE_BATCH_SIZE": 4}
 given_environment, given_rules = sandbox.environment, sandbox.Policy.rules
 given_profile, given_wait = backends.Backend.profile, gpuwatch.wait
+given_phase = referee._Experiment.phase
 
 
 def environment(*places: Path) -> dict[str, str]:
@@ -49,10 +51,17 @@ def profile(backend: backends.Backend, hardware: Any, name: str | None = None) -
     return replace(found, sequence_len=512, eval_tokens=2**14, constants={**found.constants, **small})
 
 
+def phase(run: Any, name: str) -> None:
+    given_phase(run, name)
+    while (gates := os.environ.get("BLANK_CONSOLE_GATES")) and (Path(gates) / name).exists():
+        time.sleep(0.05)
+
+
 def main() -> None:
     sandbox.environment, sandbox.Policy.rules = environment, rules
     backends.Backend.profile = profile
     gpuwatch.wait = lambda stop, seconds: given_wait(stop, min(seconds, 0.5))
+    referee._Experiment.phase = phase
     health._busy_seconds = lambda: 0.0
     steady.SLOWER = math.inf
     fitting.TRIED = 1

@@ -20,6 +20,7 @@ from blank_sharing import Shared
 
 from benchmarks import blank_card
 from benchmarks.blank_card import CARDS, GIB
+from core.lab import Lab
 
 HERE = Path(__file__).resolve().parent
 VOCAB = 512
@@ -144,6 +145,29 @@ def test_a_busy_card_is_waited_for(h100):
     rest = running.communicate(timeout=TIMEOUT)[0]
     assert running.returncode == 0, rest
     assert not experiments(desk)[-1]["tainted"]
+
+
+def test_a_card_that_is_taken_when_the_training_is_done_costs_no_training(h100, monkeypatch):
+    """What was trained waits for it: not trained again, and as good as any other."""
+    desk, _ = h100
+    (gates := desk.folder / "gates").mkdir()
+    for phase in ("score", "audit"):
+        (gates / phase).touch()
+    arguments = ("confirm", "1", "--lab", "labs/night", "--seeds", "1", "--no-holdout", "--json")
+    running, said = desk.start(*arguments, BLANK_CONSOLE_GATES=str(gates)), []
+    for phase in ("score", "audit"):
+        said += heard(running, f'"phase": "{phase}"')
+        with desk.card.used(desk.card.free() - GIB):
+            (gates / phase).unlink()
+            said += heard(running, "the training is done and kept, its score waits until the card is free")
+    rest = running.communicate(timeout=TIMEOUT)[0]
+    assert running.returncode == 0, rest
+    assert sum('"phase": "train"' in line for line in [*said, *rest.splitlines()]) == 1
+    monkeypatch.setenv("AUTORESEARCH_HOME", desk.env["AUTORESEARCH_HOME"])
+    sample = Lab.open(desk.folder / "work/labs/night").ledger.samples(1, "confirm")[-1]
+    again = sample.outcome["health"]["judged_again"]
+    assert [why.partition(": ")[0] for why in again] == ["scorer", "auditor"]
+    assert all("of 79.2 GiB free" in why for why in again) and not sample.tainted and sample.outcome["audited"]
 
 
 @pytest.mark.parametrize(("card", "dtype"), [("4060", "bfloat16"), ("2080ti", "float16")])

@@ -213,7 +213,7 @@ def test_the_verb_tells_the_cost_measures_and_goes_on(made, monkeypatch):
     first, last = pair(kept(lab))
     at = len(world.requests)
     said = verb(monkeypatch, world, "confirm", "--lab", lab.path, "--cost")
-    assert f"#{first}, #{last} on 4 fresh seeds: 8 runs to go, about 43 min" in said
+    assert f"#{first}, #{last} on 4 fresh seeds: 8 runs to go, about 44 min, the holdout too" in said
     assert len(world.requests) == at
     said = verb(monkeypatch, world, "confirm", "--lab", lab.path, "--seeds", 2)
     assert "4 runs to go" in said and "4 of 4" in said
@@ -223,6 +223,27 @@ def test_the_verb_tells_the_cost_measures_and_goes_on(made, monkeypatch):
     lines = verb(monkeypatch, world, "confirm", str(last), "--lab", lab.path, "--json").splitlines()
     end = json.loads(lines[-1])
     assert end["left"] == 0 and end["effects"][0]["number"] == last and end["effects"][0]["before"] != last
+
+
+def test_the_cost_is_what_it_takes_with_the_holdout_and_without(made, monkeypatch):
+    lab, _, world = made
+
+    def cost(*options):
+        said = verb(monkeypatch, world, "confirm", "--lab", lab.path, "--cost", "--json", *options)
+        return json.loads(said)["seconds"]
+
+    guessed, bare = cost("--seeds", 1), cost("--seeds", 1, "--no-holdout")
+    began = world.clock.now
+    verb(monkeypatch, world, "confirm", "--lab", lab.path, "--seeds", 1)
+    took = (world.clock.now - began).total_seconds()
+    parts = [lab.dataset().part(part).tokens for part in ("holdout", "val")]
+    share = parts[0] / min(lab.settings.eval_tokens, parts[1])
+    assert bare == pytest.approx(took - 2 * 15.0) and guessed == pytest.approx(bare + 2 * 13.6 * share)
+    began, known = world.clock.now, cost("--seeds", 2)
+    verb(monkeypatch, world, "confirm", "--lab", lab.path, "--seeds", 2)
+    assert known == pytest.approx((world.clock.now - began).total_seconds(), abs=0.5), (
+        "the holdout has been measured before"
+    )
 
 
 def test_a_discard_is_compared_with_what_it_started_from_and_a_failure_is_refused(made, monkeypatch):

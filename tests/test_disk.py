@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import shutil
 import subprocess
 import sys
 from contextlib import contextmanager
@@ -11,9 +13,10 @@ from pathlib import Path
 import pytest
 from scripted import Limits, Loop, Night, Scripted, check, make_lab
 
-from core.errors import UserError
+from core.errors import DiskFull, UserError
 from core.lab import Lab
 
+RECIPE_FILES = (".autoresearch.json", "program.md", "results.tsv", "train.py")
 MAY_MOUNT = sys.platform == "linux" and os.geteuid() == 0
 needs_mount = pytest.mark.skipif(not MAY_MOUNT, reason="mounting a small disk needs root on Linux")
 
@@ -110,6 +113,17 @@ def test_a_full_disk(tmp_path, settings, dataset, monkeypatch, where):
 
 
 @needs_mount
+def test_a_lab_on_a_disk_of_its_own(tmp_path, settings):
+    """Its folder is a mount point, as a container's volume is; the record lies on another disk."""
+    with small_disk(tmp_path / "night", 4096) as place:
+        lab = make_lab(place, settings)
+        assert {p.name for p in place.iterdir()} == {".git", *RECIPE_FILES} and list(tmp_path.iterdir()) == [place]
+        run(lab, 3)
+        check(lab)
+        lab.ledger.close()
+
+
+@needs_mount
 def test_no_room_for_a_new_lab(tmp_path, settings):
     with small_disk(tmp_path / "disk", 64) as disk:
         ballast = fill(disk, 8192)
@@ -170,3 +184,66 @@ def test_a_read_only_record(tmp_path, settings, dataset, monkeypatch):
     lab = Lab.open(lab.path)
     run(lab, 1)
     check(lab)
+
+
+@pytest.mark.parametrize("what", ["the folder", "the repository"])
+def test_a_lab_that_is_moved_while_it_runs_goes_on_where_it_lies(tmp_path, settings, what):
+    lab, place = make_lab(tmp_path / "night", settings), tmp_path / "moved"
+    run(lab, 1)
+
+    class Meanwhile(Scripted):
+        def execute(self, request, on_event, stop):
+            lab.path.rename(place) if what == "the folder" else shutil.rmtree(lab.path / ".git")
+            return super().execute(request, on_event, stop)
+
+    with pytest.raises(UserError, match=r"was moved or removed while it was in use; .*nothing is lost"):
+        Loop(lab, Night(), Meanwhile(), lambda event: None).run(Limits(experiments=2))
+    lab.ledger.close()
+    again = Lab.open(place if what == "the folder" else lab.path)
+    run(again, 1)
+    assert [e.description for e in again.ledger.experiments()] == ["baseline", "idea 1"]
+    check(again)
+
+
+# --- a disk that others fill while an experiment runs ------------------------------------------------
+
+
+@needs_mount
+@pytest.mark.parametrize("who", ["others", "the recipe"])
+def test_who_fills_the_disk_in_a_training(run_recipe, tiny_recipe, tmp_path, who):
+    """Others' files are held against no candidate: what it would have been nobody knows yet."""
+    with small_disk(tmp_path / "disk", 400 * 1024) as disk:
+        writes = "np.zeros(200 * 2**20, np.uint8).tofile('much') if self.steps == 4 else None"
+        own = tiny_recipe.replace("        self.steps += 1\n", f"        self.steps += 1\n        {writes}\n")
+
+        def others(event):
+            if event.kind == "phase" and event.data["phase"] == "train":
+                (disk / "theirs").write_bytes(bytes(200 * 2**20))
+
+        if who == "others":
+            with pytest.raises(DiskFull, match=r"MiB left, and 256 are needed; free some space.*nothing is lost"):
+                run_recipe(tiny_recipe, workdir=disk / "work", on_event=others)
+        else:
+            outcome = run_recipe(own, workdir=disk / "work", lint=False)
+            assert outcome.status == "crash" and re.search("the recipe's processes wrote 20. MiB", outcome.reason)
+
+
+@needs_mount
+@pytest.mark.parametrize(("room", "size"), [(400, 160), (400, 1100)])
+def test_weights_that_will_not_fit_are_known_before_the_training(run_recipe, tiny_recipe, tmp_path, room, size):
+    """`room` and `size` in MiB: of the disk, and of the weights."""
+    heavy = f'            "bias": (spec.vocab_size,),\n            "heavy": ({size} * 2**18,),\n'
+    source = tiny_recipe.replace('            "bias": (spec.vocab_size,),\n', heavy)
+    source = source.replace(
+        "for name, p in self.params.items():\n                m,", "for name, p in []:\n                m,"
+    )
+    phases = []
+    tell = lambda event: phases.append(event.data["phase"]) if event.kind == "phase" else None  # noqa: E731
+    with small_disk(tmp_path / "disk", room * 1024) as disk:
+        if size < 1024:
+            with pytest.raises(DiskFull, match=rf"and {256 + size} are needed"):
+                run_recipe(source, workdir=disk / "work", on_event=tell)
+        else:
+            outcome = run_recipe(source, workdir=disk / "work", on_event=tell)
+            assert outcome.status == "crash" and f"weights() takes {size} MiB" in outcome.reason
+    assert "train" not in phases

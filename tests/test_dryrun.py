@@ -115,7 +115,7 @@ def test_a_want_of_memory_beside_others_is_not_held_against_a_candidate(
 ) -> None:  # fmt: skip
     """The best took 4 GiB of the card, whose name the CPU bears here."""
     monkeypatch.setattr(gpuwatch, "LINGERS", 0.001)
-    monkeypatch.setattr(referee, "execute", lambda request, on_event, stop: Outcome(status="scored"))
+    monkeypatch.setattr(referee, "execute", lambda request, on_event, stop, sharing: Outcome(status="scored"))
     executor = LocalExecutor(card=Card(others_busy, free), card_wait=0.0)
     settings = replace(settings, device=device)
     if device != "cpu":

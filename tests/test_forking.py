@@ -96,6 +96,12 @@ def place(settings: Settings, tmp_path: Path) -> Iterator[Place]:
     assert list(tmp_path.glob("library-*")) == []
 
 
+def named(worker: Worker) -> str:
+    """What its recipe's process is called."""
+    (recipe,) = trees.descendants(worker.child.pid)[-1:]
+    return Path(f"/proc/{recipe}/comm").read_text().strip()
+
+
 def test_torch_is_loaded_once_for_all(place: Place) -> None:
     """Two children share the pages of one library; a process that ended is reaped when the next is begun."""
     assert left_behind() == []
@@ -109,6 +115,8 @@ def test_torch_is_loaded_once_for_all(place: Place) -> None:
         launchers = {worker.child.pid for worker in workers}
         assert {p.pid for p in psutil.Process(server.pid).children()} == launchers
         assert len(left_behind()) == 1 + len(workers) * (3 if sandbox.abilities().namespaces else 2), "as tests look"
+        assert named(workers[0]) == "trainer" and named(workers[1]) == "scorer", "as `ps -o comm` and `top` tell"
+        assert Path(f"/proc/{workers[1].child.pid}/comm").read_text() == "scorer-launch\n"
         (recipe,) = trees.descendants(workers[0].child.pid)[-1:]
         maps = psutil.Process(recipe).memory_full_info()
         assert maps.pss < 0.6 * maps.rss, "what is shared counts in parts only"

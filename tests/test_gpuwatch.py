@@ -244,7 +244,7 @@ class Runs:
     def __init__(self, *ends):
         self.ends, self.made = list(ends), 0
 
-    def __call__(self, request, on_event, stop):
+    def __call__(self, request, on_event, stop, sharing):
         self.made += 1
         end = self.ends.pop(0)
         if isinstance(end, Exception):

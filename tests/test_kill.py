@@ -53,6 +53,25 @@ def kill(pid: int, tree: bool) -> None:
     os.waitpid(pid, 0)
 
 
+@pytest.mark.parametrize("name", ["HEAD.lock", "packed-refs.lock", "branch", "candidate"])
+def test_a_git_that_is_killed_in_the_night_ends_no_night(tmp_path, settings, name):
+    """A user's own, with its lock in the lab's repository, while an experiment runs that will be kept."""
+
+    class Meanwhile(Scripted):
+        def execute(self, request, on_event, stop):
+            refs = {"branch": f"{lab.branch_ref}.lock", "candidate": f"{lab.candidate_ref(len(self.runs) + 1)}.lock"}
+            lock = lab.git.path / refs.get(name, name)
+            lock.parent.mkdir(parents=True, exist_ok=True)
+            lock.touch()
+            return super().execute(request, on_event, stop)
+
+    lab = make_lab(tmp_path / "night", settings)
+    loop = Loop(lab, Night(), Meanwhile(), lambda event: None)
+    loop.run(Limits(experiments=2))
+    assert loop.judge(recipe(0.5), "much better").status == "keep"
+    check(lab)
+
+
 def start_again(path: Path, are_weights=is_source) -> Lab:
     """What every start does first; then everything has to hold."""
     lab = Lab.open(path)

@@ -3,7 +3,7 @@
 import os
 import time
 
-from common import Honest, torch
+from common import STEPS, Honest, torch
 
 KIND = "a helper process that trains on after the budget"
 EXPECT = {"discard", "crash", "invalid", "timeout"}
@@ -24,19 +24,27 @@ class Helped(Honest):
         return super().step(batches, progress)
 
     def train_on(self, rows):
+        """As many steps as all may make, and what is more than that only when the budget is over: else it would gain by
+        what a busy machine's longer budget gives to everybody."""
         torch.set_num_threads(1)
-        until = time.perf_counter() + 8
+        self.make_steps(rows[: STEPS - self.steps], self.rate)
         handed = "weights.safetensors"
+        while not os.path.exists(handed):
+            time.sleep(0.001)
+        until = time.perf_counter() + 8
         while time.perf_counter() < until:
-            for part in rows:
-                super().loss(part).backward()
-                self.optimizer.step()
-            if os.path.exists(handed):
-                import core.weights
+            self.make_steps(rows, lambda: 1e-3)
+            import core.weights
 
-                better = core.weights.prepare(self.weights())
-                core.weights.write(__import__("pathlib").Path("better"), better)
-                os.replace("better", handed)
+            better = core.weights.prepare(self.weights())
+            core.weights.write(__import__("pathlib").Path("better"), better)
+            os.replace("better", handed)
+
+    def make_steps(self, rows, rate):
+        for part in rows:
+            super().loss(part).backward()
+            self.optimizer.step(rate())
+            self.steps += 1
 
 
 def build(spec):
