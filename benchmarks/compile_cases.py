@@ -95,8 +95,10 @@ def norm(target: int, stream: str) -> Iterator[Case]:
                 types = {n: t for n, t in arrays.items() if n not in less} | more | scalars | sizes
                 given = (types, constants | less, warps, 3, ("C",))
                 yield Case(label + (", its scale alone" if more else ""), residual_norm._forward, target, *given)
-            options = residual_norm.constants(channels, residual_norm.BACKWARD[target])
+            tile = residual_norm.BACKWARD[target]
+            options = residual_norm.constants(channels, tile)
             warps = options.pop("num_warps")
+            most = residual_norm.registers(warps, tile)
             arrays = dict.fromkeys(("D", "X", "DX"), f"*{stream}") | {"DY": "*bf16", "DX0": f"*{inner}"}
             arrays |= {"SUMS": "*fp32"} | ({"X0": f"*{inner}"} if scaled else {})
             constants = {"SCALED": scaled, "BOTH": stream != inner or scaled, **ACC, **options, **none}
@@ -104,7 +106,7 @@ def norm(target: int, stream: str) -> Iterator[Case]:
             for kind, more, fixed in BACKWARDS:
                 types = {n: t for n, t in arrays.items() if n not in fixed} | more | scalars | sizes
                 given = (types, constants | fixed, warps, 3, ("C",))
-                yield Case(f"{label} backward{kind}", residual_norm._backward, target, *given)
+                yield Case(f"{label} backward{kind}", residual_norm._backward, target, *given, most=most)
 
 
 def norm_again(target: int, dtype: str) -> Iterator[Case]:

@@ -67,6 +67,7 @@ def compiled(
     num_stages: int,
     cc: int,  # 90 for sm_90
     aligned: Collection[str] = (),  # integer arguments that are multiples of 16; pointers always count as aligned
+    most: int | None = None,  # registers that a thread may have, where a launch says so (`maxnreg`)
 ) -> Compiled:
     """Compile `kernel` for sm_`cc` and read what it needs. Raises what Triton or ptxas raises where it cannot."""
     from triton.backends.compiler import GPUTarget
@@ -86,7 +87,7 @@ def compiled(
         (i,): hint for i, (n, t) in enumerate(types.items()) if t[0] == "*" or (n in aligned and n not in constants)
     }
     source = ASTSource(kernel, types, dict(constants), attrs)
-    options = {"num_warps": num_warps, "num_stages": num_stages}
+    options = {"num_warps": num_warps, "num_stages": num_stages, "maxnreg": most}
     binary = compile(source, target=GPUTarget("cuda", cc, 32), options=options)
     use = resources(binary.asm["cubin"])
     return Compiled(
@@ -115,11 +116,12 @@ class Case:
     stages: int
     aligned: tuple[str, ...] = ()  # integers that are multiples of 16
     expected: str = ""  # an instruction that must be there: a product that misses the tensor cores is useless
+    most: int | None = None  # registers of a thread, where the launch says so
 
     def compile(self) -> Compiled:
         signature = dict(self.types) | dict.fromkeys(self.constants, "constexpr")
         return compiled(
-            self.kernel, signature, self.constants, self.warps, self.stages, self.target, aligned=self.aligned
+            self.kernel, signature, self.constants, self.warps, self.stages, self.target, self.aligned, self.most
         )
 
 

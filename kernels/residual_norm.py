@@ -28,6 +28,7 @@ from kernels.targets import choose, processors
 
 EPSILON = 2.0**-23  # float32's machine epsilon
 WIDEST = 4096  # channels of a row: a row stays in registers
+REGISTERS = 65536  # of a processor, on every target
 
 
 @dataclass(frozen=True)
@@ -133,6 +134,15 @@ def constants(C: int, tile: Tile) -> dict[str, int]:
     }
 
 
+def registers(warps: int, tile: Tile) -> int | None:
+    """What a thread of the backward may have where `tile.programs` share a processor's; None: ptxas decides.
+
+    By itself it does not know how few programs there are and makes room for more: 12.8 (Triton 3.6) spilled for that.
+    """
+    share = REGISTERS // (32 * warps * tile.programs)
+    return share if share >= 128 else None  # it needs 80 at most: as a limit a smaller share could only harm
+
+
 def _accumulator(x: Tensor) -> tuple[Any, torch.dtype]:
     return (tl.float64, torch.float64) if x.dtype == torch.float64 else (tl.float32, torch.float32)
 
@@ -201,6 +211,7 @@ def backward(
     dx0 = torch.empty(N if both else 0, C, dtype=dtype0, device=x.device)
     sums = torch.empty(programs if scaled else 0, 2, dtype=wide, device=x.device)
     kind = {"SCALED": scaled, "BOTH": both, "TIMES_R": False, "ACC": acc}
+    kind["maxnreg"] = registers(options["num_warps"], tile)
     _backward[(programs,)](d, dy, x, x0, a, b, dx, dx0, sums, y, N, C, EPSILON, **kind, **options)
     return dx, dx0, sums.sum(0)
 
@@ -219,6 +230,7 @@ def scaled_backward(d: Tensor, rdy: Tensor, z: Tensor) -> Tensor:
     options = constants(C, tile)
     programs = max(1, min(triton.cdiv(N, options["ROWS"]), tile.programs * processors(z.device)))
     kind = {"SCALED": False, "BOTH": False, "TIMES_R": True, "ACC": _accumulator(z)[0]}
+    kind["maxnreg"] = registers(options["num_warps"], tile)
     _backward[(programs,)](d, rdy, z, None, None, None, rdy, None, None, None, N, C, EPSILON, **kind, **options)
     return rdy
 

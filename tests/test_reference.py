@@ -53,6 +53,17 @@ def test_a_model_that_differs_is_told(old, new, parts, monkeypatch):
     assert parts <= {c.name.split()[0] for c in checks if not c.passed}
 
 
+def test_a_recipes_functions_are_found_by_the_name_of_its_module():
+    """As torch.compile looks for them when it meets one, which may be after another recipe was loaded."""
+    pytest.importorskip("torch")
+    loaded = backends.load("cpu")
+    made = [reference.training(loaded.recipe(), loaded.open_device()) for _ in range(2)]
+    first, second = (sys.modules[type(one).__module__] for one in made)
+    assert first is not second
+    for one, module in zip(made, (first, second), strict=True):
+        assert getattr(module, type(one).__name__) is type(one)
+
+
 def test_a_missing_weight_is_an_error():
     with pytest.raises(UserError, match="missing or unknown: loss"):
         list(reference.compare({"logits": np.ones(3)}, {"logits": [1.0] * 4, "loss": [1.0] * 4}))

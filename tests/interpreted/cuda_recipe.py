@@ -7,6 +7,7 @@ from types import ModuleType
 
 import pytest
 import torch
+from interpreted.watched import watched
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from backends import reference
@@ -31,9 +32,13 @@ def spec(length=32):
     return Spec(64, length, 63, "cpu", "float32", 1, 0)
 
 
-def test_the_recipe_computes_the_reference(monkeypatch):
+def test_the_recipe_computes_the_reference_and_its_kernels_are_sound(monkeypatch):
+    """A whole step, every access of it watched, its programs in random order."""
     monkeypatch.setattr(attention_tiles, "INTERPRETED", attention_tiles.Tile(64, 64, 1, 1))  # fewer programs: a minute
-    checks = list(reference.compare(reference.computed(RECIPE, open_device()), reference.reference()))
+    with watched() as watch:
+        computed = reference.computed(RECIPE, open_device())
+    assert watch.found == [] and watch.launches > 100 and watch.accesses > 10**7
+    checks = list(reference.compare(computed, reference.reference()))
     assert len(checks) > 60
     assert not [check for check in checks if not check.passed]
 

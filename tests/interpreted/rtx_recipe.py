@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from interpreted.watched import watched
 
 from backends import reference
 from backends.cpu.device import open_device
@@ -13,10 +14,14 @@ from kernels import attention_tiles, lean, plain, portable
 RECIPE = (project_root() / "backends" / "rtx" / "train.py").read_bytes()
 
 
-def test_the_recipe_computes_the_reference(monkeypatch):
+def test_the_recipe_computes_the_reference_and_its_kernels_are_sound(monkeypatch):
+    """A whole step, every access of it watched, its programs in random order."""
     monkeypatch.setattr(attention_tiles, "INTERPRETED", attention_tiles.Tile(64, 64, 1, 1))  # fewer programs: a minute
     assert portable.products(torch.device("cpu"))
-    checks = list(reference.compare(reference.computed(RECIPE, open_device()), reference.reference()))
+    with watched() as watch:
+        computed = reference.computed(RECIPE, open_device())
+    assert watch.found == [] and watch.launches > 100 and watch.accesses > 10**7
+    checks = list(reference.compare(computed, reference.reference()))
     assert len(checks) > 60
     assert not [check for check in checks if not check.passed]
 
