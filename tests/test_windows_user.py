@@ -206,6 +206,7 @@ def test_torch_is_told_by_one_command_that_powershell_runs(win32: pytest.MonkeyP
     assert told.endswith(" --index-url https://download.pytorch.org/whl/cu126")  # cu128 has no torch since 2.12
     pyproject = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     assert all(f'"{one}; sys_platform' in pyproject for one in (torchbuild.WINDOWS_TORCH, torchbuild.WINDOWS_TRITON))
+    assert torchbuild.windows_triton(torchbuild.WINDOWS_TORCH.partition(">=")[2]) == torchbuild.WINDOWS_TRITON
     assert f'"{torchbuild.WINDOWS_TORCH}"' in (ROOT / "README.md").read_text(encoding="utf-8")
     win32.setattr(sys, "executable", r"C:\venv\Scripts\python.exe")
     assert torchbuild.install(0).startswith(r"C:\venv\Scripts\python.exe -m pip")
