@@ -246,6 +246,7 @@ def test_peaks_are_dense_with_float32_sums(name, tflops):
 
 def test_other_cards_of_a_number_are_not_taken_for_it():
     assert known("NVIDIA GeForce RTX 4090 Laptop GPU") is None and known("NVIDIA RTX A4000") is None
+    assert known("NVIDIA GeForce RTX 2060") and known("NVIDIA GeForce RTX 2060", laptop=True) is None
     assert known("NVIDIA GeForce GTX 1650") is None and known("NVIDIA GeForce RTX 4070 Ti Foo") is None
     small, large = (known("NVIDIA GeForce RTX 3050", int(gib * GIB)) for gib in (5.8, 7.9))
     assert small is not None and large is not None and small.flops < large.flops
