@@ -375,6 +375,7 @@ def test_the_first_timing_computes_in_what_the_card_can(fitted, name, dtype):
 def test_fitting_tells_which_kernels_the_night_will_have(fitted, described):
     said, _, _ = fitted(rtx("3060", 11.76, (8, 6)), {"describe": described})
     assert ("  kernels: torch: triton is not installed" in said) == ("kernels" in described)
+    assert any("`autoresearch doctor` says what it lacks" in line for line in said) == ("kernels" in described)
 
 
 @pytest.mark.parametrize("platform", ["linux", "win32"])
