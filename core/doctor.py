@@ -263,13 +263,15 @@ def install_git(system: str) -> str:
 
 
 def _compiler_check(hardware: Hardware) -> Check:
-    """torch.compile for CPUs builds C++; without a compiler recipes run eager, which works."""
-    names = [os.environ.get("CXX", ""), "g++", "clang++", "c++"] + (["cl"] if hardware.os == "windows" else [])
+    """torch.compile for CPUs builds C++; without a compiler recipes run eager, which works. On Windows children find
+    none, as Visual C++ works by folders in an environment that they do not get; Triton brings its own."""
+    if hardware.os == "windows":
+        return Check("compiler", True, "none is needed: recipes for the CPU run eager on Windows")
+    names = [os.environ.get("CXX", ""), "g++", "clang++", "c++"]
     found = next((path for name in names if name for path in [shutil.which(name)] if path), None)
     if found:
         return Check("compiler", True, f"{found}, for torch.compile")
-    install = {"darwin": "xcode-select --install", "windows": "winget install Microsoft.VisualStudio.2022.BuildTools"}
-    action = install.get(hardware.os, "sudo apt-get install g++")
+    action = "xcode-select --install" if hardware.os == "darwin" else "sudo apt-get install g++"
     return Check(
         "compiler", None, "no C++ compiler: torch.compile on the CPU is not available, recipes run eager", action
     )

@@ -465,6 +465,14 @@ def test_doctor_says_on_windows_where_triton_is_of_another_release(monkeypatch, 
     assert (check.ok is True) == (not detail) and detail in check.detail and action in check.action
 
 
+@pytest.mark.parametrize(("machine", "action"), [(Machine(), "g++"), (Machine(os=WINDOWS), "")])
+def test_doctor_asks_for_no_compiler_that_children_would_not_find(monkeypatch, machine, action):
+    """Visual C++ is gigabytes, and works in a prompt of its own: of which a child of ours on Windows gets nothing."""
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: None)
+    check = doctor._compiler_check(probe(machine))
+    assert (check.ok is True) == (not action) and check.action.endswith(action)
+
+
 def test_what_is_tried_for_triton_is_tried_where_experiments_run():
     """Here without a card: the child's own word for it comes back."""
     said = doctor._said_by_child(doctor.TRIED_AS_CHILDREN_DO, "rtx", 120.0)
