@@ -548,7 +548,8 @@ def test_a_home_with_a_space_in_its_name_is_told_and_not_chosen(tmp_path, monkey
     (note,) = [c for c in doctor._home_checks(probe(Machine())) if c.name == "name of the home"]
     assert note.ok is None and "my lab" in note.detail
     monkeypatch.delenv("AUTORESEARCH_HOME")
-    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("HOME", "USERPROFILE"):
+        monkeypatch.setenv(name, str(tmp_path))
     usual = tmp_path / "Library" / "Application Support" / "autoresearch"  # a Mac's
     monkeypatch.setattr(platformdirs, "user_data_dir", lambda *_, **__: str(usual))
     monkeypatch.setattr("sys.platform", "darwin")

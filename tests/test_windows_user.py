@@ -72,6 +72,7 @@ def test_a_folder_that_cannot_be_written_is_still_an_error_elsewhere(
         raise PermissionError(13, "Permission denied", str(path))
 
     made = make_lab(tmp_path / "lab", settings)
+    monkeypatch.setattr(sys, "platform", "linux")
     monkeypatch.setattr("core.lab.replace_file", refuse)
     with pytest.raises(PermissionError):
         made.write_results_tsv()
