@@ -380,6 +380,8 @@ GONE = 2**22 + 1  # no process of Linux has a higher number than 2**22
 
 
 def looked(monkeypatch, ours=(), **answers):
+    """One look where the driver alone tells who uses the card; what Windows tells is tests/test_wddm.py's."""
+    monkeypatch.setattr("core.nvml.sys", SimpleNamespace(platform="linux"))
     monkeypatch.setitem(sys.modules, "pynvml", nvml(**answers))
     monkeypatch.setattr("core.nvml.cuda_uuid", lambda index: "GPU-1")
     return Nvml().look("cuda:0", ours)

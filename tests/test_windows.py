@@ -76,6 +76,7 @@ def test_short_paths_are_told_by_doctor(win32, value, long):
     assert windows.long_paths() is long
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="this is Windows")
 def test_elsewhere_no_registry_is_asked():
     assert windows.restart_pending() is False and windows.long_paths() is True
 

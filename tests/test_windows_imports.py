@@ -19,7 +19,7 @@ PARTS = ("core", "console", "researchers", "backends", "benchmarks", "kernels")
 LOADED = sorted(
     path
     for path in [ROOT / "cli.py", ROOT / "prepare.py", *(p for part in PARTS for p in (ROOT / part).rglob("*.py"))]
-    if str(path.relative_to(ROOT)) not in ELSEWHERE
+    if path.relative_to(ROOT).as_posix() not in ELSEWHERE
 )
 
 # Of the standard library's documentation: "Availability: Unix", and what came to Windows after Python 3.10.
