@@ -126,7 +126,7 @@ def unguarded(source: str, file: str) -> list[str]:
 
 
 def test_what_windows_lacks_is_asked_for_after_a_look() -> None:
-    found = [f for p in LOADED for f in unguarded(p.read_text("utf-8"), str(p.relative_to(ROOT)))]
+    found = [f for p in LOADED for f in unguarded(p.read_text("utf-8"), p.relative_to(ROOT).as_posix())]
     assert found == []
 
 
