@@ -20,6 +20,7 @@ from console.options import (
     Moment,
     Number,
     NumberOrLab,
+    TypedPath,
     asking_options,
     lab_argument,
     making_options,
@@ -217,7 +218,7 @@ def log(lab: str | None, as_json: bool, follow: bool, limit: int | None, kept: b
 
 @verb("report")
 @lab_argument()
-@click.option("--out", type=click.Path(path_type=Path), metavar="DIR", help="Where to write; default: the lab.")
+@click.option("--out", type=TypedPath(), metavar="DIR", help="Where to write; default: the lab.")
 def report(lab: str | None, as_json: bool, out: Path | None) -> None:
     """The night as a page, report.html, with its picture, report.png, and in short, report.md. Never trains.
 
@@ -371,9 +372,9 @@ def wait(number: int, as_json: bool, lab: str | None, timeout: float | None) -> 
 
 @verb("train")
 @lab_argument()
-@click.option("--recipe", type=click.Path(path_type=Path), metavar="FILE", help="Default: the lab's best.")
+@click.option("--recipe", type=TypedPath(), metavar="FILE", help="Default: the lab's best.")
 @click.option("--budget", type=Duration(least=0.5), metavar="S", help="Training time; default: the lab's.")
-@click.option("--out", type=click.Path(path_type=Path), metavar="DIR", help="Export weights, tokenizer and recipe.")
+@click.option("--out", type=TypedPath(), metavar="DIR", help="Export weights, tokenizer and recipe.")
 def train(lab: str | None, as_json: bool, recipe: Path | None, budget: float | None, out: Path | None) -> int:
     """Train once, without a verdict: the best for real, or a recipe to look at.
 
@@ -421,7 +422,7 @@ def status(lab: str | None, as_json: bool) -> None:
 @lab_argument()
 @click.option("--source", is_flag=True, help="Print its train.py and nothing else.")
 @click.option("--without", type=Number(int, 1), metavar="N", help="With --source: without the kept change N.")
-@click.option("--out", type=click.Path(path_type=Path), metavar="FILE", help="With --source: write it to this file.")
+@click.option("--out", type=TypedPath(), metavar="FILE", help="With --source: write it to this file.")
 def best(lab: str | None, as_json: bool, source: bool, without: int | None, out: Path | None) -> None:
     """The best experiment so far, and what led to it.
 

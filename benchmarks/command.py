@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from console.options import Number
+from console.options import Number, TypedPath
 
 SUBCOMMANDS = {  # name -> (module with a click command called `command`, what it says in the help)
     "compare": ("benchmarks.compare_command", "Lay result files of several machines side by side."),
@@ -48,7 +48,7 @@ class RecipeOf(click.ParamType):
         backend, sign, file = str(value).partition("=")
         if not (backend and sign and file):
             self.fail(f"{value!r} is not BACKEND=FILE, for example cpu=train.py", param, ctx)
-        return backend, Path(file)
+        return backend, TypedPath().convert(file, param, ctx)
 
 
 @click.group("bench", cls=Lazy, invoke_without_command=True)
@@ -56,12 +56,12 @@ class RecipeOf(click.ParamType):
 @click.option("--profile", metavar="NAME", help="tiny, small or gpu; default: what fits the machine.")
 @click.option("--quick", is_flag=True, help="Two minutes on two cores: profile tiny, fewer rounds, one seed.")
 @click.option("--fresh", is_flag=True, help="With --quick: compile anew, not with what an earlier bench has kept.")
-@click.option("--upstream", type=click.Path(path_type=Path), metavar="DIR", help="A clone of upstream, as a peer.")
+@click.option("--upstream", type=TypedPath(), metavar="DIR", help="A clone of upstream, as a peer.")
 @click.option("--recipe", "recipes", type=RecipeOf(), multiple=True, metavar="BACKEND=FILE", help="Another train.py.")
 @click.option("--repeats", type=Number(int, 1), metavar="N", help="Rounds of turns; default: till ratios are known.")
 @click.option("--seeds", type=Number(int, 0), metavar="N", help="Scored experiments; default 3, quick 1.")
-@click.option("--out", type=click.Path(path_type=Path), metavar="FILE", help="The result; default: here, by its date.")
-@click.option("--page", type=click.Path(path_type=Path), metavar="DIR", help="Also an HTML page, plots and Markdown.")
+@click.option("--out", type=TypedPath(), metavar="FILE", help="The result; default: here, by its date.")
+@click.option("--page", type=TypedPath(), metavar="DIR", help="Also an HTML page, plots and Markdown.")
 @click.option("--markdown", is_flag=True, help="Print the tables as Markdown.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 @click.pass_context

@@ -12,13 +12,14 @@ import click
 from benchmarks import comparing
 from benchmarks.command import shown
 from benchmarks.results import Result, load
+from console.options import TypedPath, several_paths
 from console.output import Screen
 from core.errors import UserError
 
 
 @click.command("compare")
-@click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="FILE...")
-@click.option("--page", type=click.Path(path_type=Path), metavar="DIR", help="Also an HTML page, plots and Markdown.")
+@click.argument("files", nargs=-1, required=True, type=TypedPath(), callback=several_paths, metavar="FILE...")
+@click.option("--page", type=TypedPath(), metavar="DIR", help="Also an HTML page, plots and Markdown.")
 @click.option("--markdown", is_flag=True, help="Print the tables as Markdown.")
 @click.option("--json", "as_json", is_flag=True, help="Print what was compared as JSON.")
 def command(files: Sequence[Path], page: Path | None, markdown: bool, as_json: bool) -> None:

@@ -13,6 +13,7 @@ import click
 from benchmarks import kernel_table
 from benchmarks.kernel_run import Found
 from console import places
+from console.options import TypedPath
 from console.output import Screen
 from core.errors import UserError
 
@@ -28,10 +29,8 @@ KIND, SCHEMA = "autoresearch-bench-kernels", 1
 @click.option("--profile", metavar="NAME", help="tiny, small or gpu; default: what fits the machine.")
 @click.option("--only", type=click.Choice(["attention", "mlp", "head", "optimizer"]), help="One part of the model.")
 @click.option("--quick", is_flag=True, help="A fifth of the time for each, profile tiny.")
-@click.option("--into", type=click.Path(path_type=Path), metavar="FILE", help="Add them to a result of `bench`.")
-@click.option(
-    "--page", type=click.Path(path_type=Path), metavar="DIR", help="With --into: also its page, with roofline."
-)
+@click.option("--into", type=TypedPath(), metavar="FILE", help="Add them to a result of `bench`.")
+@click.option("--page", type=TypedPath(), metavar="DIR", help="With --into: also its page, with roofline.")
 @click.option("--json", "as_json", is_flag=True, help="Print what was measured as JSON.")
 def command(
     wanted: tuple[str, ...],

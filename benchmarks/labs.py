@@ -15,6 +15,7 @@ from benchmarks import lab_page, lab_table
 from benchmarks.lab_facts import LabFacts, dumps, load, of_lab, require_several
 from benchmarks.writing import replace_text
 from console import places
+from console.options import TypedPath
 from console.output import Screen
 from console.words import duration, plural
 from core.errors import UserError
@@ -26,11 +27,11 @@ if TYPE_CHECKING:
 
 @click.command("labs")
 @click.argument("labs", nargs=-1, metavar="LAB...")
-@click.option("--export", type=click.Path(path_type=Path), metavar="FILE", help="Write one lab as a file to be sent.")
+@click.option("--export", type=TypedPath(), metavar="FILE", help="Write one lab as a file to be sent.")
 @click.option("--transfer", is_flag=True, help="Run every lab's best under the others' settings, on this machine.")
 @click.option("--home", metavar="TAG", help="With --transfer: under this lab's settings only.")
 @click.option("--seeds", type=click.IntRange(1, 20), default=2, show_default=True, metavar="N", help="Of --transfer.")
-@click.option("--page", type=click.Path(path_type=Path), metavar="DIR", help="Write a page with plots, and Markdown.")
+@click.option("--page", type=TypedPath(), metavar="DIR", help="Write a page with plots, and Markdown.")
 @click.option("--markdown", is_flag=True, help="Print Markdown.")
 @click.option("--json", "as_json", is_flag=True, help="For programs: JSON on stdout, errors too.")
 def command(labs: tuple[str, ...], as_json: bool, export: Path | None, **options: Any) -> int:

@@ -8,6 +8,7 @@ import click
 
 from benchmarks.results import Result, load
 from console import places
+from console.options import TypedPath, several_paths
 from console.output import Screen
 from console.words import plural
 from core.errors import UserError
@@ -17,8 +18,8 @@ SENT = Path("benchmarks") / "results"  # what people sent by pull request
 
 
 @click.command("page")
-@click.argument("files", nargs=-1, type=click.Path(path_type=Path), metavar="[FILE]...")
-@click.option("--out", type=click.Path(path_type=Path), default=Path("bench-page"), show_default=True, metavar="DIR")
+@click.argument("files", nargs=-1, type=TypedPath(), callback=several_paths, metavar="[FILE]...")
+@click.option("--out", type=TypedPath(), default=Path("bench-page"), show_default=True, metavar="DIR")
 @click.option("--json", "as_json", is_flag=True, help="For programs: JSON on stdout, errors too.")
 def command(files: tuple[Path, ...], out: Path, as_json: bool) -> int:
     """A page with plots, PNGs and Markdown of many results; without FILE of those in benchmarks/results.
@@ -33,7 +34,7 @@ def command(files: tuple[Path, ...], out: Path, as_json: bool) -> int:
     from benchmarks.page import write
 
     screen = Screen(as_json)
-    given = [f.expanduser() for f in files] or sorted((project_root() / SENT).glob("*.json"))
+    given = list(files) or sorted((project_root() / SENT).glob("*.json"))
     if not given:
         raise UserError(f"there are no results in {SENT}", "name files that `autoresearch bench` wrote")
     results: list[Result] = []
@@ -46,7 +47,7 @@ def command(files: tuple[Path, ...], out: Path, as_json: bool) -> int:
             click.echo(f"left out: {error}", err=True)
     if not results:
         raise UserError(f"none of {plural(len(given), 'file')} can be read", "see the lines above")
-    written = write(results, out.expanduser())
+    written = write(results, out)
     screen.document({"files": written, "results": len(results), "left_out": left_out})
     screen.say(f"{plural(len(results), 'result')} on {places.spelled(written[0])}")
     return 1 if left_out else 0

@@ -29,6 +29,7 @@ DRIVING = "## For an agent that drives this lab"  # where the second part of it 
 FEW_STEPS = 200
 BASELINE = 1  # the number of a lab's first experiment
 READINGS = 3  # timings of one recipe, beside others on the card, before the last is taken for what it is
+WITHOUT_TRITON = "torch: triton "  # how a recipe says why it goes without, on a card (kernels/portable.py)
 AMPERE = (8, 0)  # the first compute capability that multiplies bfloat16
 
 
@@ -191,6 +192,8 @@ def _fitted(
         screen.say("  early stopping is off: Windows cannot pause a process")
     if by := computed_by(facts["describe"]):
         screen.say("  " + "; ".join(f"{what}: {name}" for what, name in by.items()))
+    if by.get("kernels", "").startswith(WITHOUT_TRITON):
+        screen.say("  that is slower than with Triton: `autoresearch doctor` says what it lacks")
     return recipe, settings
 
 

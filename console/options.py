@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import glob
+import sys
+from collections.abc import Callable, Sequence
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -32,6 +34,27 @@ class Duration(click.ParamType):
         if not self.least <= seconds <= 30 * 86400:
             self.fail(f"{value} is out of range; use {duration(self.least)} to 30 days", param, ctx)
         return seconds
+
+
+class TypedPath(click.ParamType):
+    """A file or folder. "~" is the user's own, also where the shell does not put that in its place, as PowerShell."""
+
+    name = "path"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        path = Path(value)
+        try:
+            return path.expanduser()
+        except RuntimeError:  # of a user whom the system does not know
+            self.fail(f"{path.parts[0]} stands for no known user's folder; write the path out", param, ctx)
+
+
+def several_paths(ctx: click.Context, param: click.Parameter, paths: Sequence[Path]) -> list[Path]:
+    """A callback for arguments of `TypedPath`: on Windows, whose shells leave that to the programs, "*.json" stands for
+    what is there. What nothing matches stays as it is, and is a file that is missing."""
+    if sys.platform != "win32":
+        return list(paths)
+    return [Path(found) for path in paths for found in sorted(glob.glob(str(path))) or [str(path)]]  # noqa: PTH207
 
 
 class Number(click.ParamType):
@@ -139,7 +162,7 @@ def making_options(function: Callable[..., Any]) -> Callable[..., Any]:
     options = [
         click.option("--backend", metavar="NAME", help="cuda, rtx, mlx or cpu; default: what this machine has."),
         click.option("--data", metavar="NAME", help="kjv, tinystories, climbmix or a prepared folder."),
-        click.option("--text", type=click.Path(path_type=Path), metavar="PATH", help="Your own text instead."),
+        click.option("--text", type=TypedPath(), metavar="PATH", help="Your own text instead."),
         click.option("--vocab", type=Number(int, SMALLEST_VOCABULARY), metavar="N", help="Tokens in the vocabulary."),
         click.option("--profile", metavar="NAME", help="What the recipe starts from; default: fitted to here."),
         click.option("--budget", type=Duration(least=0.5), metavar="S", help="Training time of an experiment: 60, 5m."),
@@ -152,7 +175,7 @@ def making_options(function: Callable[..., Any]) -> Callable[..., Any]:
             metavar="BPB",
             help="The least gain that is kept; default: 0.001, with --verdict simple 0.",
         ),
-        click.option("--from", "source", type=click.Path(path_type=Path), metavar="DIR", help="An upstream clone."),
+        click.option("--from", "source", type=TypedPath(), metavar="DIR", help="An upstream clone."),
         click.option("--tag", metavar="TAG", help="Name of the lab; default from the date, like nov24."),
     ]
     for option in reversed(options):

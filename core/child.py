@@ -23,6 +23,7 @@ from core import allocator, caches, files, forkserver, locks, sandbox, trees, wi
 from core.contract import Spec
 from core.errors import DeviceFull, DiskFull, Transient, UserError
 from core.forkserver import Forkserver, NotLoaded
+from core.gpuwatch import TOLD_LAPTOP
 from core.nvml import Nvml
 from core.outcome import Status
 from core.settings import Settings
@@ -103,11 +104,13 @@ class Place:
     @cached_property
     def card(self) -> dict[str, str]:
         """What shows children the card that is locked and watched, and no other: CUDA would count the cards by its own
-        idea of their speed. By UUID one is meant, or a part of one (MIG), whatever order the user has set. Where CUDA
-        does not tell what is free of it, that too."""
+        idea of their speed. By UUID one is meant, or a part of one (MIG), whatever order the user has set. And what
+        CUDA does not tell of it: that it is a laptop's, and what is free where Windows gives it out."""
         device = self.settings.device
         uuid = locks.cuda_uuid(0) if locks.cuda_index(device) == 0 else ""
         shown = {"CUDA_VISIBLE_DEVICES": uuid} if uuid else {}
+        if locks.cuda_is_laptops(device):
+            shown[TOLD_LAPTOP] = "1"
         if device.startswith("cuda") and allocator.shared_with_windows() and (free := Nvml().look(device, ()).free):
             shown[allocator.TOLD_FREE] = str(free)  # looked at before the first child of the experiment takes its part
         return shown

@@ -263,13 +263,15 @@ def install_git(system: str) -> str:
 
 
 def _compiler_check(hardware: Hardware) -> Check:
-    """torch.compile for CPUs builds C++; without a compiler recipes run eager, which works."""
-    names = [os.environ.get("CXX", ""), "g++", "clang++", "c++"] + (["cl"] if hardware.os == "windows" else [])
+    """torch.compile for CPUs builds C++; without a compiler recipes run eager, which works. On Windows children find
+    none, as Visual C++ works by folders in an environment that they do not get; Triton brings its own."""
+    if hardware.os == "windows":
+        return Check("compiler", True, "none is needed: recipes for the CPU run eager on Windows")
+    names = [os.environ.get("CXX", ""), "g++", "clang++", "c++"]
     found = next((path for name in names if name for path in [shutil.which(name)] if path), None)
     if found:
         return Check("compiler", True, f"{found}, for torch.compile")
-    install = {"darwin": "xcode-select --install", "windows": "winget install Microsoft.VisualStudio.2022.BuildTools"}
-    action = install.get(hardware.os, "sudo apt-get install g++")
+    action = "xcode-select --install" if hardware.os == "darwin" else "sudo apt-get install g++"
     return Check(
         "compiler", None, "no C++ compiler: torch.compile on the CPU is not available, recipes run eager", action
     )
@@ -307,16 +309,24 @@ def _triton_check(hardware: Hardware, wanted: str | None) -> Iterator[Check]:
     find: so one small kernel is tried in a child, as before every training."""
     if hardware.os != "windows" or wanted not in (None, "rtx") or not suits(hardware, "rtx")[0]:
         return
-    cost, triton = "the rtx recipe goes by plain PyTorch, slower", torchbuild.WINDOWS_TRITON
-    if importlib.util.find_spec("triton") is None:  # alone: with [rtx] pip may put PyPI's torch in the place of ours
-        yield Check("triton", None, f"not installed: {cost}", pip_install("--no-deps", triton))
+    cost, torch = "the rtx recipe goes by plain PyTorch, slower", hardware.torch.version
+    triton = torchbuild.windows_triton(torch)
+    # Alone: with [rtx] pip may put PyPI's torch in the place of ours. Another torch where no Triton is known for it.
+    bring = ("--no-deps", triton) if triton else ()
+    if importlib.util.find_spec("triton") is None:
+        fact = "not installed" if triton else f"not installed, and none is known for torch {torch}"
+        yield Check("triton", None, f"{fact}: {cost}", pip_install(*bring) if bring else _torch_install(hardware))
         return
+    other = torchbuild.unmatched(torch, _version("triton-windows"))
     said = _said_by_child(TRIED_AS_CHILDREN_DO, "rtx", TRITON_SECONDS)
-    if said.startswith("triton"):
-        yield Check("triton", True, f"compiles and runs; used: {said}")
+    again = pip_install("--force-reinstall", *bring) if bring else _torch_install(hardware)
+    if not said.startswith("triton"):
+        fact = f"{said or 'no answer'}: {cost}"
+        yield Check("triton", None, f"{other}; {fact}" if other else fact, _mends_loading(said) or again)
+    elif other:
+        yield Check("triton", None, f"{other}; it compiles and runs one kernel, others may fail; used: {said}", again)
     else:
-        mend = _mends_loading(said) or pip_install("--force-reinstall", "--no-deps", triton)
-        yield Check("triton", None, f"{said or 'no answer'}: {cost}", mend)
+        yield Check("triton", True, f"compiles and runs; used: {said}")
 
 
 def _said_by_child(code: str, backend: str, seconds: float) -> str:

@@ -39,6 +39,7 @@ class Gpu:
     driver: str = ""
     processes: int = 0  # compute processes of others on it; 0 also where the driver does not tell
     display: bool = False  # a monitor hangs on it; False also where the driver does not tell
+    product: int = 0  # PCI's device id (0x1F11), which tells cards of one name apart; 0: the driver does not say
     parts: tuple[Gpu, ...] = field(default=())  # MIG instances, if MIG is on
     lost: tuple[str, ...] = ()  # cards beside it that the driver counts and that do not answer: "card 1 of 2 (why)"
 
@@ -236,6 +237,7 @@ def _device(nvml: Any, index: int, driver: str) -> Gpu:
         driver=driver,
         processes=_processes(nvml, handle),
         display=_display(nvml, handle),
+        product=product(nvml, handle),
         parts=_parts(nvml, handle, index, capability, driver),
     )
 
@@ -254,6 +256,14 @@ def _memory(nvml: Any, handle: Any) -> tuple[int, int]:
         shared = psutil.virtual_memory()
         return shared.total, shared.available
     return int(memory.total), int(memory.free)
+
+
+def product(nvml: Any, handle: Any) -> int:
+    """PCI's device id of a card, NVIDIA's own number of the product; 0 where it is not told."""
+    try:
+        return int(nvml.nvmlDeviceGetPciInfo(handle).pciDeviceId) >> 16  # above the vendor's, 0x10DE
+    except refusals(nvml):
+        return 0
 
 
 def _processes(nvml: Any, handle: Any) -> int:

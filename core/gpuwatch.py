@@ -37,6 +37,16 @@ QUIET_LOOKS = 2  # in a row, before it counts as free
 WAIT_MOST = 6 * 3600.0  # seconds
 CLEARLY = 0.9  # of the memory that is needed: what an allocator keeps is not all in use
 NAMED_ALIKE = ("rtx 20", "gtx 16")  # generations whose laptop cards may have a desktop card's name
+# PCI's device ids of these laptop cards: "Mobile" in pci.ids (pciutils/pciids, August 2026). NVIDIA's own list of chips
+# (README of open-gpu-kernel-modules 595.45) has most of them by a desktop card's name: 1F11 is an RTX 2060 as 1F08 is.
+TURING_MOBILE = frozenset(
+    {
+        *(0x1E90, 0x1E91, 0x1E93, 0x1ED0, 0x1ED1, 0x1ED3),
+        *(0x1F10, 0x1F11, 0x1F12, 0x1F14, 0x1F15, 0x1F50, 0x1F51, 0x1F54, 0x1F55),
+        *(0x1F91, 0x1F92, 0x1F94, 0x1F95, 0x1F96, 0x1F99, 0x1F9D, 0x1FD9, 0x1FDD, 0x2191, 0x2192, 0x21D1),
+    }
+)
+TOLD_LAPTOP = "AUTORESEARCH_CARD_LAPTOP"  # "1" in a child's environment: its card is a laptop's
 LAPTOP = ("laptop", "max-q", "mobile", "notebook")  # in the names of cards
 GIB = 2**30
 
@@ -273,12 +283,13 @@ def in_use(look: Look, needed: int = 0) -> str:
     return ""
 
 
-def is_laptop(card: str, battery: bool = False) -> bool:
+def is_laptop(card: str, product: int = 0, battery: bool = False) -> bool:
     """By the card's name: "NVIDIA GeForce RTX 4060 Laptop GPU", "NVIDIA GeForce RTX 2080 with Max-Q Design". Others of
-    that generation have a desktop card's name in a laptop too: of these a battery in the machine tells, which may be a
-    mouse's or a UPS's and says nothing of others."""
+    that generation have a desktop card's name in a laptop too: PCI's device id tells of these (0: not known), else a
+    battery in the machine, which may be a mouse's or a UPS's and says nothing of other generations."""
     name = card.lower()
-    return any(word in name for word in LAPTOP) or (battery and any(word in name for word in NAMED_ALIKE))
+    alike = any(word in name for word in NAMED_ALIKE)
+    return any(word in name for word in LAPTOP) or (alike and (product in TURING_MOBILE if product else battery))
 
 
 def used_by_others(look: Look) -> float:

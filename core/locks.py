@@ -20,6 +20,8 @@ from typing import Any
 import psutil
 
 from core.errors import Busy
+from core.facts import Gpu
+from core.gpuwatch import is_laptop
 from core.paths import locks_root
 
 if sys.platform == "win32":
@@ -46,7 +48,7 @@ else:
         return True
 
 
-_held: dict[int, tuple[str, str]] = {}  # UUID and name of the CUDA devices that this process holds, by number
+_held: dict[int, Gpu] = {}  # the CUDA devices that this process holds, by number
 LETTING_GO = 2.0  # seconds: a child that was just forked has its dead parent's lock until it executes its program
 
 
@@ -100,23 +102,32 @@ def cuda_index(device: str) -> int | None:
 
 def cuda_uuid(index: int) -> str:
     """The card of that number as CUDA counts; "" where the driver does not tell."""
-    return _card(index)[0]
+    gpu = _card(index)
+    return gpu.uuid if gpu else ""
 
 
 def cuda_name(index: int) -> str:
     """The name of that card as the driver gives it ("NVIDIA H100 80GB HBM3"); "" where it does not tell."""
-    return _card(index)[1]
+    gpu = _card(index)
+    return gpu.name if gpu else ""
 
 
-def _card(index: int) -> tuple[str, str]:
-    """UUID and name. A card that is held keeps its number, though another be lost or come, or the driver not answer for
-    a moment: what is watched and shown to children is what was locked."""
+def cuda_is_laptops(device: str) -> bool:
+    """Whether the card that "cuda:0" stands for is a laptop's, by what its driver says; False where it says nothing."""
+    index = cuda_index(device)
+    gpu = None if index is None else _card(index)
+    return gpu is not None and is_laptop(gpu.name, gpu.product)
+
+
+def _card(index: int) -> Gpu | None:
+    """A card that is held keeps its number, though another be lost or come, or the driver not answer for a moment: what
+    is watched and shown to children is what was locked."""
     if index in _held:
         return _held[index]
     from core import hardware  # here, because most locks are not of CUDA devices and probing takes a while
 
     gpus = hardware.probe().gpus
-    return (gpus[index].uuid, gpus[index].name) if index < len(gpus) else ("", "")
+    return gpus[index] if index < len(gpus) else None
 
 
 @contextmanager
@@ -124,9 +135,9 @@ def hold_device(device: str, wait: float = 0.0) -> Iterator[None]:
     """Hold a device, so that nothing else is measured on it at the same time. Raises `Busy`."""
     action = "wait for it or stop it there: two experiments on one device would slow each other down"
     index = cuda_index(device)
-    card = ("", "") if index is None else _card(index)
+    card = None if index is None else _card(index)
     with hold(device_lock(device), f"the device {device}", action, wait):
-        if index is not None and card[0]:
+        if index is not None and card is not None and card.uuid:
             _held[index] = card
         try:
             yield

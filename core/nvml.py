@@ -11,7 +11,7 @@ from typing import Any
 
 import psutil
 
-from core.facts import LocalFacts, Power, refusals, text_of
+from core.facts import LocalFacts, Power, product, refusals, text_of
 from core.gpuwatch import Look, is_laptop
 from core.locks import cuda_uuid
 from core.wddm import Users
@@ -86,7 +86,7 @@ class Nvml:
             clock_most=ask("nvmlDeviceGetMaxClockInfo", nvml.NVML_CLOCK_SM),
             temperature=ask("nvmlDeviceGetTemperature", nvml.NVML_TEMPERATURE_GPU),
             power_limit=limit / 1000 if limit else None,
-            laptop=is_laptop(text_of(ask("nvmlDeviceGetName") or ""), self._battery),
+            laptop=is_laptop(text_of(ask("nvmlDeviceGetName") or ""), product(nvml, handle), self._battery),
             slowed=bool(reasons and reasons & _HELD_BACK),
             untold=untold,
         )

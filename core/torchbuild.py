@@ -18,6 +18,9 @@ WHEELS = ((580, "cu130", True), (525, "cu126", False))
 INDEX = "https://download.pytorch.org/whl"
 # Both as pyproject.toml's [rtx] has them: Triton is built for one release of torch.
 WINDOWS_TORCH, WINDOWS_TRITON = "torch>=2.14,<2.15", "triton-windows>=3.8,<3.9"
+# Minor release of torch -> that of Triton which is guaranteed to work with it: the table in triton-windows' README
+# (triton-lang/triton-windows, "3. PyTorch", July 2026), and for 2.14 the one that torch itself asks for on Linux.
+TRITON_OF = {(2, 10): (3, 6), (2, 11): (3, 6), (2, 12): (3, 7), (2, 13): (3, 7), (2, 14): (3, 8)}
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,29 @@ def problem(build: TorchBuild, driver: str, capability: tuple[int, int] = (0, 0)
         named = f"compute capability {capability[0]}.{capability[1]}"
         return Problem(f"torch {build.version} has no code for {named}: its CUDA {build.cuda} is older", mend)
     return None
+
+
+def windows_triton(torch: str) -> str:
+    """What pip is asked for beside this torch ("2.11.0+cu128"); "" where no Triton is known to be built for it."""
+    triton = TRITON_OF.get(_release(torch))
+    return f"triton-windows>={triton[0]}.{triton[1]},<{triton[0]}.{triton[1] + 1}" if triton else ""
+
+
+def unmatched(torch: str, triton: str) -> str:
+    """Why this Triton ("3.8.0.post29") may fail beside this torch; "" where it is the one for it, or nobody knows."""
+    if (0, 0) in (_release(torch), _release(triton)):
+        return ""
+    wanted, told = TRITON_OF.get(_release(torch)), f"triton-windows {triton} does not match torch {torch}"
+    if wanted:
+        return "" if _release(triton) == wanted else f"{told}, whose Triton is {wanted[0]}.{wanted[1]}"
+    matching = [f"{major}.{minor}" for (major, minor), one in TRITON_OF.items() if one == _release(triton)]
+    return f"{told}: it is for torch {' and '.join(matching)}" if matching else ""
+
+
+def _release(version: str) -> tuple[int, int]:
+    """(2, 14) of "2.14.1+cu130"; (0, 0) where that is no version."""
+    found = re.match(r"(\d+)\.(\d+)", version)
+    return (int(found[1]), int(found[2])) if found else (0, 0)
 
 
 def branch_of(driver: str) -> int:

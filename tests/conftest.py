@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import compileall
 import os
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,10 @@ from prepare import prepare
 
 hypothesis.settings.register_profile("untimed", deadline=None)  # an example takes as long as the machine is busy
 hypothesis.settings.load_profile("untimed")
+
+# About Linux's walls and forks, whose modules cannot be imported on Windows: their tests would all be skipped there.
+WALLS = ("forking", "sandbox", "sandbox_cuda", "sandbox_user")
+collect_ignore = [f"test_{name}.py" for name in WALLS] if sys.platform == "win32" else []
 
 # Files that train against the clock, kill at random instants, or look at what else the machine does: other tests beside
 # them would be what they measure. (Those of tamper/ train too, but what they show is that a cheat gets no score, and

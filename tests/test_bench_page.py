@@ -6,6 +6,7 @@ import io
 import random
 import re
 import subprocess
+import sys
 from contextlib import redirect_stdout
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -314,6 +315,30 @@ def test_many_files_make_one_page_and_a_damaged_one_is_left_out(
     assert "A: AMD EPYC" in text and "B: Apple M4 Max" in text
     assert run(files[2], "--out", str(tmp_path / "other")) == 1
     assert "none of 1 file can be read" in capsys.readouterr().err and not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize(("platform", "told"), [("win32", "2 results on"), ("linux", "")])
+def test_a_pattern_is_resolved_where_no_shell_does_that(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], platform: str, told: str
+) -> None:
+    """PowerShell hands `*.json` and `~` on as they were typed."""
+    for i, result in enumerate(three()[:2]):
+        save(result, tmp_path / f"{i}.json")
+    monkeypatch.setattr(sys, "platform", platform)
+    for name in ("HOME", "USERPROFILE"):
+        monkeypatch.setenv(name, str(tmp_path))
+    assert run("~/*.json", "--out", "~/out") == (0 if told else 1)
+    said = capsys.readouterr()
+    assert told in said.out and ("*.json" in said.err) == (not told)
+    assert (tmp_path / "out" / "index.html").exists() == bool(told)
+    assert run("~/none*.json", "--out", "~/out") == 1
+    assert "none*.json" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows takes any name's folder to be beside one's own")
+def test_a_user_that_nobody_knows_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("~no-such-user/a.json") == 2
+    assert "~no-such-user stands for no known user's folder" in capsys.readouterr().err
 
 
 def test_results_that_are_shipped_can_be_read_and_name_no_folder() -> None:

@@ -20,7 +20,7 @@ from core import allocator, locks
 from core.child import Place, Worker
 from core.errors import DeviceFull, UserError
 from core.facts import Gpu
-from core.gpuwatch import Look
+from core.gpuwatch import TOLD_LAPTOP, Look
 from core.hardware import GIB, Hardware, choose, probe
 from core.recipe import constants
 from core.settings import Settings
@@ -274,6 +274,25 @@ def test_where_windows_gives_out_the_card_children_are_told_what_is_free(shown, 
     assert shown([FIRST], name=allocator.TOLD_FREE) == told
     monkeypatch.setattr("core.nvml.Nvml.look", lambda self, device, ours: Look(error="Not Supported"))
     assert shown([FIRST], name=allocator.TOLD_FREE) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "product", "told"),
+    [
+        ("NVIDIA GeForce RTX 2060", 0x1F11, "1"),
+        ("NVIDIA GeForce RTX 2060", 0x1F08, None),
+        ("NVIDIA GeForce RTX 2060", 0, None),  # the driver does not tell
+        ("NVIDIA GeForce RTX 4060 Laptop GPU", 0x28E0, "1"),
+        ("NVIDIA H200", 0x2335, None),
+    ],
+)
+def test_children_are_told_that_their_card_is_a_laptops(shown, name, product, told):
+    """CUDA tells them the name alone, which may be a desktop card's: whose peak it has not."""
+    card = replace(FIRST, name=name, product=product)
+    assert shown([card], name=TOLD_LAPTOP) == told
+    with locks.hold_device("cuda:0"):
+        assert shown([OTHER], name=TOLD_LAPTOP) == told
+    assert shown([card], device="cpu", name=TOLD_LAPTOP) is None
 
 
 def test_children_without_a_card_are_shown_none(shown, monkeypatch):

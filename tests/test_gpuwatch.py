@@ -365,7 +365,7 @@ def nvml(**answers):
 
     for name in ("UtilizationRates", "MemoryInfo", "EnforcedPowerLimit", "CurrentClocksThrottleReasons",
                  "ComputeRunningProcesses", "ClockInfo", "MaxClockInfo", "Temperature", "Name",
-                 "ProcessUtilization"):  # fmt: skip
+                 "PciInfo", "ProcessUtilization"):  # fmt: skip
         value = answers.get(name)
         setattr(module, f"nvmlDeviceGet{name}", refuse if value is None else lambda *a, v=value: v)
     return module
@@ -380,6 +380,8 @@ GONE = 2**22 + 1  # no process of Linux has a higher number than 2**22
 
 
 def looked(monkeypatch, ours=(), **answers):
+    """One look where the driver alone tells who uses the card; what Windows tells is tests/test_wddm.py's."""
+    monkeypatch.setattr("core.nvml.sys", SimpleNamespace(platform="linux"))
     monkeypatch.setitem(sys.modules, "pynvml", nvml(**answers))
     monkeypatch.setattr("core.nvml.cuda_uuid", lambda index: "GPU-1")
     return Nvml().look("cuda:0", ours)
@@ -471,6 +473,24 @@ def test_under_wddm_what_is_not_told_stays_unknown(monkeypatch):
 def test_a_laptop_is_known_by_its_cards_name_or_its_battery(monkeypatch, name, power, laptop):
     monkeypatch.setattr("core.facts.LocalFacts.power", lambda self: power)
     assert looked(monkeypatch, Name=name).laptop is laptop
+
+
+@pytest.mark.parametrize(
+    ("name", "product", "laptop"),
+    [
+        ("NVIDIA GeForce RTX 2070", 0x1F10, True),
+        ("NVIDIA GeForce RTX 2070", 0x1F02, False),  # a desktop's, whose UPS reports as a battery
+        ("NVIDIA GeForce GTX 1650", 0x1F99, True),
+        ("NVIDIA GeForce RTX 2080 with Max-Q Design", 0x1E90, True),
+        ("NVIDIA GeForce RTX 4090", 0x2684, False),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", 0x2717, True),
+    ],
+)
+@pytest.mark.parametrize("battery", [Power(), Power(True, 100.0)])
+def test_what_pci_says_of_a_card_goes_before_a_battery(monkeypatch, name, product, laptop, battery):
+    monkeypatch.setattr("core.nvml.LocalFacts.power", lambda self: battery)
+    pci = SimpleNamespace(pciDeviceId=product << 16 | 0x10DE)
+    assert looked(monkeypatch, Name=name, PciInfo=pci).laptop is laptop
 
 
 def test_without_nvml_or_a_card_the_look_says_so(monkeypatch):

@@ -18,10 +18,12 @@ import psutil
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sandboxed_referee import launch as launch_in
 
 from core import cgroups, paths, processes, sandbox, trees
 from core.childlog import CappedLog
+
+if sys.platform == "linux":
+    from sandboxed_referee import launch as launch_in
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 REFEREE = Path(__file__).with_name("sandboxed_referee.py")

@@ -246,6 +246,7 @@ def test_peaks_are_dense_with_float32_sums(name, tflops):
 
 def test_other_cards_of_a_number_are_not_taken_for_it():
     assert known("NVIDIA GeForce RTX 4090 Laptop GPU") is None and known("NVIDIA RTX A4000") is None
+    assert known("NVIDIA GeForce RTX 2060") and known("NVIDIA GeForce RTX 2060", laptop=True) is None
     assert known("NVIDIA GeForce GTX 1650") is None and known("NVIDIA GeForce RTX 4070 Ti Foo") is None
     small, large = (known("NVIDIA GeForce RTX 3050", int(gib * GIB)) for gib in (5.8, 7.9))
     assert small is not None and large is not None and small.flops < large.flops
@@ -374,6 +375,7 @@ def test_the_first_timing_computes_in_what_the_card_can(fitted, name, dtype):
 def test_fitting_tells_which_kernels_the_night_will_have(fitted, described):
     said, _, _ = fitted(rtx("3060", 11.76, (8, 6)), {"describe": described})
     assert ("  kernels: torch: triton is not installed" in said) == ("kernels" in described)
+    assert any("`autoresearch doctor` says what it lacks" in line for line in said) == ("kernels" in described)
 
 
 @pytest.mark.parametrize("platform", ["linux", "win32"])

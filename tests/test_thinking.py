@@ -68,6 +68,16 @@ class Says:
         return act
 
 
+def once_decided(place, number, act):
+    """What `Says` does when that experiment has its verdict: from then on the loop waits for nothing else."""
+
+    def waits(view):
+        wait_until(lambda: place.ledger.get(number).status is not None)
+        return act
+
+    return waits
+
+
 def events(place, kind):
     return [e.text for e in place.ledger.events() if e.kind == kind]
 
@@ -151,7 +161,7 @@ def test_nobody_thinks_for_an_experiment_that_will_not_come(night):
 
 def test_program_is_read_again_at_each_proposal(night):
     def writes(view):
-        (night.path / "program.md").write_text("# only this now\n")
+        (night.path / "program.md").write_bytes(b"# only this now\n")
         return Proposal(spread(2.1), "one")
 
     researcher = Says(writes, Proposal(spread(2.2), "two"))
@@ -346,7 +356,8 @@ def test_what_an_answer_costs_is_on_the_account(night):
 
 def test_it_waits_as_told_and_says_so(night):
     told = []
-    researcher = Says(Unavailable("overloaded", retry_after=1.5), Proposal(spread(1.9), "one"))
+    away = once_decided(night, 1, Unavailable("overloaded", retry_after=1.5))
+    researcher = Says(away, Proposal(spread(1.9), "one"))
     loop = loop_of(night, researcher, on_event=told.append)
     seen = []
     with in_background(loop, lambda: loop.run(Limits(experiments=2))):
@@ -394,7 +405,13 @@ def test_a_deadline_ends_the_waiting(night):
 
 
 def test_the_search_stands_in_while_it_is_away(night):
-    researcher = Says(Unavailable("overloaded", retry_after=1.0), Proposal(spread(0.5, "back"), "back"))
+    def away(view):
+        if len(night.ledger.experiments()) < 3:
+            return Unavailable("overloaded", retry_after=1.0)
+        researcher.left.clear()
+        return Proposal(spread(0.5, "back"), "back")
+
+    researcher = Says(*[away] * 12)
     loop = loop_of(night, researcher, Scripted(seconds=0.3), meanwhile=Night())
     loop.run(Limits(experiments=12))
     found = night.ledger.experiments()

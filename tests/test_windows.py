@@ -76,6 +76,7 @@ def test_short_paths_are_told_by_doctor(win32, value, long):
     assert windows.long_paths() is long
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="this is Windows")
 def test_elsewhere_no_registry_is_asked():
     assert windows.restart_pending() is False and windows.long_paths() is True
 
@@ -159,10 +160,10 @@ class Mismatch(Exception):
 CARD = facts.Gpu(0, "NVIDIA GeForce RTX 4060", "GPU-a", 8 * 2**30, 7 * 2**30, (8, 9), "581.29")
 
 
-def cards(count, lost, monkeypatch, driver="581.29", processes=None, memory_told=True):
+def cards(count, lost, monkeypatch, driver="581.29", processes=None, memory_told=True, pci=None):
     """A pynvml that counts so many cards, of which these are lost: an eGPU that was pulled out.
 
-    `processes`: what is called for those that compute; by default it refuses."""
+    `processes`: what is called for those that compute; by default it refuses. `pci`: what PCI says of the cards."""
 
     class Lost(Exception):
         pass
@@ -186,8 +187,10 @@ def cards(count, lost, monkeypatch, driver="581.29", processes=None, memory_told
     nvml.nvmlInit = nvml.nvmlShutdown = lambda: None
     for name, answer in answers.items():
         setattr(nvml, f"nvmlDeviceGet{name}", lambda *a, answer=answer: answer)
-    for name in ("ComputeRunningProcesses", "DisplayActive", "MigMode"):
+    for name in ("ComputeRunningProcesses", "DisplayActive", "MigMode", "PciInfo"):
         setattr(nvml, f"nvmlDeviceGet{name}", refuse)
+    if pci is not None:
+        nvml.nvmlDeviceGetPciInfo = lambda handle: pci
     if not memory_told:
         nvml.nvmlDeviceGetMemoryInfo = refuse
     if processes:
@@ -202,6 +205,15 @@ def test_a_card_that_shares_the_machines_memory_has_all_of_it(monkeypatch):
     (found,) = cards(1, (), monkeypatch, memory_told=False)
     total, available = facts.LocalFacts().memory()
     assert found.memory == total and found.memory_free == pytest.approx(available, rel=0.2)
+
+
+def test_a_cards_product_is_what_pci_calls_it_above_the_vendor(monkeypatch):
+    assert [card.product for card in cards(1, (), monkeypatch)] == [0]
+    pci = SimpleNamespace(pciDeviceId=0x1F1110DE)
+    (card,) = cards(1, (), monkeypatch, pci=pci)
+    assert card.product == 0x1F11
+    mobile = probe(Machine(gpus=[replace(card, name="NVIDIA GeForce RTX 2060", capability=(7, 5))]))
+    assert any("a laptop's card" in remark for remark in remarks(mobile))
 
 
 def test_a_card_that_is_lost_hides_no_other_and_is_named(monkeypatch):

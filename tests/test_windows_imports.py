@@ -19,7 +19,7 @@ PARTS = ("core", "console", "researchers", "backends", "benchmarks", "kernels")
 LOADED = sorted(
     path
     for path in [ROOT / "cli.py", ROOT / "prepare.py", *(p for part in PARTS for p in (ROOT / part).rglob("*.py"))]
-    if str(path.relative_to(ROOT)) not in ELSEWHERE
+    if path.relative_to(ROOT).as_posix() not in ELSEWHERE
 )
 
 # Of the standard library's documentation: "Availability: Unix", and what came to Windows after Python 3.10.
@@ -126,7 +126,7 @@ def unguarded(source: str, file: str) -> list[str]:
 
 
 def test_what_windows_lacks_is_asked_for_after_a_look() -> None:
-    found = [f for p in LOADED for f in unguarded(p.read_text("utf-8"), str(p.relative_to(ROOT)))]
+    found = [f for p in LOADED for f in unguarded(p.read_text("utf-8"), p.relative_to(ROOT).as_posix())]
     assert found == []
 
 

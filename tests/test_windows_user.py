@@ -72,6 +72,7 @@ def test_a_folder_that_cannot_be_written_is_still_an_error_elsewhere(
         raise PermissionError(13, "Permission denied", str(path))
 
     made = make_lab(tmp_path / "lab", settings)
+    monkeypatch.setattr(sys, "platform", "linux")
     monkeypatch.setattr("core.lab.replace_file", refuse)
     with pytest.raises(PermissionError):
         made.write_results_tsv()
@@ -206,6 +207,7 @@ def test_torch_is_told_by_one_command_that_powershell_runs(win32: pytest.MonkeyP
     assert told.endswith(" --index-url https://download.pytorch.org/whl/cu126")  # cu128 has no torch since 2.12
     pyproject = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     assert all(f'"{one}; sys_platform' in pyproject for one in (torchbuild.WINDOWS_TORCH, torchbuild.WINDOWS_TRITON))
+    assert torchbuild.windows_triton(torchbuild.WINDOWS_TORCH.partition(">=")[2]) == torchbuild.WINDOWS_TRITON
     assert f'"{torchbuild.WINDOWS_TORCH}"' in (ROOT / "README.md").read_text(encoding="utf-8")
     win32.setattr(sys, "executable", r"C:\venv\Scripts\python.exe")
     assert torchbuild.install(0).startswith(r"C:\venv\Scripts\python.exe -m pip")

@@ -4,7 +4,8 @@ A streaming multiprocessor of every GeForce from Turing to Blackwell makes 512 d
 with its tensor cores where float16 or bfloat16 products are summed in float32: half of what float16 sums reach, and a
 quarter of the figures "with sparsity". Processors, boost clocks and bandwidths are those of NVIDIA's architecture white
 papers (Turing, GA102, Ada, RTX Blackwell) and product pages. A laptop's card has other ones under the same number, by
-its power limit: it is in no table, and is measured.
+its power limit: it is in no table, and is measured. One of Turing may have a desktop card's name; its PCI device
+id tells it (core/gpuwatch.py).
 """
 
 from __future__ import annotations
@@ -85,13 +86,13 @@ BY_MEMORY = _table(
 )
 
 
-def known(name: str, memory: int = 0) -> Card | None:
-    """The card of a driver's name ("NVIDIA GeForce RTX 4070 Ti"), None for one that is in no table.
+def known(name: str, memory: int = 0, laptop: bool = False) -> Card | None:
+    """The card of a driver's name ("NVIDIA GeForce RTX 4070 Ti"), None for one that is in no table, as a laptop's is.
 
     Every word behind the number counts, as a "4070 Ti SUPER" is no 4070.
     """
     words = name.split()
-    if is_laptop(name) or "RTX" not in words:
+    if laptop or is_laptop(name) or "RTX" not in words:
         return None
     wanted = " ".join(w for w in words[words.index("RTX") + 1 :] if not w.lower().endswith("gb"))
     return BY_MEMORY.get(f"{wanted} {round(memory / 2**30)}", CARDS.get(wanted))

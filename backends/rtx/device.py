@@ -15,6 +15,7 @@ from core import allocator
 from core.allocator import cap, margin
 from core.contract import Choice, Memory, Peak
 from core.errors import DeviceFull, UserError
+from core.gpuwatch import TOLD_LAPTOP
 from core.torchbuild import install
 
 OLDEST = (7, 5)
@@ -36,8 +37,9 @@ class RtxDevice(CudaDevice):
     @functools.cached_property
     def _peak(self) -> Peak:
         name = torch.cuda.get_device_name()
-        card = known(name, torch.cuda.get_device_properties(0).total_memory)
-        return Peak(card.flops, SOURCE) if card else self._measure(name)
+        laptop = os.environ.get(TOLD_LAPTOP) == "1"  # CUDA tells names alone
+        card = known(name, torch.cuda.get_device_properties(0).total_memory, laptop)
+        return Peak(card.flops, SOURCE) if card else self._measure(f"a laptop's {name}" if laptop else name)
 
 
 def choose_dtype(capability: tuple[int, int]) -> Choice:

@@ -194,7 +194,7 @@ def remarks(hardware: Hardware) -> Sequence[str]:
     gpu = hardware.gpus[0] if hardware.gpus else None
     if gpu is None:
         return found
-    if is_laptop(gpu.name):
+    if is_laptop(gpu.name, gpu.product):
         found.append("a laptop's card: its speed follows its power limit and its heat; it is measured, not looked up")
     if hardware.power.plugged is False:
         charge = f" at {hardware.power.percent:.0f} %" if hardware.power.percent is not None else ""
