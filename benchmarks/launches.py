@@ -113,18 +113,18 @@ def attention_flops(q: Tensor, window: int, products: int) -> int:
     return 2 * products * D * B * H * pairs(T, window)
 
 
-# PyTorch's attention under a mask: what it is, and the products of a tile. It looks at every key.
-MASKED = {
+# PyTorch's attention for cards without tensor cores in Triton, and under masks: what it is, and the products of a tile.
+EFFICIENT = {
     "aten::_scaled_dot_product_efficient_attention": (FORWARD, 2),
     "aten::_scaled_dot_product_efficient_attention_backward": (BACKWARD, 5),
 }
 
 
-def masked_flops(args: tuple[Any, ...], products: int) -> int:
-    """The first tensor is q, or the output's gradient, (B, H, T, D): all pairs of tokens, as a mask spares none."""
-    q = next(x for x in args if isinstance(x, Tensor))
-    B, H, T, D = q.shape
-    return 2 * products * D * B * H * T * T
+def efficient_flops(func: Any, args: tuple[Any, ...], products: int) -> int:
+    """Of q (B, H, T, D) and k (B, H, S, D): all pairs, as a mask spares none; or those that causality leaves."""
+    given = {argument.name: value for argument, value in zip(func._schema.arguments, args)}
+    (B, H, T, D), S = given["query"].shape, given["key"].size(2)
+    return 2 * products * D * B * H * (pairs(T, T) if given.get("is_causal") else T * S)
 
 
 def of_kernel(name: str, given: Mapping[str, Any]) -> Told:
@@ -280,9 +280,9 @@ class Recorder(TorchDispatchMode):
 
         def told(out: Any, products: int) -> Told:
             count = of_operator(func, args, kwargs, out)
-            if name in MASKED:
-                kind, of_a_tile = MASKED[name]
-                return kind, masked_flops(args, of_a_tile), count
+            if name in EFFICIENT:
+                kind, of_a_tile = EFFICIENT[name]
+                return kind, efficient_flops(func, args, of_a_tile), count
             return PRODUCT if products else PASS, product_flops(args, out) if products else 0, count
 
         out = self._around(name, call, told, args)

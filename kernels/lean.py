@@ -238,7 +238,8 @@ def attend(
     """-> x' and attention's result, (..., C) both.
 
     by: what computes attention: None for Triton's kernels, or the name of another's of kernels/attention_cores.py, both
-    part of it; or a function that stands beside the rest, (q, k, v, cos, sin, window) -> u, all (B, T, H, D).
+    part of it; or a function that stands beside the rest, (q, k, v, cos, sin, window) -> u, all (B, T, H, D), which may
+    use up q and k: nobody else reads them.
     """
     _both(gate, table)
     length = tokens.size(-1)

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from kernels import plain
-from kernels.attention_slices import attention as sliced_attention
 from kernels.errors import out_of_memory
 
 TENSOR_CORES = 80  # the least capability for which Triton (3.8) uses tensor cores
@@ -72,15 +71,22 @@ def _capability(device: torch.device) -> int:
 def attention(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, window: int) -> Tensor:
     """(B, T, H, D) three times -> same: QK-norm, RoPE and causal attention over `window` tokens before a query."""
     if not products(q.device):
-        return sliced_attention(q, k, v, cos, sin, window)
+        from kernels.attention_slices import attention as by_slices
+
+        return by_slices(q, k, v, cos, sin, window)
     from kernels.attention import attention as by_triton
 
     return by_triton(q, k, v, cos, sin, window)
 
 
 def beside(device: torch.device) -> Callable[..., Tensor] | None:
-    """What `lean.attend` takes for attention: None for Triton's kernels, where they can be used."""
-    return None if products(device) else sliced_attention
+    """What `lean.attend` takes for attention: None for Triton's kernels, where they can be used; else a function, which
+    uses up q and k as these do."""
+    if products(device):
+        return None
+    from kernels.attention_slices import attention_ as by_slices
+
+    return by_slices
 
 
 def rotated(x: Tensor, out: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

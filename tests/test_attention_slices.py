@@ -9,7 +9,7 @@ import torch.nn.functional as F  # noqa: E402 - after the skip
 from torch.overrides import TorchFunctionMode  # noqa: E402
 
 from kernels import attention_slices as slices  # noqa: E402
-from kernels.attention_reference import reference  # noqa: E402
+from kernels.attention_reference import reference, reference_rotated  # noqa: E402
 
 
 def inputs(length, rows=2, heads=3, head=16):
@@ -30,6 +30,25 @@ def test_every_window_agrees_with_the_reference(length, window):
     )
     for a, b in zip(found, wanted):
         assert torch.allclose(a, b, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("window", [0, 60, 299])
+def test_in_the_place_of_q_and_k_it_is_the_same_and_leaves_them_turned(window):
+    """They are slices of one tensor that nobody else reads, as in a layer; v stays. What keeps its own does not touch
+    them."""
+    q, k, v, cos, sin = inputs(300)
+    dy = torch.randn(q.shape, generator=torch.Generator().manual_seed(1))
+    found = []
+    for way in (slices.attention_, slices.attention):
+        qkv = torch.cat((q, k, v), dim=2)
+        before, parts = qkv.detach().clone(), qkv.chunk(3, dim=2)
+        y = way(*parts, cos, sin, window)
+        found.append((y, *torch.autograd.grad(y, (q, k, v), dy)))
+        left = [reference_rotated(x, cos, sin) for x in before.chunk(3, dim=2)[:2]]
+        wanted = torch.cat((*left, v), dim=2) if way is slices.attention_ else before
+        torch.testing.assert_close(qkv.detach(), wanted.detach(), atol=1e-6, rtol=1e-5)
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize(("window", "widest"), [(2000, 0), (100, 100 + slices.QUERY_BLOCK), (512, 512 + 256)])

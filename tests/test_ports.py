@@ -60,9 +60,17 @@ def test_a_launch_that_nobody_told_of_ends_the_command(monkeypatch, capsys):
     assert "nothing: not accounted for are {'launches': 1} of {'launches': 9}" in str(ended.value.code)
 
 
-def test_a_mask_spares_no_pair():
-    q = torch.zeros(2, 3, 8, 4)  # B, H, T, D
-    assert launches.masked_flops((q,), 2) == 2 * 2 * 4 * 2 * 3 * 8 * 8
+def test_a_mask_spares_no_pair_and_causality_does():
+    q, k, forward = (
+        torch.zeros(2, 3, 8, 4),
+        torch.zeros(2, 3, 12, 4),
+        torch.ops.aten._scaled_dot_product_efficient_attention,
+    )
+    flops = launches.efficient_flops
+    assert flops(forward.default, (q, k, k, None, True), 2) == 2 * 2 * 4 * 2 * 3 * 8 * 12
+    assert flops(forward.default, (q, q, q, None, True, 0.0, True), 2) == 2 * 2 * 4 * 2 * 3 * (8 * 9 // 2)
+    backward = torch.ops.aten._scaled_dot_product_efficient_attention_backward.default
+    assert flops(backward, (q, q, k, k, None), 5) == 2 * 5 * 4 * 2 * 3 * 8 * 12
 
 
 # --- small steps on a blank RTX 4060 --------------------------------------------------------------

@@ -13,7 +13,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 import triton.language as tl
 
-from benchmarks.compile_attention import PRODUCT, backward, forward
+from benchmarks.compile_attention import PRODUCT, backward, forward, passes
 from benchmarks.compile_cases import Case, loss
 from kernels import portable, residual_norm
 from kernels.attention import obstacle
@@ -47,6 +47,15 @@ def test_norms_and_loss_fit_in_the_dtype_of_the_card(target, dtype):
     found = [case.compile() for case in [*norms(target, dtype), *list(loss(target, dtype))[:1]]]
     assert len(found) == 9
     assert not [problem for one in found for problem in one.problems()]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("head", [32, 64, 128])
+def test_turings_queries_and_keys_are_turned_in_place_by_triton(head):
+    """The products are torch's there; before and after them these kernels run."""
+    rotation, _, _, back = passes(75, head, "fp16")
+    for found in (rotation, back):
+        assert not found.problems() and found.name in ("rotated_kernel", "rotated_back_kernel")
 
 
 @pytest.mark.slow

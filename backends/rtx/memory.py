@@ -28,9 +28,8 @@ KEPT = {"nothing": 10, "hidden": 6, "layer": 1}  # channels a layer keeps per to
 # attention's result, dh of 4 C, and one to spare. Where y is made again it is there beside dh, before two of these;
 # with a whole layer q, k, v, attention's result and z are, too.
 ON_THE_WAY = {"nothing": 8, "hidden": 10, "layer": 15}
-# Without Triton's attention its backward takes more: dq, dk, dv, two gradients of the stream, the float32 steps of norm
-# and RoPE for q and k (6) and their gradients for one (10); y, z and attention's result are gone by then.
-ON_THE_WAY_SLICED = {"nothing": 15, "hidden": 19, "layer": 24}
+# Without Triton's attention dq, dk and dv are there beside the one tensor that they are put together in.
+ON_THE_WAY_SLICED = {"nothing": 9, "hidden": 10, "layer": 15}
 LOGITS = 64 * 2**20  # bytes of logits in both paths
 ROW_BYTES = 4 * 2**22  # of one float32 tensor of a part of the rows, without Triton
 MUON_COPIES = 7.0  # float32 tensors of the largest stack that Muon's step has beside it, without Triton

@@ -168,9 +168,10 @@ def test_the_operators_keep_torchs_rules(gated):
 # --- a layer's first half, attention within -------------------------------------------------------
 
 EPSILONS = {torch.float32: 2.0**-23, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
-BY = {  # what stands beside the rest, from which q, k and v are left alone
+BY = {  # what stands beside the rest
     "triton": attention.attention,
     "slices": attention_slices.attention,
+    "slices in place": attention_slices.attention_,
     "plain": attention_reference.reference,
 }
 
