@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import itertools
 import json
 import sys
 import tempfile
@@ -49,7 +48,6 @@ DIRECTIONS = 3
 # may be nearly zero (Adam's first, cautious decay), so noise decides some of its entries.
 TOLERANCE = {"logits": 2e-5, "loss": 2e-5, "gradient": 1e-4, "step": 2e-2}
 _SPREAD = {"wte": 1.0, "value_embeds": 0.5, "lm_head": 0.5, "ve_gate": 0.3, "c_proj": 0.1}  # std, else 0.2
-_LOADED = itertools.count()  # recipes of this process
 
 
 @dataclass(frozen=True)
@@ -86,7 +84,7 @@ def training(recipe: bytes, device: Device, dtype: str = "float32") -> Training:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "train.py"
         file.write_text(source, encoding="utf-8")
-        spec = importlib.util.spec_from_file_location(f"reference_recipe_{next(_LOADED)}", file)
+        spec = importlib.util.spec_from_file_location(f"reference_recipe_{file.parent.name}", file)
         assert spec is not None and spec.loader is not None
         module = importlib.util.module_from_spec(spec)
         sys.modules[spec.name] = module  # torch.compile looks it up by its name, each recipe by one of its own
