@@ -18,7 +18,7 @@ from core.paths import project_root
 torch = pytest.importorskip("torch")
 pytest.importorskip("triton")
 
-from benchmarks import gpu, gpu_correctness, gpu_run, gpu_sections, kernel_cases  # noqa: E402 - after the skips
+from benchmarks import gpu, gpu_correctness, gpu_rtx, gpu_run, gpu_sections, kernel_cases  # noqa: E402 - after the skips
 from benchmarks.gpu import LIMITS, SMOKE, run_section, table  # noqa: E402
 from core import sandbox  # noqa: E402
 from kernels import mlp_choice, plain  # noqa: E402
@@ -45,7 +45,8 @@ def test_all_sections_run_small_and_write_what_they_found(tmp_path):
     assert chosen["products"] == "triton" and "interpreted" in chosen["chosen"], "there is no card to time them on"
     stacks = [row for row in rows if "plain reference" in row]
     assert len(stacks) == 6 and all(row["kernel"].startswith("muon") for row in stacks)
-    assert [row["side"] for row in rows if row["section"] == "rtx"] == ["ours", "peer", "ratio"]
+    sides = [row["side"] for row in rows if row["section"] == "rtx"]
+    assert sides == [*gpu_rtx.OURS, "peer", *(f"peer / {side}" for side in gpu_rtx.OURS)]
     (scored,) = [row for row in rows if row["section"] == "run" and row.get("status")]
     assert scored["status"] == "scored" and scored["val_bpb"] > 0
     assert "## correctness" in (tmp_path / "a" / "results.md").read_text()
