@@ -207,10 +207,14 @@ def on_card(limit_gb: float | None) -> Iterator[Row]:
     allowed = cap(free, total, margin())
     held = min(allowed, int(limit_gb * 1e9)) if limit_gb else allowed
     torch.cuda.set_per_process_memory_fraction(held / total)
-    dtype = "bfloat16" if torch.cuda.get_device_capability() >= (8, 0) else "float16"
+    dtype = dtype_of_card()
     card = {"side": "card", "name": torch.cuda.get_device_name(), "dtype": dtype}
     yield {**card, "limit_gb": limit_gb, "held_gb": held / 1e9}
     yield from compare(Shape(), "cuda:0", dtype)
+
+
+def dtype_of_card() -> str:
+    return "bfloat16" if torch.cuda.get_device_capability() >= (8, 0) else "float16"
 
 
 def small() -> Iterator[Row]:

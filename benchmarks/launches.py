@@ -17,12 +17,14 @@ table where that is less. FLOPs are those of matrix products and of attention.
 from __future__ import annotations
 
 import contextlib
+import json
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch._inductor.runtime.triton_heuristics import CachingAutotuner
 from torch._library.custom_ops import OPDEFS
@@ -244,6 +246,14 @@ def _watched(kind: Any, door: Callable[..., Any]) -> Iterator[None]:
         yield
     finally:
         kind.run = run
+
+
+def tell(recorder: Recorder, **more: Any) -> None:
+    """A line of JSON for each launch; then one of what the card counted, what was not seen, the torch, and more."""
+    for launch in recorder.launches():
+        print(json.dumps(asdict(launch)))
+    counted = {kind: recorder.counts.times(kind) for kind in recorder.accounted}
+    print(json.dumps({"counted": counted, "missing": recorder.missing(), "torch": torch.__version__, **more}))
 
 
 class Recorder(TorchDispatchMode):

@@ -30,8 +30,7 @@ from backends.rtx.memory import RECOMPUTES
 from backends.rtx.profiles import BANDWIDTH, REACHED
 from benchmarks import blank_card
 from benchmarks.gpu_rtx import Shape
-from benchmarks.memory import told
-from benchmarks.traffic import Rates, Row, grouped, longest, summed
+from benchmarks.traffic import Rates, Row, grouped, launched, longest, summed
 from core.errors import UserError
 
 PORTS, CLONE = "ports", "clone"
@@ -40,11 +39,8 @@ GROUPS = 34  # columns of a group's name
 
 
 def side(name: str, shape: Shape, card: str, clone: str = "") -> tuple[list[Row], Row]:
-    """All launches of a side's third step, and the last line. UserError where a launch was not accounted for."""
-    *rows, last = told("benchmarks.ports_side", name, shape, card, sys.executable, clone)
-    if any(last["missing"].values()):
-        raise UserError(f"{name}: not accounted for are {last['missing']} of {last['counted']}", "see launches.py")
-    return rows, last
+    """All launches of a side's third step, and the last line."""
+    return launched(name, shape, card, "benchmarks.ports_side", clone)
 
 
 def rates(card: str, reached: float, bandwidth: float) -> Rates:

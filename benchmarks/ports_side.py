@@ -7,17 +7,15 @@ import io
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from benchmarks import gpu_rtx
 from benchmarks.gpu_sections import norm_in_its_dtype
-from benchmarks.launches import recorded
+from benchmarks.launches import recorded, tell
 from benchmarks.peers import PEER_NAMES, load_peer, rates
 from core.contract import Spec
 from kernels import portable
@@ -35,7 +33,7 @@ def step_of(side: str, shape: gpu_rtx.Shape, clone: str) -> Callable[[float], Te
     mlp = "triton" if portable.products(torch.device(DEVICE)) else "torch"  # fixed: times are the host's here
     constants = {"MLP": mlp} if side == "ports" else {"RECOMPUTE": side, "MLP": mlp}
     module = gpu_rtx.recipe(shape, **constants)
-    training = module.build(Spec(shape.vocab, shape.context, 0, DEVICE, dtype_of_card(), 42, 0))
+    training = module.build(Spec(shape.vocab, shape.context, 0, DEVICE, gpu_rtx.dtype_of_card(), 42, 0))
     if side == "ports":
         gpu_rtx.make_peer(training, module)
     tokens, recompute = gpu_rtx.Tokens(shape, DEVICE), training.model.recompute
@@ -52,7 +50,7 @@ def step_of(side: str, shape: gpu_rtx.Shape, clone: str) -> Callable[[float], Te
 def step_of_clone(folder: Path, shape: gpu_rtx.Shape) -> Callable[[float], Tensor]:
     """The step of jsegov/autoresearch-win-rtx with each layer checkpointed, as that does it on cards below 16 GB: its
     model and optimizer as they stand, at these shapes and with heads as many as ours."""
-    dtype = getattr(torch, dtype_of_card())
+    dtype = getattr(torch, gpu_rtx.dtype_of_card())
     peer = load_peer(folder / "train.py", {"MAX_SEQ_LEN": shape.context}, CLONE)
     peer |= {"norm": norm_in_its_dtype, "MUON_COMPUTE_DTYPE": dtype, "HEAD_DIM": gpu_rtx.recipe(shape).HEAD_DIM}
     peer |= {"ADAMW_STEP_IMPL": peer["adamw_step_fused"], "MUON_STEP_IMPL": peer["muon_step_fused"]}
@@ -81,10 +79,6 @@ def step_of_clone(folder: Path, shape: gpu_rtx.Shape) -> Callable[[float], Tenso
     return step
 
 
-def dtype_of_card() -> str:
-    return "bfloat16" if torch.cuda.get_device_capability() >= (8, 0) else "float16"
-
-
 def main() -> None:
     """What each launch of the third step is, one line of JSON each, then the memory of the second and third."""
     side, shape = sys.argv[1], gpu_rtx.Shape(**json.loads(sys.argv[2]))
@@ -94,12 +88,8 @@ def main() -> None:
     step(1 / STEPS)
     with recorded() as recorder:
         step(2 / STEPS)
-    for launch in recorder.launches():
-        print(json.dumps(asdict(launch)))
-    counted = {kind: recorder.counts.times(kind) for kind in recorder.accounted}
-    last: dict[str, Any] = {"counted": counted, "missing": recorder.missing(), "torch": torch.__version__}
-    last["allocated"] = torch.cuda.max_memory_allocated() / MIB
-    print(json.dumps(last | {"reserved": torch.cuda.max_memory_reserved() / MIB}))
+    held = {"allocated": torch.cuda.max_memory_allocated() / MIB, "reserved": torch.cuda.max_memory_reserved() / MIB}
+    tell(recorder, **held)
 
 
 if __name__ == "__main__":

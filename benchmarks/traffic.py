@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu import Order
+from benchmarks.gpu_rtx import Shape
 from benchmarks.memory import WITH_FLASH3, published, told
 from core.errors import UserError
 
@@ -92,9 +93,11 @@ def grouped(rows: Sequence[Row]) -> dict[str, list[Row]]:
     return found
 
 
-def launched(name: str, order: Order) -> tuple[list[Row], Row]:
-    """All launches of a side's third step, and what the card counted. UserError where some are missing."""
-    *rows, last = told("benchmarks.traffic_side", name, order, CARD, sys.executable)
+def launched(
+    name: str, order: Order | Shape, card: str = CARD, module: str = "benchmarks.traffic_side", *more: str
+) -> tuple[list[Row], Row]:
+    """All launches of a side's third step, and the module's last line. UserError where some are missing."""
+    *rows, last = told(module, name, order, card, sys.executable, *more)
     if any(last["missing"].values()):
         raise UserError(f"{name}: not accounted for are {last['missing']} of {last['counted']}", "see launches.py")
     return rows, last

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import asdict
 
 import torch
 
 from benchmarks.gpu import Order
 from benchmarks.gpu_sections import Tokens
-from benchmarks.launches import recorded
+from benchmarks.launches import recorded, tell
 from benchmarks.memory_side import SIDES, STEPS
 
 
@@ -23,10 +22,7 @@ def main() -> None:
         step(tokens, i / STEPS)
     with recorded() as recorder:
         step(tokens, (STEPS - 1) / STEPS)
-    for launch in recorder.launches():
-        print(json.dumps(asdict(launch)))
-    counted = {kind: recorder.counts.times(kind) for kind in recorder.accounted}
-    print(json.dumps({"counted": counted, "missing": recorder.missing(), "torch": torch.__version__}))
+    tell(recorder)
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.attention_backward import LOG2E, gradients
-from kernels.attention_reference import reference
+from kernels.attention_reference import reference, rows_of, within
 from kernels.attention_tiles import FORWARD, padded, tile
 from kernels.rotated_norm import channels, rotate, rotated
 
@@ -221,11 +221,6 @@ def attend_backward(
         gradients(dy, q, k, v, cos, sin, y, lse, rq, rk, window, scale, into)
 
 
-def rows_of(x: Tensor) -> Tensor:
-    """x, copied if the channels of a head do not lie side by side."""
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
 def attention(
     q: Tensor,  # (B, T, H, D) bf16, fp16, or float32 for tests; slices of a larger tensor are read where they lie
     k: Tensor,  # (B, T, Hkv, D)
@@ -251,7 +246,7 @@ def checked(
     limit = BOUND_LIMIT[q.dtype]
     if not 0 < scale * D <= limit:
         raise ValueError(f"scale x head size is {scale * D:g}; in {q.dtype} it must lie within 0..{limit:g}")
-    return min(window, T), scale, cos[:T].contiguous(), sin[:T].contiguous()
+    return within(window, T), scale, cos[:T].contiguous(), sin[:T].contiguous()
 
 
 def check(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, window: int) -> None:
@@ -274,8 +269,7 @@ def check(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, window: int
     )
     if not tables:
         raise ValueError(f"cos and sin ({T} or more, {D // 2}) float32 wanted, not {_shapes(cos, sin)} {cos.dtype}")
-    if window < 0:
-        raise ValueError(f"window {window}; 0 sees only the token itself, {T - 1} all")
+    within(window, T)
 
 
 def obstacle(capability: int, heads: int, key_heads: int, head: int, dtype: torch.dtype) -> str:

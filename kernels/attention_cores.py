@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from kernels import attention_flash, portable
+from kernels.attention_reference import rows_of, within
 
 Three = tuple[Tensor, Tensor, Tensor]
 
@@ -169,9 +170,7 @@ def shapes(
 
 
 def _limited(q: Tensor, window: int, scale: float | None) -> tuple[int, float]:
-    if window < 0:
-        raise ValueError(f"window {window}; 0 sees only the token itself, {q.size(1) - 1} all")
-    return min(window, q.size(1)), q.size(-1) ** -0.5 if scale is None else scale
+    return within(window, q.size(1)), q.size(-1) ** -0.5 if scale is None else scale
 
 
 # --- by itself ------------------------------------------------------------------------------------
@@ -183,7 +182,7 @@ def _by(
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     """y, q^ and k^, and what their backward needs beside them."""
     turned, keys = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k))
-    y, beside = attended(_rows_of(q), _rows_of(k), _rows_of(v), (turned, keys), cos, sin, window, by, scale)
+    y, beside = attended(rows_of(q), rows_of(k), rows_of(v), (turned, keys), cos, sin, window, by, scale)
     return y, turned, keys, beside
 
 
@@ -202,7 +201,7 @@ def _by_backward(
     scale: float, by: str,
 ) -> Three:  # fmt: skip
     dq, dk, dv = into = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
-    gradients(_rows_of(dy), y, q, k, _rows_of(v), beside, cos, sin, window, into, by, scale)
+    gradients(rows_of(dy), y, q, k, rows_of(v), beside, cos, sin, window, into, by, scale)
     return dq, dk, dv
 
 
@@ -227,11 +226,6 @@ def _differentiate(ctx: Any, dy: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
 
 
 _by.register_autograd(_differentiate, setup_context=_keep)
-
-
-def _rows_of(x: Tensor) -> Tensor:
-    """x, copied if the channels of a head do not lie side by side."""
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def attention(

@@ -13,6 +13,18 @@ from torch import Tensor
 EPSILON = 2.0**-23  # float32's machine epsilon, added to the mean square
 
 
+def rows_of(x: Tensor) -> Tensor:
+    """x, copied if the channels of a head do not lie side by side."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def within(window: int, length: int) -> int:
+    """The window, `length` at most. ValueError below 0."""
+    if window < 0:
+        raise ValueError(f"window {window}; 0 sees only the token itself, {length - 1} all")
+    return min(window, length)
+
+
 def reference_rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """x^ in plain torch: (B, T, H, D) -> same shape and dtype; float32 in between, float64 for float64."""
     T, wide = x.size(1), torch.float64 if x.dtype == torch.float64 else torch.float32

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kernels import portable
+from kernels.attention_reference import within
 
 QUERY_BLOCK = 256  # queries that share one slice of keys
 # On a card anything but these would make all scores at once: it is refused rather than taken.
@@ -123,11 +124,9 @@ def attention_(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, window
 def _attended(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, window: int, in_place: bool) -> Tensor:
     if q.shape != k.shape or k.shape != v.shape:
         raise ValueError(f"q, k and v of one shape wanted, not {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}")
-    if window < 0:
-        raise ValueError(f"window {window}; 0 sees only the token itself, {q.size(1) - 1} all")
-    T = q.size(1)
+    T, window = q.size(1), within(window, q.size(1))
     turned = [
         x.detach() if in_place else torch.empty_like(x.detach(), memory_format=torch.contiguous_format) for x in (q, k)
     ]
-    y: Tensor = Sliced.apply(q, k, v, cos[:T].contiguous(), sin[:T].contiguous(), min(window, T), tuple(turned))
+    y: Tensor = Sliced.apply(q, k, v, cos[:T].contiguous(), sin[:T].contiguous(), window, tuple(turned))
     return y

@@ -11,7 +11,7 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("triton")
 
-from benchmarks import blank_card, launches, ports  # noqa: E402 - after the skips
+from benchmarks import blank_card, launches, ports, traffic  # noqa: E402 - after the skips
 from benchmarks.gpu_rtx import Shape  # noqa: E402
 from core.errors import UserError  # noqa: E402
 from core.paths import project_root  # noqa: E402
@@ -54,7 +54,7 @@ def test_rates_are_shares_of_what_is_known_of_the_card():
 
 def test_a_launch_that_nobody_told_of_ends_the_command(monkeypatch, capsys):
     last = {"missing": {"launches": 1}, "counted": {"launches": 9}}
-    monkeypatch.setattr(ports, "told", lambda *given: [launch(), last])
+    monkeypatch.setattr(traffic, "told", lambda *given: [launch(), last])
     with pytest.raises(SystemExit) as ended:
         ports.main([])
     assert "nothing: not accounted for are {'launches': 1} of {'launches': 9}" in str(ended.value.code)
