@@ -360,9 +360,7 @@ class CudaTraining:
             group["lr"] = base * rate
         self.adam.step()
         rates = torch.tensor([MATRIX_LR * rate, muon_momentum(self.steps), weight_decay(progress)], **self.pinned)
-        rates = rates.to(
-            self.model.device, non_blocking=True
-        )  # from pinned memory, or the host would wait for the card
+        rates = rates.to(self.model.device, non_blocking=True)  # from pinned memory, or the host would wait
         for muon in self.muons:
             muon.step(rates)
         self.model.weights.drop_gradients()
