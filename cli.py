@@ -31,6 +31,7 @@ from console.verbs import SECTIONS, VERBS
 LAZY = {  # verbs that live elsewhere and are not imported for a help page: module, command, what the page says
     "prepare": ("prepare", "main", "Fetch and tokenize a data set, once."),
     "bench": ("benchmarks.command", "bench", "Benchmark backends, machines and kernels on the same work."),
+    "kernels": ("console.importable", "kernels", "What a train.py of `cuda` or `rtx` may import from `kernels`."),
 }
 
 
@@ -492,8 +493,8 @@ def sample(lab: str | None, as_json: bool, prompt: str, **options: Any) -> None:
 def mcp(lab: str | None, as_json: bool) -> None:
     """Serve a lab to an agent, as an MCP server.
 
-    Over standard input and output; needs the extra `mcp`. The tools are the verbs: program, status, best, log, show,
-    diff, try_candidate, wait, report. No call lasts longer than 45 seconds. It speaks JSON with or without --json.
+    Over standard input and output; needs the extra `mcp`. The tools are the verbs: program, kernels, status, best, log,
+    show, diff, try_candidate, wait, report. No call lasts longer than 45 seconds. It speaks JSON in any case.
 
     \b
     claude mcp add lab -- autoresearch mcp /path/to/the/lab

@@ -65,6 +65,7 @@ class Order:
     steps: int = 100
     device: str = "cuda:0"
     upstream: str = ""
+    recipe: str = ""  # a file in the place of the shipped recipe of `cuda`
     data: str = ""  # folder of a prepared data set; else random tokens
     caches: str = ""  # folder of what the sections have compiled and chosen, laid out as that of a referee's child
     limit: float = 0.0  # seconds that the section has

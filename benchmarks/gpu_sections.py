@@ -344,7 +344,9 @@ class Tokens:
 
 
 def recipe(order: Order, **constants: Any) -> ModuleType:
-    source = (ROOT / "backends" / "cuda" / "train.py").read_text(encoding="utf-8")
+    """The shipped one, or the order's own, at the order's shape."""
+    file = Path(order.recipe) if order.recipe else ROOT / "backends" / "cuda" / "train.py"
+    source = file.read_text(encoding="utf-8")
     own = {"ATTENTION": "triton"} if blank_card.within() else {}  # its zeros are refused of every attention
     source = replace(source, shape(order) | own | constants)
     sys.modules["train"] = module = ModuleType("train")  # torch.compile looks it up by its name

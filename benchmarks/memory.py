@@ -3,6 +3,7 @@
     python -m benchmarks.memory                     # upstream's shapes: 128 rows of 2048, depth 8, dim 512
     python -m benchmarks.memory --rows 64 --depth 9 --card h200
     python -m benchmarks.memory --upstream ~/autoresearch --upstream-python ~/autoresearch/.venv/bin/python
+    python -m benchmarks.memory --recipe train.py   # and a candidate's, at the same shapes
     python -m benchmarks.memory --fa3               # and ours with FlashAttention 3 in the place of Triton's attention
     python -m benchmarks.memory --peak 20           # what is held when the most is held
 
@@ -40,6 +41,8 @@ PUBLISHED = 45_060.2  # MiB, `peak_vram_mb` of the run that upstream's README sh
 GOAL = 0.55  # share of it, at the same shapes
 LIMIT = 1200.0  # seconds of one side, which compiles for one or two minutes
 WITH_FLASH3 = "ours, fa3"  # the side
+RECIPE = "recipe"  # the side of a candidate
+RECIPE_HELP = "a train.py of the cuda backend, as a side of its own; it gets the same shapes"
 COLUMNS = ("allocated", "reserved", "launches", "products", "waits", "to card", "bytes to card", "to host")
 
 Row = dict[str, Any]
@@ -81,6 +84,8 @@ def _cell(value: float) -> str:
 
 
 def ratios(sides: dict[str, Row], order: Order) -> Iterator[str]:
+    if RECIPE in sides:
+        yield f"{RECIPE} / ours: {sides[RECIPE]['allocated'] / sides['ours']['allocated']:.3f} allocated"
     own = {name: row for name, row in sides.items() if name != "upstream"}
     for name, row in own.items() if "upstream" in sides else ():
         yield f"{name} / upstream: {row['allocated'] / sides['upstream']['allocated']:.3f} allocated, " + (
@@ -90,6 +95,14 @@ def ratios(sides: dict[str, Row], order: Order) -> Iterator[str]:
         shares = ", ".join(f"{name} / published: {row['allocated'] / PUBLISHED:.3f}" for name, row in own.items())
         yield f"upstream as published, of a real H100: {PUBLISHED:,.1f} MiB; {shares}"
         yield f"the goal is {GOAL:g} of it, {GOAL * PUBLISHED:,.0f} MiB"
+
+
+def with_recipe(order: Order, file: Path) -> Order:
+    """UserError where there is no such file."""
+    found = file.expanduser().resolve()
+    if not found.is_file():
+        raise UserError(f"{file} is no file", "give --recipe the train.py of a lab of the cuda backend")
+    return replace(order, recipe=str(found))
 
 
 def published() -> Order:
@@ -112,6 +125,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--depth", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=2**19, help="of an optimizer step")
     parser.add_argument("--card", choices=list(blank_card.CARDS), default="h100")
+    parser.add_argument("--recipe", type=Path, metavar="FILE", help=RECIPE_HELP)
     parser.add_argument("--fa3", action="store_true", help="ours with FlashAttention 3, too")
     parser.add_argument("--upstream", type=Path, help="a clone of karpathy/autoresearch")
     parser.add_argument("--upstream-python", default=sys.executable, help="an interpreter with the torch that it pins")
@@ -122,6 +136,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         order = replace(order, upstream=str(given.upstream.expanduser().resolve()))
     try:
         found = {"ours": side("ours", order, given.card, top=given.peak)}
+        if given.recipe:
+            found[RECIPE] = side(RECIPE, with_recipe(order, given.recipe), given.card, top=given.peak)
         if given.fa3:
             found[WITH_FLASH3] = side(WITH_FLASH3, order, given.card, top=given.peak)
         if given.upstream:

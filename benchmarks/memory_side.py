@@ -132,7 +132,8 @@ def upstream(order: Order) -> Step:
     return upstream_step(order, flash3)
 
 
-SIDES = {"ours": ours, "ours, fa3": ours_with_flash3, "upstream": upstream}
+# `recipe` is `ours` with the order's own file
+SIDES = {"ours": ours, "ours, fa3": ours_with_flash3, "recipe": ours, "upstream": upstream}
 
 
 def measured(step: Step, tokens: Tokens, progress: float) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
     python -m benchmarks.traffic                            # upstream's shapes: 128 rows of 2048, depth 8, dim 512
     python -m benchmarks.traffic --upstream ~/autoresearch --top 20
+    python -m benchmarks.traffic --recipe train.py          # and a candidate's, at the same shapes
     python -m benchmarks.traffic --tokens 262144 --json     # of an optimizer step
 
 CALCULATED FROM REAL LAUNCHES; NO TIME WAS MEASURED. Each side runs on a blank card (benchmarks/blank_card), where what
@@ -29,7 +30,7 @@ from typing import Any
 
 from benchmarks.gpu import Order
 from benchmarks.gpu_rtx import Shape
-from benchmarks.memory import WITH_FLASH3, published, told
+from benchmarks.memory import RECIPE, RECIPE_HELP, WITH_FLASH3, published, told, with_recipe
 from core.errors import UserError
 
 CARD = "h100"
@@ -161,6 +162,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--rows", type=int, default=128, help="that go through the model at once")
     parser.add_argument("--depth", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=2**19, help="of an optimizer step")
+    parser.add_argument("--recipe", type=Path, metavar="FILE", help=RECIPE_HELP)
     parser.add_argument("--fa3", action="store_true", help="ours with FlashAttention 3, too")
     parser.add_argument("--upstream", type=Path, help="a clone of karpathy/autoresearch")
     parser.add_argument("--attention", type=float, default=1.0, help="our rate as a share of FlashAttention 3's")
@@ -171,8 +173,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if given.upstream:
         order = replace(order, upstream=str(given.upstream.expanduser().resolve()))
     try:
-        wanted = {"ours": True, WITH_FLASH3: given.fa3, "upstream": bool(given.upstream)}
-        found = {side: launched(side, order) for side, is_wanted in wanted.items() if is_wanted}
+        orders = {"ours": order}
+        if given.recipe:
+            orders[RECIPE] = with_recipe(order, given.recipe)
+        if given.fa3:
+            orders[WITH_FLASH3] = order
+        if given.upstream:
+            orders["upstream"] = order
+        found = {side: launched(side, of) for side, of in orders.items()}
     except UserError as error:
         sys.exit(str(error))
     own = replace(
@@ -181,7 +189,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         attention_backward=given.attention * Rates().attention_backward,
     )
     sides, rates = {side: rows for side, (rows, _) in found.items()}, dict.fromkeys(found, Rates())
-    rates["ours"] = own
+    rates |= {side: own for side in ("ours", RECIPE) if side in sides}
     if given.json:
         print(json.dumps(_as_json(sides, rates)))
     else:
@@ -206,6 +214,9 @@ def show(sides: dict[str, list[Row]], rates: dict[str, Rates], order: Order, top
     print("calculated from the launches on a blank card; no time was measured")
     for line in table(sides, rates):
         print(line)
+    if RECIPE in sides:
+        ours, theirs = (summed(sides[side], rates[side]).seconds for side in ("ours", RECIPE))
+        print(f"{RECIPE} / ours: {theirs / ours:.3f} of the time, both calculated")
     if "upstream" in sides:
         for line in compared(sides, rates, PUBLISHED if replace(order, upstream="") == published() else None):
             print(line)

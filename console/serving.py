@@ -1,7 +1,7 @@
 """mcp: the verbs of a lab as tools of an MCP server, over standard input and output.
 
-Every tool is the verb of the same name, run as a process with --json: one way to say what a lab knows. Nothing takes
-longer than a client waits: what is long is started, and waited for in pieces.
+Every tool but two, which read a file, is the verb of the same name, run as a process with --json: one way to say what a
+lab knows. Nothing takes longer than a client waits: what is long is started, and waited for in pieces.
 """
 
 from __future__ import annotations
@@ -60,6 +60,13 @@ def _looking(made: MCPServer, lab: Path) -> None:
     def program() -> str:
         """The lab's program.md: what the human wants, and how the research goes. Read it before each new idea."""
         return (lab / "program.md").read_text("utf-8", "replace")
+
+    @made.tool(annotations=reads)
+    def kernels() -> str:
+        """What train.py may import from `kernels` (cuda and rtx): shapes, equations, and how to write each part out."""
+        from core.importable import text
+
+        return text()
 
     @made.tool(annotations=reads)
     def status() -> dict[str, Any]:

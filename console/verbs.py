@@ -9,7 +9,7 @@ SECTIONS = {
     "Afterwards": ["confirm", "finalize"],
     "Look": ["labs", "status", "best", "show", "diff", "sample"],
     "Compare": ["bench"],
-    "For agents": ["mcp"],
+    "For agents": ["kernels", "mcp"],
     "Steer": ["pause", "resume", "stop", "undo", "clean"],
 }
 VERBS = [name for names in SECTIONS.values() for name in names]

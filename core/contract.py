@@ -182,6 +182,7 @@ class View:
     spend: Callable[[Mapping[str, Any]], None] = free_of_charge  # puts what an answer cost on the lab's account
     stopped: Callable[[], bool] = never  # is the run over? Whoever starts processes looks now and then, and ends them
     lab: str = ""  # the lab's folder, for whoever starts processes: to keep them out of it
+    importable: str = ""  # what the best imports functions of, described (kernels/README.md); "" where it imports none
 
 
 class Researcher(Protocol):

@@ -26,7 +26,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from core import locks, paths
+from core import importable, locks, paths
 from core.commands import quoted
 from core.contract import Past, View
 from core.data import Dataset
@@ -311,9 +311,10 @@ class Lab:
     def view(self, device: Mapping[str, Any]) -> View:
         """What a researcher may see."""
         decided = [e for e in self.ledger.experiments() if e.status is not None]
+        best = self.best_source()
         return View(
             program=self.program().decode("utf-8", "replace"),
-            best_source=self.best_source(),
+            best_source=best,
             best_bpb=self.best_bpb(),
             past=[self._past(e) for e in decided],
             device=dict(device),
@@ -321,6 +322,7 @@ class Lab:
             history=self.ledger.meta("history", []),
             notes=self._refusals(decided),
             lab=str(self.path),
+            importable=importable.told(best),
         )
 
     def _refusals(self, decided: Sequence[Experiment]) -> list[str]:

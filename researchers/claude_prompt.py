@@ -108,10 +108,11 @@ def ttl_of(view: View) -> str:
 
 
 def system(view: View) -> list[dict[str, Any]]:
-    """The rules and the human's program, read again for each proposal."""
+    """The rules, what the recipe may import, and the human's program, read again for each proposal."""
     program = view.program.strip()[:PROGRAM_CHARACTERS] or "(the program is empty: lower val_bpb)"
     words = f"The program, program.md, as the human who owns this lab wrote it:\n\n{program}"
-    return [text(RULES), mark(text(words), ttl_of(view))]
+    importable = [text(view.importable)] if view.importable else []
+    return [text(RULES), *importable, mark(text(words), ttl_of(view))]
 
 
 def first_message(view: View, record: str, task: str) -> dict[str, Any]:

@@ -13,8 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-TRAIN, PROGRAM, DIGEST, PROMPT, IDEA, FAILED = (
-    "train.py", "program.md", "digest.md", "prompt.md", "idea.txt", "failed.py",
+TRAIN, PROGRAM, KERNELS, DIGEST, PROMPT, IDEA, FAILED = (
+    "train.py", "program.md", "kernels.md", "digest.md", "prompt.md", "idea.txt", "failed.py",
 )  # fmt: skip
 LARGEST = 1 << 20  # bytes of a file that is taken back; the guard allows far less
 FILES = 2000  # that are looked at

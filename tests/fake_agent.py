@@ -2,6 +2,7 @@
 
 good        reads its task, edits train.py, says why in idea.txt
 meddling    also edits what is not its own: other files, the lab (ARGUMENT), git's hooks there; plants links
+reading     says what lies in the file ARGUMENT, and whether the task tells of it
 hanging     starts grandchildren in sessions of their own that ignore SIGTERM, and waits; ARGUMENT: a file for pids
 mending     hands in a syntax error first, and mends it when it is told
 saying      prints ARGUMENT and fails
@@ -37,6 +38,12 @@ def good(argument: str, task: str) -> None:
     assert Path("digest.md").read_text() and Path("program.md").read_text()
     _edit()
     Path("idea.txt").write_text(f"MARK changed: program says {Path('program.md').read_text().strip()[-40:]!r}\n")
+
+
+def reading(argument: str, task: str) -> None:
+    _edit()
+    found = Path(argument).read_text() if Path(argument).exists() else None
+    Path("idea.txt").write_text(f"{argument}: {found}, told: {argument in task}\n")
 
 
 def meddling(argument: str, task: str) -> None:

@@ -24,7 +24,7 @@ from core.settings import Settings
 ROOT = Path(__file__).resolve().parent.parent
 CLI = ROOT / "cli.py"
 VERBS = ["run", "log", "report", "doctor", "prepare", "init", "try", "wait", "train", "status", "best", "show", "diff",
-         "sample", "bench", "mcp", "pause", "resume", "stop", "undo", "clean"]  # fmt: skip
+         "sample", "bench", "kernels", "mcp", "pause", "resume", "stop", "undo", "clean"]  # fmt: skip
 
 
 class Running(subprocess.Popen[str]):

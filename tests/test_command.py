@@ -76,6 +76,12 @@ def test_a_night_with_an_agent_and_an_idea_dropped_in_meanwhile(lab: Lab) -> Non
     assert first.detail["by"] == "command" and "dropped" not in first.detail
 
 
+@pytest.mark.parametrize("importable", ["", "# What a recipe may import"])
+def test_what_the_recipe_may_import_lies_beside_it(importable: str, lab: Lab) -> None:
+    proposal = agent("reading", "kernels.md").propose(see(lab, importable=importable))
+    assert proposal.description == f"kernels.md: {importable or None}, told: {bool(importable)}"
+
+
 def test_an_objection_goes_back_to_the_agent(lab: Lab) -> None:
     proposal = agent("mending").propose(see(lab))
     assert proposal.source == b"SCORE = 1.5\nMARK = 'mended'\n"

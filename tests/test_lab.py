@@ -569,6 +569,14 @@ def test_history_is_for_researchers_and_never_a_score(tmp_path, settings):
     assert idea(1) == lab.view({}).past[1].source
 
 
+@pytest.mark.parametrize(("line", "told"), [("from kernels.lean import feed\n", True), ("# kernels are fine\n", False)])
+def test_a_researcher_is_told_what_a_recipe_imports_from_kernels(line, told, tmp_path, settings):
+    lab = Lab.create(
+        tmp_path / "night", recipe=line.encode() + recipe(2.0), program="p", settings=settings, message="m"
+    )
+    assert ("`last_norm(z)`" in lab.view({}).importable) == told
+
+
 def test_a_process_that_tells_nothing_does_not_end_a_run(lab, monkeypatch):
     """Windows has bare errors for one that is just ending (seen under Wine: WinError 6)."""
     real = psutil.Process.name

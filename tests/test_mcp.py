@@ -45,9 +45,10 @@ async def drive(lab: Lab, recipe: str, home: Path) -> None:
             return dict(found["experiment"])
 
         listed = {tool.name: tool for tool in (await client.list_tools()).tools}
-        assert set(listed) == {"program", "status", "best", "best_source", "log", "show", "diff", "try_candidate",
-                               "wait", "report"}  # fmt: skip
+        assert set(listed) == {"program", "kernels", "status", "best", "best_source", "log", "show", "diff",
+                               "try_candidate", "wait", "report"}  # fmt: skip
         assert "val_bpb" in await call("program")
+        assert "kernels.lean" in await call("kernels")
         refused = await client.call_tool("best", {})
         assert refused.is_error and "no best yet" in refused.content[0].text
         assert (await judged("baseline"))["status"] == "keep"
