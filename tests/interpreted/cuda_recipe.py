@@ -7,6 +7,7 @@ from types import ModuleType
 
 import pytest
 import torch
+import written_out
 from interpreted.watched import watched
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -22,9 +23,9 @@ RECIPE = (project_root() / "backends" / "cuda" / "train.py").read_bytes()
 SMALL = {"DEPTH": 4, "ASPECT_RATIO": 16, "HEAD_DIM": 32, "TOTAL_BATCH_SIZE": 128, "DEVICE_BATCH_SIZE": 2}
 
 
-def built(length=32, **constants):
+def built(length=32, source=None, **constants):
     module = ModuleType("train")
-    exec(compile(replace(RECIPE.decode(), {**SMALL, **constants}), "train.py", "exec"), module.__dict__)
+    exec(compile(replace(source or RECIPE.decode(), {**SMALL, **constants}), "train.py", "exec"), module.__dict__)
     return module, module.build(spec(length))
 
 
@@ -63,6 +64,18 @@ def test_the_loss_is_one_graph_and_the_second_build_compiles_nothing(attention, 
         torch.testing.assert_close(g, torch.from_numpy(wanted[name]), msg=lambda said, name=name: f"{name}: {said}")
     again(tokens).backward()
     assert graphs.frame_count == 1
+
+
+def test_what_the_readme_of_kernels_writes_out_computes_the_same():
+    source = written_out.recipe("cuda", ["first", "second"])
+    (_, made), (_, wanted) = built(source=source, DEPTH=2), built(DEPTH=2)
+    wanted.load_weights({n: w + 0.1 for n, w in wanted.weights().items()})  # none is zero
+    made.load_weights(wanted.weights())
+    tokens = torch.randint(64, (2, 33))
+    torch.testing.assert_close(made.logits(tokens[:, :-1]), wanted.logits(tokens[:, :-1]))
+    found = made.gradients(tokens)
+    for name, g in wanted.gradients(tokens).items():
+        torch.testing.assert_close(found[name], g, msg=lambda said, name=name: f"{name}: {said}")
 
 
 def test_a_second_build_takes_the_rows_that_the_first_one_measured(monkeypatch):
