@@ -86,3 +86,19 @@ def test_what_the_table_names_can_be_imported_and_takes_what_it_says():
             given = arguments(getattr(importlib.import_module(place), name))
             asked = [part.strip() for part in told.split(",") if part.strip() != "..."]
             assert given[: len(asked)] == asked or name == "settled", f"{place}.{name}({given})"
+
+
+def test_what_the_mlx_recipe_imports_written_out_is_the_same():
+    mx = pytest.importorskip("mlx.core")
+    from kernels.qk_norm_rope import qk_norm_rope
+
+    lines = {}
+    (block,) = written_out.blocks("mlx")
+    exec(f"def written(x, cos, sin, eps, mx):\n{block}", lines)
+    x = mx.random.normal((2, 5, 3, 8), key=mx.random.key(1)).astype(mx.bfloat16)
+    angle = mx.random.uniform(shape=(5, 4), key=mx.random.key(2))
+    found, wanted = (
+        f(x, mx.cos(angle), mx.sin(angle), 2.0**-23, *more)
+        for f, more in ((lines["written"], [mx]), (qk_norm_rope, []))
+    )
+    assert found.dtype == wanted.dtype and mx.array_equal(found, wanted)

@@ -8,7 +8,12 @@ from collections.abc import Sequence
 from core.paths import project_root
 
 SECTIONS = ("first", "second", "loss")
-HEADINGS = {"first": "The first half written out", "second": "The second half written out", "loss": "Another loss"}
+HEADINGS = {
+    "first": "The first half written out",
+    "second": "The second half written out",
+    "loss": "Another loss",
+    "mlx": "The recipe of `mlx`",
+}
 
 
 def blocks(section: str) -> list[str]:
