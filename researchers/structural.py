@@ -13,7 +13,7 @@ from typing import Any
 
 from core.recipe import Choices, Constant, Range
 
-_PATTERNS = ("L", "SL", "SSL", "SSSL")
+_PATTERNS = ("L", "SL", "SSL", "SSSL", "SSSSL")
 RATES = ("MATRIX_LR", "EMBEDDING_LR", "UNEMBEDDING_LR", "SCALAR_LR")
 
 

@@ -91,8 +91,10 @@ def test_a_score_takes_as_many_rows_at_once_as_the_card_has_room_for(gpu, rows):
 
 def test_an_h100_starts_from_what_is_known_to_work_in_five_minutes():
     start = backends.load("cuda").profile(probe(Machine(gpus=[H100]))).constants
-    assert start["TOTAL_BATCH_SIZE"] == 2**18 and start["DEPTH"] in (8, 9)
-    assert start["WINDOW_PATTERN"] == "SSSL" and start["SHORT_WINDOW"] > 2 and start["WARMDOWN_RATIO"] > 0.5
+    assert start["TOTAL_BATCH_SIZE"] == 2**18 and start["DEPTH"] == 9
+    assert -(-start["DEPTH"] * start["ASPECT_RATIO"] // start["HEAD_DIM"]) * start["HEAD_DIM"] == 640
+    assert start["WINDOW_PATTERN"] == "SSSSL" and start["SHORT_WINDOW"] == 8 and start["WARMDOWN_RATIO"] == 0.75
+    assert start["ROPE_BASE"] == 200_000 and start["VALUE_DECAY"] == 0.003 and start["INIT_SCALE"] == 0.68
 
 
 @pytest.mark.parametrize("gpu", [H100, A100, card("NVIDIA B200", 179, (10, 0)), *(gpu for gpu, _ in SLICES)])

@@ -45,10 +45,17 @@ UNEMBEDDING_LR = 0.004  # search: 0.0005..0.05 log; lm_head (AdamW)
 MATRIX_LR = 0.04  # search: 0.005..0.2 log; all matrices of the layers (Muon)
 SCALAR_LR = 0.5  # search: 0.05..2 log; per-layer scalars (AdamW)
 WEIGHT_DECAY = 0.2  # search: 0..0.5; cautious, matrices only, falls to 0 with progress
+EMBEDDING_DECAY = 0.0  # AdamW's weight decay, times the rate: of token embeddings
+VALUE_DECAY = 0.0  # search: 0..0.02; of value embeddings
+UNEMBEDDING_DECAY = 0.0  # of lm_head
 ADAM_BETAS = (0.8, 0.95)
 WARMUP_RATIO = 0.0  # search: 0..0.2; share of the budget in which learning rates rise from 0
 WARMDOWN_RATIO = 0.5  # search: 0.1..1; share of the budget in which they fall to FINAL_LR_FRAC
 FINAL_LR_FRAC = 0.0  # search: 0..0.2
+MOMENTUM_STEPS = 300  # in which Muon's momentum rises from 0.85 to 0.95
+INIT_SCALE = 1.0  # search: 0.3..1.5; of the uniform distributions that weights are drawn from
+X0_INIT = 0.1  # search: 0..0.3; what x0_lambdas start from
+ROPE_BASE = 10000.0  # search: 1000..500000 log; of RoPE's slowest turn
 
 SOFTCAP = 15.0  # logits stay within -15..15
 ADAM_EPSILON = 1e-10
@@ -72,8 +79,8 @@ def linear(x: mx.array, weight: mx.array) -> mx.array:
 
 
 def rotations(length: int) -> tuple[mx.array, mx.array]:
-    """cos and sin of RoPE's angles (base 10000), (length, D/2) each, float32."""
-    frequency = 10000.0 ** (-mx.arange(0, HEAD_DIM, 2, dtype=mx.float32) / HEAD_DIM)
+    """cos and sin of RoPE's angles (ROPE_BASE), (length, D/2) each, float32."""
+    frequency = ROPE_BASE ** (-mx.arange(0, HEAD_DIM, 2, dtype=mx.float32) / HEAD_DIM)
     angle = mx.arange(length, dtype=mx.float32)[:, None] * frequency
     return mx.cos(angle), mx.sin(angle)
 
@@ -176,7 +183,7 @@ class Blocks:
 
 def initial_weights(vocab_size: int, dim: int, seed: int) -> dict[str, mx.array]:
     """All weights, float32, under upstream's names. What writes into the stream, and all gates, start at zero."""
-    reach = (3 / dim) ** 0.5  # of a uniform distribution with variance 1/dim
+    reach = INIT_SCALE * (3 / dim) ** 0.5  # of a uniform distribution; without the scale its variance is 1/dim
     keys = iter(mx.random.split(mx.random.key(seed), 2 + 6 * DEPTH))
 
     def uniform(*shape: int) -> mx.array:
@@ -186,7 +193,7 @@ def initial_weights(vocab_size: int, dim: int, seed: int) -> dict[str, mx.array]
         "transformer.wte.weight": mx.random.normal((vocab_size, dim), key=next(keys)),
         "lm_head.weight": 0.001 * mx.random.normal((vocab_size, dim), key=next(keys)),
         "resid_lambdas": mx.ones(DEPTH),
-        "x0_lambdas": mx.full(DEPTH, 0.1),
+        "x0_lambdas": mx.full(DEPTH, X0_INIT),
     }
     for i in range(DEPTH):
         layer = f"transformer.h.{i}."
@@ -379,12 +386,12 @@ class Muon:
 
 
 class AdamW:
-    """Adam without decay (Kingma & Ba 2015) over weights of one rate."""
+    """Adam with decoupled decay (Loshchilov & Hutter 2019) over weights of one rate."""
 
     def __init__(
-        self, weights: Mapping[str, mx.array], names: list[str], lr: float, betas: tuple[float, float]
+        self, weights: Mapping[str, mx.array], names: list[str], lr: float, betas: tuple[float, float], decay: float
     ) -> None:
-        self.names, self.lr, self.betas = names, lr, betas
+        self.names, self.lr, self.betas, self.decay = names, lr, betas, decay
         self.state = {
             kind: {name: mx.zeros_like(weights[name]) for name in names} for kind in ("first moment", "second moment")
         }
@@ -398,7 +405,8 @@ class AdamW:
             g = grads[name]
             first[name] = first[name] + (g - first[name]) * (1 - beta1)
             second[name] = beta2 * second[name] + (1 - beta2) * mx.square(g)
-            weights[name] = weights[name] - size * first[name] / (mx.sqrt(second[name]) * correction + ADAM_EPSILON)
+            update = size * first[name] / (mx.sqrt(second[name]) * correction + ADAM_EPSILON)
+            weights[name] = weights[name] * (1 - rates["adam"] * (self.lr * self.decay)) - update
 
 
 # --- schedules: functions of progress, the used share of the budget ----------------------------
@@ -414,8 +422,8 @@ def lr_multiplier(progress: float) -> float:
 
 
 def muon_momentum(step: int) -> float:
-    """0.85 rising to 0.95 over the first 300 steps."""
-    return 0.85 + 0.10 * min(step / 300, 1.0)
+    """0.85 rising to 0.95 over the first MOMENTUM_STEPS."""
+    return 0.85 + 0.10 * min(step / MOMENTUM_STEPS, 1.0)
 
 
 def weight_decay(progress: float) -> float:
@@ -514,12 +522,13 @@ class MlxTraining:
 
 def optimizers(w: Mapping[str, mx.array], model: GPT) -> list[AdamW | Muon]:
     narrow = (model.dim / 768) ** -0.5  # AdamW's rates were tuned at dim 768
-    embeddings = [name for name in w if "wte" in name or "value_embeds" in name]
+    values = [name for name in w if "value_embeds" in name]
     adam = [
-        AdamW(w, ["lm_head.weight"], UNEMBEDDING_LR * narrow, ADAM_BETAS),
-        AdamW(w, embeddings, EMBEDDING_LR * narrow, ADAM_BETAS),
-        AdamW(w, ["resid_lambdas"], SCALAR_LR * 0.01, ADAM_BETAS),
-        AdamW(w, ["x0_lambdas"], SCALAR_LR, (0.96, 0.95)),
+        AdamW(w, ["lm_head.weight"], UNEMBEDDING_LR * narrow, ADAM_BETAS, UNEMBEDDING_DECAY),
+        AdamW(w, ["transformer.wte.weight"], EMBEDDING_LR * narrow, ADAM_BETAS, EMBEDDING_DECAY),
+        AdamW(w, values, EMBEDDING_LR * narrow, ADAM_BETAS, VALUE_DECAY),
+        AdamW(w, ["resid_lambdas"], SCALAR_LR * 0.01, ADAM_BETAS, 0.0),
+        AdamW(w, ["x0_lambdas"], SCALAR_LR, (0.96, 0.95), 0.0),
     ]
     shapes: dict[Any, list[str]] = {}
     for name, p in w.items():

@@ -55,10 +55,17 @@ UNEMBEDDING_LR = 0.004  # search: 0.0005..0.05 log; lm_head (AdamW)
 MATRIX_LR = 0.04  # search: 0.005..0.2 log; all matrices of the layers (Muon)
 SCALAR_LR = 0.5  # search: 0.05..2 log; per-layer scalars (AdamW)
 WEIGHT_DECAY = 0.2  # search: 0..0.5; cautious, matrices only, falls to 0 with progress
+EMBEDDING_DECAY = 0.0  # AdamW's weight decay, times the rate: of token embeddings
+VALUE_DECAY = 0.0  # search: 0..0.02; of value embeddings
+UNEMBEDDING_DECAY = 0.0  # of lm_head
 ADAM_BETAS = (0.8, 0.95)
 WARMUP_RATIO = 0.0  # search: 0..0.2; share of the budget in which learning rates rise from 0
 WARMDOWN_RATIO = 0.5  # search: 0.1..1; share of the budget in which they fall to FINAL_LR_FRAC
 FINAL_LR_FRAC = 0.0  # search: 0..0.2
+MOMENTUM_STEPS = 300  # in which Muon's momentum rises from 0.85 to 0.95
+INIT_SCALE = 1.0  # search: 0.3..1.5; of the uniform distributions that weights are drawn from
+X0_INIT = 0.1  # search: 0..0.3; what x0_lambdas start from
+ROPE_BASE = 10000.0  # search: 1000..500000 log; of RoPE's slowest turn
 
 SOFTCAP = 15.0  # logits stay within -15..15
 MUON_BETA2 = 0.95  # decay of NorMuon's second moment
@@ -74,8 +81,8 @@ HEAD_ROWS = 4096  # tokens whose logits exist in the compute dtype at one time
 
 
 def rotations(length: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """cos and sin of RoPE's angles (base 10000), (length, D/2) each, float32."""
-    frequency = 10000.0 ** (-torch.arange(0, HEAD_DIM, 2, dtype=torch.float32, device=device) / HEAD_DIM)
+    """cos and sin of RoPE's angles (ROPE_BASE), (length, D/2) each, float32."""
+    frequency = ROPE_BASE ** (-torch.arange(0, HEAD_DIM, 2, dtype=torch.float32, device=device) / HEAD_DIM)
     angle = torch.outer(torch.arange(length, dtype=torch.float32, device=device), frequency)
     return angle.cos(), angle.sin()
 
@@ -94,7 +101,7 @@ def window_sizes(sequence_len: int) -> list[int]:
 def initial_weights(vocab_size: int, dim: int, seed: int) -> dict[str, Tensor]:
     """All weights, float32, under upstream's names. What writes into the stream, and all gates, start at zero."""
     rng = torch.Generator().manual_seed(seed)
-    reach = (3 / dim) ** 0.5  # of a uniform distribution with variance 1/dim
+    reach = INIT_SCALE * (3 / dim) ** 0.5  # of a uniform distribution; without the scale its variance is 1/dim
 
     def uniform(*shape: int) -> Tensor:
         return torch.empty(shape).uniform_(-reach, reach, generator=rng)
@@ -103,7 +110,7 @@ def initial_weights(vocab_size: int, dim: int, seed: int) -> dict[str, Tensor]:
         "transformer.wte.weight": torch.empty(vocab_size, dim).normal_(generator=rng),
         "lm_head.weight": torch.empty(vocab_size, dim).normal_(std=0.001, generator=rng),
         "resid_lambdas": torch.ones(DEPTH),
-        "x0_lambdas": torch.full((DEPTH,), 0.1),
+        "x0_lambdas": torch.full((DEPTH,), X0_INIT),
     }
     for i in range(DEPTH):
         layer = f"transformer.h.{i}."
@@ -237,7 +244,7 @@ class Muon:
 
 
 class AdamW:
-    """Adam without decay, fused over all parameters of a group (Kingma & Ba 2015)."""
+    """Adam with decoupled decay, fused over all parameters of a group (Loshchilov & Hutter 2019)."""
 
     def __init__(self, groups: list[dict[str, Any]]) -> None:
         self.groups = groups
@@ -263,7 +270,7 @@ class AdamW:
                 lr=group["lr"],
                 beta1=beta1,
                 beta2=beta2,
-                weight_decay=0.0,
+                weight_decay=group["decay"],
                 eps=1e-10,
                 amsgrad=False,
                 maximize=False,
@@ -314,8 +321,8 @@ def lr_multiplier(progress: float) -> float:
 
 
 def muon_momentum(step: int) -> float:
-    """0.85 rising to 0.95 over the first 300 steps."""
-    return 0.85 + 0.10 * min(step / 300, 1.0)
+    """0.85 rising to 0.95 over the first MOMENTUM_STEPS."""
+    return 0.85 + 0.10 * min(step / MOMENTUM_STEPS, 1.0)
 
 
 def weight_decay(progress: float) -> float:
@@ -337,13 +344,16 @@ class RtxTraining:
         self.scale = LossScale(model.device) if model.dtype == torch.float16 else None
         w = model.weights.singles
         narrow = (model.dim / 768) ** -0.5  # AdamW's rates were tuned at dim 768
-        embeddings = [p for name, p in w.items() if "wte" in name or "value_embeds" in name]
+        head, wte = [w["lm_head.weight"]], [w["transformer.wte.weight"]]
+        values = [p for name, p in w.items() if "value_embeds" in name]
+        embed, unembed = EMBEDDING_LR * narrow, UNEMBEDDING_LR * narrow
         self.adam = AdamW(
             [
-                {"params": [w["lm_head.weight"]], "lr": UNEMBEDDING_LR * narrow, "betas": ADAM_BETAS},
-                {"params": embeddings, "lr": EMBEDDING_LR * narrow, "betas": ADAM_BETAS},
-                {"params": [w["resid_lambdas"]], "lr": SCALAR_LR * 0.01, "betas": ADAM_BETAS},
-                {"params": [w["x0_lambdas"]], "lr": SCALAR_LR, "betas": (0.96, 0.95)},
+                {"params": head, "lr": unembed, "betas": ADAM_BETAS, "decay": UNEMBEDDING_DECAY},
+                {"params": wte, "lr": embed, "betas": ADAM_BETAS, "decay": EMBEDDING_DECAY},
+                {"params": values, "lr": embed, "betas": ADAM_BETAS, "decay": VALUE_DECAY},
+                {"params": [w["resid_lambdas"]], "lr": SCALAR_LR * 0.01, "betas": ADAM_BETAS, "decay": 0.0},
+                {"params": [w["x0_lambdas"]], "lr": SCALAR_LR, "betas": (0.96, 0.95), "decay": 0.0},
             ]
         )
         self.adam_rates = [group["lr"] for group in self.adam.groups]
