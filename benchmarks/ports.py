@@ -7,7 +7,9 @@
 
 Both sides are those of `benchmarks.gpu_rtx`, which measures them where there is a card: the same model, weights,
 optimizer, batch and rows at once; the ports' side is eager, with a dense mask for every windowed layer, each layer
-checkpointed, all logits at once. Here each runs in a child of its own on a blank card (benchmarks/blank_card).
+checkpointed, all logits at once. Here each runs in a child of its own on a blank card (benchmarks/blank_card). Ours is
+there with nothing made again in backward, with the MLP's inside, with whole layers, and with as little as the goal of
+memory asks for: "nothing+3" is the recipe's RECOMPUTE = "nothing" and RECOMPUTE_MORE = 3.
 
 MEMORY IS EXACT: PyTorch's own allocator hands it out, in the order of a card. TIME IS CALCULATED FROM REAL LAUNCHES AND
 NOT MEASURED (benchmarks/traffic.py): what each has to read, write and multiply, at shares of the card's bandwidth and
@@ -20,16 +22,17 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from backends.rtx.cards import known
-from backends.rtx.memory import RECOMPUTES
+from backends.rtx.memory import RECOMPUTES, peak, ways
+from backends.rtx.memory import Shape as Model
 from backends.rtx.profiles import BANDWIDTH, REACHED
 from benchmarks import blank_card
-from benchmarks.gpu_rtx import Shape
+from benchmarks.gpu_rtx import Shape, recipe
 from benchmarks.traffic import Rates, Row, grouped, launched, longest, summed
 from core.errors import UserError
 
@@ -41,6 +44,46 @@ GROUPS = 34  # columns of a group's name
 def side(name: str, shape: Shape, card: str, clone: str = "") -> tuple[list[Row], Row]:
     """All launches of a side's third step, and the last line."""
     return launched(name, shape, card, "benchmarks.ports_side", clone)
+
+
+def constants_of(name: str) -> dict[str, Any]:
+    """The recipe's constants of a side of ours: "hidden", or "nothing+3"."""
+    recompute, _, more = name.partition("+")
+    return {"RECOMPUTE": recompute, "RECOMPUTE_MORE": int(more or 0)}
+
+
+def measured(shape: Shape, card: str, clone: str) -> dict[str, tuple[list[Row], Row]]:
+    """All sides; ours from the fastest to the leanest."""
+    others = [PORTS, *([CLONE] if clone else [])]
+    sides = {name: side(name, shape, card, clone) for name in (*RECOMPUTES, *others)}
+    goal = MEMORY * sides[others[-1]][1]["allocated"]
+    for name in enough(shape, {name: last["allocated"] for name, (_, last) in sides.items()}, goal):
+        sides[name] = side(name, shape, card)
+        if sides[name][1]["allocated"] <= goal:
+            break
+        del sides[name]
+    order = [f"{how}+{more}" if more else how for how, more in ways(shape.depth)] + others
+    return {name: sides[name] for name in order if name in sides}
+
+
+def enough(shape: Shape, held: Mapping[str, float], goal: float) -> Iterator[str]:
+    """Sides of ours between those whose memory is known, `held`, of which the first may be within the goal, and no
+    other of less time: by the memory model, corrected by what is known. None where nothing need be made again."""
+    module = recipe(shape)
+    constants = {"DEPTH": shape.depth, "ASPECT_RATIO": shape.ratio, "HEAD_DIM": module.HEAD_DIM}
+    model = Model.of(constants, shape.vocab, shape.context)
+
+    def predicted(how: str, more: int) -> float:
+        return peak(model, shape.rows, how, shape.tokens, more=more)
+
+    if held[RECOMPUTES[0]] <= goal:
+        return
+    for how, more in ways(shape.depth):
+        if not more and held[how] <= goal:
+            return  # this one is within it and known, and those before were not
+        by = held[how] / predicted(how, 0)
+        if more and predicted(how, more) * by <= goal:
+            yield f"{how}+{more}"
 
 
 def rates(card: str, reached: float, bandwidth: float) -> Rates:
@@ -112,8 +155,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     shape = replace(Shape(), rows=given.rows, depth=given.depth, tokens=given.tokens)
     try:
         at = rates(given.card, given.reached, given.bandwidth)
-        names = (*RECOMPUTES, PORTS, *([CLONE] if given.clone else []))
-        sides = {name: side(name, shape, given.card, str(given.clone or "")) for name in names}
+        sides = measured(shape, given.card, str(given.clone or ""))
     except UserError as error:
         sys.exit(str(error))
     if given.json:

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from benchmarks import gpu_rtx
 from benchmarks.gpu_sections import norm_in_its_dtype
 from benchmarks.launches import recorded, tell
 from benchmarks.peers import PEER_NAMES, load_peer, rates
+from benchmarks.ports import constants_of
 from core.contract import Spec
 from kernels import portable
 
@@ -27,24 +29,30 @@ CLONE = ("GPT", "build_model_config", "adamw_step_fused", "muon_step_fused", *PE
 
 
 def step_of(side: str, shape: gpu_rtx.Shape, clone: str) -> Callable[[float], Tensor]:
-    """side: "ports", "clone", or what of ours is made again in backward. All rows at once, or RuntimeError."""
+    """side: "ports", "clone", or what of ours is made again in backward (`constants_of`). All rows at once, or
+    RuntimeError."""
     if side == "clone":
         return step_of_clone(Path(clone), shape)
     mlp = "triton" if portable.products(torch.device(DEVICE)) else "torch"  # fixed: times are the host's here
-    constants = {"MLP": mlp} if side == "ports" else {"RECOMPUTE": side, "MLP": mlp}
-    module = gpu_rtx.recipe(shape, **constants)
+    again = {} if side == "ports" else constants_of(side)
+    module = gpu_rtx.recipe(shape, MLP=mlp, **again)
     training = module.build(Spec(shape.vocab, shape.context, 0, DEVICE, gpu_rtx.dtype_of_card(), 42, 0))
     if side == "ports":
         gpu_rtx.make_peer(training, module)
-    tokens, recompute = gpu_rtx.Tokens(shape, DEVICE), training.model.recompute
+    tokens, first = gpu_rtx.Tokens(shape, DEVICE), way(training)
 
     def step(progress: float) -> Tensor:
         loss: Tensor = training.step(tokens, progress)
-        if training.rows_at_once < shape.rows or training.model.recompute != recompute:
+        if way(training) != first:
             raise RuntimeError(f"{training.rows_at_once} of {shape.rows} rows fit into this card at once; give --rows")
         return loss
 
     return step
+
+
+def way(training: Any) -> tuple[int, str, int]:
+    """In which the batch goes through the card; another after a step that ran out of memory."""
+    return training.rows_at_once, training.model.recompute, training.model.recompute_more
 
 
 def step_of_clone(folder: Path, shape: gpu_rtx.Shape) -> Callable[[float], Tensor]:

@@ -15,6 +15,7 @@ from core.verdict import taint
 
 TRIED = 3  # plans that are timed; the likeliest to be fast come first
 REMEMBERED = 64  # choices
+NEAR = 2  # layers: what is free differs by their memory from day to day
 SECONDS = "seconds_per_step"  # as a timing calls it
 
 Constants = Mapping[str, Any]
@@ -43,7 +44,7 @@ def choose(
     found = _remembered().get(known_as)
     if isinstance(found, dict):
         seconds = found.pop(SECONDS, None)
-        if any(dict(plan) == found for plan in plans):
+        if any(_still(found, plan) for plan in plans):
             say(f"  {told(found)}, as measured on this card before")
             return found, seconds
     times: dict[str, float] = {}
@@ -80,15 +81,28 @@ def shared(facts: Mapping[str, Any]) -> str:
 
 
 def told(plan: Constants) -> str:
-    rows, how = plan["DEVICE_BATCH_SIZE"], plan["RECOMPUTE"]
-    again = {"nothing": "nothing made again", "hidden": "MLPs made again", "layer": "layers made again"}[how]
-    return f"{rows} row{'s' if rows > 1 else ''} at once, {again}"
+    rows, how, more = plan["DEVICE_BATCH_SIZE"], plan["RECOMPUTE"], plan["RECOMPUTE_MORE"]
+    again = {"nothing": "nothing", "hidden": "all MLPs", "layer": "all layers"}[how]
+    if more and how == "nothing":
+        again = f"{more} MLP{'s' if more > 1 else ''}"
+    elif more and how == "hidden":
+        again = f"{more} layer{'s' if more > 1 else ''} and the other MLPs"
+    return f"{rows} row{'s' if rows > 1 else ''} at once, {again} made again"
+
+
+def _still(found: Constants, plan: Constants) -> bool:
+    """Whether what was the fastest fits now: then as much is made again as has to be now, or a little more."""
+    if found.keys() != plan.keys():  # of an older version
+        return False
+    alike = all(found[name] == plan[name] for name in ("DEVICE_BATCH_SIZE", "RECOMPUTE"))
+    return alike and 0 <= found["RECOMPUTE_MORE"] - plan["RECOMPUTE_MORE"] <= NEAR
 
 
 def _went_on_with(plan: Constants, describe: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "DEVICE_BATCH_SIZE": describe.get("rows_at_once", plan["DEVICE_BATCH_SIZE"]),
         "RECOMPUTE": describe.get("recompute", plan["RECOMPUTE"]),
+        "RECOMPUTE_MORE": describe.get("recompute_more", plan["RECOMPUTE_MORE"]),
     }
 
 

@@ -316,6 +316,7 @@ class _Feed(torch.autograd.Function):
         z, r, y, u, wu, w1, w2 = ctx.saved_tensors
         d = d.contiguous()
         rdh, dw2 = _hidden_backward(d, z, r, y, w1, w2, ctx.keep_hidden, ctx.by)
+        del y  # in a layer that is made again nobody else holds it
         dx, du, dwu, dw1 = _feed_backward(d, rdh, z, u, wu, w1)
         return dx, du, dwu, dw1, dw2, None, None
 

@@ -312,9 +312,9 @@ def test_the_peak_of_a_step_is_within_the_goal(cuda):
 # --- the rtx recipe on blank cards of gamers --------------------------------------------------------
 
 
-def case(depth, ratio, batch, rows, how, vocab=4096, context=512, dtype="bfloat16", by="triton"):
+def case(depth, ratio, batch, rows, how, more=0, vocab=4096, context=512, dtype="bfloat16", by="triton"):
     constants = {"DEPTH": depth, "ASPECT_RATIO": ratio, "HEAD_DIM": 64, "TOTAL_BATCH_SIZE": batch, "MLP": by}
-    return [{**constants, "DEVICE_BATCH_SIZE": rows, "RECOMPUTE": how}, vocab, context, dtype]
+    return [{**constants, "DEVICE_BATCH_SIZE": rows, "RECOMPUTE": how, "RECOMPUTE_MORE": more}, vocab, context, dtype]
 
 
 CASES = [
@@ -324,6 +324,14 @@ CASES = [
     case(12, 64, 2**15, 16, "hidden"),
     case(4, 64, 2**14, 16, "nothing", vocab=8192, context=1024),
     case(6, 64, 2**14, 4, "layer"),
+    case(8, 48, 2**14, 32, "nothing", 3),
+    case(8, 48, 2**14, 32, "hidden", 6),
+    case(8, 48, 2**14, 32, "hidden", 7),
+    case(12, 64, 2**15, 16, "nothing", 5),
+    case(12, 64, 2**15, 16, "hidden", 6),
+    case(4, 64, 2**14, 16, "nothing", 2, vocab=8192, context=1024),
+    case(6, 64, 2**14, 4, "hidden", 3),
+    case(4, 64, 2**13, 16, "hidden", 1),
     case(8, 48, 2**14, 8, "nothing", by="torch"),
     case(8, 48, 2**14, 32, "hidden", by="torch"),
 ]
@@ -332,8 +340,8 @@ CHOSEN = [case(8, 48, 2**14, 8, "nothing", by="auto")] * 2
 
 def predicted(constants, vocab, context, found, fused):
     """The memory model's peak for the rows and the way that the recipe ended up with."""
-    shape = Shape.of(constants, vocab, context)
-    return peak(shape, found["rows_at_once"], found["recompute"], constants["TOTAL_BATCH_SIZE"], fused)
+    shape, more = Shape.of(constants, vocab, context), found["recompute_more"]
+    return peak(shape, found["rows_at_once"], found["recompute"], constants["TOTAL_BATCH_SIZE"], fused, more)
 
 
 def profile_of(card):
@@ -393,7 +401,8 @@ def test_what_multiplies_in_the_mlp_is_timed_once_and_costs_no_memory(ada):
 @pytest.mark.slow
 def test_turing_takes_torch_for_products_and_float16(caches):
     """An sm_75 runs Triton's norms and loss, and neither its attention nor its MLP."""
-    cases = [case(8, 48, 2**14, 32, how, dtype="float16", by="auto") for how in ("nothing", "hidden", "layer")]
+    ways = (("nothing", 0), ("nothing", 5), ("hidden", 0), ("hidden", 3), ("layer", 0))
+    cases = [case(8, 48, 2**14, 32, *way, dtype="float16", by="auto") for way in ways]
     for (constants, vocab, context, _), found in zip(
         cases, told(CARDS["2080ti"], caches, "blank_rtx.py", json.dumps(cases)), strict=True
     ):

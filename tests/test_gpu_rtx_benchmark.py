@@ -25,9 +25,9 @@ def test_both_sides_start_from_one_loss():
     done = subprocess.run([*COMMAND, "--smoke"], cwd=project_root(), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     ours, lean, peer, *ratios = (json.loads(line) for line in done.stdout.splitlines())
-    assert [row["side"] for row in (ours, lean, peer)] == ["ours", "ours, hidden made again", "peer"]
+    assert [row["side"] for row in (ours, lean, peer)] == ["ours", "ours, 4 MLPs made again", "peer"]
     assert ours["rows_at_once"] == lean["rows_at_once"] == 2
-    assert [row["side"] for row in ratios] == ["peer / ours", "peer / ours, hidden made again"]
+    assert [row["side"] for row in ratios] == ["peer / ours", "peer / ours, 4 MLPs made again"]
     for row in ratios:
         assert row["passed"] and row["losses_apart"] < 1e-5 and row["gradients_apart"] < 1e-4 and row["speed"] > 0
     assert ours["proof_gradient"] > 1e-3, "a gradient of zeros proves nothing"
@@ -44,7 +44,7 @@ def test_each_of_ours_makes_again_what_its_name_says(monkeypatch):
     monkeypatch.setattr(gpu_rtx, "recipe", watched)
     monkeypatch.setattr(gpu_rtx, "SMOKE", replace(gpu_rtx.SMOKE, steps=1))
     assert len(list(gpu_rtx.small())) == 5
-    assert made == [{"RECOMPUTE": "nothing"}, {"RECOMPUTE": "hidden"}, {}]
+    assert made == [{"RECOMPUTE": "nothing"}, {"RECOMPUTE": "nothing", "RECOMPUTE_MORE": 4}, {}]
 
 
 def test_a_peer_that_does_not_fit_takes_no_row_of_ours_with_it(monkeypatch):

@@ -73,6 +73,29 @@ def test_a_mask_spares_no_pair_and_causality_does():
     assert flops(backward, (q, q, k, k, None), 5) == 2 * 5 * 4 * 2 * 3 * 8 * 12
 
 
+def test_the_mix_is_the_first_that_is_within_the_goal(monkeypatch):
+    """As few layers as that takes, by the memory model first and then by what the allocator says."""
+    shape = Shape()
+    held = {"nothing": 3555.0, "hidden": 2593.0, "layer": 1417.0}
+    first, *others = ports.enough(shape, held, 3241.0)
+    assert [first, *others] == [f"nothing+{more}" for more in range(3, 8)]
+    for goal, names in ((3600.0, []), (2700.0, ["nothing+7"]), (2600.0, []), (2000.0, ["hidden+4"]), (1000.0, [])):
+        assert list(ports.enough(shape, held, goal))[:1] == names
+    asked = []
+
+    def side(name, shape, card, clone=""):
+        asked.append(name)
+        known = {**held, "ports": 9000.0, "clone": 5401.0, "nothing+3": 3300.0, "nothing+4": 3200.0}
+        return [], {"allocated": known[name]}
+
+    monkeypatch.setattr(ports, "side", side)
+    found = ports.measured(shape, "4060", "somewhere")
+    assert list(found) == ["nothing", "nothing+4", "hidden", "layer", "ports", "clone"]
+    assert asked[-2:] == ["nothing+3", "nothing+4"]
+    assert ports.constants_of("hidden+2") == {"RECOMPUTE": "hidden", "RECOMPUTE_MORE": 2}
+    assert ports.constants_of("layer") == {"RECOMPUTE": "layer", "RECOMPUTE_MORE": 0}
+
+
 # --- small steps on a blank RTX 4060 --------------------------------------------------------------
 
 SMALL = replace(Shape(), depth=2, context=256, vocab=512, tokens=8 * 256, rows=4)
@@ -81,13 +104,13 @@ SMALL = replace(Shape(), depth=2, context=256, vocab=512, tokens=8 * 256, rows=4
 @pytest.mark.slow
 def test_memory_and_flops_are_those_of_the_model_and_of_what_is_made_again():
     """In products 6 for each weight and token; on the ports' side 8 in layers, whose forward is made twice but for its
-    last product, which no backward asks for; of ours the MLP's first is. In attention ours has the window's pairs,
-    theirs all of them."""
+    last product, which no backward asks for; of ours the MLP's first is, or a whole layer. In attention ours has the
+    window's pairs, theirs all of them."""
     if why := blank_card.obstacle():
         pytest.skip(f"no blank card here: {why}")
-    sides = {name: ports.side(name, SMALL, "4060") for name in ("nothing", "hidden", "ports")}
+    sides = {name: ports.side(name, SMALL, "4060") for name in ("nothing", "nothing+1", "hidden", "layer", "ports")}
     held = {name: last["allocated"] for name, (_, last) in sides.items()}
-    assert 0 < held["hidden"] < held["nothing"]
+    assert 0 < held["hidden"] < held["nothing+1"] < held["nothing"]
     assert all(not any(last["missing"].values()) for _, last in sides.values())
     shares = {name: f"{held[name] / held['ports']:.3f}" for name in sides}
     told = list(ports.table(sides, ports.rates("4060", 0.5, 0.7)))
@@ -103,6 +126,8 @@ def test_memory_and_flops_are_those_of_the_model_and_of_what_is_made_again():
     products = ("products", "products in Triton")
     assert flops("nothing", products) == 6 * (layers + head) * tokens
     assert flops("hidden", products) == (6 * (layers + head) + 2 * depth * 4 * dim * dim) * tokens
+    assert flops("nothing+1", products) == (6 * (layers + head) + 2 * 4 * dim * dim) * tokens
+    assert flops("layer", products) == (8 * layers + 6 * head) * tokens
     assert flops("ports", products) == (8 * layers - 2 * depth * 4 * dim * dim + 6 * head) * tokens
     seen = sum(launches.pairs(SMALL.context, window) for window in (SMALL.context // 2, SMALL.context))
     rows = tokens // SMALL.context

@@ -6,10 +6,13 @@ import importlib
 import json
 import os
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 torch = pytest.importorskip("torch")
 
@@ -18,7 +21,7 @@ from test_hardware import ALL, CARD_ON_BUS, H100, Machine  # noqa: E402
 import backends  # noqa: E402 - after the skip
 from backends.rtx import device, profiles  # noqa: E402
 from backends.rtx.cards import known  # noqa: E402
-from backends.rtx.memory import Shape, peak  # noqa: E402
+from backends.rtx.memory import Plan, Shape, made_again, peak, ways  # noqa: E402
 from benchmarks import gpu  # noqa: E402
 from console import fitting  # noqa: E402
 from core import allocator, guard, sandbox  # noqa: E402
@@ -68,11 +71,11 @@ MATRIX = {
     ),
     "a game holds most of a 3060": (
         Machine(gpus=[rtx("3060", 11.76, (8, 6), free=1.5)]),
-        *("rtx", "rtx-12", "bfloat16", "triton", 4, "nothing"),
+        *("rtx", "rtx-12", "bfloat16", "triton", 8, "nothing+2"),
     ),
     "an eGPU that shrank": (
         Machine(gpus=[rtx("3060", 11.76, (8, 6), free=1.3)]),
-        *("rtx", "rtx-12", "bfloat16", "triton", 4, "hidden"),
+        *("rtx", "rtx-12", "bfloat16", "triton", 4, "nothing+5"),
     ),
     "windows": (
         Machine(os=WINDOWS, gpus=[rtx("3060", 11.76, (8, 6), display=True)]),
@@ -102,7 +105,7 @@ MATRIX = {
 
 @pytest.mark.parametrize("row", MATRIX.values(), ids=MATRIX.keys())
 def test_the_matrix_of_cards(row, monkeypatch):
-    machine, backend, profile, dtype, attention, rows, recompute = row
+    machine, backend, profile, dtype, attention, rows, again = row  # "nothing+2": RECOMPUTE and RECOMPUTE_MORE
     here = probe(machine)
     choice = choose(here, available=ALL)
     assert choice.value == backend and choice.reason
@@ -112,8 +115,9 @@ def test_the_matrix_of_cards(row, monkeypatch):
     assert (found.name, found.data) == (profile, "tinystories")
     assert device.choose_dtype(here.gpus[0].capability).value == dtype
     planned = profiles.plans(found, here)[0]
-    assert (planned.rows, planned.recompute) == (rows, recompute)
-    assert found.constants["DEVICE_BATCH_SIZE"] == rows and found.constants["RECOMPUTE"] == recompute
+    how, _, more = again.partition("+")
+    assert (planned.rows, planned.recompute, planned.more) == (rows, how, int(more or 0))
+    assert found.constants.items() >= planned.constants().items()
     assert planned.peak <= profiles.available(here) < here.gpus[0].memory_free
     scored = found.logits_bytes // (4 * found.vocab_size * found.sequence_len)
     assert scored == (64 if here.gpus[0].memory > 15 * GIB and found.name != "rtx-12" else 32)
@@ -271,16 +275,17 @@ def test_a_reference_step_takes_the_share_of_upstreams_memory_that_was_promised(
 def trial(tmp_path, monkeypatch):
     """Two plans; what a trial of each says; the lines that were said."""
     monkeypatch.setenv("AUTORESEARCH_HOME", str(tmp_path))
-    ways = [{"DEVICE_BATCH_SIZE": n, "RECOMPUTE": "nothing"} for n in (32, 16)]
+    ways = [{"DEVICE_BATCH_SIZE": n, "RECOMPUTE": "nothing", "RECOMPUTE_MORE": 1} for n in (32, 16)]
     tried, said = [], []
 
-    def run(seconds, known_as="card", describe=lambda way: {}, health=None):
+    def run(seconds, known_as="card", describe=lambda way: {}, health=None, more=0):
         def measure(way):
             tried.append(way["DEVICE_BATCH_SIZE"])
             facts = {"seconds_per_step": seconds[way["DEVICE_BATCH_SIZE"]], "describe": describe(way)}
             return {**facts, "health": health or {}}
 
-        return fitting.choose(ways, measure, said.append, known_as)[0]
+        now = [{**way, "RECOMPUTE_MORE": way["RECOMPUTE_MORE"] + more} for way in ways]
+        return fitting.choose(now, measure, said.append, known_as)[0]
 
     return run, tried, said
 
@@ -298,6 +303,60 @@ def test_a_plan_that_ran_out_of_memory_counts_as_what_it_went_on_with(trial):
     half = lambda way: {"rows_at_once": 8, "recompute": "nothing"} if way["DEVICE_BATCH_SIZE"] == 32 else {}  # noqa: E731
     assert run({32: 0.1, 16: 0.2}, describe=half)["DEVICE_BATCH_SIZE"] == 8
     assert "out of memory with 32 rows" in said[0]
+
+
+@pytest.mark.parametrize(("more", "holds"), [(0, True), (-fitting.NEAR, True), (-fitting.NEAR - 1, False), (1, False)])
+def test_a_choice_holds_while_as_much_made_again_or_a_little_less_is_needed(trial, more, holds):
+    """What is free differs from day to day; with one layer more that has to make again what was chosen does not fit,
+    and with many fewer it is not the fastest any more."""
+    run, tried, _ = trial
+    run({32: 0.2, 16: 0.1}, more=3)
+    assert run({32: 0.1, 16: 0.2}, more=3 + more)["DEVICE_BATCH_SIZE"] == (16 if holds else 32)
+    assert len(tried) == (2 if holds else 4)
+
+
+@pytest.mark.parametrize(
+    ("recompute", "more", "said"),
+    [
+        ("nothing", 0, "8 rows at once, nothing made again"),
+        ("nothing", 1, "8 rows at once, 1 MLP made again"),
+        ("nothing", 5, "8 rows at once, 5 MLPs made again"),
+        ("hidden", 0, "8 rows at once, all MLPs made again"),
+        ("hidden", 2, "8 rows at once, 2 layers and the other MLPs made again"),
+        ("layer", 0, "8 rows at once, all layers made again"),
+    ],
+)
+def test_a_plan_is_told_in_words(recompute, more, said):
+    assert fitting.told(Plan(8, recompute, more, 0).constants()) == said
+
+
+def test_for_each_number_of_rows_the_fewest_layers_that_fit_make_anything_again():
+    for free in (1.0, 1.3, 1.5, 2.0, 4.0):
+        here = probe(Machine(gpus=[rtx("3060", 11.76, (8, 6), free=free)]))
+        profile = backends.load("rtx").profile(here)
+        shape = Shape.of(profile.constants, profile.vocab_size, profile.sequence_len)
+        batch, memory = profile.constants["TOTAL_BATCH_SIZE"], profiles.available(here)
+        found = profiles.plans(profile, here)
+        assert len({plan.rows for plan in found}) == len(found) > 0
+        for plan in found:
+            assert plan.peak <= memory
+            steps = ways(shape.depth)
+            for how, more in steps[: steps.index((plan.recompute, plan.more))]:
+                assert peak(shape, plan.rows, how, batch, fused=False, more=more) > memory
+
+
+@given(depth=st.integers(2, 14), rows=st.integers(1, 64), context=st.sampled_from([256, 512, 2048]))
+@settings(max_examples=60, deadline=None)
+def test_a_layer_further_never_takes_more_memory(depth, rows, context):
+    """But for some MiB of matrices, where the last of all layers is made again."""
+    shape = Shape(depth, 64 * depth, depth, 4096, context, 2)
+    batch = rows * context
+    peaks = [peak(shape, rows, how, batch, more=more) for how, more in ways(depth)]
+    assert all(after <= before for before, after in pairwise(peaks[:-1]))
+    assert peaks[-1] <= peaks[-2] + shape.matrices_of_layer()
+    again = [made_again(how, more, depth) for how, more in ways(depth)]
+    assert again[0] == ["nothing"] * depth and again[-1] == ["layer"] * depth
+    assert all(sum(a != b for a, b in zip(*pair)) == 1 for pair in pairwise(again))
 
 
 def test_a_choice_beside_a_game_is_not_remembered(trial):

@@ -14,7 +14,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from backends import reference  # noqa: E402 - after the skip
-from backends.rtx.memory import RECOMPUTES, Shape, peak  # noqa: E402
+from backends.rtx.memory import Shape, peak, ways  # noqa: E402
 from core import guard  # noqa: E402
 from core.contract import Spec  # noqa: E402
 from core.recipe import replace as replace_constants  # noqa: E402
@@ -44,18 +44,19 @@ def test_without_triton_it_computes_the_reference():
 from pathlib import Path
 from backends import reference
 from backends.cpu.device import open_device
+from core.recipe import replace
 from kernels import portable
 import torch
 assert portable.obstacle(torch.device("cpu")) == "triton is not installed"
-for recompute in ("nothing", "hidden", "layer"):
+for recompute, more in (("nothing", 0), ("nothing", 1), ("hidden", 0), ("hidden", 1), ("layer", 0)):
     source = Path("backends/rtx/train.py").read_text()
-    assert (found := source.replace('RECOMPUTE = "nothing"', f'RECOMPUTE = "{recompute}"'))
+    found = replace(source, {"RECOMPUTE": recompute, "RECOMPUTE_MORE": more})
     checks = list(reference.compare(reference.computed(found.encode(), open_device()), reference.reference()))
     assert len(checks) > 60
-    print(recompute, [c for c in checks if not c.passed])
+    print(recompute, more, [c for c in checks if not c.passed])
 """
     found = in_process(BLOCKED + code)
-    assert found.split("\n")[:3] == ["nothing []", "hidden []", "layer []"]
+    assert found.splitlines() == ["nothing 0 []", "nothing 1 []", "hidden 0 []", "hidden 1 []", "layer 0 []"]
 
 
 def test_the_recipe_passes_the_lint():
@@ -113,17 +114,16 @@ def kept(training, tokens):
     return sum(sizes.values())
 
 
-@pytest.mark.parametrize("recompute", RECOMPUTES)
+@pytest.mark.parametrize(("recompute", "more"), ways(3))
 @pytest.mark.parametrize(("depth", "ratio"), [(3, 32), (4, 64)])
-def test_what_is_kept_per_token_is_what_the_formula_says(depth, ratio, recompute):
+def test_what_is_kept_per_token_is_what_the_formula_says(depth, ratio, recompute, more):
     rows, context, vocab = 5, 256, 97  # so that no tensor of the stream has the shape of a weight
-    module, training = made(
-        vocab, context, "bfloat16", DEPTH=depth, ASPECT_RATIO=ratio, RECOMPUTE=recompute, VE_GATE_CHANNELS=16
-    )
+    given = {"DEPTH": depth, "ASPECT_RATIO": ratio, "RECOMPUTE": recompute, "RECOMPUTE_MORE": more}
+    module, training = made(vocab, context, "bfloat16", VE_GATE_CHANNELS=16, **given)
     tokens = Rows(vocab).next(rows, context)
     per_token = kept(training, tokens) / (rows * context)
     shape = Shape.of({n: getattr(module, n) for n in ("DEPTH", "ASPECT_RATIO", "HEAD_DIM")}, vocab, context)
-    assert per_token == pytest.approx(shape.kept_per_token(recompute), rel=0.1)
+    assert per_token == pytest.approx(shape.kept_per_token(recompute, more), rel=0.1)
 
 
 def worst(training, batches):
@@ -140,13 +140,17 @@ def worst(training, batches):
     return sum(x.numel() * x.element_size() for x in tensors) + int(held.max())
 
 
-@pytest.mark.parametrize(("recompute", "rows"), [("nothing", 16), ("hidden", 8), ("layer", 16)])
-def test_the_predicted_peak_is_within_a_tenth_of_the_allocators(recompute, rows):
+@pytest.mark.parametrize(
+    ("recompute", "more", "rows"),
+    [("nothing", 0, 16), ("nothing", 2, 16), ("hidden", 0, 8), ("hidden", 1, 16), ("hidden", 3, 8), ("layer", 0, 16)],
+)
+def test_the_predicted_peak_is_within_a_tenth_of_the_allocators(recompute, more, rows):
     vocab, context, batch = 1024, 256, 16
     constants = {"DEPTH": 4, "ASPECT_RATIO": 64, "HEAD_DIM": 64, "TOTAL_BATCH_SIZE": batch * context}
-    _, training = made(vocab, context, "bfloat16", **constants, DEVICE_BATCH_SIZE=rows, RECOMPUTE=recompute)
+    again = {"RECOMPUTE": recompute, "RECOMPUTE_MORE": more}
+    _, training = made(vocab, context, "bfloat16", **constants, DEVICE_BATCH_SIZE=rows, **again)
     found = worst(training, Rows(vocab))
-    predicted = peak(Shape.of(constants, vocab, context), rows, recompute, batch * context, fused=False)
+    predicted = peak(Shape.of(constants, vocab, context), rows, recompute, batch * context, fused=False, more=more)
     assert predicted == pytest.approx(found, rel=0.1)
 
 
@@ -268,10 +272,32 @@ def test_what_no_smaller_batch_can_mend_is_raised(monkeypatch):
         training.step(Rows(97), 0.1)
 
 
-def test_backing_off_halves_rows_then_makes_more_again():
-    _, training = made()
+def test_backing_off_halves_rows_then_makes_more_again_by_layers():
+    _, training = made(DEPTH=5)
     seen = []
-    for _ in range(5):
+    for _ in range(8):
         training.back_off()
-        seen.append((training.rows_at_once, training.model.recompute))
-    assert seen == [(2, "nothing"), (1, "nothing"), (1, "hidden"), (1, "layer"), (1, "layer")]
+        told = training.describe()
+        seen.append((told["rows_at_once"], told["recompute"], told["recompute_more"]))
+    assert seen[:3] == [(2, "nothing", 0), (1, "nothing", 0), (1, "nothing", 2)]
+    assert seen[3:] == [(1, "nothing", 4), (1, "hidden", 0), (1, "hidden", 2), (1, "hidden", 4), (1, "layer", 0)]
+
+
+@pytest.mark.parametrize(
+    ("recompute", "more", "wanted"),
+    [
+        ("nothing", 2, ["hidden", "hidden", "nothing"]),
+        ("hidden", 1, ["layer", "hidden", "hidden"]),
+        ("nothing", 9, ["hidden"] * 3),
+        ("layer", 2, ["layer"] * 3),
+    ],
+)
+def test_the_first_layers_make_more_again(recompute, more, wanted, monkeypatch):
+    module, training = made(RECOMPUTE=recompute, RECOMPUTE_MORE=more)
+    keeps, whole = [], []
+    feed, checkpoint = module.feed, module.checkpoint
+    monkeypatch.setattr(module, "feed", lambda *given, **by: keeps.append(given[5]) or feed(*given, **by))
+    monkeypatch.setattr(module, "checkpoint", lambda f, w, i, *x, **k: whole.append(i) or checkpoint(f, w, i, *x, **k))
+    training.model.loss(Rows(97).next(4, 64))
+    assert keeps == [how != "hidden" for how in wanted]
+    assert whole == [i for i, how in enumerate(wanted) if how == "layer"]

@@ -7,10 +7,13 @@ M = 12 L C^2 weights in matrices, E = (2 + layers with value embeddings) V C in 
 
 - float32 weights, AdamW's two moments and Muon's one, gradients: 4 (M + E) + 8 E + 4 M + 4 (M + E)
 - kept, per token: 10 C s a layer (x, q, k, v, attention's result, z, and y of 4 C); 6 C s without the MLP's y; C s when
-  whole layers are made again. Of attention three float32 a head, too. Beside the layers the last state and its norm.
-- the matrices in the compute dtype, s M, as they are kept with the layers; one layer's where these are made again
+  the whole layer is made again. Of attention three float32 a head, too. Beside the layers the last state and its norm.
+- the matrices in the compute dtype, s M, as they are kept with the layers; one layer's where it is made again
 - on its way, at most one of: the logits of a part of the rows; the backward of a layer, with the gradients that the
   layers behind it have left and those of earlier rows; the gradients that are put together; Muon's copies
+
+What is made again differs by layer: the worst moment mostly is the last layer's backward, before which all layers hold
+what they keep, and what a first layer needs on its way comes when the others are gone.
 
 tests/test_blank_card.py holds it against what PyTorch's allocator hands out.
 """
@@ -18,7 +21,7 @@ tests/test_blank_card.py holds it against what PyTorch's allocator hands out.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,18 +70,19 @@ class Shape:
         """Bytes that a token keeps from forward to backward in one layer. x0 is the first layer's x."""
         return KEPT[recompute] * self.dim * self.itemsize + (0 if recompute == "layer" else 12 * self.heads)
 
-    def kept_per_token(self, recompute: str) -> float:
+    def kept_per_token(self, recompute: str, more: int = 0) -> float:
         """In all layers; and the last state, the loss's gradient, tokens, targets and positions."""
-        return self.depth * self.layer_per_token(recompute) + 2 * self.dim * self.itemsize + 24
+        layers = sum(self.layer_per_token(how) for how in made_again(recompute, more, self.depth))
+        return layers + 2 * self.dim * self.itemsize + 24
 
     def matrices_of_layer(self) -> int:
         """Bytes in the compute dtype."""
         return self.itemsize * 12 * self.dim**2
 
-    def kept(self, tokens: int, recompute: str, layers: int) -> float:
-        """Bytes that this many layers keep, and their matrices where these are not made again."""
-        matrices = 0 if recompute == "layer" else self.matrices_of_layer()
-        return layers * (tokens * self.layer_per_token(recompute) + matrices) + 24 * tokens
+    def kept(self, tokens: int, layers: Sequence[str]) -> float:
+        """Bytes that layers keep of which each makes that again, and their matrices where these are not made again."""
+        matrices = self.matrices_of_layer() * sum(how != "layer" for how in layers)
+        return tokens * sum(map(self.layer_per_token, layers)) + matrices + 24 * tokens
 
 
 @dataclass(frozen=True)
@@ -87,26 +91,40 @@ class Plan:
 
     rows: int  # at once
     recompute: str
+    more: int  # of the first layers, which go one step further
     peak: int
 
     def constants(self) -> dict[str, Any]:
-        return {"DEVICE_BATCH_SIZE": self.rows, "RECOMPUTE": self.recompute}
+        return {"DEVICE_BATCH_SIZE": self.rows, "RECOMPUTE": self.recompute, "RECOMPUTE_MORE": self.more}
 
 
-def peak(shape: Shape, rows: int, recompute: str, batch: int, fused: bool = True) -> int:
+def made_again(recompute: str, more: int, depth: int) -> list[str]:
+    """What each layer makes again, as the recipe says it in RECOMPUTE and RECOMPUTE_MORE."""
+    step = RECOMPUTES.index(recompute)
+    return [RECOMPUTES[min(step + (i < more), len(RECOMPUTES) - 1)] for i in range(depth)]
+
+
+def ways(depth: int) -> list[tuple[str, int]]:
+    """All pairs of RECOMPUTE and RECOMPUTE_MORE, from the fastest to the leanest: one layer further each."""
+    *further, leanest = RECOMPUTES
+    return [(recompute, more) for recompute in further for more in range(depth)] + [(leanest, 0)]
+
+
+def peak(shape: Shape, rows: int, recompute: str, batch: int, fused: bool = True, more: int = 0) -> int:
     """Bytes at the worst moment of a step of `batch` tokens. `fused`: with Triton's kernels; where it has products for
     no tensor core (Turing), `False` is near."""
     tokens, s = min(rows * shape.context, batch), shape.itemsize
+    layers = made_again(recompute, more, shape.depth)
     always = 8 * (shape.matrices + shape.embeddings) + 4 * shape.embeddings
     gradients = 4 * (shape.matrices + shape.embeddings)
     held = gradients if batch > tokens else 0  # those of earlier rows
     width = tokens * shape.dim * s  # one tensor of the stream
     part = min(ROW_BYTES, 4 * tokens * shape.dim)
     table = 4 * shape.vocab * shape.dim
-    kept = shape.kept(tokens, recompute, shape.depth)
+    kept = shape.kept(tokens, layers)
     logits = held + kept + 3 * width + (4 + s) * table / 4 + min(LOGITS, 16 * tokens * shape.vocab)
-    widths = (ON_THE_WAY if fused else ON_THE_WAY_SLICED)[recompute]
-    backward = max(_layer(shape, tokens, recompute, widths, bool(held), behind) for behind in range(shape.depth))
+    widths = ON_THE_WAY if fused else ON_THE_WAY_SLICED
+    backward = max(_backward(shape, tokens, layers[: i + 1], widths, bool(held)) for i in range(shape.depth))
     # Each matrix has its gradient then, and those of one shape are copied into one stack: a third of all, if earlier
     # rows have left theirs or not. The last embedding's is summed up in float32 by parts of the rows.
     together = held + 4 * shape.matrices * 4 / 3 + (2 if held else 1 + shape.value_embeddings) * table + 2 * width
@@ -115,17 +133,18 @@ def peak(shape: Shape, rows: int, recompute: str, batch: int, fused: bool = True
     return int(always + max(logits, held + backward, together, embedding, optimizer))
 
 
-def _layer(shape: Shape, tokens: int, recompute: str, widths: int, held: bool, behind: int) -> float:
-    """Bytes of the backward of a layer with so many behind it: what it and those before it keep, and gradients.
+def _backward(shape: Shape, tokens: int, layers: Sequence[str], widths: Mapping[str, int], held: bool) -> float:
+    """Bytes of the backward of the last of these first layers: what they keep, and gradients of it and those behind.
 
     The gradient of an embedding joins that of earlier rows at once, where there is one; those of matrices wait.
     """
+    behind = shape.depth - len(layers)
     tables = 1 if held else 1 + (behind + 1) // 2  # of the head and the value embeddings
     gradients = 4 * (behind + 1) * 12 * shape.dim**2 + 4 * tables * shape.vocab * shape.dim
     width = tokens * shape.dim * shape.itemsize
-    on_the_way = widths + (1 if behind else 0)  # x0's gradient, once there is one
-    again = shape.matrices_of_layer() if recompute == "layer" else 0
-    return shape.kept(tokens, recompute, shape.depth - behind) + gradients + width * on_the_way + again
+    on_the_way = widths[layers[-1]] + (1 if behind else 0)  # x0's gradient, once there is one
+    again = shape.matrices_of_layer() if layers[-1] == "layer" else 0
+    return shape.kept(tokens, layers) + gradients + width * on_the_way + again
 
 
 def muon(shape: Shape, fused: bool) -> float:

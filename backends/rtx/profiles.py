@@ -8,12 +8,12 @@ once, by the memory that is free now. None of the tiers was measured on its card
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from backends.rtx.cards import BY_MEMORY, Card, known
-from backends.rtx.memory import RECOMPUTES, Plan, Shape, peak
+from backends.rtx.memory import Plan, Shape, made_again, peak, ways
 from backends.scaling import COMPILING_CAP, Range, refit
 from core.errors import UserError
 from core.facts import Gpu
@@ -37,6 +37,9 @@ REACHED = 0.5  # share of the peak that products reach in these shapes; an estim
 MOVED = 60  # numbers of a stream's width that a layer reads and writes per token, forward and backward
 BANDWIDTH = 0.7  # share of the memory's bandwidth
 TUNED = 75  # bytes read and written per weight by an optimizer step
+# Of a step more, where all layers make that again: calculated by `benchmarks.ports` for an RTX 4060.
+AGAIN = {"nothing": 0.0, "hidden": 0.065, "layer": 0.27}
+A_PASS = 256  # tokens that each pass through the model costs as much as: launches and sums of gradients; an estimate
 
 
 @dataclass(frozen=True)
@@ -165,24 +168,35 @@ def available(hardware: Hardware) -> int:
 
 
 def plans(profile: Profile, hardware: Hardware) -> list[Plan]:
-    """What fits into the card, the likeliest to be fast first: many rows at once, then more made again in backward."""
+    """What fits into the card, the likeliest to be fast first. For each number of rows at once there is one: the fewest
+    layers that make anything again, and the least of it."""
     memory = available(hardware)
-    return [plan for plan in _all_plans(profile) if plan.peak <= memory]
+    fitting = (next((p for p in found if p.peak <= memory), None) for found in _all_plans(profile))
+    return sorted((p for p in fitting if p), key=lambda p: _cost(p, profile))
 
 
-def _all_plans(profile: Profile) -> list[Plan]:
+def _all_plans(profile: Profile) -> Iterator[list[Plan]]:
+    """For each number of rows at once all ways, from the fastest to the leanest."""
     shape = Shape.of(profile.constants, profile.vocab_size, profile.sequence_len)
     batch = int(profile.constants["TOTAL_BATCH_SIZE"])
     most = max(1, batch // profile.sequence_len)
-    rows = [most >> k for k in range(most.bit_length())]
-    found = [Plan(r, how, peak(shape, r, how, batch, fused=False)) for how in RECOMPUTES for r in rows]
-    # Four rows and more keep a card busy: below that making the MLP again costs less than small products do.
-    return sorted(found, key=lambda p: (p.rows < min(4, most), RECOMPUTES.index(p.recompute), -p.rows))
+    for rows in (most >> k for k in range(most.bit_length())):
+        yield [
+            Plan(rows, how, more, peak(shape, rows, how, batch, fused=False, more=more))
+            for how, more in ways(shape.depth)
+        ]
+
+
+def _cost(plan: Plan, profile: Profile) -> float:
+    """How long a step takes, beside one pass through the model with nothing made again; an estimate."""
+    layers = made_again(plan.recompute, plan.more, int(profile.constants["DEPTH"]))
+    again = sum(AGAIN[how] for how in layers) / len(layers)
+    return (1 + again) * (1 + A_PASS / (plan.rows * profile.sequence_len))
 
 
 def lean(profile: Profile) -> int:
     """Bytes that the profile takes at least."""
-    return min(plan.peak for plan in _all_plans(profile))
+    return min(plan.peak for found in _all_plans(profile) for plan in found)
 
 
 # --- what is worth saying ----------------------------------------------------------------------

@@ -50,6 +50,7 @@ TOTAL_BATCH_SIZE = 2**15  # search: 2**12..2**18 pow2; tokens of one optimizer s
 DEVICE_BATCH_SIZE = 32  # rows that go through the model at once; more of them only cost memory
 MLP = "auto"  # the faster here, or triton | torch: the two products beside the squared ReLU
 RECOMPUTE = "nothing"  # or "hidden": the MLP's inside, or "layer": all but the stream, made again in backward
+RECOMPUTE_MORE = 0  # so many of the first layers go one step further: nothing -> hidden -> layer
 EMBEDDING_LR = 0.6  # search: 0.05..4 log; token and value embeddings (AdamW)
 UNEMBEDDING_LR = 0.004  # search: 0.0005..0.05 log; lm_head (AdamW)
 MATRIX_LR = 0.04  # search: 0.005..0.2 log; all matrices of the layers (Muon)
@@ -77,6 +78,7 @@ LOSS_SCALE_STEPS = 200
 
 # --- model ------------------------------------------------------------------------------------
 
+AGAIN = ("nothing", "hidden", "layer")  # made again in backward, from the fastest to the leanest
 HEAD_ROWS = 4096  # tokens whose logits exist in the compute dtype at one time
 
 
@@ -170,10 +172,22 @@ class GPT:
         self.weights = Weights(initial_weights(spec.vocab_size, self.dim, spec.seed), self.device)
         self.windows = window_sizes(spec.sequence_len)
         self.cos, self.sin = rotations(spec.sequence_len, self.device)
-        self.recompute = RECOMPUTE
+        self.recompute, self.recompute_more = RECOMPUTE, RECOMPUTE_MORE
         rows = max(1, min(DEVICE_BATCH_SIZE, TOTAL_BATCH_SIZE // spec.sequence_len))
         products = mlp_choice.Case(rows * spec.sequence_len, self.dim, 4 * self.dim, self.dtype, self.device)
         self.mlp = mlp_choice.settled(products, forced=None if MLP == "auto" else MLP)  # the same in every process
+
+    def made_again(self, i: int) -> str:
+        """What layer i makes again in backward. More of it in the first layers: their backward comes last, when what
+        the others kept is gone."""
+        step = AGAIN.index(self.recompute) + (i < self.recompute_more)
+        return AGAIN[min(step, len(AGAIN) - 1)]
+
+    def make_more_again(self) -> None:
+        """In a quarter of the layers more, until all make all again."""
+        self.recompute_more += -(-DEPTH // 4)
+        if self.recompute_more >= DEPTH:
+            self.recompute, self.recompute_more = self.made_again(DEPTH - 1), 0
 
     def layer(self, w: Mapping[str, Tensor], i: int, x: Tensor, x0: Tensor, tokens: Tensor) -> Tensor:
         """x, x0 (N, C), tokens (B, T) -> (N, C). `w` is one `by_name` for all layers: the gradient through a view is
@@ -187,14 +201,15 @@ class GPT:
         by = portable.beside(self.device)  # None: Triton's kernels, within
         x, attended = attend(x, x0, *scale, qkv_weight, gate, table, tokens, self.cos, self.sin, window, by)
         out, up, down = (w[f"{name}{n}.weight"].to(x.dtype) for n in ("attn.c_proj", "mlp.c_fc", "mlp.c_proj"))
-        return feed(x, attended, out, up, down, self.recompute == "nothing", by=self.mlp.name)
+        keep_hidden = self.made_again(i) != "hidden"  # a whole layer made again is done with it at once
+        return feed(x, attended, out, up, down, keep_hidden, by=self.mlp.name)
 
     def stream(self, tokens: Tensor) -> Tensor:
         """(B, T) integers -> (N, C): the last state of each position, in the compute dtype."""
         x = x0 = embedded_norm(tokens.flatten(), self.weights.singles["transformer.wte.weight"], self.dtype)
         w = self.weights.by_name()
         for i in range(DEPTH):
-            if self.recompute == "layer" and torch.is_grad_enabled():
+            if self.made_again(i) == "layer" and torch.is_grad_enabled():
                 x = checkpoint(self.layer, w, i, x, x0, tokens, use_reentrant=False, preserve_rng_state=False)
             else:
                 x = self.layer(w, i, x, x0, tokens)
@@ -376,19 +391,20 @@ class RtxTraining:
                 (part_loss if self.scale is None else part_loss * self.scale.scale).backward()
                 loss += part_loss.detach()
         except RuntimeError as error:
-            if not out_of_memory(error) or (self.rows_at_once == 1 and self.model.recompute == "layer"):
+            leanest = self.rows_at_once == 1 and self.model.made_again(DEPTH - 1) == "layer"
+            if leanest or not out_of_memory(error):
                 raise
             return None
         return loss
 
     def back_off(self) -> None:
-        """Half the rows at once; with one row left, more is made again in backward."""
+        """Half the rows at once; with one row left, layer by layer, more is made again in backward."""
         if self.model.device.type == "cuda":
             torch.cuda.empty_cache()
         if self.rows_at_once > 1:
             self.rows_at_once = min(self.rows_at_once, max(1, TOTAL_BATCH_SIZE // self.sequence_len)) // 2 or 1
         else:
-            self.model.recompute = "hidden" if self.model.recompute == "nothing" else "layer"
+            self.model.make_more_again()
 
     @torch.no_grad()
     def update(self, progress: float) -> None:
@@ -451,6 +467,7 @@ class RtxTraining:
             "flops_per_token": 6 * matrices + 12 * self.model.dim * keys,
             "rows_at_once": self.rows_at_once,
             "recompute": self.model.recompute,
+            "recompute_more": self.model.recompute_more,
             "kernels": portable.told(self.model.device),
             "mlp": self.model.mlp.told,
             "skipped_steps": int(self.scale.skipped) if self.scale else 0,
