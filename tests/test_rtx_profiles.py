@@ -22,6 +22,7 @@ import backends  # noqa: E402 - after the skip
 from backends.rtx import device, profiles  # noqa: E402
 from backends.rtx.cards import known  # noqa: E402
 from backends.rtx.memory import Plan, Shape, made_again, peak, ways  # noqa: E402
+from backends.scaling import tokens_per_weight  # noqa: E402
 from benchmarks import gpu  # noqa: E402
 from console import fitting  # noqa: E402
 from core import allocator, guard, sandbox  # noqa: E402
@@ -50,44 +51,44 @@ def rtx(name, gib, capability, free=None, **more):
 SLICE = replace(H100, name="NVIDIA H100 MIG 1g.10gb", uuid="MIG-99", memory=int(9.75 * GIB))
 # machine -> backend, profile, dtype, attention (on Linux with Triton), rows at once, what is made again
 MATRIX = {
-    "1650": (Machine(gpus=[card("GeForce GTX 1650", 3.8, (7, 5))]), "rtx", "rtx-6", "float16", "sliced", 32, "nothing"),
-    "2060": (Machine(gpus=[rtx("2060", 5.79, (7, 5))]), "rtx", "rtx-6", "float16", "sliced", 32, "nothing"),
-    "3050 6GB": (Machine(gpus=[rtx("3050", 5.8, (8, 6))]), "rtx", "rtx-6", "bfloat16", "triton", 32, "nothing"),
-    "3050": (Machine(gpus=[rtx("3050", 7.9997, (8, 6))]), "rtx", "rtx-8", "bfloat16", "triton", 32, "nothing"),
-    "2080 Ti": (Machine(gpus=[rtx("2080 Ti", 10.75, (7, 5))]), "rtx", "rtx-12", "float16", "sliced", 32, "nothing"),
-    "3080": (Machine(gpus=[rtx("3080", 9.77, (8, 6))]), "rtx", "rtx-12", "bfloat16", "triton", 32, "nothing"),
-    "3060": (Machine(gpus=[rtx("3060", 11.76, (8, 6))]), "rtx", "rtx-12", "bfloat16", "triton", 32, "nothing"),
+    "1650": (Machine(gpus=[card("GeForce GTX 1650", 3.8, (7, 5))]), "rtx", "rtx-6", "float16", "sliced", 64, "nothing"),
+    "2060": (Machine(gpus=[rtx("2060", 5.79, (7, 5))]), "rtx", "rtx-6", "float16", "sliced", 64, "nothing"),
+    "3050 6GB": (Machine(gpus=[rtx("3050", 5.8, (8, 6))]), "rtx", "rtx-6", "bfloat16", "triton", 64, "nothing"),
+    "3050": (Machine(gpus=[rtx("3050", 7.9997, (8, 6))]), "rtx", "rtx-8", "bfloat16", "triton", 64, "nothing"),
+    "2080 Ti": (Machine(gpus=[rtx("2080 Ti", 10.75, (7, 5))]), "rtx", "rtx-12", "float16", "sliced", 64, "nothing"),
+    "3080": (Machine(gpus=[rtx("3080", 9.77, (8, 6))]), "rtx", "rtx-12", "bfloat16", "triton", 64, "nothing"),
+    "3060": (Machine(gpus=[rtx("3060", 11.76, (8, 6))]), "rtx", "rtx-12", "bfloat16", "triton", 64, "nothing"),
     "4060 Ti": (Machine(gpus=[rtx("4060 Ti", 15.7, (8, 9))]), "rtx", "rtx-16", "bfloat16", "triton", 64, "nothing"),
-    "3090": (Machine(gpus=[rtx("3090", 23.7, (8, 6))]), "rtx", "rtx-24", "bfloat16", "triton", 64, "nothing"),
-    "4090": (Machine(gpus=[rtx("4090", 23.99, (8, 9))]), "rtx", "rtx-24", "bfloat16", "triton", 64, "nothing"),
-    "5090": (Machine(gpus=[rtx("5090", 31.36, (12, 0))]), "rtx", "rtx-32", "bfloat16", "triton", 128, "nothing"),
+    "3090": (Machine(gpus=[rtx("3090", 23.7, (8, 6))]), "rtx", "rtx-24", "bfloat16", "triton", 128, "nothing"),
+    "4090": (Machine(gpus=[rtx("4090", 23.99, (8, 9))]), "rtx", "rtx-24", "bfloat16", "triton", 128, "nothing"),
+    "5090": (Machine(gpus=[rtx("5090", 31.36, (12, 0))]), "rtx", "rtx-32", "bfloat16", "triton", 256, "nothing"),
     "laptop 4070": (
         Machine(gpus=[rtx("4070 Laptop GPU", 7.9997, (8, 9))], battery=Power(True, 90.0)),
-        *("rtx", "rtx-8", "bfloat16", "triton", 32, "nothing"),
+        *("rtx", "rtx-8", "bfloat16", "triton", 64, "nothing"),
     ),
     "fast enough memory, slow card": (
         Machine(gpus=[rtx("3050", 15.9, (8, 6))]),
-        *("rtx", "rtx-12", "bfloat16", "triton", 32, "nothing"),
+        *("rtx", "rtx-12", "bfloat16", "triton", 64, "nothing"),
     ),
     "a game holds most of a 3060": (
-        Machine(gpus=[rtx("3060", 11.76, (8, 6), free=1.5)]),
-        *("rtx", "rtx-12", "bfloat16", "triton", 8, "nothing+2"),
+        Machine(gpus=[rtx("3060", 11.76, (8, 6), free=1.25)]),
+        *("rtx", "rtx-12", "bfloat16", "triton", 16, "nothing+2"),
     ),
     "an eGPU that shrank": (
-        Machine(gpus=[rtx("3060", 11.76, (8, 6), free=1.3)]),
-        *("rtx", "rtx-12", "bfloat16", "triton", 4, "nothing+5"),
+        Machine(gpus=[rtx("3060", 11.76, (8, 6), free=0.9)]),
+        *("rtx", "rtx-12", "bfloat16", "triton", 8, "hidden+5"),
     ),
     "windows": (
         Machine(os=WINDOWS, gpus=[rtx("3060", 11.76, (8, 6), display=True)]),
-        *("rtx", "rtx-12", "bfloat16", "triton", 32, "nothing"),
+        *("rtx", "rtx-12", "bfloat16", "triton", 64, "nothing"),
     ),
     "wsl2": (
         Machine(os=WSL, gpus=[rtx("4070", 11.99, (8, 9))]),
-        *("rtx", "rtx-12", "bfloat16", "triton", 32, "nothing"),
+        *("rtx", "rtx-12", "bfloat16", "triton", 64, "nothing"),
     ),
     "two cards": (
         Machine(gpus=[rtx("3060", 11.76, (8, 6)), replace(rtx("4090", 23.99, (8, 9)), index=1)]),
-        *("rtx", "rtx-24", "bfloat16", "triton", 64, "nothing"),
+        *("rtx", "rtx-24", "bfloat16", "triton", 128, "nothing"),
     ),
     "data centre": (Machine(gpus=[H100]), "cuda", None, None, None, None, None),
     "mig": (Machine(gpus=[replace(H100, parts=(SLICE,))]), "cuda", None, None, None, None, None),
@@ -138,7 +139,7 @@ def test_what_is_particular_about_a_card_is_said():
 
 def test_too_little_memory_is_refused_with_the_figures():
     full = probe(Machine(gpus=[rtx("3060", 11.76, (8, 6), free=0.7)]))
-    with pytest.raises(UserError, match=r"3060 has 0\.2 GiB for a training, and the smallest .* 0\.3 GiB") as caught:
+    with pytest.raises(UserError, match=r"3060 has 0\.18 GiB for a training, and the smallest .* 0\.22 GiB") as caught:
         profiles.profiles(full)
     assert "--backend cpu" in caught.value.action
 
@@ -220,9 +221,27 @@ def test_children_devices_and_benchmarks_set_the_allocator_alike(monkeypatch, tm
     assert not names & set(given[0]) and not names & set(os.environ)
 
 
-def test_every_tier_makes_500_steps_on_its_slowest_card():
-    for tier in profiles.TIERS:
-        assert profiles.steps(tier.slowest[1], tier.constants, 4096, tier.context) >= 500
+@pytest.mark.parametrize("tier", profiles.TIERS, ids=lambda tier: tier.name)
+def test_every_tiers_slowest_card_trains_its_model_for_500_steps_and_with_enough_tokens(tier):
+    steps = profiles.steps(tier.slowest[1], tier.constants, 4096, tier.context)
+    assert 800 <= steps <= 1600 and 3.0 <= steps * tokens_per_weight(tier.constants) <= 6.0
+
+
+@pytest.mark.parametrize("name", ["2060", "3050", "3060 Ti", "3080", "4060", "4070 Ti SUPER", "4090", "5080", "5090"])
+@pytest.mark.parametrize("budget", [30.0, 300.0, 3600.0])
+def test_a_measured_step_gives_each_card_a_model_of_the_size_that_it_can_train(name, budget):
+    """As its table says that it is measured: another model is taken where the tier's is too small or too large."""
+    found = known(f"NVIDIA GeForce RTX {name}")
+    profile = replace(backends.load("rtx").profile(probe(Machine(gpus=[rtx(name, 15.9, (8, 9))]))), budget=budget)
+
+    def steps(constants):
+        return profiles.steps(found, constants, profile.vocab_size, profile.sequence_len, budget)
+
+    fitted = profiles.scale(profile, budget / steps(profile.constants))
+    per_weight = steps(fitted.constants) * tokens_per_weight(fitted.constants)
+    assert 500 / 1.5 <= steps(fitted.constants) <= 3000 * 1.5 and 1.5 <= per_weight <= 15
+    again = profiles.scale(fitted, budget / steps(fitted.constants))
+    assert again.constants["DEPTH"] == fitted.constants["DEPTH"], "measured again it stays what it is"
 
 
 def test_every_profile_fits_the_recipe():

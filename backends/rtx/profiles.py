@@ -1,9 +1,14 @@
 """What the RTX recipe starts from, by tier of memory: a model whose budget holds hundreds of steps on that tier's
 slowest card.
 
-A tier is a guess. `steps` predicts by a card's peak and bandwidth, and takes a smaller tier for a card that is too slow
-for the one that its memory allows; `scale` corrects by a measured step time; `plans` says how many rows go through at
-once, by the memory that is free now. None of the tiers was measured on its cards (docs/verified.md).
+How large a model five minutes can train was found for three devices, and the tiers follow them: 4 tokens for each
+weight of the matrices on two cores of a CPU (docs/verified.md), some 4 on an RTX 3090, where depth 5 of 512 at 2^16
+tokens a step was the best of 1,800 experiments (karpathy/autoresearch, pull request 332), 9 on an H100 (its branch
+exp/H100/mar8); about a thousand steps each. `scale` holds a card to PER_WEIGHT by its measured step.
+
+A tier is still a guess. `steps` predicts by a card's peak and bandwidth, and takes a smaller tier for a card that is
+too slow for the one that its memory allows; `plans` says how many rows go through at once, by the memory that is free
+now. None of the tiers was measured on its cards (docs/verified.md).
 """
 
 from __future__ import annotations
@@ -14,7 +19,7 @@ from typing import Any
 
 from backends.rtx.cards import BY_MEMORY, Card, known
 from backends.rtx.memory import Plan, Shape, made_again, peak, ways
-from backends.scaling import COMPILING_CAP, Range, refit
+from backends.scaling import COMPILING_CAP, Range, refit, tokens_per_weight
 from core.errors import UserError
 from core.facts import Gpu
 from core.gpuwatch import is_laptop
@@ -22,9 +27,10 @@ from core.hardware import GIB, Hardware
 from core.settings import Profile
 
 FEWEST_STEPS = 500  # within a budget, on the tier's slowest card
-MOST_STEPS = 6000  # above that larger steps or a larger model learn more
+MOST_STEPS = 3000  # above that larger steps or a larger model learn more
+PER_WEIGHT = (2.0, 10.0)  # training tokens for each weight of the matrices, the fewest and the most
 SMALLEST_BATCH, LARGEST_BATCH = 2**12, 2**18  # tokens a step, as the recipe's range
-SHAPES = [{"DEPTH": d, "ASPECT_RATIO": a} for d in range(2, 13) for a in (32, 48, 64)]
+SHAPES = [{"DEPTH": d, "ASPECT_RATIO": a} for d in range(2, 13) for a in (32, 48, 64, 85, 102, 128)]
 EVAL_TOKENS = 2**21
 MIB = 2**20
 MANY = 512 * MIB  # of logits: 64 rows
@@ -63,12 +69,12 @@ def _card(name: str) -> tuple[str, Card]:
 
 
 TIERS = (  # the largest first; the last takes what is below it, too
-    Tier("rtx-32", 32, _card("5090"), _constants(12, 64, 2**16), logits=MANY),
-    Tier("rtx-24", 24, _card("3090"), _constants(10, 64, 2**15), logits=MANY),
-    Tier("rtx-16", 16, _card("4060 Ti"), _constants(8, 64, 2**15), logits=MANY),
-    Tier("rtx-12", 10, _card("3060"), _constants(8, 64, 2**14)),
-    Tier("rtx-8", 8, _card("3050"), _constants(8, 48, 2**14)),
-    Tier("rtx-6", 6, ("3050 6GB", BY_MEMORY["3050 6"]), _constants(6, 64, 2**14)),
+    Tier("rtx-32", 32, _card("5090"), _constants(8, 72, 2**17), logits=MANY),
+    Tier("rtx-24", 24, _card("3090"), _constants(6, 85, 2**16), logits=MANY),
+    Tier("rtx-16", 16, _card("4060 Ti"), _constants(5, 89, 2**15), logits=MANY),
+    Tier("rtx-12", 10, _card("3060"), _constants(6, 64, 2**15)),
+    Tier("rtx-8", 8, _card("3050"), _constants(5, 76, 2**15)),
+    Tier("rtx-6", 6, ("3050 6GB", BY_MEMORY["3050 6"]), _constants(5, 64, 2**15)),
 )
 
 
@@ -86,15 +92,21 @@ def profiles(hardware: Hardware) -> list[Profile]:
 
 
 def _fast_enough(gpu: Gpu, tiers: list[Tier], reasons: list[str]) -> list[Tier]:
-    """Without those that give a known card fewer than FEWEST_STEPS steps: memory alone makes no card fast."""
+    """Without those that are too large for a known card: memory alone makes no card fast."""
     card = known(gpu.name, gpu.memory)
     if card is None:
         reasons.append("in no table: its speed is measured")
         return tiers
-    left = [t for t in tiers if steps(card, t.constants, 4096, t.context) >= FEWEST_STEPS] or tiers[-1:]
+    left = [t for t in tiers if _trains(card, t)] or tiers[-1:]
     if left[0] is not tiers[0]:
         reasons.append(f"too slow for {tiers[0].name}: {card.flops / 1e12:.0f} TFLOP/s")
     return left
+
+
+def _trains(card: Card, tier: Tier) -> bool:
+    """Whether five minutes on this card hold enough steps, and enough tokens for the size of the model."""
+    found = steps(card, tier.constants, 4096, tier.context)
+    return found >= FEWEST_STEPS and found * tokens_per_weight(tier.constants) >= PER_WEIGHT[0]
 
 
 def _fitting(hardware: Hardware, tiers: list[Tier], reasons: list[str]) -> list[Tier]:
@@ -103,8 +115,8 @@ def _fitting(hardware: Hardware, tiers: list[Tier], reasons: list[str]) -> list[
     if not left:
         needed = lean(_profile(tiers[-1], hardware, ""))
         raise UserError(
-            f"{hardware.gpus[0].name} has {available(hardware) / GIB:.1f} GiB for a training, "
-            f"and the smallest profile takes {needed / GIB:.1f} GiB",
+            f"{hardware.gpus[0].name} has {available(hardware) / GIB:.2f} GiB for a training, "
+            f"and the smallest profile takes {needed / GIB:.2f} GiB",
             "close what else uses the card (nvidia-smi lists it), or use the processor: --backend cpu",
         )
     if left[0] is not tiers[0]:
@@ -151,8 +163,10 @@ def steps(card: Card, constants: Mapping[str, Any], vocab: int, context: int, bu
 
 
 def scale(profile: Profile, seconds_per_step: float) -> Profile:
-    """The profile refitted so that a budget holds FEWEST_STEPS to MOST_STEPS steps (`backends.scaling.refit`)."""
-    return refit(profile, seconds_per_step, Range(FEWEST_STEPS, MOST_STEPS, SMALLEST_BATCH, LARGEST_BATCH, SHAPES))
+    """The profile refitted so that a budget holds FEWEST_STEPS to MOST_STEPS steps, and PER_WEIGHT tokens for each
+    weight (`backends.scaling.refit`)."""
+    within = Range(FEWEST_STEPS, MOST_STEPS, SMALLEST_BATCH, LARGEST_BATCH, SHAPES, PER_WEIGHT)
+    return refit(profile, seconds_per_step, within)
 
 
 # --- memory ------------------------------------------------------------------------------------
