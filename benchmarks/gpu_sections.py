@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks import blank_card, card_state, gpu_fit, gpu_rtx, upstream_side
+from benchmarks import blank_card, card_state, gpu_fit, gpu_profile, gpu_rtx, upstream_side
 from benchmarks.gpu import ALLOCATOR, ROOT, Order
 from benchmarks.gpu_correctness import (
     TOLERANCE,
@@ -345,6 +345,13 @@ def our_steps(order: Order, **constants: Any) -> Iterator[Row]:
         if not told:  # with the first row, for one that is cut; rows are settled in the first step
             yield from settings(training.describe())
             told = True
+    yield from profiled(order, training.step)
+
+
+def profiled(order: Order, one: Callable[[Tokens, float], Tensor]) -> Iterator[Row]:
+    """Kernel by kernel, of steps whose rates are zero: in what a section has left when it makes no further one."""
+    tokens = Tokens(order)
+    yield from gpu_profile.kernels(order.device, lambda: one(tokens, 1.0))
 
 
 def settings(described: Mapping[str, Any]) -> Iterator[Row]:
@@ -396,8 +403,10 @@ def upstream(order: Order) -> Iterator[Row]:
     yield from attention.rows
     try:
         with of_a_reference():
-            for row in steps(order, upstream_step(order, attention.call)):
+            one = upstream_step(order, attention.call)
+            for row in steps(order, one):
                 yield row | {"attention": attention.name}
+            yield from profiled(order, one)
     except NotMeasured as why:
         yield {"not measured": str(why), "attention": attention.name}
 

@@ -14,7 +14,7 @@ from core.gpuwatch import Look
 torch = pytest.importorskip("torch")
 pytest.importorskip("triton")
 
-from benchmarks import blank_card, card_state, gpu, gpu_run, gpu_sections, gpu_sides  # noqa: E402 - after the skips
+from benchmarks import blank_card, card_state, gpu, gpu_profile, gpu_run, gpu_sections, gpu_sides  # noqa: E402 - after the skips
 from benchmarks.gpu import LIMITS, SMOKE, Order  # noqa: E402
 
 on_a_blank_card = pytest.mark.skipif(bool(blank_card.obstacle()), reason=blank_card.obstacle())
@@ -156,3 +156,40 @@ def test_it_is_asked_of_nvml(tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     row = json.loads(done.stdout.splitlines()[-1])
     assert row["looks"] == 1 and "not measured" not in row
+
+
+# --- where the time goes --------------------------------------------------------------------------
+
+
+def test_the_kernels_of_a_step_are_told_those_that_take_most_first(monkeypatch):
+    """Of what PyTorch's profiler hands over, which names its fields: here of operators on a CPU, as no kernel runs."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as found:
+        torch.ones(8, 8) @ torch.ones(8, 8)
+    averages = {event.key: event for event in found.key_averages()}
+    assert next(gpu_profile.told(averages.values()))["not measured"] == "the profiler saw no kernel"
+    times = {"aten::mm": 6000.0, "aten::ones": 2000.0, "aten::fill_": 0.0}  # microseconds
+    for name, time_ in times.items():
+        averages[name].self_device_time_total = time_
+    monkeypatch.setattr(gpu_profile, "SHOWN", 1)
+    whole, first = gpu_profile.told(averages.values())
+    assert whole == {"kernel": "all", "ms_a_step": 4.0, "calls_a_step": 1.5}
+    assert first == {"kernel": "aten::mm", "ms_a_step": 3.0, "calls_a_step": 0.5, "share": 0.75}
+
+
+def test_a_step_without_a_card_has_no_kernels_and_a_profiler_that_fails_takes_no_row_with_it():
+    def breaks():
+        raise RuntimeError("CUPTI_ERROR_INSUFFICIENT_PRIVILEGES\nmore")
+
+    assert list(gpu_profile.kernels("cpu", breaks)) == []
+    assert list(gpu_profile.kernels("cuda:0", breaks)) == [
+        {"kernel": "all", "not measured": "RuntimeError: CUPTI_ERROR_INSUFFICIENT_PRIVILEGES"}
+    ]
+
+
+@pytest.mark.parametrize("side", ["step", "upstream"])
+def test_each_side_is_profiled_behind_its_last_row(monkeypatch, side):
+    monkeypatch.setattr(gpu_sections, "steps", lambda order, one: iter([{"ms": 1.0, "steps": 3}]))
+    monkeypatch.setattr(gpu_sections, "upstream_step", lambda order, attention: lambda tokens, progress: None)
+    monkeypatch.setattr(gpu_profile, "kernels", lambda device, one: iter([{"kernel": "all", "ms_a_step": 0.9}]))
+    rows = list(gpu_sections.SECTIONS[side](SMOKE))
+    assert rows[0]["ms"] == 1.0 and rows[-1] == {"kernel": "all", "ms_a_step": 0.9}
