@@ -95,6 +95,14 @@ def test_where_segments_that_grow_are_refused_all_later_sections_do_without(monk
     assert told == ["expandable_segments:True", "expandable_segments:False"]
 
 
+def test_a_section_that_has_told_all_leaves_at_once(monkeypatch, tmp_path):
+    """Whatever takes its time at Python's end: beside other work it made a section that was done run out of time."""
+    (tmp_path / "sitecustomize.py").write_text("import atexit, time\natexit.register(time.sleep, 500)\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    (row,) = gpu.run_section("facts", SMOKE, 100)
+    assert row["torch"] == torch.__version__
+
+
 # --- sides ----------------------------------------------------------------------------------------
 
 
