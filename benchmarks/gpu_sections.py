@@ -542,7 +542,7 @@ def main() -> None:
     for row in SECTIONS[name](order):
         print(json.dumps(row), flush=True)
     sys.stderr.flush()
-    os._exit(0)  # all is told: Python, torch's compilers and the driver would take seconds to leave, of the next section
+    os._exit(0)  # all is told: Python, torch's compilers and the driver would take seconds of the next section to leave
 
 
 if __name__ == "__main__":
