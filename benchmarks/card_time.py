@@ -9,6 +9,8 @@ import torch
 
 from kernels.measured import HEAD_START
 
+WAKING = 5 * HEAD_START  # cycles, a quarter of a second at full clock
+
 
 def seconds(call: Callable[[], Any], device: torch.device) -> float:
     """Begun when Python has launched it all: in a training Python is a step ahead, and what it takes for a launch does
@@ -21,3 +23,10 @@ def seconds(call: Callable[[], Any], device: torch.device) -> float:
     end.record()
     end.synchronize()
     return float(start.elapsed_time(end)) / 1e3
+
+
+def wake() -> None:
+    """Before the first of several: while something is compiled a card has nothing to do and lowers its clock (an H200
+    to a sixth), and takes its time to raise it again."""
+    torch.cuda._sleep(WAKING)
+    torch.cuda.synchronize()

@@ -24,7 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -38,16 +38,17 @@ ROOT = Path(__file__).resolve().parent.parent
 TOTAL = 540.0  # seconds, whatever sections there are
 LIMITS = {  # seconds of each section, and beyond them what the sections before left over; together no more than TOTAL
     "facts": 25,  # the first import of torch on a machine that just started
+    # What the steps choose by, then the steps: a machine that is taken away early has told what the command is for.
     "correctness": 65,
     "attention": 65,
     "mlp": 15,
-    "head": 15,
-    "muon": 20,
-    "fp8": 10,
     "step": 75,  # its kernels are compiled by then
     "upstream": 115,  # right behind the step: the ratio of both is what the command is for
     "run": 95,  # a trainer that compiles in one thread, 15 s of training, a scorer and an auditor
     "rtx": 40,
+    "head": 15,
+    "muon": 20,
+    "fp8": 10,
 }
 
 
@@ -71,6 +72,8 @@ class Order:
     limit: float = 0.0  # seconds that the section has
     ends: float = 0.0  # when they are over, by time.time(); 0: never
     limit_gb: float = 8.0  # of 10^9 bytes, to which the section `rtx` holds the card's allocator; more really fails
+    attention: str = ""  # what the recipe of later sections is told to take; "": what is chosen
+    allocator: str = ""  # how PyTorch's is set, where it does not work as usual
 
     @property
     def dim(self) -> int:
@@ -81,6 +84,7 @@ SMOKE = Order(2, 64, 2, 32, 2, 97, 128, 3, "cpu")
 KILLED_WITHIN = 10.0  # seconds
 POLL = 1.0  # seconds after which what a section has printed is read again
 WHOLE = "stderr"  # of a section that failed: in the JSON only
+ALLOCATOR = "allocator"  # of the row by which `facts` says how PyTorch's has to be set here
 
 
 def run_section(name: str, order: Order, limit: float, caches: Path | None = None) -> Iterator[dict[str, Any]]:
@@ -90,7 +94,7 @@ def run_section(name: str, order: Order, limit: float, caches: Path | None = Non
     """
     given = os.environ.get("PYTHONPATH")  # where packages may lie that were brought along
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{given}" if given else str(ROOT)}
-    environment |= allocator.settings(environment)
+    environment |= {allocator.NAMES[0]: order.allocator} if order.allocator else allocator.settings(environment)
     order = replace(order, limit=limit, ends=time.time() + limit)
     if caches:
         caches = caches.resolve()
@@ -193,11 +197,25 @@ def ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{"section": "upstream", **counts, **row} for row in found]
 
 
+def heeded(order: Order, row: Mapping[str, Any]) -> Order:
+    """What later sections work on after this row.
+
+    As many rows at once as `facts` says; the allocator that works, where segments that grow are refused; and Triton's
+    attention where timing the others was cut: the recipe would time them too, and what hangs would hang it.
+    """
+    if "rows_at_once" in row and row["section"] == "facts":
+        order = replace(order, rows=row["rows_at_once"])
+    if row.get("setting") == ALLOCATOR:
+        order = replace(order, allocator=row["value"])
+    if row["section"] == "attention" and "failed" in row:
+        order = replace(order, attention="triton")
+    return order
+
+
 def measure(order: Order, names: Sequence[str], out: Path) -> int:
     """Runs these sections, within `TOTAL` seconds, and writes each row as it comes; the exit status.
 
-    All that follow `facts` have as many rows at once as it says fit into the card. What they compile lies outside of
-    `out`, which holds two small files that can be sent.
+    What they compile lies outside of `out`, which holds two small files that can be sent.
     """
     out.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
@@ -215,8 +233,7 @@ def measure(order: Order, names: Sequence[str], out: Path) -> int:
             later = sum(LIMITS[n] for n in names[i + 1 :])
             limit = max(0.0, min(max(LIMITS[name], end - began - later), end - began))
             for row in run_section(name, order, limit, Path(caches)):
-                if name == "facts" and "rows_at_once" in row:
-                    order = replace(order, rows=row["rows_at_once"])
+                order = heeded(order, row)
                 keep(row)
             if name == "upstream":
                 for row in ratios(rows):

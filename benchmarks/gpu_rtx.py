@@ -180,22 +180,22 @@ def measure(side: str, shape: Shape, device: str, dtype: str) -> Row:
 
 
 def compare(shape: Shape, device: str, dtype: str) -> Iterator[Row]:
-    """Each side as soon as it is measured: a peer that cannot run takes no row of ours with it. Then the ratios of the
-    peer to each of ours. A side that does not fit with one row is a row that says so, and fails if ours."""
+    """Each side as soon as it is measured: one that cannot run takes no row of the others with it. Then the ratios of
+    the peer to each of ours. A side that does not fit with one row is a row that says so, and fails if ours; any other
+    error is a failure of either."""
     rows: dict[str, Row] = {}
     for side in (*OURS, PEER):
         try:
             rows[side] = measure(side, shape, device, dtype)
-        except RuntimeError as error:
-            if not out_of_memory(error):
-                raise
-            rows[side] = {"side": side, "out_of_memory": " ".join(str(error).split())[:200]}
-            rows[side] |= {"passed": False} if side in OURS else {}
+        except Exception as error:  # noqa: BLE001 - Triton's, the libraries' and the driver's share no base but this
+            said = " ".join(str(error).split())[:200]
+            what = {"out_of_memory": said} if out_of_memory(error) else {"failed": f"{type(error).__name__}: {said}"}
+            rows[side] = {"side": side, **what} | ({"passed": False} if side in OURS or "failed" in what else {})
         yield rows[side]
         gc.collect()
         torch.cuda.empty_cache()
     for side in OURS:
-        if "out_of_memory" not in rows[side] and "out_of_memory" not in rows[PEER]:
+        if "ms" in rows[side] and "ms" in rows[PEER]:
             yield ratio(rows[side], rows[PEER])
 
 

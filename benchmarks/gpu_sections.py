@@ -8,11 +8,10 @@ import io
 import json
 import math
 import os
-import statistics
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType, ModuleType, SimpleNamespace
@@ -23,8 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks import blank_card, card_time, gpu_fit, gpu_rtx, upstream_side
-from benchmarks.gpu import ROOT, Order
+from benchmarks import blank_card, card_state, gpu_fit, gpu_profile, gpu_rtx, upstream_side
+from benchmarks.gpu import ALLOCATOR, ROOT, Order
 from benchmarks.gpu_correctness import (
     TOLERANCE,
     NotMeasured,
@@ -38,6 +37,7 @@ from benchmarks.gpu_correctness import (
     output_gradient,
 )
 from benchmarks.gpu_run import run, shape
+from benchmarks.gpu_sides import copies, milliseconds, sides
 from benchmarks.peers import PEER_NAMES, load_peer, rates
 from benchmarks.upstream_attention import standing
 from core.allocator import cap, margin
@@ -48,34 +48,16 @@ from kernels.attention_choice import Case, Choice
 from kernels.errors import out_of_memory
 from kernels.pinned import PinnedSlots, later
 
-REPEATS, WARMUP = (15, 3) if torch.cuda.is_available() else (1, 1)
-LAST_LEVEL_CACHE = 128 * 2**20  # bytes, more than any card has: inputs are rotated so that none lies in it
 SEED = 42  # of the weights
 BATCHES = 50  # of the loader
 REPEATED = 'with ATTENTION = "triton"'
 MARKS = (10, 50, 100)  # steps after which there is a row, beside the last
 LEARNT, LEARNT_AFTER = 0.9, 50  # share of a uniform guess's loss, below which text brings it within so many steps
+FIXED = "expandable_segments:False"  # of PyTorch's allocator
 SPARE = 10.0  # seconds of the section left when it makes no further step
 
 
 # --- measuring --------------------------------------------------------------------------------
-
-
-def milliseconds(run: Callable[..., Any], inputs: list[tuple[Any, ...]]) -> float:
-    """Median time of `run` over inputs that take turns; on a card by its own clock, with Python ahead of it."""
-    take = on_card if torch.cuda.is_available() else by_the_host
-    times = [1e3 * take(partial(run, *inputs[i % len(inputs)])) for i in range(WARMUP + REPEATS)]
-    return statistics.median(times[WARMUP:])
-
-
-def on_card(call: Callable[[], Any]) -> float:
-    return card_time.seconds(call, torch.device("cuda"))
-
-
-def by_the_host(call: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
 
 
 def synchronize() -> None:
@@ -83,43 +65,9 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def copies(make: Callable[[], tuple[Tensor, ...]]) -> list[tuple[Tensor, ...]]:
-    """As many sets of inputs as fill the last-level cache twice, at most eight."""
-    first = make()
-    size = sum(x.numel() * x.element_size() for x in first)
-    return [first] + [make() for _ in range(min(7, 2 * LAST_LEVEL_CACHE // max(1, size)))]
-
-
 def compiled(function: Callable[..., Any], order: Order) -> Callable[..., Any]:
     """The peer: the plain reference under torch.compile, on a card."""
     return torch.compile(function, dynamic=False) if order.device != "cpu" else function
-
-
-Side = tuple[str, Callable[[], Row]]
-
-
-def sides(ours: Side, peer: Side, others: Sequence[Side] = ()) -> Iterator[Row]:
-    """What each measured, under its name, then how many times as long as ours the peer takes. Where the card is too
-    small for ours, or for others of ours, that is a failure; where it is for the peer, there is no ratio."""
-    found: dict[str, Row] = {}
-    for name, measured in (ours, *others, peer):
-        row: Row = {"side": name}
-        try:
-            with of_a_reference() if name == peer[0] else contextlib.nullcontext():
-                row |= measured()
-                found[name] = row
-        except NotMeasured as why:
-            row |= {"not measured": str(why)}
-        except RuntimeError as failure:
-            if not out_of_memory(failure):
-                raise
-            row |= {"failed": first_line(failure), "passed": False}
-        yield row
-        gc.collect()
-    mine, other = (found.get(name) for name in (ours[0], peer[0]))
-    if mine and other:
-        ratio: Row = {"side": "ratio", "speed": other["ms"] / mine["ms"]}
-        yield ratio | ({"memory": mine["mib"] / other["mib"]} if other.get("mib") else {})
 
 
 # --- sections ---------------------------------------------------------------------------------
@@ -132,12 +80,25 @@ def facts(order: Order) -> Iterator[Row]:
     if torch.cuda.is_available():
         card = torch.cuda.get_device_properties(0)
         row |= {"card": card.name, "capability": f"{card.major}.{card.minor}", "memory_gib": card.total_memory / 2**30}
+        row |= {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
     if blank_card.within():
         row["blank"] = "no kernel was run: numbers are zeros and times mean nothing"
     yield row
     if order.device != "cpu" and torch.cuda.is_available():
+        yield from segments()
         free, total = torch.cuda.mem_get_info()  # with this process's context, as every section has one
         yield gpu_fit.fit(order, cap(free, total, margin()))
+
+
+def segments() -> Iterator[Row]:
+    """A row where the driver gives no memory to segments that grow, but does without: all later sections, which would
+    fail at their first tensor, are set so."""
+    try:
+        torch.ones(1, device="cuda")
+    except RuntimeError as refused:
+        torch.cuda.memory._set_allocator_settings(FIXED)
+        torch.ones(1, device="cuda")
+        yield {"setting": ALLOCATOR, "value": FIXED, "reason": first_line(refused)}
 
 
 def chosen(case: Case) -> Choice:
@@ -347,7 +308,8 @@ def recipe(order: Order, **constants: Any) -> ModuleType:
     """The shipped one, or the order's own, at the order's shape."""
     file = Path(order.recipe) if order.recipe else ROOT / "backends" / "cuda" / "train.py"
     source = file.read_text(encoding="utf-8")
-    own = {"ATTENTION": "triton"} if blank_card.within() else {}  # its zeros are refused of every attention
+    attention = "triton" if blank_card.within() else order.attention  # its zeros are refused of every attention
+    own = {"ATTENTION": attention} if attention else {}
     source = replace(source, shape(order) | own | constants)
     sys.modules["train"] = module = ModuleType("train")  # torch.compile looks it up by its name
     exec(compile(source, "train.py", "exec"), module.__dict__)
@@ -385,6 +347,13 @@ def our_steps(order: Order, **constants: Any) -> Iterator[Row]:
         if not told:  # with the first row, for one that is cut; rows are settled in the first step
             yield from settings(training.describe())
             told = True
+    yield from profiled(order, training.step)
+
+
+def profiled(order: Order, one: Callable[[Tokens, float], Tensor]) -> Iterator[Row]:
+    """Kernel by kernel, of steps whose rates are zero: in what a section has left when it makes no further one."""
+    tokens = Tokens(order)
+    yield from gpu_profile.kernels(order.device, lambda: one(tokens, 1.0))
 
 
 def settings(described: Mapping[str, Any]) -> Iterator[Row]:
@@ -436,8 +405,10 @@ def upstream(order: Order) -> Iterator[Row]:
     yield from attention.rows
     try:
         with of_a_reference():
-            for row in steps(order, upstream_step(order, attention.call)):
+            one = upstream_step(order, attention.call)
+            for row in steps(order, one):
                 yield row | {"attention": attention.name}
+            yield from profiled(order, one)
     except NotMeasured as why:
         yield {"not measured": str(why), "attention": attention.name}
 
@@ -508,11 +479,15 @@ def steps(order: Order, one: Callable[[Tokens, float], Tensor]) -> Iterator[Row]
     counts of them can be compared where both were.
 
     The first step compiles what the sections before have not, and is told apart. As in a trainer a loss is read when
-    the next step is queued, and waits for its own step alone; so do the rows.
+    the next step is queued, and waits for its own step alone; so do the rows. The last row is of the card, from the
+    second step on.
     """
+    tell: Callable[[], Row] = dict
     tokens, marks, reads = Tokens(order), [time.perf_counter()], deque[Callable[[], np.ndarray]]()
     for i in range(order.steps):
         reads.append(later(one(tokens, i / order.steps)))
+        if i == 1:
+            tell = card_state.watch(order.device)
         if i:
             loss = float(reads.popleft()())
         marks.append(time.perf_counter())
@@ -523,6 +498,8 @@ def steps(order: Order, one: Callable[[Tokens, float], Tensor]) -> Iterator[Row]
     loss = float(reads.popleft()())
     synchronize()
     yield after(order, len(marks) - 1, marks, loss)
+    if card := tell():
+        yield card
 
 
 def after(order: Order, done: int, marks: list[float], loss: float) -> Row:
@@ -566,6 +543,8 @@ def main() -> None:
     name, order = sys.argv[1], Order(**json.loads(sys.argv[2]))
     for row in SECTIONS[name](order):
         print(json.dumps(row), flush=True)
+    sys.stderr.flush()
+    os._exit(0)  # all is told: Python, torch's compilers and the driver would take seconds of the next section to leave
 
 
 if __name__ == "__main__":

@@ -13,12 +13,14 @@ Shapes: B rows, T tokens, H query heads, G key heads, D channels of a head.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from kernels import attention_flash, portable
 from kernels.attention_reference import rows_of, within
@@ -183,7 +185,33 @@ def _by(
     """y, q^ and k^, and what their backward needs beside them."""
     turned, keys = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k))
     y, beside = attended(rows_of(q), rows_of(k), rows_of(v), (turned, keys), cos, sin, window, by, scale)
+    _as_told(by, window, scale, (turned, keys, rows_of(v)), [y, *beside])
     return y, turned, keys, beside
+
+
+def _as_told(by: str, window: int, scale: float, given: Three, found: list[Tensor]) -> None:
+    """RuntimeError where a core made other tensors than `shapes` tells torch.compile of. By itself it would not matter;
+    in a recipe's graph it ends the first step, and by itself is how one is tried before a recipe takes it."""
+    wanted = _told(by, window, scale, *(_form(x) for x in given), given[0].device)
+    made = [_form(x) for x in found]
+    if made != wanted:
+        raise RuntimeError(f"{by} made {made}; of this torch {wanted} are known here (shape, strides, dtype)")
+
+
+Form = tuple[tuple[int, ...], tuple[int, ...], torch.dtype]
+
+
+def _form(x: Tensor) -> Form:
+    """Shape, strides and dtype. What one element lies apart from no other is nothing: 1."""
+    return tuple(x.shape), tuple(s if n > 1 else 1 for n, s in zip(x.shape, x.stride(), strict=True)), x.dtype
+
+
+@functools.cache
+def _told(by: str, window: int, scale: float, q: Form, k: Form, v: Form, device: torch.device) -> list[Form]:
+    with FakeTensorMode():
+        made = [torch.empty_strided(size, stride, dtype=dtype, device=device) for size, stride, dtype in (q, k, v)]
+        y, beside = shapes(made[0], made[1], made[2], window, by, scale)
+        return [_form(x) for x in (y, *beside)]
 
 
 @_by.register_fake

@@ -3,6 +3,7 @@ CPUs, which is real, and a stand-in for FlashAttention-3's package. With Triton:
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import pytest
@@ -151,6 +152,25 @@ def test_a_window_that_a_core_does_not_know_is_refused():
             attention(q, k, v, *angles(9, 8), -1, by=by)
     with pytest.raises(ValueError, match="knows no windows"):
         lean.attend(*layer(9, 1, 9, 2, 8), 3, "flash")
+
+
+def test_a_core_that_makes_other_tensors_than_it_tells_is_refused_where_it_is_tried(monkeypatch):
+    """As where a version of PyTorch keeps a sum by (B, H, T, 1) and tells (B, H, T): a graph ends its first step."""
+    (q, k, v), (cos, sin) = random(12, *[(2, 11, 2, 8)] * 3), angles(11, 8)
+    real = CORES["flash"]
+
+    def other(change):
+        def forward(*given_):
+            y, (sums, *rest) = real.forward(*given_)
+            return y, [change(sums), *rest]
+
+        return dataclasses.replace(real, forward=forward)
+
+    assert attention(q, k, v, cos, sin, 11, by="flash").shape == q.shape
+    for change in (lambda s: s.unsqueeze(-1), torch.Tensor.contiguous, torch.Tensor.double):
+        monkeypatch.setitem(CORES, "flash", other(change))
+        with pytest.raises(RuntimeError, match=r"flash made \[.*\]; of this torch \[.*\] are known here"):
+            attention(q, k, v, cos, sin, 11, by="flash")
 
 
 def test_turning_back_is_the_derivative_of_turning():

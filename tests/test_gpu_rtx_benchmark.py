@@ -61,6 +61,25 @@ def test_a_peer_that_does_not_fit_takes_no_row_of_ours_with_it(monkeypatch):
     assert "out_of_memory" in peer and "passed" not in peer and ours["ms"] > 0 and lean["ms"] > 0
 
 
+@pytest.mark.parametrize("broken", ["ours", "peer"])
+def test_a_side_that_breaks_takes_no_row_of_the_others_with_it(monkeypatch, broken):
+    """As cuDNN may within the peer, and Triton's compiler, whose errors are no RuntimeError, within ours."""
+    real = gpu_rtx.measure
+
+    def breaks(side, *given):
+        if side == broken:
+            raise ValueError("cuDNN error: CUDNN_STATUS_NOT_INITIALIZED")
+        return real(side, *given)
+
+    monkeypatch.setattr(gpu_rtx, "measure", breaks)
+    monkeypatch.setattr(gpu_rtx, "SMOKE", replace(gpu_rtx.SMOKE, steps=1))
+    rows = {row["side"]: row for row in gpu_rtx.small()}
+    assert rows[broken]["failed"] == "ValueError: cuDNN error: CUDNN_STATUS_NOT_INITIALIZED"
+    assert rows[broken]["passed"] is False and all(rows[s]["ms"] > 0 for s in (*gpu_rtx.OURS, "peer") if s != broken)
+    ratios = [side for side in rows if side.startswith("peer / ")]
+    assert ratios == ([] if broken == "peer" else ["peer / ours, hidden made again"])
+
+
 def test_a_peer_that_sees_less_is_refused(monkeypatch):
     """From the recipe's own first weights it would pass: what attention finds reaches nothing there."""
     real = gpu_rtx.make_peer
