@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from core import caches, cardfaults, files, freezing, gpuwatch, guard, scoring
+from core import caches, cardfaults, files, freezing, gpuwatch, guard, interruptions, scoring
 from core import weights as weight_files
 from core.child import LOG_LINES, SMALLER, BackendFailed, Ended, OutOfMemory, Place, Worker
 from core.errors import DeviceFull
@@ -88,8 +88,10 @@ class _Experiment:
         self.compiled = request.caches
         self.peak_flops = 0.0
         self.started = self.mark = time.monotonic()
+        self.clocks = interruptions.read_clocks()
         self.weights = -1  # descriptor
         self.waited = 0.0  # seconds, for a device that others took when the training was done
+        self.slept_waiting = 0.0  # of the machine, while nothing ran
         self.shown: dict[scoring.Part, scoring.Text] = {}  # what a scorer has seen of, in batches of what size
 
     def go(self) -> None:
@@ -169,6 +171,9 @@ class _Experiment:
             os.close(self.weights)
         self.outcome.log_tail = printable("\n".join("\n".join(tails).splitlines()[-LOG_LINES:]))
         self.outcome.timings["total"] = round(time.monotonic() - self.started - self.waited, 3)
+        slept = interruptions.slept(self.clocks, interruptions.read_clocks()) - self.slept_waiting
+        if slept > self.outcome.health.get("slept_seconds", 0.0):  # not in the training alone
+            self.outcome.health["slept_seconds"] = slept
 
     # --- phases ------------------------------------------------------------------------------------
 
@@ -240,8 +245,9 @@ class _Experiment:
             return False
         if role in self.workers:
             self.workers[role].close()
-        before = self.sharing.waited
+        before, clocks = self.sharing.waited, interruptions.read_clocks()
         free = wait(printable(why))
+        self.slept_waiting += interruptions.slept(clocks, interruptions.read_clocks())
         waited = self.sharing.waited - before
         self.waited, self.mark = self.waited + waited, self.mark + waited
         self.place.look_for_stop()
