@@ -35,18 +35,15 @@ LAZY = {  # verbs that live elsewhere and are not imported for a help page: modu
 }
 
 
-class Verb(click.Command):
-    """Its examples are commands that work in the shell that asked for them."""
+class Formatter(click.HelpFormatter):
+    """Usage lines and examples are commands that work in the shell that asked for them."""
 
-    def get_help(self, ctx: click.Context) -> str:
-        return as_called(super().get_help(ctx))
+    def getvalue(self) -> str:
+        return as_called(super().getvalue())
 
 
 class Verbs(click.Group):
     """Groups the verbs in the help, and turns every error into one line and an exit status."""
-
-    def get_help(self, ctx: click.Context) -> str:
-        return as_called(super().get_help(ctx))
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(VERBS)
@@ -89,6 +86,7 @@ class Verbs(click.Group):
         as_json = "--json" in given
         try:
             check_modules()
+            click.Context.formatter_class = Formatter  # of the verbs that are loaded when they are called, too
             status = super().main(given, prog_name or "autoresearch", standalone_mode=False)
         except click.UsageError as error:
             sys.exit(failing.usage(error, as_json))
@@ -135,7 +133,7 @@ def verb(name: str) -> Callable[[Callable[..., Any]], Any]:
     """A verb of the command line; its docstring is the help, examples included."""
 
     def decorate(function: Callable[..., Any]) -> click.Command:
-        return cli.command(name, cls=Verb)(_json_option(function))
+        return cli.command(name)(_json_option(function))
 
     return decorate
 
@@ -168,7 +166,9 @@ def cli() -> None:
 @verb("run")
 @lab_argument(RUN_LAB)
 @click.option("--experiments", type=Number(int, 1), metavar="N", help="Stop after N more experiments.")
-@click.option("--hours", type=Number(float, 0, 720, over=True), metavar="H", help="Stop after H hours.")
+@click.option(
+    "--hours", type=Number(float, 0, 720, over=True), metavar="H", help="Stop after H hours, asleep or awake."
+)
 @click.option("--until", type=Moment(), metavar="HH:MM", help="Stop at this time of day (or 2026-12-01T07:30).")
 @click.option("--researcher", metavar="NAME", default="search", show_default=True, help="Who proposes; A+B: in turns.")
 @click.option("--meanwhile", metavar="NAME", help="Who proposes while that one cannot answer, for example search.")

@@ -12,6 +12,7 @@ from __future__ import annotations
 import errno
 import json
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from core.commands import started
 from core.data import Dataset
 from core.errors import Busy, DataError, UserError
 from core.locks import hold
@@ -296,12 +298,14 @@ class Show:
         self._bar.update(self._task, completed=done, total=total or None, size=size, visible=True)
 
 
-EPILOG = """\b
+MIRROR = "https://mirror.example"
+SET = f"$env:HF_ENDPOINT = '{MIRROR}';" if sys.platform == "win32" else f"HF_ENDPOINT={MIRROR}"
+EPILOG = f"""\b
 Examples:
   autoresearch prepare                     the King James Bible, nothing is fetched
   autoresearch prepare kjv --vocab 2048    the same with a smaller vocabulary
   autoresearch prepare tinystories         1.0 GB from the Hugging Face hub
-  HF_ENDPOINT=https://mirror.example autoresearch prepare climbmix --files 4
+  {SET} autoresearch prepare climbmix --files 4
   autoresearch prepare --text novel.txt    your own .txt, .md, .jsonl or .parquet, or a folder of them
 
 Stopped or cut off, the same command goes on where it was. AUTORESEARCH_HOME moves the place of all data.
@@ -319,7 +323,14 @@ def _at_least(least: int) -> Callable[[click.Context, click.Parameter, int | Non
     return check
 
 
-@click.command(epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
+class Verb(click.Command):
+    """Its examples are commands as it was called."""
+
+    def get_help(self, ctx: click.Context) -> str:
+        return super().get_help(ctx).replace("autoresearch prepare", ctx.command_path)
+
+
+@click.command(cls=Verb, epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("name", required=False, metavar="[kjv|tinystories|climbmix]")
 @click.option("--text", type=click.Path(path_type=Path), metavar="PATH", help="Your own text: a file or a folder.")
 @click.option(
@@ -343,9 +354,11 @@ def main(name: str | None, text: Path | None, vocab: int | None, files: int | No
         with Show() as show:
             dataset = prepare(name, text=text, vocab_size=vocab, shards=files, progress=show.say, meter=show.meter)
     except UserError as error:
+        called = click.get_current_context().command_path
         if not as_json:
-            raise click.ClickException(str(error)) from None
-        click.echo(json.dumps({"error": error.fact, "action": error.action}))
+            raise click.ClickException(str(error).replace("autoresearch prepare", called)) from None
+        action = error.action.replace("autoresearch prepare", called)
+        click.echo(json.dumps({"error": error.fact, "action": action}))
         raise click.exceptions.Exit(1) from None
     click.echo(json.dumps(summary(dataset), indent=1) if as_json else _table(dataset))
 
@@ -371,4 +384,4 @@ def _table(dataset: Dataset) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    main(prog_name=started() or None)

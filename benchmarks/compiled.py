@@ -11,7 +11,9 @@ fast.
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
+import sys
 import tempfile
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
@@ -139,11 +141,14 @@ def resources(cubin: bytes) -> dict[str, int]:
 
 
 def cuobjdump() -> Path:
-    """The binary that Triton's wheel brings along."""
+    """The binary that Triton's wheel brings along; the wheel for Windows brings none, and the CUDA toolkit does."""
     import triton
 
     place = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     for name in ("cuobjdump", "cuobjdump.exe"):
         if (place / name).is_file():
             return place / name
-    raise FileNotFoundError(f"no cuobjdump in {place}; reinstall triton")
+    if found := shutil.which("cuobjdump"):
+        return Path(found)
+    action = "install NVIDIA's CUDA toolkit, which brings it" if sys.platform == "win32" else "reinstall triton"
+    raise FileNotFoundError(f"no cuobjdump in {place}, and none on the PATH; {action}")

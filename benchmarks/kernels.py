@@ -14,6 +14,7 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 
 SECTIONS = ("facts", "correctness", "attention", "mlp", "head", "muon", "fp8")
@@ -31,7 +32,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, help="folder for results.json and results.md of a card")
     given = parser.parse_args(arguments)
     if given.compile_only:
-        sys.exit(compile_all(given.target, given.kernel, given.json))
+        try:
+            sys.exit(compile_all(given.target, given.kernel, given.json))
+        except FileNotFoundError as error:
+            sys.exit(str(error))
+    if find_spec("torch") is None:
+        sys.exit("PyTorch is not installed, and it is what runs these kernels; see autoresearch doctor")
     import torch
 
     from benchmarks import gpu
@@ -44,7 +50,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def compile_all(targets: Sequence[int], kernel: str, as_json: bool) -> int:
-    """Prints a line for each case; the exit status."""
+    """Prints a line for each case; the exit status. `FileNotFoundError` where nothing reads a binary."""
+    if find_spec("triton") is None:
+        sys.exit("Triton is not installed, and it is what compiles these kernels; see autoresearch doctor")
     import triton
 
     from benchmarks.compile_cases import cases, missing

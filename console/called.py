@@ -13,7 +13,7 @@ from pathlib import Path
 from console.verbs import VERBS
 
 NAME = "autoresearch"
-_COMMAND = re.compile(rf"(?<![\w/\\.-]){NAME}(?= (?:{'|'.join(VERBS)}|--help)\b)")
+_COMMAND = re.compile(rf"(?<![\w/\\.-]){NAME}(?= (?:(?:{'|'.join(VERBS)}|--help)\b|\[OPTIONS\]))")
 
 
 def as_called(text: str) -> str:
@@ -27,6 +27,10 @@ def as_called(text: str) -> str:
 def program() -> str:
     """What a command of this program begins with."""
     called = Path(sys.argv[0]) if sys.argv else Path(NAME)
+    if called.name == "cli.py":  # python -m cli
+        from core.commands import started
+
+        return started() or NAME
     if called.name not in (NAME, f"{NAME}.exe") or not os.path.dirname(sys.argv[0]):  # noqa: PTH120 - as it was given
         return NAME  # a module, a test, a program that imports this
     if "UV_RUN_RECURSION_DEPTH" in os.environ:  # `uv run` puts it on the path of this process only
@@ -39,7 +43,6 @@ def program() -> str:
     word = str(called) if len(called.parts) > 1 else f".{os.sep}{called}"
     if re.fullmatch(rf"[\w@%+=:,./{re.escape(os.sep)}-]+", word, re.ASCII):
         return word
-    from core.commands import quoted
+    from core.commands import beginning
 
-    word = quoted(word)
-    return f"& {word}" if word.startswith('"') else word  # PowerShell would print a quoted word, and not run it
+    return beginning(word)

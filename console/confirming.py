@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal
@@ -18,6 +17,7 @@ from console.words import duration, plural, roughly, shorten, unfinished
 from core import confirming, effects
 from core.commands import quoted
 from core.confirming import Done, Plan
+from core.deadline import Deadline
 from core.errors import UserError
 
 if TYPE_CHECKING:
@@ -177,13 +177,13 @@ def _claim(found: Findings, before: int, number: int) -> str:
 # --- at the end of a run -----------------------------------------------------------------------
 
 
-def research(screen: Screen, loop: Loop, experiments: int | None, deadline: float | None, ticker: Ticker) -> Any:
+def research(screen: Screen, loop: Loop, experiments: int | None, deadline: Deadline | None, ticker: Ticker) -> Any:
     """Research until a limit; with a deadline, the time before it that is kept for that goes to confirming."""
     from core.loop import Limits
 
     lab = loop.lab
     kept_back = reserve(lab, deadline)
-    limits = Limits(experiments, None if deadline is None else deadline - kept_back)
+    limits = Limits(experiments, None if deadline is None else deadline.earlier(kept_back))
     summary = loop.run(limits)
     if not kept_back or summary.reason == "stopped" or loop.is_finishing:
         return summary
@@ -202,14 +202,14 @@ def research(screen: Screen, loop: Loop, experiments: int | None, deadline: floa
     return summary
 
 
-def reserve(lab: Lab, deadline: float | None) -> float:
+def reserve(lab: Lab, deadline: Deadline | None) -> float:
     """Seconds that a run with this deadline keeps for confirming."""
     if deadline is None:
         return 0.0
-    return confirming.reserved(deadline, time.time(), lab.settings.verdict, sum(costs(lab)))
+    return confirming.reserved(deadline.left(), lab.settings.verdict, sum(costs(lab)))
 
 
-def reserve_line(lab: Lab, deadline: float | None) -> str:
+def reserve_line(lab: Lab, deadline: Deadline | None) -> str:
     """For the banner; "" where nothing is to be said."""
     if deadline is None:
         return ""

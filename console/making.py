@@ -426,8 +426,11 @@ def ready_data(screen: Screen, wishes: Wishes, profile: Profile) -> Dataset:
         with _progress(screen) as how:
             return prepare.prepare(name, vocab_size=vocab, **how)
     except DataError as error:
-        others = ", ".join(f"--data {other}" for other in prepare.known() if other != name)
-        raise DataError(error.fact, f"{error.action}, or choose {others} or --text PATH".lstrip(", ")) from error
+        instead = "--text PATH" if name == "kjv" else "--data kjv or --text PATH"  # the other sets are fetched, too
+        action = error.action.replace(prepare.WITHOUT_NETWORK, instead)
+        if instead not in action:
+            action = f"{action}, or choose {instead}".lstrip(", ")
+        raise DataError(error.fact, action) from error
 
 
 @contextmanager

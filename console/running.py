@@ -23,6 +23,7 @@ from console.rows import Row, row
 from console.signals import Asked, ends
 from console.words import below, bpb, clock, count, delta, duration, plural
 from core.commands import quoted
+from core.deadline import Deadline
 from core.errors import Busy, LabError, UserError
 from core.session import FINISHED
 
@@ -45,10 +46,10 @@ ENOUGH_SEEN = 10  # candidates, whose own number of runs is believed
 
 @dataclass(frozen=True)
 class Limits:
-    """When to stop: after so many more experiments, at this Unix time, or not at all."""
+    """When to stop: after so many more experiments, at the deadline, or not at all."""
 
     experiments: int | None
-    deadline: float | None
+    deadline: Deadline | None
 
 
 @dataclass(frozen=True)
@@ -58,15 +59,15 @@ class Again:
     words: Sequence[str]  # from "run" on
     options: Mapping[str, Any]  # None: not given; True: a flag
     experiments: int | None
-    deadline: float | None
+    deadline: Deadline | None
     counts_all: bool = False  # whether `experiments` are those of the lab, as with --demo, or more of them
 
     def spelled(self, decided: int = 0) -> str:
         """`decided`: in this run, so far. "" where nothing was left to do."""
         left = self.experiments if self.experiments is None or self.counts_all else self.experiments - decided
-        if (left is not None and left <= 0) or (self.deadline is not None and self.deadline <= time.time()):
+        if (left is not None and left <= 0) or (self.deadline is not None and self.deadline.left() <= 0):
             return ""
-        options = {"experiments": left, "until": self.deadline and until_word(self.deadline), **self.options}
+        options = {"experiments": left, "until": self.deadline and until_word(self.deadline.time()), **self.options}
         words = ["autoresearch", *self.words]
         for name, value in options.items():
             if value is not None:
@@ -109,7 +110,8 @@ def run_verb(
         )
 
     wishes = Wishes(**making)
-    deadline = until if until is not None else time.time() + hours * 3600 if hours is not None else None
+    deadline = Deadline.after(hours) if hours is not None else None
+    deadline = Deadline.at_time(until) if until is not None else deadline
     named, wanted = given, experiments
     if demo:
         given, wishes, experiments = _demo(given, wishes, experiments)
@@ -383,16 +385,15 @@ def _banner(screen: Screen, lab: Lab, researcher: str, limits: Limits, sleep: st
     first = 0.0 if measured else each * (Rule().baseline_runs if s.verdict == "statistical" else 1)
     each *= _runs_each(s.verdict, [r.runs for r in measured if r.number > 1])
     kept_back = reserve(lab, limits.deadline)
-    left = max(0.0, limits.deadline - time.time() - kept_back) if limits.deadline else None
+    left = max(0.0, limits.deadline.left() - kept_back) if limits.deadline else None
     rates = [r.outcome["tokens"] / r.outcome["training_seconds"] for r in measured if r.outcome.get("tokens")]
     passes = passes_line(train.tokens, max(rates, default=None), s.budget)
     plan = finish_line(each, limits.experiments, left, first)
-    ends_at = (
-        f"; at {clock(datetime.fromtimestamp(limits.deadline).astimezone())} at the latest" if limits.deadline else ""
-    )
+    latest = limits.deadline.time() if limits.deadline else None  # Unix time
+    ends_at = f"; at {clock(datetime.fromtimestamp(latest).astimezone())} at the latest" if latest else ""
     screen.line({
         "event": "run", "lab": places.about(lab), "researcher": researcher, "experiments": limits.experiments,
-        "deadline": limits.deadline, "seconds_each": each, "known": len(view.rows), "sleep": sleep,
+        "deadline": latest, "seconds_each": each, "known": len(view.rows), "sleep": sleep,
         "again": again,
     })  # fmt: skip
     screen.say(f"  device      {s.device or s.backend}, {s.dtype} (backend {s.backend}, profile {s.profile})")

@@ -48,6 +48,12 @@ def gone(card: str, said: str) -> CardGone:
     return CardGone(f"{card or 'the card'} does not answer any more ({said})", action)
 
 
+def lost(device: str, said: str) -> CardGone:
+    """The same for the card that `device` ("cuda:0") names."""
+    index = locks.cuda_index(device)
+    return gone("" if index is None else locks.cuda_name(index), said)
+
+
 def failing(said: str) -> CardGone:
     """What to raise when the card answers and could not be opened. `said`: the driver's words."""
     return CardGone(f"the card's driver failed when the card was opened ({said})", f"{LOOK}, and {RESTART}")

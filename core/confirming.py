@@ -6,12 +6,12 @@ whatever was cut off goes on where it stopped.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
+from core.deadline import Deadline
 from core.ledger import Ablation, Sample
 from core.session import FINISHED
 
@@ -149,17 +149,17 @@ def _typical(seconds: Sequence[float]) -> float:
     return median(known) if known else 0.0
 
 
-def reserved(deadline: float | None, now: float, rule: str, each: float) -> float:
-    """Seconds before the deadline (Unix time) that a run keeps for confirming. None where a lab decides by the simple
-    rule, which asks for no evidence, and where they would not do for one run each of baseline and winner."""
-    share = 0.0 if deadline is None or rule == "simple" else RESERVED * max(0.0, deadline - now)
+def reserved(left: float | None, rule: str, each: float) -> float:
+    """Of the seconds `left` until its deadline, those that a run keeps for confirming. None where a lab decides by the
+    simple rule, which asks for no evidence, and where they would not do for one run each of baseline and winner."""
+    share = 0.0 if left is None or rule == "simple" else RESERVED * max(0.0, left)
     return share if share >= 2 * each else 0.0
 
 
 def confirm(
-    loop: Loop, wanted: Plan, deadline: float | None = None, say: Callable[[str], None] = lambda _: None
+    loop: Loop, wanted: Plan, deadline: Deadline | None = None, say: Callable[[str], None] = lambda _: None
 ) -> Done:
-    """Run what is planned, until all is measured, the deadline (Unix time) is too near for another run, or a stop.
+    """Run what is planned, until all is measured, the deadline is too near for another run, or a stop.
     While somebody wants a pause no run begins.
 
     A run that was disturbed is repeated, ATTEMPTS runs in all at most: by then this machine is not what it was, and it
@@ -172,7 +172,7 @@ def confirm(
         for at, run in enumerate(wanted.runs):
             if run.without in failed:
                 continue
-            score = _measured(loop, run, None if deadline is None else deadline - wanted.takes(run))
+            score = _measured(loop, run, None if deadline is None else deadline.earlier(wanted.takes(run)))
             if isinstance(score, str):
                 return Done(measured, many - at, score)
             measured += bool(score)
@@ -183,14 +183,14 @@ def confirm(
     return Done(measured, many - measured, "")
 
 
-def _measured(loop: Loop, run: Run, latest: float | None) -> float | str:
-    """The undisturbed score of a run, 0.0 where it came to none; or why it all ends. `latest`: Unix time after which no
-    run begins."""
+def _measured(loop: Loop, run: Run, latest: Deadline | None) -> float | str:
+    """The undisturbed score of a run, 0.0 where it came to none; or why it all ends. `latest`: when the last run
+    begins."""
     for _ in range(ATTEMPTS):
         loop.wait_while_paused(latest)
         if loop.is_finishing:
             return FINISHED
-        if latest is not None and time.time() > latest:
+        if latest is not None and latest.left() < 0:
             return "the next run would not end in time"
         if run.without is None:
             outcome = loop.measure(run.number, run.seed, "confirm", "is it as good on a fresh seed?", run.holdout)

@@ -222,11 +222,13 @@ class Deciding:
 
     def _by_one_run(self, e: Experiment) -> Step:
         lab, samples = self._session.lab, self._session.ledger.samples(e.number, "verdict")
-        # A card that others used made fewer steps: the score says nothing about the candidate, and decides nothing.
-        if shared := str((((e.outcome or {}).get("health") or {}).get("card") or {}).get("tainted") or ""):
+        health = (e.outcome or {}).get("health") or {}
+        # A card that others used made fewer steps, and so may have a machine that slept: such a score says nothing
+        # about the candidate, and decides nothing.
+        if cut := str((health.get("card") or {}).get("tainted") or "") or steady.slept(health):
             if e.attempts < ATTEMPTS:
-                return Step(AGAIN, f"{shared}; it will be measured again")
-            reason = f"measured {e.attempts} times, each time disturbed: {shared}"
+                return Step(AGAIN, f"{cut}; it will be measured again")
+            reason = f"measured {e.attempts} times, each time disturbed: {cut}"
             return Step("invalid", reason, record={"rule": "simple", "simple": "invalid"})
         said = verdict.decide_simple(lab.best_samples(), [s.val_bpb for s in samples], lab.settings.min_delta)
         return Step(said.status, said.reason, record={"rule": "simple", "simple": said.status})

@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Protocol
 
-from core import cardfaults, gpuwatch, locks
+from core import cardfaults, gpuwatch
 from core.errors import DeviceFull
 from core.facts import Facts
 from core.files import remove
@@ -124,8 +124,7 @@ class LocalExecutor:
     def _require_card(self, device: str) -> None:
         """Raises `CardGone` where the driver does not tell of the card."""
         if said := self._source().look(device, ()).error:
-            index = locks.cuda_index(device)
-            raise cardfaults.gone("" if index is None else locks.cuda_name(index), said) from None
+            raise cardfaults.lost(device, said) from None
 
     def _tell_card(
         self, outcome: Outcome, device: str, before: gpuwatch.Look, stop: threading.Event, needed: int

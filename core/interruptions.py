@@ -12,6 +12,7 @@ from typing import Any
 
 import psutil
 
+from core.deadline import running
 from core.windows import awake_seconds
 
 PRESSURE = Path("/proc/pressure/memory")  # Linux with PSI
@@ -29,14 +30,18 @@ class Clocks:
 
 def read_clocks() -> Clocks:
     """Where the system has no pair of clocks that tells sleep, the first two are the same one."""
-    awake = running = time.monotonic()  # on Windows it goes on in sleep
-    if sys.platform == "linux":
-        running = time.clock_gettime(time.CLOCK_BOOTTIME)
-    elif sys.platform == "darwin":
-        awake, running = time.clock_gettime(time.CLOCK_UPTIME_RAW), time.clock_gettime(time.CLOCK_MONOTONIC)
-    elif sys.platform == "win32":
-        awake = awake_seconds()
-    return Clocks(awake, running, time.time())
+    return Clocks(awake(), running(), time.time())
+
+
+def awake() -> float:
+    if sys.platform == "darwin":
+        return time.clock_gettime(time.CLOCK_UPTIME_RAW)
+    return awake_seconds() if sys.platform == "win32" else time.monotonic()  # on Windows that goes on in sleep
+
+
+def slept(began: Clocks, now: Clocks) -> float:
+    """Seconds that the machine slept between these two."""
+    return round(max(0.0, (now.running - began.running) - (now.awake - began.awake)), 3)
 
 
 class Interruptions:
@@ -55,7 +60,7 @@ class Interruptions:
         before, after = self._stalled, stalled_seconds(self._pressure)
         stalled = None if before is None or after is None else round((after - before) / max(1e-3, awake), 4)
         return {
-            "slept_seconds": round(max(0.0, running - awake), 3),
+            "slept_seconds": slept(began, now),
             "clock_set_seconds": round(wall - running, 3),
             "memory_stalled": stalled,
             "on_battery": on_battery(),

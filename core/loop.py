@@ -29,6 +29,7 @@ from core import locks, objections, rebase
 from core.commands import quoted
 from core.contract import Exhausted, Proposal, Researcher, Unavailable, View
 from core.data import Dataset
+from core.deadline import Deadline
 from core.deciding import AGAIN, STATISTICAL, Deciding
 from core.errors import Busy, LabError, UserError
 from core.executor import Executor
@@ -56,10 +57,10 @@ DESCRIPTION = 500  # characters of a description that are kept
 
 @dataclass(frozen=True)
 class Limits:
-    """When a run ends: after so many decided experiments, or when the next would outlast the deadline (Unix time)."""
+    """When a run ends: after so many decided experiments, or when the next would outlast the deadline."""
 
     experiments: int | None = None
-    deadline: float | None = None
+    deadline: Deadline | None = None
 
 
 @dataclass(frozen=True)
@@ -283,7 +284,7 @@ class Loop:
 
     def _too_late(self, limits: Limits) -> bool:
         """Whether the next experiment would outlast the deadline, which also thinking may have brought near."""
-        return limits.deadline is not None and time.time() + self._seconds_each() > limits.deadline
+        return limits.deadline is not None and self._seconds_each() > limits.deadline.left()
 
     def _seconds_each(self) -> float:
         """How long the next run will take: as the last ones; before there are any, the budget."""
@@ -325,7 +326,7 @@ class Loop:
     def _interrupted(self) -> bool:
         """Is there something else to do than to wait for a proposal? A limit counts only while nobody can answer."""
         deadline = self._limits.deadline
-        late = deadline is not None and time.time() > deadline
+        late = deadline is not None and deadline.left() < 0
         return self._paused.is_set() or self._finishing.is_set() or late or bool(self.ledger.pending())
 
     def _idles(self, what: str, seconds: float, wait: Wait | None) -> None:
@@ -351,7 +352,7 @@ class Loop:
             return
         if limits.experiments is not None and many >= limits.experiments:
             return
-        if limits.deadline is not None and time.time() + 2 * self._seconds_each() > limits.deadline:
+        if limits.deadline is not None and 2 * self._seconds_each() > limits.deadline.left():
             return
         with suppress(Exhausted, Unavailable):  # told when its turn comes
             self._thinking.ahead()
@@ -522,15 +523,15 @@ class Loop:
         if asked in ("pause", "resume"):
             self._session.live.update(pause_asked=asked == "pause")
 
-    def wait_while_paused(self, deadline: float | None = None) -> None:
-        """Until nobody wants a pause any more, a stop, or the deadline (Unix time)."""
+    def wait_while_paused(self, deadline: Deadline | None = None) -> None:
+        """Until nobody wants a pause any more, a stop, or the deadline."""
         if not self._paused.is_set():
             return
         self._session.live.update(state="paused", number=None, phase=None)
         self._session.on_event(Event("waiting", {"text": "paused; go on with: autoresearch resume", "paused": True}))
         with self._session.idle.waits_for("paused"):
             while self._paused.is_set() and not self._stop.is_set() and not self._finishing.is_set():
-                if deadline is not None and time.time() > deadline:
+                if deadline is not None and deadline.left() < 0:
                     return
                 time.sleep(PERIOD)  # not Event.wait: a signal handler that sets the event could meet its lock
 
@@ -547,14 +548,25 @@ def _explained(lab: Lab) -> Iterator[None]:
             raise UserError(
                 f"the disk of {place} is full", "free some space, then `autoresearch run`: nothing is lost"
             ) from error
+        if _is_gone(lab.path / ".git"):  # Windows calls it a want of permission
+            raise UserError(
+                f"{lab.path}, or the repository in it, was moved or removed while it was in use",
+                "put the folder back, or name where it lies now: `autoresearch run LAB` goes on, nothing is lost",
+            ) from error
         if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
             raise UserError(
                 f"{place} cannot be written ({os.strerror(error.errno)})",
                 "make it writable, then `autoresearch run`: nothing is lost",
             ) from error
-        if not (lab.path / ".git").is_dir():
-            raise UserError(
-                f"{lab.path}, or the repository in it, was moved or removed while it was in use",
-                "put the folder back, or name where it lies now: `autoresearch run LAB` goes on, nothing is lost",
-            ) from error
         raise
+
+
+def _is_gone(path: Path) -> bool:
+    """Not merely out of reach."""
+    try:
+        path.stat()
+    except FileNotFoundError:
+        return True
+    except OSError:
+        pass
+    return False

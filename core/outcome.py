@@ -46,6 +46,13 @@ class Sharing(Protocol):
     def wait(self, why: str, needed: int = 0) -> bool:
         """Until others have left the device, with `needed` free bytes at least. False: not within the limit."""
 
+    def lost(self, said: str = "") -> str:
+        """Why a failure just now is the device's own or its driver's, "" where it is not known to be. Nothing of ours
+        may compute there meanwhile. `said`: what trusted code alone heard of the driver; what a recipe says is none."""
+
+    def wait_for_answer(self, why: str) -> bool:
+        """A moment, and until the device answers. False: not within the limit."""
+
 
 @dataclass(frozen=True)
 class Request:

@@ -193,8 +193,10 @@ def _evaluate(node: ast.expr) -> Any:
 def _comments(source: str) -> dict[int, str]:
     """Line number -> comment text. `source` is known to parse."""
     found: dict[int, str] = {}
+    # Since Python 3.12 it cuts letters of several bytes in two behind a carriage return that ends a line by itself.
+    lines = io.StringIO(source.replace("\r\n", "\n").replace("\r", "\n"))
     try:
-        for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        for token in tokenize.generate_tokens(lines.readline):
             if token.type == tokenize.COMMENT:
                 found[token.start[0]] = token.string.lstrip("#").strip()
     except (tokenize.TokenError, SyntaxError):

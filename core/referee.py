@@ -23,9 +23,9 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from core import caches, cardfaults, files, freezing, gpuwatch, guard, scoring
+from core import caches, cardfaults, files, freezing, gpuwatch, guard, interruptions, scoring
 from core import weights as weight_files
-from core.child import LOG_LINES, SMALLER, Ended, OutOfMemory, Place, Worker
+from core.child import LOG_LINES, SMALLER, BackendFailed, Ended, OutOfMemory, Place, Worker
 from core.errors import DeviceFull
 from core.health import Watch
 from core.outcome import Event, Outcome, Request, Sharing, Status, ignore, printable, source_sha256
@@ -88,8 +88,10 @@ class _Experiment:
         self.compiled = request.caches
         self.peak_flops = 0.0
         self.started = self.mark = time.monotonic()
+        self.clocks = interruptions.read_clocks()
         self.weights = -1  # descriptor
         self.waited = 0.0  # seconds, for a device that others took when the training was done
+        self.slept_waiting = 0.0  # of the machine, while nothing ran
         self.shown: dict[scoring.Part, scoring.Text] = {}  # what a scorer has seen of, in batches of what size
 
     def go(self) -> None:
@@ -169,6 +171,9 @@ class _Experiment:
             os.close(self.weights)
         self.outcome.log_tail = printable("\n".join("\n".join(tails).splitlines()[-LOG_LINES:]))
         self.outcome.timings["total"] = round(time.monotonic() - self.started - self.waited, 3)
+        slept = interruptions.slept(self.clocks, interruptions.read_clocks()) - self.slept_waiting
+        if slept > self.outcome.health.get("slept_seconds", 0.0):  # not in the training alone
+            self.outcome.health["slept_seconds"] = slept
 
     # --- phases ------------------------------------------------------------------------------------
 
@@ -195,10 +200,10 @@ class _Experiment:
 
     def _beside_others(self, role: str, work: Callable[[], T]) -> T:
         """The result of `work`, done again in a new process of `role` where it failed because others had taken the
-        device; the weights are the same, and nothing is trained again.
+        device, or because its driver had lost it; the weights are the same, and nothing is trained again.
 
-        That they had taken it the referee sees for itself, with nothing of the recipe alive: a child that says that
-        memory ended, or lets its time pass, gains nothing by that alone. Where they had, it is asked the very same
+        That it was so the referee sees for itself, with nothing of the recipe alive: a child that says that
+        memory ended, or lets its time pass, gains nothing by that alone. Where it was, it is asked the very same
         again: rows in the same order, of the same batches once a row was shown, the same questions; and AGAIN times at
         most. How long it took says nothing of the weights, so such a score is as good as any: `tainted` is what the
         training was."""
@@ -206,31 +211,43 @@ class _Experiment:
         while True:
             try:
                 return work()
-            except DeviceFull as full:  # before anything of the recipe was there: for as long as there is time
-                end: Ended | DeviceFull = full
-                why, needed = full.fact, full.needed
-            except Ended as gone:
-                failed += 1
-                end, needed = gone, 0
-                why = self._others_doing(role, gone) if failed <= AGAIN else ""
-            if not why or not self._wait_for_device(role, why, needed):
-                raise end
+            except (DeviceFull, BackendFailed, Ended) as end:
+                failed += isinstance(end, Ended)
+                excuse = self._excuse(role, end) if failed <= AGAIN else None
+                if excuse is None or not self._wait_for_device(role, *excuse):
+                    raise
 
-    def _others_doing(self, role: str, end: Ended) -> str:
-        """Why the end of a scorer or an auditor is others' doing, "" where it is not known to be."""
+    def _excuse(self, role: str, end: DeviceFull | BackendFailed | Ended) -> tuple[str, Callable[[str], bool]] | None:
+        """Why a scorer or an auditor failed by no fault of its own, and how that is waited for; None where it is not
+        known to be so. What fails before the recipe is there is waited for as long as there is time."""
+        sharing, worker = self.sharing, self.workers.get(role)
+        if sharing is None or (isinstance(end, Ended) and end.status not in ("crash", "timeout")):
+            return None
+        if isinstance(end, DeviceFull):
+            return end.fact, lambda why: sharing.wait(why, end.needed)
+        own_limit = worker is not None and worker.child.exceeded()
+        if worker is not None:
+            worker.kill()
+        if isinstance(end, BackendFailed):
+            lost = sharing.lost(f"{end.fact} {end.action}")
+            return (lost, sharing.wait_for_answer) if lost else None
+        if own_limit:
+            return None
         memory = isinstance(end, (OutOfMemory, scoring.OutOfMemoryLate))
-        if self.sharing is None or not (memory or end.status == "timeout") or self.workers[role].child.exceeded():
-            return ""
-        self.workers[role].kill()
-        why = self.sharing.taken(self.outcome.peak_memory)
-        return f"{end.reason[:300]}, while {why}" if why else ""
+        taken = sharing.taken(self.outcome.peak_memory) if memory or end.status == "timeout" else ""
+        why = taken or sharing.lost()
+        wait = sharing.wait if taken else sharing.wait_for_answer
+        return (f"{end.reason[:300]}, while {why}", wait) if why else None
 
-    def _wait_for_device(self, role: str, why: str, needed: int) -> bool:
+    def _wait_for_device(self, role: str, why: str, wait: Callable[[str], bool]) -> bool:
+        """Whether it is ours again; then a new process of the role begins."""
         if self.sharing is None:
             return False
-        self.workers[role].close()
-        before = self.sharing.waited
-        free = self.sharing.wait(printable(why), needed)
+        if role in self.workers:
+            self.workers[role].close()
+        before, clocks = self.sharing.waited, interruptions.read_clocks()
+        free = wait(printable(why))
+        self.slept_waiting += interruptions.slept(clocks, interruptions.read_clocks())
         waited = self.sharing.waited - before
         self.waited, self.mark = self.waited + waited, self.mark + waited
         self.place.look_for_stop()

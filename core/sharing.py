@@ -1,14 +1,18 @@
-"""A graphics card that others take before an experiment or in the middle of it: it is waited for, up to one limit."""
+"""A graphics card that others take before an experiment or in the middle of it, or that is lost when what was trained
+is to be scored: it is waited for, up to one limit each."""
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from core import gpuwatch
+from core import cardfaults, gpuwatch
 from core.errors import DeviceFull
+
+COMES_BACK = 300.0  # seconds that are waited for a card whose driver fails, all waits of one experiment together
 
 
 class SharedCard:
@@ -23,13 +27,15 @@ class SharedCard:
         most: float = gpuwatch.WAIT_MOST,
         every: float = gpuwatch.WAIT_EVERY,
         needed: int = 0,
+        comes_back: float = COMES_BACK,
     ) -> None:
         """`device`: "cuda:0"; `most`: seconds that are waited at most; `every`: seconds between two looks; `needed`:
-        bytes that the experiment is expected to take, 0: not known."""
+        bytes that the experiment is expected to take, 0: not known; `comes_back`: as `most`, for a lost card."""
         self._device, self._source, self._say, self._stop = device, source, say, stop
         self._most, self._every = most, every
         self.needed = needed
         self.waited = 0.0
+        self._comes_back = comes_back  # what is left of it
         self.before = gpuwatch.Look()  # the card when the run began, with nothing of ours on it
 
     def left(self) -> float:
@@ -72,6 +78,26 @@ class SharedCard:
             return gpuwatch.wait_until_free(
                 self._device, self._source, _silent, self._stop, self.left(), self._every, needed=self.needed
             )
+
+    def lost(self, said: str = "") -> str:
+        if self.before.error:  # where nothing was ever told, nothing is known of it now
+            return ""
+        if error := self._source.look(self._device, ()).error:
+            return cardfaults.lost(self._device, error).fact
+        return cardfaults.failing(words).fact if (words := cardfaults.fault(said, "")) else ""
+
+    def wait_for_answer(self, why: str) -> bool:
+        if self._comes_back <= 0:
+            return False
+        limit = f"{math.ceil(self._comes_back / 60)} min at most"
+        self._say(f"{why}: the training is done and kept, its score waits until the card answers, {limit}")
+        began, answers = time.monotonic(), False
+        with self._timed():
+            while not answers and not self._stop.is_set() and time.monotonic() - began < self._comes_back:
+                gpuwatch.wait(self._stop, self._every)
+                answers = not self._source.look(self._device, ()).error
+        self._comes_back -= time.monotonic() - began
+        return answers
 
     @contextmanager
     def _timed(self) -> Iterator[None]:

@@ -49,10 +49,19 @@ def departure(outcome: Mapping[str, Any], steady: Steady) -> str:
 
 def can_be_others(outcome: Mapping[str, Any]) -> bool:
     """Whether a run without a score may be one by the fault of others, if it was disturbed: they make a recipe slow and
-    take the memory that it needs, and a driver fails. What is broken by itself is not run again."""
-    status, card = str(outcome.get("status", "crash")), (outcome.get("health") or {}).get("card") or {}
-    not_its = bool(outcome.get("out_of_memory") or card.get("fault"))
-    return status in ("timeout", "hopeless") or (status == "crash" and not_its)
+    take the memory that it needs, a driver fails, and a sleep may lose what a card had in its memory. What is broken by
+    itself is not run again."""
+    status, health = str(outcome.get("status", "crash")), outcome.get("health") or {}
+    if status == "scored":
+        return False
+    not_its = bool(outcome.get("out_of_memory") or (health.get("card") or {}).get("fault"))
+    return status in ("timeout", "hopeless") or (status == "crash" and not_its) or bool(slept(health))
+
+
+def slept(health: Mapping[str, Any]) -> str:
+    """That the machine slept in the run with this health, "" if it did not."""
+    seconds = float(health.get("slept_seconds") or 0.0)
+    return f"the machine slept for {seconds:.0f} s meanwhile" if seconds > SLEPT else ""
 
 
 def rate(outcome: Mapping[str, Any]) -> float | None:
@@ -72,9 +81,8 @@ def spread(groups: Sequence[Sequence[float]]) -> float:
 
 def _interrupted(health: Mapping[str, Any]) -> str:
     """What no steady state can contain."""
-    slept = float(health.get("slept_seconds") or 0.0)
-    if slept > SLEPT:
-        return f"the machine slept for {slept:.0f} s meanwhile"
+    if told := slept(health):
+        return told
     moved = float(health.get("clock_set_seconds") or 0.0)
     if abs(moved) > CLOCK_SET:
         return f"the clock was set {'forward' if moved > 0 else 'back'} by {abs(moved):.0f} s meanwhile"

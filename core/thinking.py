@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from core.contract import Exhausted, Proposal, Researcher, Team, Unavailable, View
+from core.deadline import running
 from core.errors import UserError
 from core.gap import Stopped
 from core.gitstore import GitStore
@@ -231,9 +232,9 @@ class Thinking:
 
     def _sit_out(self, job: _Job, reason: str, seconds: float) -> None:
         job.wait = Wait(reason, time.time() + seconds)
-        until = time.monotonic() + seconds
-        while time.monotonic() < until and not self.over.is_set():
-            time.sleep(min(SLICE, max(0.0, until - time.monotonic())))
+        until = running() + seconds  # a limit of use is over at its time, whether this machine slept or not
+        while (left := until - running()) > 0 and not self.over.is_set():
+            time.sleep(min(SLICE, left))
         job.wait = None
 
     # --- what is ready -----------------------------------------------------------------------------

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 # As Python, numpy, PyTorch's allocators, cuBLAS, Triton and MLX say it, in small letters.
-SAID = ("out of memory", "can't allocate memory", "unable to allocate", "alloc_failed")
+SAID = ("out of memory", "can't allocate memory", "not enough memory", "unable to allocate", "alloc_failed")
 # PyTorch's allocator asks NVML before it says that a card's memory is used up; where NVML does not answer (in some
 # containers, on MIG's parts) an internal assertion about that is all that it says (pytorch/pytorch #112377, #185240).
 ASSERTED = ("nvml_success ==", "cudacachingallocator")

@@ -15,10 +15,13 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("Triton's interpreter compiles nothing", allow_module_level=True)
 
+from binaries import require_cuobjdump
+
 from benchmarks.compile_attention import PRODUCT, TARGETS, backward, both, forward, passes
 from benchmarks.compiled import Compiled, compiled, resources
 from kernels.attention_tiles import BACKWARD, FORWARD, nearest, padded
 
+require_cuobjdump()
 HEADS = (32, 64, 128)
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import shutil
+import sys
 
 import pytest
 from hypothesis import given, settings
@@ -17,6 +19,10 @@ from flash3 import FORMS, stand_in  # noqa: E402 - after the skip
 from kernels import attention_cores, lean  # noqa: E402
 from kernels.attention_cores import CORES, attention  # noqa: E402
 from kernels.attention_reference import reference, reference_rotated  # noqa: E402
+
+COMPILES = pytest.mark.skipif(
+    sys.platform == "win32" and shutil.which("cl") is None, reason="Microsoft's C++ compiler is not there"
+)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -108,7 +114,7 @@ def test_a_layer_keeps_queries_and_keys_once_turned(by):
 
 
 @pytest.mark.parametrize("by", ["fa3", "flash"])
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=[pytest.mark.slow, COMPILES])])
 def test_layers_are_one_graph_and_the_same(by, backend):
     x, x0, a, b, w, gate, table, tokens, cos, sin = layer(5, 2, 16, 2, 8)
 

@@ -170,6 +170,34 @@ def test_a_card_that_is_taken_when_the_training_is_done_costs_no_training(h100, 
     assert all("of 79.2 GiB free" in why for why in again) and not sample.tainted and sample.outcome["audited"]
 
 
+def test_a_card_that_is_lost_when_the_training_is_done_costs_no_training(h100, monkeypatch):
+    """What was trained waits until the driver answers again, before the scorer as before the auditor."""
+    desk, _ = h100
+    (gates := desk.folder / "lost").mkdir()
+    for phase in ("score", "audit"):
+        (gates / phase).touch()
+    arguments = ("confirm", "1", "--lab", "labs/night", "--seeds", "1", "--no-holdout", "--json")
+    running, said = desk.start(*arguments, BLANK_CONSOLE_GATES=str(gates)), []
+    waits = (
+        "does not answer any more (GPU is lost): the training is done and kept, its score waits until the card answers"
+    )
+    for phase in ("score", "audit"):
+        said += heard(running, f'"phase": "{phase}"')
+        with desk.card.befallen("lost"):
+            (gates / phase).unlink()
+            said += heard(running, waits)
+    rest = running.communicate(timeout=TIMEOUT)[0]
+    assert running.returncode == 0, rest
+    told = [*said, *rest.splitlines()]
+    assert sum('"phase": "train"' in line for line in told) == 1 and not any("tried again in" in line for line in told)
+    monkeypatch.setenv("AUTORESEARCH_HOME", desk.env["AUTORESEARCH_HOME"])
+    sample = Lab.open(desk.folder / "work/labs/night").ledger.samples(1, "confirm")[-1]
+    again = sample.outcome["health"]["judged_again"]
+    assert [why.partition(": ")[0] for why in again] == ["scorer", "auditor"]
+    assert all("H100 80GB HBM3 does not answer any more" in why for why in again)
+    assert not sample.tainted and sample.outcome["audited"]
+
+
 @pytest.mark.parametrize(("card", "dtype"), [("4060", "bfloat16"), ("2080ti", "float16")])
 def test_a_night_on_a_card_of_gamers(card, dtype, tmp_path):
     desk = Desk(card, tmp_path / "desk")

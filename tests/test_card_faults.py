@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 
 import pytest
 from scripted import Scripted, recipe
@@ -15,6 +16,7 @@ from core.child import BackendFailed
 from core.errors import CardGone, UserError
 from core.nvml import Nvml
 from core.outcome import Outcome
+from core.sharing import SharedCard
 from core.steady import Steady, can_be_others, departure
 
 XID = "step 17: RuntimeError: Triton Error [CUDA]: unspecified launch failure (train.py, line 181)"
@@ -74,6 +76,49 @@ def test_memory_that_others_took_meanwhile_is_told_though_what_is_left_would_do(
     assert outcome.health["tainted"] == "other programs took 3072 MiB of the card meanwhile"
     outcome, _, _ = on_card(Card(before), ended(), needed=2**30)
     assert "tainted" not in outcome.health
+
+
+# --- what was trained ----
+
+
+def shared(*looks, comes_back=60.0):
+    said = []
+    card = SharedCard("cuda:0", Card(*looks), said.append, threading.Event(), every=0.001, comes_back=comes_back)
+    card.look()
+    return card, said
+
+
+def test_what_was_trained_waits_until_the_driver_answers(monkeypatch):
+    monkeypatch.setattr("core.locks.cuda_name", lambda index: "NVIDIA Test")
+    card, said = shared(HERE, AWAY, AWAY, AWAY, HERE, AWAY)
+    lost = card.lost()
+    assert lost == "NVIDIA Test does not answer any more (GPU is lost)"
+    assert card.wait_for_answer(lost) and 0 < card.waited < 30
+    assert said == [f"{lost}: the training is done and kept, its score waits until the card answers, 1 min at most"]
+
+
+def test_it_does_not_wait_for_ever():
+    card, said = shared(HERE, AWAY, comes_back=0.05)
+    assert not card.wait_for_answer("lost") and len(said) == 1
+    assert not card.wait_for_answer("lost") and len(said) == 1, "one limit for all waits of an experiment"
+
+
+@pytest.mark.parametrize(
+    ("looks", "said", "fact"),
+    [
+        ([HERE], "", ""),
+        (
+            [HERE],
+            "the card cannot be opened (CUDA error: unspecified launch failure)",
+            "driver failed when the card was",
+        ),
+        ([HERE], "the device cannot be used: a bug", ""),
+        ([AWAY], "the card cannot be opened (CUDA error: unspecified launch failure)", ""),  # it never answered
+    ],
+)
+def test_a_driver_that_failed_is_known_by_what_it_says_itself(looks, said, fact):
+    lost = shared(*looks)[0].lost(said)
+    assert fact in lost and bool(lost) == bool(fact)
 
 
 # --- the loop --------------------------------------------------------------------------------------

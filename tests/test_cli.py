@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 
 from core import locks
+from core.commands import quoted
 from core.lab import Lab
 from core.settings import Settings
 
@@ -38,6 +39,9 @@ class Running(subprocess.Popen[str]):
     def rest(self) -> list[dict[str, Any]]:
         assert self.stdout is not None
         return [json.loads(line) for line in self.stdout]
+
+
+CALLED = f"{quoted(sys.executable)} {quoted(CLI)}"
 
 
 class Shell:
@@ -119,7 +123,8 @@ def test_help_loads_nothing_heavy(shell: Shell) -> None:
 def test_every_verb_explains_itself_with_an_example(shell: Shell, verb: str) -> None:
     text = shell(verb, "--help").stdout
     assert "--json" in text
-    assert f"autoresearch {verb}" in text or f"prepare.py {'kjv' if verb == 'prepare' else ''}" in text
+    assert re.search(rf"\n +{CALLED} {verb}", text) and f"Usage: {CALLED} {verb}" in " ".join(text.split())
+    assert not re.search(r"autoresearch [a-z]+ --", text)
 
 
 @pytest.mark.parametrize(
@@ -179,6 +184,28 @@ def test_no_help_shows_ranges_of_numbers_or_ends_in_the_middle(shell: Shell) -> 
     assert "..." not in texts[0].replace("[ARGS]...", "")
 
 
+@pytest.mark.parametrize("options", [[], ["-u", "-X", "utf8"]])
+def test_a_module_tells_commands_as_it_was_called(shell: Shell, options: list[str]) -> None:
+    """From a clone whose command is not installed."""
+
+    def call(*argv: str) -> subprocess.CompletedProcess[str]:
+        given = [sys.executable, *options, "-m", *argv]
+        env = {**shell.env, "PYTHONPATH": str(ROOT)}
+        return subprocess.run(given, cwd=shell.cwd, env=env, capture_output=True, text=True, check=False)
+
+    python = " ".join([quoted(sys.executable), *options])
+    name = f"{python} -m cli"
+    assert call("cli", "--help").stdout.startswith(f"Usage: {name} [OPTIONS]")
+    said = " ".join(call("cli", "bench", "kernels", "--help").stdout.split())
+    assert said.startswith(f"Usage: {name} bench kernels [OPTIONS]")
+    assert f"    {name} prepare kjv --vocab 2048 " in call("cli", "prepare", "--help").stdout
+    assert f"; {name} run --demo (or: {name} init)" in call("cli", "log").stderr
+    assert f"see `{name} run --help`" in call("cli", "run", "--hours", "x").stderr
+    alone = call("prepare", "--help").stdout
+    assert " ".join(alone.split()).startswith(f"Usage: {python} -m prepare [OPTIONS]")
+    assert f"    {python} -m prepare kjv --vocab 2048 " in alone and "autoresearch prepare" not in alone
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="the launcher is a script of POSIX")
 @pytest.mark.parametrize("name", [".venv/bin/autoresearch", "autoresearch", "uv run autoresearch"])
 def test_commands_are_spelled_as_they_work_here(shell: Shell, name: str) -> None:
@@ -196,7 +223,10 @@ def test_commands_are_spelled_as_they_work_here(shell: Shell, name: str) -> None
         return subprocess.run(given, cwd=shell.cwd, env=env, capture_output=True, text=True, check=False)
 
     assert f"\n  {name} run --demo " in call("--help").stdout
+    assert call("--help").stdout.startswith(f"Usage: {name} [OPTIONS]")
     assert f"\n  {name} log nov24 --kept\n" in call("log", "--help").stdout
+    assert call("bench", "compare", "--help").stdout.startswith(f"Usage: {name} bench compare [")
+    assert f"    {name} prepare kjv --vocab 2048 " in call("prepare", "--help").stdout
     assert f"see `{name} --help`" in call("nosuch").stderr
     assert f"; {name} run --demo" in call("log").stderr
     assert json.loads(call("log", "--json").stderr)["error"]["action"].startswith(f"{name} run --demo")
@@ -368,7 +398,7 @@ class TestASmallLab:
         before = small.json("log")["total"]["experiments"]
         with small.running("run", "--json", "--hours", "5") as running:
             again = running.until("run")["again"]
-            assert re.fullmatch(r"autoresearch run labs/small --until \d\d:\d\d", again), again
+            assert re.fullmatch(rf"{CALLED} run labs/small --until \d\d:\d\d", again), again
             seen = [running.until("progress")]
             error = small("run", status=1).stderr
             assert str(running.pid) in error and "in use" in error
@@ -506,7 +536,7 @@ def test_init_fits_commits_and_imports(shell: Shell, home: Path, tmp_path: Path)
     git = subprocess.run(["git", "-C", str(lab), "status", "--porcelain"], capture_output=True, text=True, check=True)
     assert git.stdout == ""
     assert Lab.open(lab).ledger.meta("history")[0]["claimed_bpb"] == 0.99
-    assert "autoresearch run" in shell("status", "one").stdout
+    assert f"{CALLED} run" in shell("status", "one").stdout
     burning = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(os.cpu_count() or 1)]
     try:
         said = shell("init", "labs/two", "--backend", "cpu", "--budget", "2", "--vocab", "512").stdout

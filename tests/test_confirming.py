@@ -20,6 +20,7 @@ from cli import cli
 from console.findings import findings, read
 from core import confirming, finalizing, live
 from core.confirming import RESERVED, confirm, pair, plan, reserved
+from core.deadline import Deadline
 from core.errors import UserError
 from core.finalizing import Win, arrange
 from core.recipe import constants
@@ -134,7 +135,7 @@ def test_at_the_end_of_a_night_a_seed_that_is_always_disturbed_is_passed_by(made
     first, last = pair(kept(lab))
     at = len(world.requests)
     world.healths |= {at: NOISY, at + 1: NOISY, at + 2: NOISY}
-    done = confirm(loop, wanted(lab, [first, last], 1), deadline=time.time() + 1e6)
+    done = confirm(loop, wanted(lab, [first, last], 1), deadline=Deadline.after(300))
     assert (done.measured, done.left, done.reason) == (1, 1, "")
     assert [s.tainted for s in lab.ledger.samples(first, "confirm")] == [True] * 3
     assert [r.number for r in wanted(lab, [first, last], 1).runs] == [first]
@@ -171,7 +172,7 @@ def test_a_pause_does_not_outlast_the_deadline(made):
 
     world.execute = asks
     soon = replace(wanted(lab, pair(kept(lab)), 1), seconds_each=1.0)
-    done = confirm(loop, soon, deadline=time.time() + 5)
+    done = confirm(loop, soon, deadline=Deadline.after(5 / 3600))
     assert (done.left, done.reason, len(world.requests)) == (1, "the next run would not end in time", at + 1)
 
 
@@ -261,11 +262,11 @@ def test_a_discard_is_compared_with_what_it_started_from_and_a_failure_is_refuse
 
 
 def test_a_share_of_the_time_is_kept_but_not_by_the_simple_rule_nor_for_less_than_a_pair():
-    assert reserved(1000.0, 0.0, "statistical", 10.0) == RESERVED * 1000
-    assert reserved(1000.0, 0.0, "simple", 10.0) == 0
-    assert reserved(1000.0, 0.0, "statistical", 60.0) == 0
-    assert reserved(None, 0.0, "statistical", 10.0) == 0
-    assert reserved(0.0, 10.0, "statistical", 1.0) == 0
+    assert reserved(1000.0, "statistical", 10.0) == RESERVED * 1000
+    assert reserved(1000.0, "simple", 10.0) == 0
+    assert reserved(1000.0, "statistical", 60.0) == 0
+    assert reserved(None, "statistical", 10.0) == 0
+    assert reserved(-10.0, "statistical", 1.0) == 0
 
 
 class Timed(World):
@@ -288,7 +289,7 @@ def research(lab, world, edits, hours, monkeypatch):
     said = []
     loop = Loop(lab, Story(*edits), world, lambda event: None)
     ticker = SimpleNamespace(say=lambda line, style=None: said.append(line))
-    summary = run(Screen(as_json=True), loop, None, start + hours * 3600, ticker)
+    summary = run(Screen(as_json=True), loop, None, Deadline.at_time(start + hours * 3600), ticker)
     return summary, said, real() + world.passed - start
 
 
@@ -319,7 +320,7 @@ def test_a_disturbed_run_is_not_repeated_past_the_deadline(tmp_path, settings, m
     real, at = time.time, len(world.requests)
     monkeypatch.setattr(time, "time", lambda: real() + world.passed)
     world.healths |= {at: NOISY, at + 1: NOISY, at + 2: NOISY}
-    done = confirm(loop, wanted(lab, [1], 2), deadline=time.time() + 1.5 * 320)
+    done = confirm(loop, wanted(lab, [1], 2), deadline=Deadline.at_time(time.time() + 1.5 * 320))
     assert (done.left, done.reason, len(world.requests)) == (2, "the next run would not end in time", at + 1)
 
 

@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from benchmarks import blank_card
+from kernels.errors import out_of_memory, plain
 
 # As torch 2.5 to 2.14 say it.
 FULL = (
@@ -63,6 +64,13 @@ def test_what_the_processors_allocator_says(run_recipe, tiny_recipe):
     outcome = run_recipe(failing(tiny_recipe, "torch.empty(2**50)"))
     assert outcome.reason.startswith("warm-up step at progress 0: RuntimeError: DefaultCPUAllocator: can't allocate")
     assert outcome.reason.endswith("; use smaller batches or a smaller model")
+
+
+def test_windows_says_it_in_other_words():
+    fact = "DefaultCPUAllocator: not enough memory: you tried to allocate 8 bytes."
+    said = f"[enforce fail at alloc_cpu.cpp:117] data. {fact}"
+    assert out_of_memory(RuntimeError(said)) and not out_of_memory(ValueError(said))
+    assert plain(said) == fact
 
 
 @pytest.mark.slow

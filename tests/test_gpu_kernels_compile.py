@@ -12,8 +12,12 @@ from core.paths import project_root
 pytest.importorskip("torch")
 pytest.importorskip("triton")
 
+from binaries import require_cuobjdump
+
 from benchmarks.compile_cases import cases, wrong
 from kernels import residual_norm, targets
+
+require_cuobjdump()
 
 
 @pytest.mark.slow

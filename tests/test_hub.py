@@ -435,3 +435,16 @@ def test_room_that_another_program_takes_meanwhile_is_told_and_the_fetch_goes_on
     hub.requests.clear()
     climbmix(1)
     assert re.fullmatch(r"bytes=\d{4,}-", hub.bodies()[0])
+
+
+def test_a_new_lab_without_a_network_is_told_what_needs_none_as_its_own_options(tmp_path: Path) -> None:
+    """Not the other set that is fetched, nor a command of another verb that would not help by itself."""
+    env = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "AUTORESEARCH_HOME": str(tmp_path / "home")}
+    given = [sys.executable, str(ROOT / "cli.py"), "init", "--backend", "cpu", "--data", "tinystories", "--json"]
+    done = subprocess.run(given, cwd=tmp_path, env=env, capture_output=True, text=True, check=False, timeout=120)
+    said = json.loads(done.stderr)["error"]
+    assert done.returncode == 1 and "http://127.0.0.1:9 cannot be reached" in said["fact"]
+    assert said["action"].endswith(
+        "set HF_ENDPOINT to a mirror, or use what needs no network: --data kjv or --text PATH"
+    )
+    assert not (tmp_path / "labs").exists()

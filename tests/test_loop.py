@@ -26,6 +26,7 @@ from scripted import Ahead, Limits, Loop, Night, Scripted, check, git, idea, mak
 
 from core import files, gitstore, lab, live
 from core.contract import Proposal
+from core.deadline import Deadline
 from core.errors import Busy, DataError, LabError, UserError
 from core.executor import LocalExecutor
 from core.ledger import Ledger
@@ -89,7 +90,7 @@ def test_it_ends_when_the_researcher_has_no_more_ideas(night):
 def test_it_ends_before_an_experiment_that_would_outlast_the_deadline(night):
     executor = Scripted(timings={"total": 100.0})
     loop_of(night, executor).run(Limits(experiments=3))
-    summary = loop_of(night, executor).run(Limits(deadline=time.time() + 50))
+    summary = loop_of(night, executor).run(Limits(deadline=Deadline.after(50 / 3600)))
     assert summary.reason == "the next experiment would not end in time"
     assert summary.decided == 0
 

@@ -6,7 +6,7 @@ import keyword
 import math
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from core.errors import UserError
@@ -210,6 +210,8 @@ def test_replacing_changes_the_values_and_nothing_else(table):
 
 
 @given(st.text(max_size=60))
+@example("\rà")
+@example("A = 1  # search: 1..2\rB = 2  # à\r")
 def test_any_text_is_read_or_refused_clearly(text):
     fingerprint(text.encode("utf-8", "surrogatepass"))
     try:

@@ -12,11 +12,14 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("Triton's interpreter compiles nothing", allow_module_level=True)
 
 import triton.language as tl
+from binaries import require_cuobjdump
 
 from benchmarks.compile_attention import PRODUCT, backward, forward, passes
 from benchmarks.compile_cases import Case, loss
 from kernels import portable, residual_norm
 from kernels.attention import obstacle
+
+require_cuobjdump()
 
 
 def norms(target: int, dtype: str):

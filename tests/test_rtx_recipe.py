@@ -264,7 +264,7 @@ def test_a_step_that_runs_out_of_memory_goes_on_with_fewer_rows_and_the_same_res
 def test_what_no_smaller_batch_can_mend_is_raised(monkeypatch):
     _, training = made(RECOMPUTE="layer", DEVICE_BATCH_SIZE=1)
     monkeypatch.setattr(training.model, "loss", lambda tokens: torch.empty(2**55))
-    with pytest.raises(RuntimeError, match="can't allocate memory"):
+    with pytest.raises(RuntimeError, match=r"can't allocate memory|not enough memory: you tried"):
         training.step(Rows(97), 0.1)
     _, training = made()
     monkeypatch.setattr(training.model, "loss", lambda tokens: torch.empty(2).view(3))

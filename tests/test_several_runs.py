@@ -22,6 +22,7 @@ from console.places import look
 from console.rows import rows
 from console.tables import other_rule_line, verdict_lines
 from core import measuring, probing, verdict
+from core.deadline import Deadline
 from core.eras import eras
 from core.errors import UserError
 from core.lab import Lab
@@ -530,7 +531,7 @@ def test_a_deadline_between_two_runs_leaves_the_experiment_for_the_next_start(ni
     check(night)
     waits = night.ledger.get(2)
     assert (waits.state, len(runs(night, 2))) == ("proposed", 1)
-    late = loop_of(night, executor, Ideas(1.9)).run(Limits(deadline=time.time() + 50))
+    late = loop_of(night, executor, Ideas(1.9)).run(Limits(deadline=Deadline.after(50 / 3600)))
     assert (late.decided, night.ledger.get(2).state) == (0, "proposed")
     loop_of(night, executor, Ideas(1.9)).run(Limits(experiments=1))
     assert night.ledger.get(2).status == "keep"

@@ -24,6 +24,7 @@ from console.running import run_verb
 from console.timeuse import uses
 from core import caches, lab, live
 from core.contract import Exhausted, Proposal, Unavailable
+from core.deadline import Deadline
 from core.errors import UserError
 from core.gitstore import GitStore
 from core.health import Watch
@@ -400,7 +401,7 @@ def test_a_stop_and_a_try_do_not_wait_for_it(night):
 def test_a_deadline_ends_the_waiting(night):
     researcher = Says(Unavailable("overloaded", retry_after=3600.0))
     loop_of(night, None).judge_pending(1)
-    summary = loop_of(night, researcher).run(Limits(deadline=time.time() + 2.5))
+    summary = loop_of(night, researcher).run(Limits(deadline=Deadline.after(2.5 / 3600)))
     assert summary.reason == "the next experiment would not end in time"
 
 

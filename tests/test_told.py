@@ -28,6 +28,7 @@ from console.options import Moment
 from console.rows import tally
 from console.running import Again, until_word
 from core import live, locks, sandbox
+from core.deadline import Deadline
 from core.lab import Lab
 from core.settings import Settings
 
@@ -203,7 +204,7 @@ def test_a_demo_goes_on_with_all_that_it_was_given() -> None:
     again = Again(["run", "labs/x", "--demo"], {"strict": True, "meanwhile": None}, 5, None, counts_all=True)
     assert again.spelled(decided=3) == "autoresearch run labs/x --demo --experiments 5 --strict"
     assert Again(["run", "labs/x"], {}, 5, None).spelled(decided=5) == "", "nothing is left"
-    assert Again(["run", "labs/x"], {}, None, time.time() - 1).spelled() == ""
+    assert Again(["run", "labs/x"], {}, None, Deadline.after(-1 / 3600)).spelled() == ""
 
 
 # --- dropping an edit --------------------------------------------------------------------------------

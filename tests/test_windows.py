@@ -118,9 +118,10 @@ def test_sleep_is_what_the_unbiased_clock_left_out(win32):
 
     kernel, asked = SimpleNamespace(QueryUnbiasedInterruptTime=query), []
     win32.setattr(windows, "library", lambda name: asked.append(name) or kernel)
-    win32.setattr("core.interruptions.time", SimpleNamespace(monotonic=lambda: next(times), time=lambda: 1e9))
+    win32.setattr("core.deadline.time", SimpleNamespace(monotonic=lambda: next(times)))
+    win32.setattr("core.interruptions.time", SimpleNamespace(time=lambda: 1e9))
     watch = Interruptions()
-    win32.setattr("core.interruptions.time", SimpleNamespace(monotonic=lambda: next(times), time=lambda: 1e9 + 60.0))
+    win32.setattr("core.interruptions.time", SimpleNamespace(time=lambda: 1e9 + 60.0))
     found = watch.report()
     assert (found["slept_seconds"], found["clock_set_seconds"], asked) == (40.0, 0.0, ["kernel32"] * 2)
     assert "slept for 40 s" in departure({"health": found}, Steady())
