@@ -7,7 +7,6 @@ import json
 import click
 
 from core import importable
-from prepare import Verb
 
 EPILOG = """\b
 Examples:
@@ -16,7 +15,7 @@ Examples:
 """
 
 
-@click.command(cls=Verb, epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
+@click.command(epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--json", "as_json", is_flag=True, help="For programs: JSON on stdout, errors too.")
 def kernels(as_json: bool) -> None:
     """What a train.py of `cuda` or `rtx` may import from `kernels`.
