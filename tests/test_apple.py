@@ -13,6 +13,7 @@ from scripted import Limits, Loop, Scripted, make_lab, recipe
 from test_hardware import GIB, M4, Machine
 
 from backends.mlx import profiles
+from backends.scaling import cost, tokens_per_weight
 from core import executor
 from core.apple import CHIPS, GpuLoad, conditions, departure, identify
 from core.contract import Proposal
@@ -117,8 +118,19 @@ def test_a_budget_holds_hundreds_of_steps_where_that_is_possible(seconds):
     batch = scaled.constants["TOTAL_BATCH_SIZE"]
     assert profiles.SMALLEST_BATCH <= batch <= profiles.LARGEST_BATCH
     assert batch % scaled.sequence_len == 0
-    if profiles.FEWEST_STEPS <= profile.budget / seconds <= profiles.MOST_STEPS:
+    steps = profile.budget / seconds
+    (fewest, most), per_weight = profiles.PER_WEIGHT, steps * tokens_per_weight(profile.constants)
+    if fewest <= per_weight <= most and profiles.FEWEST_STEPS <= steps <= profiles.MOST_STEPS:
         assert scaled is profile
+
+
+@pytest.mark.parametrize(("chip", "flops"), [("Apple M1", 1e12), ("Apple M4 Pro", 3e12), ("Apple M3 Ultra", 1.2e13)])
+def test_a_mac_gets_a_model_of_the_size_that_its_budget_trains(chip, flops):
+    """By what it would reach: its measured step decides."""
+    profile = profiles.profiles(probe(mac(chip, 10, 64)))[0]
+    scaled = profiles.scale(profile, 6 * cost(profile.constants, profile.vocab_size) / flops)
+    steps = profile.budget * flops / (6 * cost(scaled.constants, profile.vocab_size))
+    assert 800 <= steps <= 2500 and 3 <= steps * tokens_per_weight(scaled.constants) <= 8
 
 
 # --- what slows a Mac down ------------------------------------------------------------------------------

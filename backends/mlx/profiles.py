@@ -10,14 +10,14 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from backends.scaling import Range, refit
+from backends.scaling import PER_WEIGHT, Range, refit
 from core.hardware import GIB, Hardware
 from core.settings import Profile
 
 FEWEST_STEPS = 300  # within a budget; below that the optimizer has hardly begun
 MOST_STEPS = 6000  # above that larger steps or a larger model learn more
 SMALLEST_BATCH, LARGEST_BATCH = 2**10, 2**17  # tokens a step
-SHAPES = [{"DEPTH": d, "ASPECT_RATIO": a} for d in range(2, 11) for a in (16, 24, 32, 48, 64)]
+SHAPES = [{"DEPTH": d, "ASPECT_RATIO": a} for d in range(2, 11) for a in (16, 24, 32, 48, 64, 96)]
 SMALL_MEMORY = 12 * GIB  # an 8 GB Mac leaves about 5 GiB for the GPU
 
 _CPU: Mapping[str, Any] = {"DEPTH": 2, "ASPECT_RATIO": 64, "HEAD_DIM": 64, "TOTAL_BATCH_SIZE": 2**11}
@@ -58,5 +58,7 @@ def _profile(
 
 
 def scale(profile: Profile, seconds_per_step: float) -> Profile:
-    """The profile refitted so that a budget holds FEWEST_STEPS to MOST_STEPS steps (`backends.scaling.refit`)."""
-    return refit(profile, seconds_per_step, Range(FEWEST_STEPS, MOST_STEPS, SMALLEST_BATCH, LARGEST_BATCH, SHAPES))
+    """The profile refitted so that a budget holds FEWEST_STEPS to MOST_STEPS steps, and PER_WEIGHT tokens for each
+    weight (`backends.scaling.refit`)."""
+    within = Range(FEWEST_STEPS, MOST_STEPS, SMALLEST_BATCH, LARGEST_BATCH, SHAPES, PER_WEIGHT)
+    return refit(profile, seconds_per_step, within)

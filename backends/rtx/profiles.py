@@ -1,10 +1,8 @@
 """What the RTX recipe starts from, by tier of memory: a model whose budget holds hundreds of steps on that tier's
 slowest card.
 
-How large a model five minutes can train was found for three devices, and the tiers follow them: 4 tokens for each
-weight of the matrices on two cores of a CPU (docs/verified.md), some 4 on an RTX 3090, where depth 5 of 512 at 2^16
-tokens a step was the best of 1,800 experiments (karpathy/autoresearch, pull request 332), 9 on an H100 (its branch
-exp/H100/mar8); about a thousand steps each. `scale` holds a card to PER_WEIGHT by its measured step.
+The tiers follow what is known of how large a model five minutes can train (PER_WEIGHT in `backends.scaling`), and
+`scale` holds a card to it by its measured step.
 
 A tier is still a guess. `steps` predicts by a card's peak and bandwidth, and takes a smaller tier for a card that is
 too slow for the one that its memory allows; `plans` says how many rows go through at once, by the memory that is free
@@ -19,7 +17,7 @@ from typing import Any
 
 from backends.rtx.cards import BY_MEMORY, Card, known
 from backends.rtx.memory import Plan, Shape, made_again, peak, ways
-from backends.scaling import COMPILING_CAP, Range, refit, tokens_per_weight
+from backends.scaling import COMPILING_CAP, PER_WEIGHT, Range, refit, tokens_per_weight
 from core.errors import UserError
 from core.facts import Gpu
 from core.gpuwatch import is_laptop
@@ -28,7 +26,6 @@ from core.settings import Profile
 
 FEWEST_STEPS = 500  # within a budget, on the tier's slowest card
 MOST_STEPS = 3000  # above that larger steps or a larger model learn more
-PER_WEIGHT = (2.0, 10.0)  # training tokens for each weight of the matrices, the fewest and the most
 SMALLEST_BATCH, LARGEST_BATCH = 2**12, 2**18  # tokens a step, as the recipe's range
 SHAPES = [{"DEPTH": d, "ASPECT_RATIO": a} for d in range(2, 13) for a in (32, 48, 64, 85, 102, 128)]
 EVAL_TOKENS = 2**21
