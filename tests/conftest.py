@@ -168,8 +168,11 @@ BESIDE = {
 }
 
 
-# Files whose tests look at what takes half a minute to make once: with several workers, each would make it.
-TOGETHER = frozenset({"test_blank_card", "test_blank_night", "test_compile_caches", "test_report"})
+# Files whose tests look at what takes long to make once, half a minute for some: each of several workers would make it.
+TOGETHER = frozenset(
+    f"test_{name}"
+    for name in ("blank_card", "blank_night", "compile_caches", "kernel_docs", "recipe_knobs", "report", "traffic")
+)
 
 
 def runs_alone(item: pytest.Item) -> bool:
