@@ -4,36 +4,46 @@
 
 FlexAttention, torch's attention with windows, is itself compiled by Triton. So a block of queries meets only the slice
 of keys that it can see, with a mask of that slice, (QUERY_BLOCK, window + QUERY_BLOCK) at most; the whole context
-needs no mask at all. Kept are q^, k^ and v, and one number a head of q and k (kernels/rotated_norm.py): backward makes
-the rest again, block by block.
+needs no mask at all. Kept are q^, k^, v and y, which the layer behind keeps too, and three numbers a head: of q and k
+one (kernels/rotated_norm.py), and the logarithm of the sum of the weights.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kernels import portable
 from kernels.attention_reference import within
 
 QUERY_BLOCK = 256  # queries that share one slice of keys
-# On a card anything but these would make all scores at once: it is refused rather than taken.
-LEAN = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION]
+ALIGNED = 16  # entries of a mask, within which its rows must begin for torch's kernels
 
 
 @functools.lru_cache(maxsize=16)
-def band(window: int, device: torch.device) -> Tensor:
-    """(QUERY_BLOCK, window + QUERY_BLOCK): which keys a query sees. Query r of a block stands at column window + r."""
+def band(window: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """(QUERY_BLOCK, window + QUERY_BLOCK): 0 for keys that a query sees, else -inf. Query r of a block stands at column
+    window + r."""
     distance = window + torch.arange(QUERY_BLOCK, device=device)[:, None]
     distance = distance - torch.arange(window + QUERY_BLOCK, device=device)
-    return (distance >= 0) & (distance <= window)
+    return torch.zeros(distance.shape, dtype=dtype, device=device).masked_fill_(
+        (distance < 0) | (distance > window), float("-inf")
+    )
+
+
+def added(q: Tensor, keys: int, offset: int, window: int) -> Tensor:
+    """What is added to the scores of a block of queries, (n, keys). `offset`: how many of the keys stand before the
+    first query."""
+    first = window - offset
+    found = band(window, q.dtype, q.device)[: q.size(2), first : first + keys]
+    if first % ALIGNED or keys % ALIGNED or found.stride(0) % ALIGNED:
+        return F.pad(found, (0, -keys % ALIGNED))[:, :keys]
+    return found
 
 
 def blocks(length: int, window: int) -> list[tuple[slice, slice]]:
@@ -44,18 +54,49 @@ def blocks(length: int, window: int) -> list[tuple[slice, slice]]:
     return [(slice(start, end), slice(max(0, start - window), end)) for start, end in ends]
 
 
-def one_block(q: Tensor, k: Tensor, v: Tensor, offset: int, window: int | None) -> Tensor:
-    """q (B, H, n, D), k and v (B, H, m, D) -> (B, H, n, D).
+# --- torch's own kernels: what scaled_dot_product_attention takes with these arguments ------------
+# They are called by themselves because of what their backward needs only the sums of a block are to be kept: their
+# result lies in that of all blocks. None of them makes all scores at once.
 
-    `offset`: how many of the keys stand before the first query. `window` None: the whole context, offset 0.
-    """
-    mask = None
-    if window is not None:
-        first = window - offset
-        mask = band(window, q.device)[: q.size(2), first : first + k.size(2)]
-    with sdpa_kernel(LEAN) if q.is_cuda else nullcontext():
-        y: Tensor = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
-    return y
+
+def by_flash(q: Tensor, mask: Tensor | None) -> bool:
+    """Whether a card has torch's flash attention for it, which knows no masks; else it is the efficient one."""
+    narrow = q.dtype in (torch.float16, torch.bfloat16)
+    return mask is None and narrow and q.is_cuda and torch.cuda.get_device_capability(q.device) >= (8, 0)
+
+
+def one_block(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, list[Tensor]]:
+    """q (B, H, n, D), k and v (B, H, m, D) -> (B, H, n, D), and what its backward needs beside these. `mask` (n, m) is
+    added to the scores; None: causal."""
+    ops, causal = torch.ops.aten, mask is None
+    if not q.is_cuda:
+        y, *kept = ops._scaled_dot_product_flash_attention_for_cpu.default(q, k, v, 0.0, causal, attn_mask=mask)
+    elif by_flash(q, mask):
+        y, sums, *_, seed, offset, _ = ops._scaled_dot_product_flash_attention.default(q, k, v, 0.0, True)
+        kept = [sums, seed, offset]
+    else:
+        bias = mask if mask is None else mask.expand(*q.shape[:2], *mask.shape)
+        y, *kept = ops._scaled_dot_product_efficient_attention.default(q, k, v, bias, True, 0.0, causal)
+    return y, kept
+
+
+def one_block_backward(
+    dy: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, kept: Sequence[Tensor], mask: Tensor | None
+) -> tuple[Tensor, ...]:
+    """Those of q, k and v, which are given as y and its gradient are, (B, H, n, D)."""
+    ops, given, causal = torch.ops.aten, (dy, q, k, v), mask is None
+    if not q.is_cuda:
+        of = ops._scaled_dot_product_flash_attention_for_cpu_backward.default
+        found = of(*given, y, *kept, 0.0, causal, attn_mask=mask)
+    elif by_flash(q, mask):
+        (sums, seed, offset), T = kept, q.size(2)
+        of = ops._scaled_dot_product_flash_attention_backward.default
+        found = of(*given, y, sums, None, None, T, T, 0.0, True, seed, offset)
+    else:
+        bias = mask if mask is None else mask.expand(*q.shape[:2], *mask.shape)
+        of = ops._scaled_dot_product_efficient_attention_backward.default
+        found = of(*given, bias, y, *kept, 0.0, [True, True, True, False], causal)
+    return tuple(found[:3])
 
 
 class Sliced(torch.autograd.Function):
@@ -66,49 +107,65 @@ class Sliced(torch.autograd.Function):
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, window: int, turned: tuple[Tensor, Tensor]
     ) -> Tensor:
         lengths = [portable.rotated(x, n, cos, sin) for x, n in zip((q, k), turned, strict=True)]
+        y, kept = _forward(*turned, v, window)
         ctx.window = window
         # v detached: PyTorch refuses one of several views where another was written to, which q and k may be
-        ctx.save_for_backward(*turned, v.detach(), cos, sin, *lengths)
-        y = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-        tq, tk, tv = (x.transpose(1, 2) for x in (*turned, v))
-        limit = None if window >= q.size(1) - 1 else window
-        for block, seen in blocks(q.size(1), window):
-            found = one_block(tq[:, :, block], tk[:, :, seen], tv[:, :, seen], block.start - seen.start, limit)
-            y[:, block] = found.transpose(1, 2)
+        ctx.save_for_backward(*turned, v.detach(), cos, sin, *lengths, y, *kept)
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        *given, cos, sin, rq, rk = ctx.saved_tensors
-        window = None if ctx.window >= dy.size(1) - 1 else ctx.window
-        dq, dk, dv = gradients(dy, given, window)
-        for d, turned, r in ((dq, given[0], rq), (dk, given[1], rk)):
+        q, k, v, cos, sin, rq, rk, y, *kept = ctx.saved_tensors
+        dq, dk, dv = gradients(dy, y, (q, k, v), kept, ctx.window)
+        for d, turned, r in ((dq, q, rq), (dk, k, rk)):
             portable.rotated_back(d, turned, r, d, cos, sin)
         return dq, dk, dv, None, None, None, None
 
 
-def gradients(dy: Tensor, given: Sequence[Tensor], window: int | None) -> list[Tensor]:
-    """Those of q^, k^ and v, which are given, (B, T, H, D) each. `window` None: the whole context, one block."""
-    if window is None:
-        whole = slice(0, dy.size(1))
-        return [part.transpose(1, 2) for part in _of_block(dy, given, (whole, whole), None)]
-    totals = [torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in given]
-    for block, seen in blocks(dy.size(1), window):
-        found = _of_block(dy[:, block], given, (block, seen), window)
-        for total, at, part in zip(totals, (block, seen, seen), found, strict=True):
-            total[:, at] += part.transpose(1, 2)
+def _mask(q: Tensor, block: slice, seen: slice, window: int, length: int) -> Tensor | None:
+    """Of a block of queries q (B, H, n, D); None for the whole context."""
+    if window >= length - 1:
+        return None
+    return added(q, seen.stop - seen.start, block.start - seen.start, window)
+
+
+def _forward(q: Tensor, k: Tensor, v: Tensor, window: int) -> tuple[Tensor, list[Tensor]]:
+    """q^, k^ and v, (B, T, H, D) each -> y (B, T, H, D), contiguous, and of each block what its backward needs."""
+    T, places = q.size(1), blocks(q.size(1), window)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    if len(places) == 1:
+        found, kept = one_block(q, k, v, _mask(q, *places[0], window, T))
+        return found.transpose(1, 2).contiguous(), kept
+    y, kept = torch.empty_like(q.transpose(1, 2), memory_format=torch.contiguous_format), []
+    for block, seen in places:
+        mask = _mask(q[:, :, block], block, seen, window, T)
+        found, beside = one_block(q[:, :, block], k[:, :, seen], v[:, :, seen], mask)
+        y[:, block] = found.transpose(1, 2)
+        kept += beside
+    return y, kept
+
+
+def gradients(
+    dy: Tensor, y: Tensor, given: tuple[Tensor, Tensor, Tensor], kept: Sequence[Tensor], window: int
+) -> list[Tensor]:
+    """Those of q^, k^ and v, which are given, (B, T, H, D) each; `kept`: of each block as much."""
+    places = blocks(dy.size(1), window)
+    each = len(kept) // len(places)
+    dy, y, q, k, v = (x.transpose(1, 2) for x in (dy, y, *given))
+    totals: list[Tensor] = []
+    for i, (block, seen) in enumerate(places):
+        mask, beside = _mask(q[:, :, block], block, seen, window, dy.size(2)), kept[i * each : (i + 1) * each]
+        at = (dy[:, :, block], q[:, :, block], k[:, :, seen], v[:, :, seen], y[:, :, block])
+        parts = [part.transpose(1, 2) for part in one_block_backward(*at, beside, mask)]
+        if len(places) == 1:
+            return parts
+        totals = totals or [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in given]
+        old = block.start - seen.start  # keys and values whose gradients the blocks before have begun
+        totals[0][:, block] = parts[0]
+        for total, part in zip(totals[1:], parts[1:], strict=True):
+            total[:, seen.start : block.start] += part[:, :old]
+            total[:, block] = part[:, old:]
     return totals
-
-
-def _of_block(
-    dy: Tensor, given: Sequence[Tensor], places: tuple[slice, slice], window: int | None
-) -> tuple[Tensor, ...]:
-    """The gradients of a block of queries and of the keys and values that it sees, (B, H, n, D) each."""
-    block, seen = places
-    with torch.enable_grad():
-        q, k, v = (x.detach()[:, at].transpose(1, 2).requires_grad_() for x, at in zip(given, (block, seen, seen)))
-        y = one_block(q, k, v, block.start - seen.start, window)
-    return torch.autograd.grad(y, (q, k, v), dy.transpose(1, 2))
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, window: int) -> Tensor:

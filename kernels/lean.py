@@ -11,14 +11,14 @@ turned, which attention leaves where they were, with a few float32 a row; `feed`
 norms and the gathered rows of E are made again. y, four times as wide as the stream, is made again too where
 `keep_hidden` is off, for a ninth of a layer's products more.
 
-Each is one operation forward and two backward for torch.compile, their temporaries gone when they end: the compiler
-would find that what is made again was there before, and keep it, and would put the products of the weights' gradients
-off, and keep for them what the next layers no longer need. The second backward of each no longer holds what only the
-first one needs: y and the gradient before its square never stand beside that of the norm. Sums of the stream are made
-by the products that end in them. Norms are passes over memory, of which there are few here: that of `feed` never is in
-memory, as its kernels multiply by r what they have in registers (kernels/linear_relu2.py); that of `attend` is left by
-its own backward where its gradient was, for the products that come after. q, k and v are one tensor, and so are their
-gradients. Value embeddings: Zhou et al. 2024, gated as in nanochat.
+Each is one operation forward (`feed` two) and two backward for torch.compile, their temporaries gone when they end: the
+compiler would find that what is made again was there before, and keep it, and would put the products of the weights'
+gradients off, and keep for them what the next layers no longer need. The second backward of each no longer holds what
+only the first one needs: y and the gradient before its square never stand beside that of the norm. Sums of the stream
+are made by the products that end in them. Norms are passes over memory, of which there are few here: that of `feed`
+never is in memory, as its kernels multiply by r what they have in registers (kernels/linear_relu2.py); that of `attend`
+is left by its own backward where its gradient was, for the products that come after. q, k and v are one tensor, and so
+are their gradients. Value embeddings: Zhou et al. 2024, gated as in nanochat.
 """
 
 from __future__ import annotations
@@ -255,20 +255,27 @@ def attend(
 # --- feed ---------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("autoresearch::feed", mutates_args=())
-def _feed(x: Tensor, u: Tensor, wu: Tensor, w1: Tensor, w2: Tensor, keep_hidden: bool, by: str) -> Four:
-    """x'', z, r, y; y is empty where it is not kept."""
+@torch.library.custom_op("autoresearch::hidden", mutates_args=())
+def _hidden(x: Tensor, u: Tensor, wu: Tensor, w1: Tensor, by: str) -> Three:
+    """z, r, y."""
     z = torch.addmm(x, u, wu.T)
     r = portable.scale(z)
-    y = portable.relu2(z, w1, r, by)
-    return torch.addmm(z, y, w2.T), z, r, y if keep_hidden else y.new_empty(0)
+    return z, r, portable.relu2(z, w1, r, by)
 
 
-@_feed.register_fake
-def _(x: Tensor, u: Tensor, wu: Tensor, w1: Tensor, w2: Tensor, keep_hidden: bool, by: str) -> Four:
+@_hidden.register_fake
+def _(x: Tensor, u: Tensor, wu: Tensor, w1: Tensor, by: str) -> Three:
     r = x.new_empty(len(x), dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
-    hidden = x.new_empty((len(x), len(w1)) if keep_hidden else (0,))
-    return torch.empty_like(x), torch.empty_like(x), r, hidden
+    return torch.empty_like(x), r, x.new_empty(len(x), len(w1))
+
+
+@torch.library.custom_op("autoresearch::down", mutates_args=())
+def _down(z: Tensor, y: Tensor, w2: Tensor) -> Tensor:
+    """x''."""
+    return torch.addmm(z, y, w2.T)
+
+
+_down.register_fake(lambda z, y, w2: torch.empty_like(z))
 
 
 @torch.library.custom_op("autoresearch::hidden_backward", mutates_args=())
@@ -301,24 +308,40 @@ def _(d: Tensor, rdh: Tensor, z: Tensor, u: Tensor, wu: Tensor, w1: Tensor) -> F
 
 
 class _Feed(torch.autograd.Function):
+    """z and y, with the gradients of all of `feed`: that of z is that of x'', and y's and w2's come from it."""
+
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, u: Tensor, wu: Tensor, w1: Tensor, w2: Tensor, keep_hidden: bool, by: str
-    ) -> Tensor:
-        out, *kept = _feed(x, u, wu, w1, w2, keep_hidden, by)
+    ) -> tuple[Tensor, Tensor]:
+        z, r, y = _hidden(x, u, wu, w1, by)
         ctx.keep_hidden, ctx.by = keep_hidden, by
-        ctx.save_for_backward(*kept, u, wu, w1, w2)
-        found: Tensor = out
-        return found
+        ctx.save_for_backward(z, r, y if keep_hidden else y.new_empty(0), u, wu, w1, w2)
+        ctx.mark_non_differentiable(y)
+        ctx.set_materialize_grads(False)  # else zeros as large as y
+        return z, y
 
     @staticmethod
-    def backward(ctx: Any, d: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, d: Tensor, _: None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         z, r, y, u, wu, w1, w2 = ctx.saved_tensors
         d = d.contiguous()
         rdh, dw2 = _hidden_backward(d, z, r, y, w1, w2, ctx.keep_hidden, ctx.by)
         del y  # in a layer that is made again nobody else holds it
         dx, du, dwu, dw1 = _feed_backward(d, rdh, z, u, wu, w1)
         return dx, du, dwu, dw1, dw2, None, None
+
+
+class _Down(torch.autograd.Function):
+    """x'', which keeps nothing: a checkpoint makes a layer again up to the last that was kept, and leaves this out."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, y: Tensor, w2: Tensor) -> Tensor:
+        found: Tensor = _down(z, y, w2)
+        return found
+
+    @staticmethod
+    def backward(ctx: Any, d: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        return d, None, None
 
 
 def feed(
@@ -329,7 +352,8 @@ def feed(
     by: what makes the two products beside the squared ReLU, as in kernels/mlp_choice.py.
     """
     rows, attended = (t.reshape(-1, t.shape[-1]) for t in (x, u))
-    found: Tensor = _Feed.apply(rows, attended, wu, w1, w2, keep_hidden, by)
+    z, y = _Feed.apply(rows, attended, wu, w1, w2, keep_hidden, by)
+    found: Tensor = _Down.apply(z, y, w2.detach())
     return found.view(x.shape)
 
 

@@ -104,8 +104,8 @@ SMALL = replace(Shape(), depth=2, context=256, vocab=512, tokens=8 * 256, rows=4
 @pytest.mark.slow
 def test_memory_and_flops_are_those_of_the_model_and_of_what_is_made_again():
     """In products 6 for each weight and token; on the ports' side 8 in layers, whose forward is made twice but for its
-    last product, which no backward asks for; of ours the MLP's first is, or a whole layer. In attention ours has the
-    window's pairs, theirs all of them."""
+    last product, which no backward asks for; of ours the MLP's first is, or a whole layer as theirs. In attention ours
+    has the window's pairs, theirs all of them."""
     if why := blank_card.obstacle():
         pytest.skip(f"no blank card here: {why}")
     sides = {name: ports.side(name, SMALL, "4060") for name in ("nothing", "nothing+1", "hidden", "layer", "ports")}
@@ -127,8 +127,8 @@ def test_memory_and_flops_are_those_of_the_model_and_of_what_is_made_again():
     assert flops("nothing", products) == 6 * (layers + head) * tokens
     assert flops("hidden", products) == (6 * (layers + head) + 2 * depth * 4 * dim * dim) * tokens
     assert flops("nothing+1", products) == (6 * (layers + head) + 2 * 4 * dim * dim) * tokens
-    assert flops("layer", products) == (8 * layers + 6 * head) * tokens
-    assert flops("ports", products) == (8 * layers - 2 * depth * 4 * dim * dim + 6 * head) * tokens
+    assert flops("layer", products) == (8 * layers - 2 * depth * 4 * dim * dim + 6 * head) * tokens
+    assert flops("ports", products) == flops("layer", products)
     seen = sum(launches.pairs(SMALL.context, window) for window in (SMALL.context // 2, SMALL.context))
     rows = tokens // SMALL.context
     for kind, count in (("attention forward", 2), ("attention backward", 5)):

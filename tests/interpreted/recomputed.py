@@ -9,6 +9,7 @@ from flash3 import FORMS, stand_in
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from interpreted.attention import mended  # noqa: F401 - a fixture: the interpreter's products of bfloat16
+from torch.utils.checkpoint import checkpoint
 
 from kernels import attention, attention_reference, attention_slices, lean, linear_relu2, portable, recomputed
 from kernels.residual_norm import EPSILON, residual_norm
@@ -116,6 +117,25 @@ def test_an_mlp_of_a_norm_keeps_what_was_normalised(with_triton, seed, N, C, kee
         same(found, z + hidden.relu().square() @ w2.T, (x, u, wu, w1, w2))
 
 
+@pytest.mark.parametrize("keep_hidden", [True, False])
+@pytest.mark.parametrize("behind", [False, True])
+def test_a_checkpoint_leaves_the_last_product_out_where_nothing_behind_needs_it(monkeypatch, keep_hidden, behind):
+    given_, times = leaves(5, (7, 16), (7, 16), (16, 16), (32, 16), (16, 32)), []
+    down = lean._down
+    monkeypatch.setattr(lean, "_down", lambda *t: times.append(1) or down(*t))
+
+    def layer(*t):
+        found = lean.feed(*t, keep_hidden)
+        return found.sin() if behind else found
+
+    made = checkpoint(layer, *given_, use_reentrant=False)
+    x, u, wu, w1, w2 = given_
+    z = x + u @ wu.T
+    wanted = z + (norm(z) @ w1.T).relu().square() @ w2.T
+    same(made, wanted.sin() if behind else wanted, given_)
+    assert len(times) == (2 if behind else 1)
+
+
 @pytest.mark.parametrize("with_triton", [True, False], ids=["triton", "torch"])
 @settings(deadline=None, max_examples=10)
 @given(st.integers(0, 2**32), st.integers(1, 40), st.integers(1, 40))
@@ -156,8 +176,9 @@ def test_the_operators_keep_torchs_rules(gated):
     torch.library.opcheck(ops.project_backward.default, back)
     torch.library.opcheck(ops.normed.default, (x,), test_utils=tests)
     torch.library.opcheck(ops.normed_backward.default, (x0, x))
+    torch.library.opcheck(ops.hidden.default, (x, x0, wu, w1, "triton"), test_utils=tests)
+    torch.library.opcheck(ops.down.default, (x, y, w2), test_utils=tests)
     for keep in (True, False):
-        torch.library.opcheck(ops.feed.default, (x, x0, wu, w1, w2, keep, "triton"), test_utils=tests)
         back = (x, x0, g[:, 0].clone(), y if keep else y.new_empty(0), w1, w2, keep, "triton")
         torch.library.opcheck(ops.hidden_backward.default, back)
     torch.library.opcheck(ops.feed_backward.default, (x, y, x0, x, wu, w1))
