@@ -73,6 +73,7 @@ class Order:
     limit_gb: float = 8.0  # of 10^9 bytes, to which the section `rtx` holds the card's allocator; more really fails
     attention: str = ""  # what the recipe of later sections is told to take; "": what is chosen
     allocator: str = ""  # how PyTorch's is set, where it does not work as usual
+    skip: int = 0  # checks of `correctness` that are done
 
     @property
     def dim(self) -> int:
@@ -83,6 +84,7 @@ SMOKE = Order(2, 64, 2, 32, 2, 97, 128, 3, "cpu")
 KILLED_WITHIN = 10.0  # seconds
 POLL = 1.0  # seconds after which what a section has printed is read again
 WHOLE = "stderr"  # of a section that failed: in the JSON only
+RESTART = "checks done"  # of the row behind which a section needs another process
 ALLOCATOR = "allocator"  # of the row by which `facts` says how PyTorch's has to be set here
 
 
@@ -231,9 +233,12 @@ def measure(order: Order, names: Sequence[str], out: Path) -> int:
             began = time.monotonic()
             later = sum(LIMITS[n] for n in names[i + 1 :])
             limit = max(0.0, min(max(LIMITS[name], end - began - later), end - began))
-            for row in run_section(name, order, limit, Path(caches)):
-                order = heeded(order, row)
-                keep(row)
+            done: int | None = 0  # after whose row the section is begun anew
+            while done is not None:
+                order, done = replace(order, skip=done), None
+                for row in run_section(name, order, max(0.0, began + limit - time.monotonic()), Path(caches)):
+                    order, done = heeded(order, row), row.get(RESTART)
+                    keep(row)
             if name == "upstream":
                 for row in ratios(rows):
                     keep(row)

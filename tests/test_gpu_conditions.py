@@ -6,6 +6,7 @@ import json
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 
 import pytest
 
@@ -14,7 +15,16 @@ from core.gpuwatch import Look
 torch = pytest.importorskip("torch")
 pytest.importorskip("triton")
 
-from benchmarks import blank_card, card_state, gpu, gpu_profile, gpu_run, gpu_sections, gpu_sides  # noqa: E402 - after the skips
+from benchmarks import (  # noqa: E402 - after the skips
+    blank_card,
+    card_state,
+    gpu,
+    gpu_correctness,
+    gpu_profile,
+    gpu_run,
+    gpu_sections,
+    gpu_sides,
+)
 from benchmarks.gpu import LIMITS, SMOKE, Order  # noqa: E402
 
 on_a_blank_card = pytest.mark.skipif(bool(blank_card.obstacle()), reason=blank_card.obstacle())
@@ -101,6 +111,41 @@ def test_a_section_that_has_told_all_leaves_at_once(monkeypatch, tmp_path):
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     (row,) = gpu.run_section("facts", SMOKE, 100)
     assert row["torch"] == torch.__version__
+
+
+def test_a_check_after_which_the_card_serves_no_more_leaves_the_rest_to_another_process(monkeypatch, tmp_path):
+    """As an illegal access does: all that follows in that process fails, whatever it is."""
+    served = [True]
+
+    def breaks(name, *_):
+        served[0] = False
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    def fine(name, *_):
+        return {"kernel": name, "passed": True}
+
+    found = [
+        ("a", partial(fine, "a"), None),
+        ("b", partial(breaks, "b"), torch.float16),
+        ("c", partial(fine, "c"), None),
+    ]
+    monkeypatch.setattr(gpu_correctness, "checks", lambda order: iter(found))
+    monkeypatch.setattr(gpu_correctness, "alive", lambda: served[0])
+
+    def section(name, order, limit, caches):
+        served[0] = True
+        given.append((order.skip, limit))
+        yield from ({"section": name, **row} for row in gpu_correctness.correctness(order))
+
+    given = []
+    monkeypatch.setattr(gpu, "run_section", section)
+    assert gpu.measure(SMOKE, ["correctness"], tmp_path) == 1
+    assert [skip for skip, _ in given] == [0, 2] and given[1][1] <= given[0][1]
+    rows = json.loads((tmp_path / "results.json").read_text())["rows"]
+    assert [row["kernel"] for row in rows] == ["a", "b", "c"]
+    assert rows[1]["checks done"] == 2 and "illegal memory access" in rows[1]["failed"] and rows[2]["passed"]
+    monkeypatch.undo()
+    assert gpu_correctness.alive()
 
 
 # --- sides ----------------------------------------------------------------------------------------
