@@ -70,6 +70,7 @@ def checks(order: Order) -> Iterator[tuple[str, Callable[[], Row], torch.dtype |
             ("project, value embeddings", partial(project, gated=True)),
             ("attend, value embeddings", partial(attend, by=None, window=T // 2)),
             ("attend, attention of torch", partial(attend, by="flash", window=T)),
+            *((f"attend, {name}", partial(attend, by=name, window=T)) for name in also_at_hand(order, dtype)),
             ("feed", partial(feed, by="triton", keep_hidden=True)),
             ("feed, hidden made again", partial(feed, by="triton", keep_hidden=False)),
             ("feed, products of torch", partial(feed, by="torch", keep_hidden=True)),
@@ -85,6 +86,16 @@ def checks(order: Order) -> Iterator[tuple[str, Callable[[], Row], torch.dtype |
     if torch.cuda.is_available():
         for name, beside in (("pinned slots", slots), ("loss read one step later", late_reading)):
             yield name, partial(beside, name, order), None
+
+
+def also_at_hand(order: Order, dtype: torch.dtype) -> list[str]:
+    """Attentions beside torch's flash attention that a layer can have within and that can do the order's case."""
+    from kernels.attention_choice import Case, available
+    from kernels.attention_cores import CORES
+
+    heads, T = order.heads, order.context
+    can = available(Case(2, T, heads, heads, order.head_dim, T, dtype, torch.device(order.device)))
+    return [name for name in CORES if name != "flash" and not can[name]]
 
 
 def attempt(name: str, check: Callable[[], Row], dtype: torch.dtype | None = None) -> Row:

@@ -26,6 +26,7 @@ from benchmarks import (  # noqa: E402 - after the skips
     gpu_sides,
 )
 from benchmarks.gpu import LIMITS, SMOKE, Order  # noqa: E402
+from kernels.attention_peers import PEERS  # noqa: E402
 
 on_a_blank_card = pytest.mark.skipif(bool(blank_card.obstacle()), reason=blank_card.obstacle())
 
@@ -146,6 +147,14 @@ def test_a_check_after_which_the_card_serves_no_more_leaves_the_rest_to_another_
     assert rows[1]["checks done"] == 2 and "illegal memory access" in rows[1]["failed"] and rows[2]["passed"]
     monkeypatch.undo()
     assert gpu_correctness.alive()
+
+
+@pytest.mark.parametrize("at_hand", [[], ["cudnn"], ["fa3", "cudnn"]])
+def test_every_attention_that_a_layer_can_have_within_is_checked_in_one(monkeypatch, at_hand):
+    why = dict.fromkeys(PEERS, "no") | dict.fromkeys(["flash", "flex", *at_hand], "")
+    monkeypatch.setattr("kernels.attention_choice.available", lambda case: why)
+    names = [name for name, _, _ in gpu_correctness.checks(SMOKE) if name.startswith("attend, ")]
+    assert names == 2 * ["attend, value embeddings", "attend, attention of torch", *(f"attend, {n}" for n in at_hand)]
 
 
 # --- sides ----------------------------------------------------------------------------------------
