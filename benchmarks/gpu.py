@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import subprocess
 import sys
@@ -26,7 +27,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,14 +38,14 @@ from core.files import replace_file
 ROOT = Path(__file__).resolve().parent.parent
 TOTAL = 540.0  # seconds, whatever sections there are
 LIMITS = {  # seconds of each section, and beyond them what the sections before left over; together no more than TOTAL
-    "facts": 25,  # the first import of torch on a machine that just started
+    "facts": 40,  # the first import of torch on a machine that just started; without them no other has fitting rows
     # What the steps choose by, then the steps: a machine that is taken away early has told what the command is for.
     "correctness": 65,
     "attention": 65,
     "mlp": 15,
     "step": 75,  # its kernels are compiled by then
-    "upstream": 115,  # right behind the step: the ratio of both is what the command is for
-    "run": 95,  # a trainer that compiles in one thread, 15 s of training, a scorer and an auditor
+    "upstream": 105,  # right behind the step: the ratio of both is what the command is for
+    "run": 90,  # a trainer that compiles in one thread, 15 s of training, a scorer and an auditor
     "rtx": 40,
     "head": 15,
     "muon": 20,
@@ -72,8 +73,11 @@ class Order:
     limit: float = 0.0  # seconds that the section has
     ends: float = 0.0  # when they are over, by time.time(); 0: never
     limit_gb: float = 8.0  # of 10^9 bytes, to which the section `rtx` holds the card's allocator; more really fails
-    attention: str = ""  # what the recipe of later sections is told to take; "": what is chosen
+    told: Mapping[str, str] = field(
+        default_factory=dict
+    )  # constants of the recipe, where it is not to choose by itself
     allocator: str = ""  # how PyTorch's is set, where it does not work as usual
+    skip: int = 0  # checks of `correctness` that are done
 
     @property
     def dim(self) -> int:
@@ -84,6 +88,14 @@ SMOKE = Order(2, 64, 2, 32, 2, 97, 128, 3, "cpu")
 KILLED_WITHIN = 10.0  # seconds
 POLL = 1.0  # seconds after which what a section has printed is read again
 WHOLE = "stderr"  # of a section that failed: in the JSON only
+RESTART = "checks done"  # of the row behind which a section needs another process
+UNTIMED = {  # what a recipe takes where its section ended before so many choices were made
+    "attention": ({"ATTENTION": "triton"}, 2),  # of its two windows, which come first
+    "mlp": ({"MLP": "torch"}, 1),
+}
+RESUMED = "correctness"  # whose checks go on in another process behind one that crashed or hung
+PATIENCE = 45.0  # seconds without a row after which one of them hangs; the first one imports and compiles
+RESUMES = 4  # at most
 ALLOCATOR = "allocator"  # of the row by which `facts` says how PyTorch's has to be set here
 
 
@@ -110,12 +122,14 @@ def run_section(name: str, order: Order, limit: float, caches: Path | None = Non
         with written.open("wb") as out, complained.open("wb") as errors:
             process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=out, stderr=errors)
         try:
-            for line in _lines(written, process, time.monotonic() + limit):
+            end, patience = time.monotonic() + limit, PATIENCE if name == RESUMED else math.inf
+            for line in _lines(written, process, end, patience):
                 row = _row(line)
                 if row is not None:
                     yield {"section": name, **row}
             if process.poll() is None:
-                ended = f"not done within {limit:.0f} s"
+                over = time.monotonic() >= end
+                ended = f"not done within {limit:.0f} s" if over else f"no row for {patience:.0f} s"
             else:
                 ended = f"exit status {process.returncode}" if process.returncode else ""
         finally:
@@ -129,16 +143,33 @@ def run_section(name: str, order: Order, limit: float, caches: Path | None = Non
         yield {"section": name, "failed": ended, "error": last[:400], WHOLE: said[-6000:]}
 
 
-def _lines(written: Path, process: subprocess.Popen[bytes], end: float) -> Iterator[str]:
-    """What the process writes, line by line as it comes, until it ends or its time does."""
-    begun = b""  # of a line that is not all there
+def resumed(name: str, order: Order, end: float, caches: Path) -> Iterator[dict[str, Any]]:
+    """`run_section` until `end`, by time.monotonic(); checks that are left behind one that ended its process are run in
+    another."""
+    done: int | None = 0
+    for _ in range(1 + RESUMES):
+        order, done, told = replace(order, skip=done or 0), None, 0
+        for row in run_section(name, order, max(0.0, end - time.monotonic()), caches):
+            yield row
+            done, told = row.get(RESTART), told + 1
+            if WHOLE in row and name == RESUMED:
+                done = order.skip + told  # with the one that has no row of its own but this
+        if done is None or time.monotonic() >= end:
+            return
+
+
+def _lines(written: Path, process: subprocess.Popen[bytes], end: float, patience: float) -> Iterator[str]:
+    """What the process writes, line by line as it comes, until it ends, its time does, or nothing comes for so long."""
+    begun, heard = b"", time.monotonic()  # of a line that is not all there; when there was one
     with written.open("rb") as file:
         running = True
         while running:
             with suppress(subprocess.TimeoutExpired):
                 process.wait(max(0.0, min(POLL, end - time.monotonic())))
-            running = process.poll() is None and time.monotonic() < end  # asked before what is there is read
+            now = time.monotonic()
+            running = process.poll() is None and now < min(end, heard + patience)  # asked before what is there is read
             *lines, begun = (begun + file.read()).split(b"\n")
+            heard = now if lines else heard
             yield from (line.decode("utf-8", "replace") for line in lines)
     yield begun.decode("utf-8", "replace")
 
@@ -197,18 +228,22 @@ def ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{"section": "upstream", **counts, **row} for row in found]
 
 
-def heeded(order: Order, row: Mapping[str, Any]) -> Order:
-    """What later sections work on after this row.
+def heeded(order: Order, rows: Sequence[Mapping[str, Any]]) -> Order:
+    """What later sections work on after the last of these rows.
 
-    As many rows at once as `facts` says; the allocator that works, where segments that grow are refused; and Triton's
-    attention where timing the others was cut: the recipe would time them too, and what hangs would hang it.
+    As many rows at once as `facts` says; the allocator that works, where segments that grow are refused; and what is
+    left to be taken where timing what the recipe chooses from was cut: it would time it too, and what hangs would hang
+    it.
     """
-    if "rows_at_once" in row and row["section"] == "facts":
+    row, name = rows[-1], rows[-1]["section"]
+    if "rows_at_once" in row and name == "facts":
         order = replace(order, rows=row["rows_at_once"])
     if row.get("setting") == ALLOCATOR:
         order = replace(order, allocator=row["value"])
-    if row["section"] == "attention" and "failed" in row:
-        order = replace(order, attention="triton")
+    if "failed" in row and name in UNTIMED:
+        taken, choices = UNTIMED[name]
+        if sum("chosen" in r for r in rows if r["section"] == name) < choices:
+            order = replace(order, told={**order.told, **taken})
     return order
 
 
@@ -232,9 +267,9 @@ def measure(order: Order, names: Sequence[str], out: Path) -> int:
             began = time.monotonic()
             later = sum(LIMITS[n] for n in names[i + 1 :])
             limit = max(0.0, min(max(LIMITS[name], end - began - later), end - began))
-            for row in run_section(name, order, limit, Path(caches)):
-                order = heeded(order, row)
+            for row in resumed(name, order, began + limit, Path(caches)):
                 keep(row)
+                order = heeded(order, rows)
             if name == "upstream":
                 for row in ratios(rows):
                     keep(row)

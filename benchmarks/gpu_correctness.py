@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.gpu import Order
+from benchmarks.gpu import RESTART, Order
 from kernels import tolerance
 from kernels.agreement import apart
 from kernels.errors import out_of_memory
@@ -27,15 +27,41 @@ NO_MEMORY = "out of memory"
 
 
 def correctness(order: Order) -> Iterator[Row]:
-    """Every kernel, forward and backward, in the compute dtype of the recipes and in float16."""
+    """Every kernel, forward and backward, in the compute dtype of the recipes and in float16.
+
+    After an access that a card does not allow it serves the process no more, and no check behind would say anything:
+    the row tells how many are done, and `benchmarks.gpu` starts another process for the rest.
+    """
+    for done, (name, check, dtype) in enumerate(checks(order), 1):
+        if done > order.skip:
+            row = attempt(name, check, dtype)
+            if lost := "failed" in row and not alive():
+                row[RESTART] = done
+            yield row
+            if lost:
+                return
+
+
+def alive() -> bool:
+    """Whether the card still serves this process; where there is none, nothing was lost."""
+    try:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+    except RuntimeError:
+        return False
+    return True
+
+
+def checks(order: Order) -> Iterator[tuple[str, Callable[[], Row], torch.dtype | None]]:
+    """Name, check, and the dtype that it is of."""
     on_card = torch.device(order.device).type == "cuda"
     first = torch.bfloat16 if on_card else torch.float32  # the interpreter multiplies bfloat16 wrongly
     T = order.context
     for dtype, windows in ((first, (T, T // 2, 37)), (torch.float16, (T // 2,))):
         for head, window in [*((order.head_dim, w) for w in windows), (OTHER_HEAD, T // 2)]:
             name = f"attention, heads of {head}, window {window} of {T}"
-            yield attempt(name, partial(attention, name, order, dtype, window, head), dtype)
-        checks: list[tuple[str, Callable[[str, Order, torch.dtype], Row]]] = [
+            yield name, partial(attention, name, order, dtype, window, head), dtype
+        others: list[tuple[str, Callable[[str, Order, torch.dtype], Row]]] = [
             ("mlp", partial(mlp, by="triton")),
             ("mlp, products of torch", partial(mlp, by="torch")),
             ("residual_norm", partial(residual_norm, scaled=True)),
@@ -44,6 +70,7 @@ def correctness(order: Order) -> Iterator[Row]:
             ("project, value embeddings", partial(project, gated=True)),
             ("attend, value embeddings", partial(attend, by=None, window=T // 2)),
             ("attend, attention of torch", partial(attend, by="flash", window=T)),
+            *((f"attend, {name}", partial(attend, by=name, window=T)) for name in also_at_hand(order, dtype)),
             ("feed", partial(feed, by="triton", keep_hidden=True)),
             ("feed, hidden made again", partial(feed, by="triton", keep_hidden=False)),
             ("feed, products of torch", partial(feed, by="torch", keep_hidden=True)),
@@ -53,12 +80,22 @@ def correctness(order: Order) -> Iterator[Row]:
         ]
         C = order.dim
         for L, m, n in ((4, C, C), (2, 4 * C, C), (2, C, 4 * C)):
-            checks.append((f"muon, {L} of {m} x {n}", partial(muon, of=(L, m, n))))
-        for name, check in checks:
-            yield attempt(name, partial(check, name, order, dtype), dtype)
+            others.append((f"muon, {L} of {m} x {n}", partial(muon, of=(L, m, n))))
+        for name, check in others:
+            yield name, partial(check, name, order, dtype), dtype
     if torch.cuda.is_available():
         for name, beside in (("pinned slots", slots), ("loss read one step later", late_reading)):
-            yield attempt(name, partial(beside, name, order))
+            yield name, partial(beside, name, order), None
+
+
+def also_at_hand(order: Order, dtype: torch.dtype) -> list[str]:
+    """Attentions beside torch's flash attention that a layer can have within and that can do the order's case."""
+    from kernels.attention_choice import Case, available
+    from kernels.attention_cores import CORES
+
+    heads, T = order.heads, order.context
+    can = available(Case(2, T, heads, heads, order.head_dim, T, dtype, torch.device(order.device)))
+    return [name for name in CORES if name != "flash" and not can[name]]
 
 
 def attempt(name: str, check: Callable[[], Row], dtype: torch.dtype | None = None) -> Row:

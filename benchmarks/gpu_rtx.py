@@ -30,6 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from benchmarks import gpu_profile
 from core.allocator import cap, margin
 from core.contract import Spec
 from core.paths import project_root
@@ -176,7 +177,8 @@ def measure(side: str, shape: Shape, device: str, dtype: str) -> Row:
         times.append(time.perf_counter() - start)
     row = {"side": side, "ms": 1e3 * statistics.median(times[2:] or times), **proof}
     row |= {"rows_at_once": training.rows_at_once, "kernels": training.describe()["kernels"] if side in OURS else ""}
-    return row | ({"peak_gib": torch.cuda.max_memory_allocated() / 2**30} if device != "cpu" else {})
+    row |= {"peak_gib": torch.cuda.max_memory_allocated() / 2**30} if device != "cpu" else {}
+    return row | gpu_profile.whole(device, lambda: training.step(tokens, 1.0))
 
 
 def compare(shape: Shape, device: str, dtype: str) -> Iterator[Row]:
@@ -200,8 +202,11 @@ def compare(shape: Shape, device: str, dtype: str) -> Iterator[Row]:
 
 
 def ratio(ours: Row, peer: Row) -> Row:
-    """How many times as fast, and how much of the memory, where that was measured."""
+    """How many times as fast, and how much of the memory, where that was measured. A card that is far faster than a
+    gaming PC's waits for Python in either side's steps: what its kernels take by themselves is told apart."""
     row = {"side": f"peer / {ours['side']}", "speed": peer["ms"] / ours["ms"], **apart(ours, peer)}
+    if "kernels_ms" in ours and "kernels_ms" in peer:
+        row["speed_of_kernels"] = peer["kernels_ms"] / ours["kernels_ms"]
     return row | ({"memory": ours["peak_gib"] / peer["peak_gib"]} if "peak_gib" in ours else {})
 
 

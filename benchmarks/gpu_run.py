@@ -81,7 +81,7 @@ def experiment(order: Order, dataset: Dataset, workdir: Path) -> Outcome:
     name = "cpu" if on_cpu else "cuda"
     constants: dict[str, Any] = {"DEPTH": 2, "ASPECT_RATIO": 32, "HEAD_DIM": 32, "TOTAL_BATCH_SIZE": 2**10}
     if not on_cpu:
-        constants = shape(order) | ({"ATTENTION": order.attention} if order.attention else {})
+        constants = shape(order) | dict(order.told)
         if not order.caches or not any(Path(order.caches, "xdg").glob("attention-*.json")):
             constants["ATTENTION"] = (
                 "triton"  # no section before has timed the others, which takes longer than this run

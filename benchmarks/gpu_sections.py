@@ -308,9 +308,8 @@ def recipe(order: Order, **constants: Any) -> ModuleType:
     """The shipped one, or the order's own, at the order's shape."""
     file = Path(order.recipe) if order.recipe else ROOT / "backends" / "cuda" / "train.py"
     source = file.read_text(encoding="utf-8")
-    attention = "triton" if blank_card.within() else order.attention  # its zeros are refused of every attention
-    own = {"ATTENTION": attention} if attention else {}
-    source = replace(source, shape(order) | own | constants)
+    own = {"ATTENTION": "triton"} if blank_card.within() else {}  # its zeros are refused of every attention
+    source = replace(source, shape(order) | dict(order.told) | own | constants)
     sys.modules["train"] = module = ModuleType("train")  # torch.compile looks it up by its name
     exec(compile(source, "train.py", "exec"), module.__dict__)
     return module

@@ -6,6 +6,7 @@ import json
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 
 import pytest
 
@@ -14,8 +15,18 @@ from core.gpuwatch import Look
 torch = pytest.importorskip("torch")
 pytest.importorskip("triton")
 
-from benchmarks import blank_card, card_state, gpu, gpu_profile, gpu_run, gpu_sections, gpu_sides  # noqa: E402 - after the skips
+from benchmarks import (  # noqa: E402 - after the skips
+    blank_card,
+    card_state,
+    gpu,
+    gpu_correctness,
+    gpu_profile,
+    gpu_run,
+    gpu_sections,
+    gpu_sides,
+)
 from benchmarks.gpu import LIMITS, SMOKE, Order  # noqa: E402
+from kernels.attention_peers import PEERS  # noqa: E402
 
 on_a_blank_card = pytest.mark.skipif(bool(blank_card.obstacle()), reason=blank_card.obstacle())
 
@@ -29,7 +40,7 @@ def asked(monkeypatch, tmp_path, rows):
         yield from ({"section": name, **row} for row in rows.get(name, []))
 
     monkeypatch.setattr(gpu, "run_section", section)
-    gpu.measure(Order(), ["facts", "attention", "step", "run"], tmp_path)
+    gpu.measure(Order(), ["facts", "attention", "mlp", "step", "run"], tmp_path)
     return orders
 
 
@@ -45,16 +56,25 @@ def test_the_steps_come_before_what_is_only_of_parts():
         )
 
 
-@pytest.mark.parametrize(("failed", "attention"), [("not done within 65 s", "triton"), ("", "")])
-def test_what_hung_when_it_was_timed_is_not_timed_again_by_the_recipe(monkeypatch, tmp_path, failed, attention):
-    rows = {
-        "attention": [{"ms": 1.0}, *([{"failed": failed}] if failed else [])],
-        "facts": [{"failed": "exit status 1"}],
-    }
+@pytest.mark.parametrize(
+    ("attention", "mlp", "taken"),
+    [
+        (None, None, ["auto", "auto"]),
+        (1, None, ["triton", "auto"]),
+        (0, 0, ["triton", "torch"]),
+        (2, 1, ["auto", "auto"]),
+    ],
+)
+def test_what_hung_when_it_was_timed_is_not_timed_again_by_the_recipe(monkeypatch, tmp_path, attention, mlp, taken):
+    """How many choices a section made before it was cut, if it was."""
+    rows = {"facts": [{"failed": "exit status 1"}]}
+    for name, chosen in (("attention", attention), ("mlp", mlp)):
+        if chosen is not None:
+            rows[name] = [*([{"chosen": "the fastest"}] * chosen), {"failed": "not done within 65 s"}]
     orders = asked(monkeypatch, tmp_path, rows)
-    assert orders["attention"].attention == "" and orders["step"].attention == orders["run"].attention == attention
-    taken = gpu_sections.recipe(replace(SMOKE, attention=orders["step"].attention)).ATTENTION
-    assert taken == (attention or "auto")
+    assert orders["attention"].told == {} and orders["step"].told == orders["run"].told
+    module = gpu_sections.recipe(replace(SMOKE, told=orders["step"].told))
+    assert taken == [module.ATTENTION, module.MLP]
 
 
 def test_the_run_takes_what_the_steps_took(monkeypatch, tmp_path):
@@ -63,8 +83,8 @@ def test_the_run_takes_what_the_steps_took(monkeypatch, tmp_path):
     seen = []
     monkeypatch.setattr("core.referee.execute", seen.append)
     facts = type("Facts", (), {"path": tmp_path, "sha256": "", "vocab_size": 257, "bos_id": 256})
-    for attention in ("", "triton"):
-        order = replace(SMOKE, device="cuda:0", caches=str(tmp_path), attention=attention)
+    for told in ({}, {"ATTENTION": "triton"}):
+        order = replace(SMOKE, device="cuda:0", caches=str(tmp_path), told=told)
         gpu_run.experiment(order, facts, tmp_path)
     assert [b'\nATTENTION = "triton"' in request.source for request in seen] == [False, True]
 
@@ -101,6 +121,72 @@ def test_a_section_that_has_told_all_leaves_at_once(monkeypatch, tmp_path):
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     (row,) = gpu.run_section("facts", SMOKE, 100)
     assert row["torch"] == torch.__version__
+
+
+def test_a_check_after_which_the_card_serves_no_more_leaves_the_rest_to_another_process(monkeypatch, tmp_path):
+    """As an illegal access does: all that follows in that process fails, whatever it is."""
+    served = [True]
+
+    def breaks(name, *_):
+        served[0] = False
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    def fine(name, *_):
+        return {"kernel": name, "passed": True}
+
+    found = [
+        ("a", partial(fine, "a"), None),
+        ("b", partial(breaks, "b"), torch.float16),
+        ("c", partial(fine, "c"), None),
+    ]
+    monkeypatch.setattr(gpu_correctness, "checks", lambda order: iter(found))
+    monkeypatch.setattr(gpu_correctness, "alive", lambda: served[0])
+
+    def section(name, order, limit, caches):
+        served[0] = True
+        given.append((order.skip, limit))
+        yield from ({"section": name, **row} for row in gpu_correctness.correctness(order))
+
+    given = []
+    monkeypatch.setattr(gpu, "run_section", section)
+    assert gpu.measure(SMOKE, ["correctness"], tmp_path) == 1
+    assert [skip for skip, _ in given] == [0, 2] and given[1][1] <= given[0][1]
+    rows = json.loads((tmp_path / "results.json").read_text())["rows"]
+    assert [row["kernel"] for row in rows] == ["a", "b", "c"]
+    assert rows[1]["checks done"] == 2 and "illegal memory access" in rows[1]["failed"] and rows[2]["passed"]
+    monkeypatch.undo()
+    assert gpu_correctness.alive()
+
+
+@pytest.mark.parametrize(("ends", "said"), [("os.abort()", "exit status -6"), ("time.sleep(60)", "no row for 3 s")])
+def test_a_check_that_ends_its_process_or_hangs_takes_no_other_with_it(monkeypatch, tmp_path, ends, said):
+    """As a compiler that crashes, or a kernel that never ends; here the second of four."""
+    code = f"""import json, os, sys, time
+for i in range(json.loads(sys.argv[-1])["skip"], 4):
+    if i == 1:
+        {ends}
+    print(json.dumps({{"kernel": i}}), flush=True)"""
+    python, printer = sys.executable, tmp_path / "python"
+    printer.write_text(f"#!{python}\n{code}\n")
+    printer.chmod(0o755)
+    monkeypatch.setattr(gpu.sys, "executable", str(printer))
+    monkeypatch.setattr(gpu, "PATIENCE", 3.0)
+    monkeypatch.setattr(gpu, "POLL", 0.1)
+    assert gpu.measure(SMOKE, ["correctness"], tmp_path / "out") == 1
+    rows = json.loads((tmp_path / "out" / "results.json").read_text())["rows"]
+    assert [row.get("kernel", row.get("failed")) for row in rows] == [0, said, 2, 3]
+    printer.write_text(f"#!{python}\nraise ImportError('torch')\n")  # no check at all: it is not tried for ever
+    gpu.measure(SMOKE, ["correctness", "head"], tmp_path / "none")
+    rows = json.loads((tmp_path / "none" / "results.json").read_text())["rows"]
+    assert [row["section"] for row in rows] == ["correctness"] * (1 + gpu.RESUMES) + ["head"]
+
+
+@pytest.mark.parametrize("at_hand", [[], ["cudnn"], ["fa3", "cudnn"]])
+def test_every_attention_that_a_layer_can_have_within_is_checked_in_one(monkeypatch, at_hand):
+    why = dict.fromkeys(PEERS, "no") | dict.fromkeys(["flash", "flex", *at_hand], "")
+    monkeypatch.setattr("kernels.attention_choice.available", lambda case: why)
+    names = [name for name, _, _ in gpu_correctness.checks(SMOKE) if name.startswith("attend, ")]
+    assert names == 2 * ["attend, value embeddings", "attend, attention of torch", *(f"attend, {n}" for n in at_hand)]
 
 
 # --- sides ----------------------------------------------------------------------------------------

@@ -61,6 +61,16 @@ def test_a_peer_that_does_not_fit_takes_no_row_of_ours_with_it(monkeypatch):
     assert "out_of_memory" in peer and "passed" not in peer and ours["ms"] > 0 and lean["ms"] > 0
 
 
+def test_what_kernels_take_is_told_apart_from_what_the_card_waits(monkeypatch):
+    """On a card that is far faster than the ones the recipe is for, both sides' steps are Python's in part."""
+    took = iter([2.0, 3.0, 9.0])
+    monkeypatch.setattr("benchmarks.gpu_profile.kernels", lambda *_: iter([{"kernel": "all", "ms_a_step": next(took)}]))
+    monkeypatch.setattr(gpu_rtx, "SMOKE", replace(gpu_rtx.SMOKE, steps=1))
+    *sides, first, second = gpu_rtx.small()
+    assert [row["kernels_ms"] for row in sides] == [2.0, 3.0, 9.0]
+    assert (first["speed_of_kernels"], second["speed_of_kernels"]) == (4.5, 3.0)
+
+
 @pytest.mark.parametrize("broken", ["ours", "peer"])
 def test_a_side_that_breaks_takes_no_row_of_the_others_with_it(monkeypatch, broken):
     """As cuDNN may within the peer, and Triton's compiler, whose errors are no RuntimeError, within ours."""
