@@ -7,12 +7,14 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from console import places
 from console.output import Screen
 from console.words import computed_by, count, duration, plural, size
+from core.commands import pip_install
 from core.contract import Choice
 from core.errors import DataError, UserError
 
@@ -145,6 +147,10 @@ def plan(given: str | None, wishes: Wishes) -> Plan:
     folder, tag = places.new_folder(given, wishes.tag)
     hardware = machines.probe()
     choice = machines.choose(hardware, wishes.backend)
+    if choice.value == "cpu" and find_spec("torch") is None:  # on a Mac `pip install -e .` brings MLX alone
+        raise UserError(
+            f"the backend cpu ({choice.reason}) needs PyTorch, which is not installed", pip_install("torch")
+        )
     profile = backends.load(choice.value).profile(hardware, wishes.profile)
     rule: Literal["statistical", "simple"] = "simple" if wishes.verdict == "simple" else "statistical"
     usual = 0.0 if rule == "simple" else Settings.min_delta  # upstream's rule keeps whatever is lower
