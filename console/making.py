@@ -432,7 +432,9 @@ def ready_data(screen: Screen, wishes: Wishes, profile: Profile) -> Dataset:
         with _progress(screen) as how:
             return prepare.prepare(name, vocab_size=vocab, **how)
     except DataError as error:
-        instead = "--text PATH" if name == "kjv" else "--data kjv or --text PATH"  # the other sets are fetched, too
+        if name == "kjv":
+            raise
+        instead = "--data kjv or --text PATH"  # other sets are fetched, too
         action = error.action.replace(prepare.WITHOUT_NETWORK, instead)
         if instead not in action:
             action = f"{action}, or choose {instead}".lstrip(", ")
