@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any, Literal
 from console import places
 from console.output import Screen
 from console.words import computed_by, count, duration, plural, size
-from core.commands import pip_install
 from core.contract import Choice
 from core.errors import DataError, UserError
 
@@ -148,9 +147,8 @@ def plan(given: str | None, wishes: Wishes) -> Plan:
     hardware = machines.probe()
     choice = machines.choose(hardware, wishes.backend)
     if choice.value == "cpu" and find_spec("torch") is None:  # on a Mac `pip install -e .` brings MLX alone
-        raise UserError(
-            f"the backend cpu ({choice.reason}) needs PyTorch, which is not installed", pip_install("torch")
-        )
+        fact = f"the backend cpu ({choice.reason}) needs PyTorch, which is not installed"
+        raise UserError(fact, machines.torch_for_cpu(hardware))
     profile = backends.load(choice.value).profile(hardware, wishes.profile)
     rule: Literal["statistical", "simple"] = "simple" if wishes.verdict == "simple" else "statistical"
     usual = 0.0 if rule == "simple" else Settings.min_delta  # upstream's rule keeps whatever is lower
