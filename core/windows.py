@@ -20,7 +20,9 @@ _RESTART_KEYS = (  # each exists only while a restart is due
 )
 
 
-_DEVICES = re.compile(r"(CON|PRN|AUX|NUL|CONIN\$|CONOUT\$|COM[0-9¹²³]|LPT[0-9¹²³])(\.|$)", re.IGNORECASE)
+_DEVICES = re.compile(
+    r"(CON|PRN|AUX|NUL|CONIN\$|CONOUT\$|COM[0-9\xb9\xb2\xb3]|LPT[0-9\xb9\xb2\xb3])(\.|$)", re.IGNORECASE
+)
 
 
 def unusable_name(path: Path) -> str:

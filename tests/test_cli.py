@@ -174,7 +174,7 @@ def test_an_option_without_its_argument_names_the_help_of_its_verb(shell: Shell)
 def test_without_any_lab_every_verb_says_how_to_get_one(shell: Shell, argv: list[str]) -> None:
     done = shell(*argv, status=1)
     assert done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 1
-    assert "autoresearch" in done.stderr
+    assert f"; {CALLED} run --demo (or: {CALLED} init)" in done.stderr
     error = json.loads(shell(*argv, "--json", status=1).stderr)["error"]
     assert error["kind"] == "LabError" and error["fact"] and error["action"]
 
