@@ -89,7 +89,7 @@ class Verbs(click.Group):
             click.Context.formatter_class = Formatter  # of the verbs that are loaded when they are called, too
             status = super().main(given, prog_name or "autoresearch", standalone_mode=False)
         except click.UsageError as error:
-            sys.exit(failing.usage(error, as_json))
+            sys.exit(failing.usage(error, as_json, next((word for word in given[:1] if word in VERBS), "")))
         except click.Abort:
             complain("Interrupted", "interrupted", "", as_json)
             sys.exit(130)

@@ -59,7 +59,8 @@ def require_equal_work(results: Sequence[Result], names: Sequence[str]) -> None:
         if found:
             raise UserError(
                 f"{names[0]} and {name} did different work: {'; '.join(found[:4])}",
-                f"run both with the same --profile and version (of {names[0]}: `bench --profile {first.profile}`)",
+                "run both with the same --profile and version (of "
+                f"{names[0]}: `autoresearch bench --profile {first.profile}`)",
             )
 
 

@@ -277,6 +277,17 @@ def measure(order: Order, names: Sequence[str], out: Path) -> int:
     return int(any("failed" in row or row.get("passed") is False for row in rows))
 
 
+def without_card() -> str:
+    """Why there is nothing to measure, "" where torch has a card. Asked in a process of its own, as this one keeps none
+    of a card's memory."""
+    code = "import torch; print(torch.__version__, torch.cuda.is_available())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    if done.returncode:
+        return f"torch cannot be imported: {(done.stderr.strip().splitlines() or ['no reason given'])[-1]}"
+    version, there = done.stdout.split()
+    return "" if there == "True" else f"torch {version} finds no NVIDIA GPU"
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Correctness, speed and memory of the kernels and of the cuda and rtx recipes on this card."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=main.__doc__)
@@ -297,6 +308,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             sys.exit(f"there is no folder {folder}; give another, or leave the option out")
     if given.limit_gb <= 0:
         sys.exit(f"--limit-gb {given.limit_gb:g} leaves no memory; give a positive number of GB")
+    if not given.smoke and (why := without_card()):
+        sys.exit(f"{why}; `autoresearch doctor` says what to do, and --smoke runs small shapes on the processor")
     wishes = {"upstream": str(given.upstream or ""), "data": str(given.data or ""), "limit_gb": given.limit_gb}
     order = Order(**{**asdict(SMOKE if given.smoke else Order()), **wishes})
     wanted = {*(given.only or LIMITS)} | (set() if given.smoke else {"facts"})  # which say what fits into the card

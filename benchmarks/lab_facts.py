@@ -228,7 +228,10 @@ def load(path: Path) -> LabFacts:
     """UserError where the file is damaged, of another schema, or something else."""
     try:
         if path.stat().st_size > LARGEST:
-            raise UserError(f"{path} is larger than such a file can be", "give what `bench labs --export` wrote")
+            raise UserError(
+                f"{path} is larger than such a file can be",
+                "give what `autoresearch bench labs LAB --export FILE` wrote",
+            )
         found = json.loads(path.read_bytes())
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}", "name a lab or an exported one") from None
@@ -250,5 +253,5 @@ def require_several(facts: Sequence[LabFacts]) -> None:
     if len(facts) < 2:
         raise UserError(
             f"{'one lab was' if facts else 'no lab was'} given",
-            "name two or more: labs here, or files of `bench labs --export`",
+            "name two or more: labs here, or files that `autoresearch bench labs LAB --export FILE` wrote",
         )

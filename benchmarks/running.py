@@ -34,6 +34,7 @@ from benchmarks.work import BenchProfile, initial, shapes, write_batches
 from console.words import plural
 from core import caches
 from core import hardware as machines
+from core.commands import pip_install
 from core.data import Dataset
 from core.errors import UserError
 from core.hardware import Hardware
@@ -107,7 +108,7 @@ def contenders(
         if not recipe.is_file():
             raise UserError(f"there is no file {recipe}", "give --recipe BACKEND=FILE")
         library = LIBRARIES[name].split(".")[0]
-        missing = f"{library} is not installed: pip install {library}" if find_spec(library) is None else ""
+        missing = f"{library} is not installed: {pip_install(library)}" if find_spec(library) is None else ""
         if missing and wanted:
             raise UserError(f"the backend {name} cannot run here: {missing}", "or leave it out")
         found.append(Contender(name, recipe.absolute(), name not in recipes, missing))

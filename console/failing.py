@@ -12,14 +12,15 @@ import click
 from console.output import complain
 
 
-def usage(error: click.UsageError, as_json: bool) -> int:
+def usage(error: click.UsageError, as_json: bool, verb: str = "") -> int:
+    """`verb`: that was called, which an error of the parser's own does not know."""
     if as_json or isinstance(error, click.exceptions.NoArgsIsHelpError):
         if as_json:
             complain("UsageError", error.format_message(), "see --help", True)
         else:
             error.show()
     else:
-        where = error.ctx.command_path if error.ctx else "autoresearch"
+        where = error.ctx.command_path if error.ctx else f"autoresearch {verb}".rstrip()
         message = error.format_message().rstrip(".")
         complain("UsageError", message, "" if "--help" in message else f"see `{where} --help`", False)
     return error.exit_code

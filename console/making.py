@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -145,6 +146,9 @@ def plan(given: str | None, wishes: Wishes) -> Plan:
     folder, tag = places.new_folder(given, wishes.tag)
     hardware = machines.probe()
     choice = machines.choose(hardware, wishes.backend)
+    if choice.value == "cpu" and find_spec("torch") is None:  # on a Mac `pip install -e .` brings MLX alone
+        fact = f"the backend cpu ({choice.reason}) needs PyTorch, which is not installed"
+        raise UserError(fact, machines.torch_for_cpu(hardware))
     profile = backends.load(choice.value).profile(hardware, wishes.profile)
     rule: Literal["statistical", "simple"] = "simple" if wishes.verdict == "simple" else "statistical"
     usual = 0.0 if rule == "simple" else Settings.min_delta  # upstream's rule keeps whatever is lower
@@ -426,7 +430,9 @@ def ready_data(screen: Screen, wishes: Wishes, profile: Profile) -> Dataset:
         with _progress(screen) as how:
             return prepare.prepare(name, vocab_size=vocab, **how)
     except DataError as error:
-        instead = "--text PATH" if name == "kjv" else "--data kjv or --text PATH"  # the other sets are fetched, too
+        if name == "kjv":
+            raise
+        instead = "--data kjv or --text PATH"  # other sets are fetched, too
         action = error.action.replace(prepare.WITHOUT_NETWORK, instead)
         if instead not in action:
             action = f"{action}, or choose {instead}".lstrip(", ")

@@ -97,7 +97,11 @@ def _without(k: Kept) -> str:
 
 
 def _kept_line(k: Kept) -> list[str]:
-    cost = f", about {roughly(k.seconds)}: `confirm {k.row.number}`" if k.state == "unconfirmed" and k.seconds else ""
+    cost = (
+        f", about {roughly(k.seconds)}: `autoresearch confirm {k.row.number}`"
+        if k.state == "unconfirmed" and k.seconds
+        else ""
+    )
     doubt = f" ({k.disturbed})" if k.disturbed else ""
     claimed = "" if k.row.delta is None else signed(k.row.delta) + doubt
     simpler = " (simpler)" if k.row.status == "simplify" else ""
@@ -124,7 +128,8 @@ def _following(found: Findings) -> str:
         if k.seconds
     ]
     items += [
-        f"#{k.row.number} did not replicate: `autoresearch finalize` leaves it out, `undo {k.row.number}` takes it back"
+        f"#{k.row.number} did not replicate: `autoresearch finalize` leaves it out, "
+        f"`autoresearch undo {k.row.number}` takes it back"
         for k in found.kept
         if k.state == "not replicated"
     ]

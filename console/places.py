@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -143,11 +144,11 @@ def new_folder(given: str | None, tag: str | None) -> tuple[Path, str]:
     """Where a new lab goes, and its tag. Raises `UserError` where something is there already."""
     if given is None:
         chosen = check_tag(tag) if tag else free_tag(default_tag())
-        folder = LABS / chosen
+        folder = _usable(LABS / chosen)
     elif tag:
         raise UserError(f"LAB ({given}) and --tag ({tag}) both name the new lab", "give one of them")
     else:
-        folder = place(given)
+        folder = _usable(place(given))
         chosen = check_tag(folder.resolve().name)
     if folder.exists() and not _empty(folder):
         raise UserError(f"{spelled(folder)} exists and is not empty", "choose another LAB or TAG, or `run` that one")
@@ -157,6 +158,14 @@ def new_folder(given: str | None, tag: str | None) -> tuple[Path, str]:
             f"leave that folder (cd {quoted(lab.parent)}), or give a path outside of it",
         )
     return folder, chosen
+
+
+def _usable(folder: Path) -> Path:
+    from core.windows import unusable_name
+
+    if sys.platform == "win32" and (bad := unusable_name(folder)):
+        raise UserError(f"{bad!r} cannot be the name of a folder on Windows", "choose another, for example nov24")
+    return folder
 
 
 def holder(lab: Lab) -> int | None:

@@ -32,7 +32,9 @@ def sample_verb(
         raise UserError(f"lab {lab.tag} has no trained best yet", "autoresearch run")
     if weights is None:
         fact = f"the weights of #{best.number} are not there any more: only those of the latest best are kept"
-        raise UserError(fact, "autoresearch train --out DIR makes them again, for use elsewhere; or `run` on")
+        raise UserError(
+            fact, "autoresearch train --out DIR makes them again, for use elsewhere; or `autoresearch run` goes on"
+        )
     with nullcontext() if beside else locks.hold_device(lab.settings.device):
         _write(screen, lab, best, weights, prompt, tokens, temperature, seed)
 

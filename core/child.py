@@ -383,7 +383,9 @@ class Worker:
         if code is None:
             return Ended("invalid", f"the {self.role} closed its channel in {doing}, and went on running")
         if code == SANDBOX_NOT_APPLIED and not self._ready:
-            raise SandboxFailed("the sandbox could not be applied", f"see `doctor`; {self.child.log_tail(3)}")
+            raise SandboxFailed(
+                "the sandbox could not be applied", f"see `autoresearch doctor`; {self.child.log_tail(3)}"
+            )
         if code >= 0:
             self._look_at_disk()  # on which it could not write, maybe
             return Ended("crash", f"the {self.role} ended by itself in {doing}, with exit status {_status(code)}")

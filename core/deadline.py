@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+from core.windows import under_wsl
+
 
 def running() -> float:
     """Seconds of a clock that goes on while the machine sleeps, and that nobody sets."""
@@ -22,6 +24,13 @@ def of_day() -> float:
     return time.time()
 
 
+def _with_its_host() -> Callable[[], float]:
+    """WSL2 stands still while Windows sleeps, and of its clocks only the time of day is set right afterwards
+    (microsoft/WSL #41291): the one that went further."""
+    began, day = running(), of_day()
+    return lambda: max(running() - began, of_day() - day)
+
+
 @dataclass(frozen=True)
 class Deadline:
     """A time of day moves with a clock that is set; hours that were asked for do not, and pass in sleep too."""
@@ -31,7 +40,8 @@ class Deadline:
 
     @classmethod
     def after(cls, hours: float) -> Deadline:
-        return cls(running() + hours * 3600, running)
+        clock = _with_its_host() if under_wsl() else running
+        return cls(clock() + hours * 3600, clock)
 
     @classmethod
     def at_time(cls, moment: float) -> Deadline:

@@ -28,7 +28,7 @@ from typing import Any
 from core import nvidia_nodes, torchbuild
 from core.commands import pip_install, python
 from core.errors import UserError
-from core.hardware import GIB, Hardware, choose, remedy, suits
+from core.hardware import ARM_PYTHON, GIB, Hardware, choose, remedy, suits, torch_for_cpu
 from core.paths import data_root, home, project_root
 from core.places import synced_by
 from core.windows import STAY_AWAKE_BY_HAND, long_paths, restart_pending, windows_powershell
@@ -147,6 +147,8 @@ def _library_checks(hardware: Hardware) -> Iterator[Check]:
 
 def _torch_install(hardware: Hardware, *plain: str) -> str:
     """The build for the NVIDIA card, which on Windows PyPI does not have; without a card `pip install` with `plain`."""
+    if hardware.os == "darwin" and (hardware.emulated or not hardware.chip):
+        return torch_for_cpu(hardware)
     if not hardware.gpus and not hardware.gpu_problem:
         return pip_install(*plain)
     gpu = hardware.gpus[0] if hardware.gpus else None
@@ -217,8 +219,7 @@ def _machine_checks(hardware: Hardware) -> Iterator[Check]:
     yield _gpu_check(hardware)
     yield from _node_check()
     if hardware.emulated:
-        action = "install Python for arm64, from python.org or by `arch -arm64 brew install python`"
-        yield Check("rosetta", None, f"an Intel Python on {hardware.chip or 'an Apple chip'}", action)
+        yield Check("rosetta", None, f"an Intel Python on {hardware.chip or 'an Apple chip'}", ARM_PYTHON)
     yield _git_check(hardware)
     yield _compiler_check(hardware)
 

@@ -464,6 +464,18 @@ def _chosen(hardware: Hardware, wanted: str, present: Sequence[str]) -> Choice:
     return Choice(wanted, f"as asked with --backend {wanted}: {fact}")
 
 
+ARM_PYTHON = "install Python for arm64, from python.org or by `arch -arm64 brew install python`"
+
+
+def torch_for_cpu(hardware: Hardware) -> str:
+    """What brings the PyTorch that the cpu backend needs."""
+    if hardware.emulated:
+        return f"{ARM_PYTHON}, and make the virtual environment again with it"
+    if hardware.os == "darwin" and not hardware.chip:
+        return "there is none for Macs with Intel's processors since PyTorch 2.3: use another machine"
+    return pip_install("torch")
+
+
 def _why_cpu(hardware: Hardware) -> str:
     for name in ("rtx", "mlx"):
         _, fact = suits(hardware, name)

@@ -13,9 +13,10 @@ from typing import Any
 import psutil
 
 from core.deadline import running
-from core.windows import awake_seconds
+from core.windows import awake_seconds, under_wsl
 
 PRESSURE = Path("/proc/pressure/memory")  # Linux with PSI
+SET_RIGHT = 2.0  # seconds by which Windows may correct WSL2's time of day without having slept
 
 
 @dataclass(frozen=True)
@@ -40,8 +41,17 @@ def awake() -> float:
 
 
 def slept(began: Clocks, now: Clocks) -> float:
-    """Seconds that the machine slept between these two."""
-    return round(max(0.0, (now.running - began.running) - (now.awake - began.awake)), 3)
+    """Seconds that the machine slept between these two. In WSL2, which stands still while Windows sleeps, that is told
+    by the time of day alone, which Windows sets right afterwards (microsoft/WSL #41291), and by a second or so at other
+    times, too."""
+    seconds = max(0.0, (now.running - began.running) - (now.awake - began.awake))
+    host = _set(began, now) if under_wsl() else 0.0
+    return round(seconds + (host if host > SET_RIGHT else 0.0), 3)
+
+
+def _set(began: Clocks, now: Clocks) -> float:
+    """Seconds by which the time of day was moved between these two."""
+    return (now.wall - began.wall) - (now.running - began.running)
 
 
 class Interruptions:
@@ -56,12 +66,13 @@ class Interruptions:
         """JSON: `slept_seconds`; `clock_set_seconds`, by how much the time of day was moved; `memory_stalled`, the
         share of the time in which some process waited for memory (None: the system does not tell); `on_battery`."""
         now, began = self._clocks(), self._began
-        awake, running, wall = now.awake - began.awake, now.running - began.running, now.wall - began.wall
+        asleep, awake = slept(began, now), now.awake - began.awake
+        moved = _set(began, now) if not under_wsl() or not asleep else 0.0
         before, after = self._stalled, stalled_seconds(self._pressure)
         stalled = None if before is None or after is None else round((after - before) / max(1e-3, awake), 4)
         return {
-            "slept_seconds": slept(began, now),
-            "clock_set_seconds": round(wall - running, 3),
+            "slept_seconds": asleep,
+            "clock_set_seconds": round(moved, 3),
             "memory_stalled": stalled,
             "on_battery": on_battery(),
         }

@@ -410,7 +410,10 @@ class Lab:
             first = self.first_commit()
         for e in experiments:
             if e.commit in lost and self.commit_of(e) != e.commit:
-                raise LabError(f"commit {e.commit} of experiment {e.number} is lost", "`show` has what it tried")
+                raise LabError(
+                    f"commit {e.commit} of experiment {e.number} is lost",
+                    f"`autoresearch show {e.number}` has what it tried",
+                )
         return first
 
     def restore_recipe(self) -> None:

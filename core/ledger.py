@@ -277,7 +277,7 @@ class Ledger:
             last = self._rows("SELECT max(number) AS last FROM experiments")[0]["last"]
             raise UserError(
                 f"there is no experiment {number}",
-                f"`log` lists them, 1 to {last}" if last else "`run` makes the first",
+                f"`autoresearch log` lists them, 1 to {last}" if last else "`autoresearch run` makes the first",
             )
         return _experiment(rows[0])
 

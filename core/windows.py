@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ctypes
 import platform
+import re
 import shutil
 import sys
 from collections.abc import Mapping
@@ -17,6 +18,19 @@ _RESTART_KEYS = (  # each exists only while a restart is due
     r"SOFTWARE\Microsoft\Windows\CurrentVersion\WindowsUpdate\Auto Update\RebootRequired",
     r"SOFTWARE\Microsoft\Windows\CurrentVersion\Component Based Servicing\RebootPending",
 )
+
+
+_DEVICES = re.compile(
+    r"(CON|PRN|AUX|NUL|CONIN\$|CONOUT\$|COM[0-9\xb9\xb2\xb3]|LPT[0-9\xb9\xb2\xb3])(\.|$)", re.IGNORECASE
+)
+
+
+def unusable_name(path: Path) -> str:
+    """The first name in a path that Windows takes for something else than a file or folder: a device (`con`), another
+    stream of one (`x:y`), a pattern, a name that ends in a space or a dot. "" where all are good."""
+    names = re.split(r"[\\/]+", re.sub(r"^[A-Za-z]:", "", str(path)))
+    plain = [name for name in names if name not in ("", ".", "..")]
+    return next((n for n in plain if _DEVICES.match(n) or set(n) & set('<>:"|?*') or n[-1] in " ."), "")
 
 
 def under_wsl(release: str | None = None) -> bool:

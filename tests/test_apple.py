@@ -17,9 +17,10 @@ from backends.scaling import cost, tokens_per_weight
 from core import executor
 from core.apple import CHIPS, GpuLoad, conditions, departure, identify
 from core.contract import Proposal
+from core.doctor import _torch_install
 from core.errors import UserError
 from core.executor import LocalExecutor, settled
-from core.hardware import choose, probe
+from core.hardware import choose, probe, torch_for_cpu
 from core.outcome import Request
 from core.verdict import taint
 
@@ -61,6 +62,22 @@ def test_a_mac_that_tells_nothing_is_still_a_mac():
     machine = Machine(os=("Darwin", "24.1.0", "arm64"), commands=M4)
     assert identify("Apple M9 Omega", machine).summary() == ""
     assert choose(probe(machine), None, ("mlx", "cpu")).value == "mlx"
+
+
+@pytest.mark.parametrize(
+    ("machine", "says"),
+    [
+        (mac(), "-m pip install torch"),
+        (mac("Intel(R) Core(TM) i7-9750H", 0), "none for Macs with Intel's processors since PyTorch 2.3"),
+        (mac("VirtualApple", commands={"sysctl -n sysctl.proc_translated": "1"}), "install Python for arm64"),
+    ],
+)
+def test_where_the_cpu_backends_library_comes_from(machine, says):
+    """pip has none to bring to an Intel Mac, and under Rosetta another Python is what helps."""
+    hardware = probe(machine)
+    assert says in torch_for_cpu(hardware)
+    if not says.startswith("-m pip"):
+        assert _torch_install(hardware, "torch") == torch_for_cpu(hardware)
 
 
 @pytest.mark.parametrize(

@@ -154,8 +154,16 @@ def test_bad_usage_is_status_2_and_one_line(shell: Shell, argv: list[str], says:
     done = shell(*argv, status=2)
     assert says in done.stderr and done.stdout == ""
     assert len(done.stderr.splitlines()) == 1
+    verb = f"{argv[0]} " if argv[0] in VERBS else ""
+    assert "--help" not in done.stderr or f"{CALLED} {verb}--help`" in done.stderr
     error = json.loads(shell(*argv, "--json", status=2).stderr)
     assert says.split()[0] in error["error"]["fact"]
+
+
+def test_an_option_without_its_argument_names_the_help_of_its_verb(shell: Shell) -> None:
+    told = f"requires an argument; see `{CALLED} run --help`\n"
+    assert shell("run", "--json", "nov30", "--text", status=2).stderr.count("requires an argument") == 1
+    assert shell("run", "nov30", "--text", status=2).stderr.endswith(told)
 
 
 @pytest.mark.parametrize(
@@ -166,7 +174,7 @@ def test_bad_usage_is_status_2_and_one_line(shell: Shell, argv: list[str], says:
 def test_without_any_lab_every_verb_says_how_to_get_one(shell: Shell, argv: list[str]) -> None:
     done = shell(*argv, status=1)
     assert done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 1
-    assert "autoresearch" in done.stderr
+    assert f"; {CALLED} run --demo (or: {CALLED} init)" in done.stderr
     error = json.loads(shell(*argv, "--json", status=1).stderr)["error"]
     assert error["kind"] == "LabError" and error["fact"] and error["action"]
 

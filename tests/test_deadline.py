@@ -8,9 +8,10 @@ import time
 import pytest
 from scripted import Night, Scripted, make_lab
 
-from core import deadline, thinking
+from core import deadline, interruptions, thinking
 from core.contract import Unavailable
 from core.deadline import Deadline, of_day, running
+from core.interruptions import Clocks
 from core.loop import Limits, Loop
 
 HOUR = 3600.0
@@ -66,6 +67,30 @@ def test_hours_pass_in_sleep_and_are_not_set_and_a_time_of_day_is_what_the_clock
         summary = Loop(night, Night(), executor, lambda event: None).run(Limits(4, limit))
         assert summary.decided == made, summary.reason
         assert ("in time" in summary.reason) == (made == 2)
+
+
+def test_in_wsl2_hours_in_which_windows_slept_pass_too(clocks, monkeypatch):
+    """It stands still, and is told the time of day when it goes on."""
+    here = Deadline.after(8)
+    monkeypatch.setattr(deadline, "under_wsl", lambda: True)
+    there = Deadline.after(8)
+    clocks["set"] = 3 * HOUR
+    assert (here.left(), there.left()) == (pytest.approx(8 * HOUR, abs=1), pytest.approx(5 * HOUR, abs=1))
+    clocks["set"] = -3 * HOUR
+    assert there.left() == pytest.approx(8 * HOUR, abs=1), "a clock that is set back makes no night longer"
+
+
+@pytest.mark.parametrize(
+    ("moved", "slept", "moved_told"), [(3600.0, 3600.0, 0.0), (1.5, 0.0, 1.5), (-90.0, 0.0, -90.0)]
+)
+def test_in_wsl2_a_sleep_of_windows_is_one_of_the_machine(monkeypatch, moved, slept, moved_told):
+    def report():
+        reads = iter([Clocks(5.0, 5.0, 1e9), Clocks(65.0, 65.0, 1e9 + 60 + moved)])
+        return interruptions.Interruptions(lambda: next(reads)).report()
+
+    assert (report()["slept_seconds"], report()["clock_set_seconds"]) == (0.0, moved)
+    monkeypatch.setattr(interruptions, "under_wsl", lambda: True)
+    assert (report()["slept_seconds"], report()["clock_set_seconds"]) == (slept, moved_told)
 
 
 def test_it_is_told_as_the_clock_is_set_now(clocks):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import subprocess
 import sys
 import time
@@ -393,3 +395,13 @@ def test_it_imports_nothing_beyond_what_its_machine_has():
     code += "print(list(gpu_sections.run(SMOKE)))"
     done = subprocess.run([sys.executable, "-c", code], cwd=project_root(), capture_output=True, text=True, timeout=120)
     assert "is not installed" in done.stdout, done.stderr
+
+
+def test_without_a_card_it_is_told_at_once(tmp_path):
+    """PyTorch's build for the processor, as PyPI has it for Windows, or a machine without a card."""
+    given = [sys.executable, "-m", "benchmarks.gpu", "--out", str(tmp_path / "results")]
+    env = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(given, cwd=project_root(), env=env, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1 and done.stdout == ""
+    assert re.match(r"torch \S+ finds no NVIDIA GPU; `autoresearch doctor` says what to do", done.stderr)
+    assert not (tmp_path / "results").exists()

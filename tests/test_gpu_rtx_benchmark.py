@@ -133,6 +133,7 @@ def test_a_card_is_held_to_the_wish_and_to_what_the_backend_allows(monkeypatch, 
 def test_the_command_for_everything_hands_the_limit_on(monkeypatch, tmp_path, given, limit):
     orders = []
     monkeypatch.setattr(gpu, "measure", lambda order, names, out: orders.append(order) or 0)
+    monkeypatch.setattr(gpu, "without_card", lambda: "")
     with pytest.raises(SystemExit):
         gpu.main(["--out", str(tmp_path), "--only", "rtx", *given])
     held = []

@@ -388,7 +388,7 @@ def test_offline_by_choice_is_told_and_what_is_here_still_works(hub: Hub, home: 
     out, err = process.communicate(timeout=60)
     assert process.returncode == 1, err
     assert "HF_HUB_OFFLINE forbids" in json.loads(out)["error"]
-    assert "prepare kjv" in json.loads(out)["action"]
+    assert f"`{sys.executable} prepare.py kjv`" in json.loads(out)["action"]
     process = start(home, "climbmix", "--files", "1", "--vocab", "300", HF_HUB_OFFLINE="1")
     out, err = process.communicate(timeout=60)
     assert process.returncode == 0, err

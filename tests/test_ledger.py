@@ -193,7 +193,7 @@ def test_no_shared_memory_on_disks_that_may_be_a_network(tmp_path, monkeypatch):
 
 
 def test_clear_errors(tmp_path, ledger):
-    with pytest.raises(UserError, match=r"no experiment 7.*`run` makes the first"):
+    with pytest.raises(UserError, match=r"no experiment 7.*`autoresearch run` makes the first"):
         ledger.get(7)
     propose(ledger)
     with pytest.raises(UserError, match=r"no experiment 7.*1 to 1"):

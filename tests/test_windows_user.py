@@ -22,8 +22,8 @@ from hypothesis import strategies as st
 from scripted import Limits, Loop, Night, Scripted, check, git, make_lab, recipe
 from windows_stand_in import refuse_open_files
 
-from console import awake, trying
-from core import apart, childlog, commands, data, files, keeper, kept, paths, sandbox_windows, torchbuild
+from console import awake, places, trying
+from core import apart, childlog, commands, data, files, keeper, kept, paths, sandbox_windows, torchbuild, windows
 from core.errors import LabError, UserError
 from core.lab import Lab
 from core.settings import Settings
@@ -449,3 +449,30 @@ def test_a_reader_that_has_seen_enough_is_no_error(asked: str) -> None:
         said = process.stderr.read()
     assert process.returncode == 1
     assert said == "" if asked == "pipe" else "Invalid argument" in said
+
+
+@pytest.mark.parametrize(
+    ("given", "bad"),
+    [
+        ("labs/x:y", "x:y"),
+        ("con", "con"),
+        ("labs/NUL.txt", "NUL.txt"),
+        ("com1/nov24", "com1"),
+        ("what?", "what?"),
+        ("labs/nov24.", "nov24."),
+        ("C:/labs/aux", "aux"),
+        ("C:/labs/nov24", ""),
+        ("//server/share/nov24", ""),
+        ("../console", ""),
+        ("./labs/com10", ""),
+        ("nov24", ""),
+    ],
+)
+def test_a_name_that_windows_takes_for_something_else_makes_no_lab(monkeypatch, tmp_path, given, bad):
+    """`x:y` would be another stream of a file x, in which git then finds no repository; `con` is the console."""
+    assert windows.unusable_name(Path(given)) == bad
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "platform", "win32")
+    if bad:
+        with pytest.raises(UserError, match="cannot be the name of a folder on Windows"):
+            places.new_folder(given, None)
