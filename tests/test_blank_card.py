@@ -413,6 +413,46 @@ def test_turing_takes_torch_for_products_and_float16(caches):
         assert found["peak"] == pytest.approx(predicted(constants, vocab, context, found, False), rel=0.1)
 
 
+SLICES = """
+import json, os, sys
+sys.modules["triton"] = None
+import torch
+from benchmarks import blank_card
+from kernels import attention_slices
+torch.zeros(1, device="cuda")
+blank_card.reset()
+dtypes = [torch.float16, torch.float32] + [torch.bfloat16] * (torch.cuda.get_device_capability() >= (8, 0))
+for dtype in dtypes:
+    for length in (1, 64, 300, 512, 1000):
+        for window in (0, 1, 17, 100, 256, 5000):
+            for width in (64, 128):
+                qkv = torch.randn(2, length, 6, width, device="cuda", dtype=dtype, requires_grad=True)
+                angles = torch.randn(length, width // 2, device="cuda")
+                y = attention_slices.attention_(*(qkv * 1).chunk(3, 2), angles, angles, window)
+                y.sum().backward()
+                assert y.shape == (2, length, 2, width) and qkv.grad.shape == qkv.shape
+counts = blank_card.counts()
+print(json.dumps({kind: counts.names(kind) for kind in blank_card.KINDS}), flush=True)
+os._exit(0)  # one run of four ended in abort() while the interpreter took torch down
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["2080ti", "3060", "5090"])
+def test_torchs_kernels_take_slices_of_any_length(name, caches):
+    """Of a tensor that holds q, k and v, with masks whose rows begin anywhere: what torch checks before a launch is
+    real. Scores are made within the kernels, and a forward once for each backward."""
+    done = blank_card.python(CARDS[name], ["-c", SLICES], caches, timeout=200)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    launches = found["launches"]
+    assert found["invalid"] == {} and found["absent"] == {} and not any("softmax" in name for name in launches)
+    assert any("fmha_cutlassB" in name for name in launches)
+    forward, backward = (sum(n for k, n in launches.items() if f"fmha_cutlass{way}_" in k) for way in "FB")
+    assert forward == backward > 0
+    assert any("flash_fwd" in name for name in launches) == (name != "2080ti")
+
+
 @pytest.mark.slow
 def test_ampere_takes_triton_for_all(caches):
     profile = profile_of(CARDS["3060"])

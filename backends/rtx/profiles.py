@@ -41,7 +41,7 @@ MOVED = 60  # numbers of a stream's width that a layer reads and writes per toke
 BANDWIDTH = 0.7  # share of the memory's bandwidth
 TUNED = 75  # bytes read and written per weight by an optimizer step
 # Of a step more, where all layers make that again: calculated by `benchmarks.ports` for an RTX 4060.
-AGAIN = {"nothing": 0.0, "hidden": 0.065, "layer": 0.27}
+AGAIN = {"nothing": 0.0, "hidden": 0.065, "layer": 0.21}
 A_PASS = 256  # tokens that each pass through the model costs as much as: launches and sums of gradients; an estimate
 
 

@@ -18,8 +18,9 @@ In float16 the loss is scaled up before backward; a step whose gradients are not
 scale. All of that stays on the card: the host never waits to know.
 
 What is particular here: memory. The two halves of a layer (kernels/lean.py) keep ten numbers per channel and token for
-backward; RECOMPUTE trades time for less. Nothing is compiled as a whole: what is kept is what is written here, on every
-system. Where the card is out of memory in spite of it, fewer rows go through the model at once from then on.
+backward; RECOMPUTE and RECOMPUTE_MORE trade time for less, layer by layer. Nothing is compiled as a whole: what is kept
+is what is written here, on every system. Where the card is out of memory in spite of it, fewer rows go through the
+model at once from then on; with one row left, more is made again.
 """
 
 from __future__ import annotations
