@@ -176,7 +176,7 @@ def test_a_card_that_is_lost_when_the_training_is_done_costs_no_training(h100, m
     (gates := desk.folder / "lost").mkdir()
     for phase in ("score", "audit"):
         (gates / phase).touch()
-    arguments = ("confirm", "1", "--lab", "labs/night", "--seeds", "1", "--no-holdout", "--json")
+    arguments = ("confirm", "2", "--lab", "labs/night", "--seeds", "1", "--no-holdout", "--json")
     running, said = desk.start(*arguments, BLANK_CONSOLE_GATES=str(gates)), []
     waits = (
         "does not answer any more (GPU is lost): the training is done and kept, its score waits until the card answers"
@@ -191,7 +191,7 @@ def test_a_card_that_is_lost_when_the_training_is_done_costs_no_training(h100, m
     told = [*said, *rest.splitlines()]
     assert sum('"phase": "train"' in line for line in told) == 1 and not any("tried again in" in line for line in told)
     monkeypatch.setenv("AUTORESEARCH_HOME", desk.env["AUTORESEARCH_HOME"])
-    sample = Lab.open(desk.folder / "work/labs/night").ledger.samples(1, "confirm")[-1]
+    sample = Lab.open(desk.folder / "work/labs/night").ledger.samples(2, "confirm")[-1]
     again = sample.outcome["health"]["judged_again"]
     assert [why.partition(": ")[0] for why in again] == ["scorer", "auditor"]
     assert all("H100 80GB HBM3 does not answer any more" in why for why in again)

@@ -41,6 +41,7 @@ def test_a_missing_reader_of_binaries_is_told_with_what_brings_it(monkeypatch: p
 
     monkeypatch.setattr(compiled.Path, "is_file", lambda path: False)
     monkeypatch.setattr(compiled.shutil, "which", lambda name: None)
+    monkeypatch.setattr(sys, "platform", "linux")
     with pytest.raises(FileNotFoundError, match="none on the PATH; reinstall triton"):
         compiled.cuobjdump()
     monkeypatch.setattr(sys, "platform", "win32")
