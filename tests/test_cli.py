@@ -179,7 +179,7 @@ def test_without_any_lab_every_verb_says_how_to_get_one(shell: Shell, argv: list
     assert error["kind"] == "LabError" and error["fact"] and error["action"]
 
 
-@pytest.mark.parametrize("verb", [v for v in VERBS if v not in ("doctor", "prepare", "init", "bench")])
+@pytest.mark.parametrize("verb", [v for v in VERBS if v not in ("doctor", "prepare", "init", "bench", "kernels")])
 def test_every_verb_that_takes_a_lab_takes_it_by_option_and_explains_it(shell: Shell, verb: str) -> None:
     assert "--lab LAB" in shell(verb, "--help").stdout
     assert "the lab you stand in, else the last used" in " ".join(shell(verb, "--help").stdout.split())
