@@ -548,25 +548,14 @@ def _explained(lab: Lab) -> Iterator[None]:
             raise UserError(
                 f"the disk of {place} is full", "free some space, then `autoresearch run`: nothing is lost"
             ) from error
-        if _is_gone(lab.path / ".git"):  # Windows calls it a want of permission
-            raise UserError(
-                f"{lab.path}, or the repository in it, was moved or removed while it was in use",
-                "put the folder back, or name where it lies now: `autoresearch run LAB` goes on, nothing is lost",
-            ) from error
         if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
             raise UserError(
                 f"{place} cannot be written ({os.strerror(error.errno)})",
                 "make it writable, then `autoresearch run`: nothing is lost",
             ) from error
+        if not (lab.path / ".git").is_dir():
+            raise UserError(
+                f"{lab.path}, or the repository in it, was moved or removed while it was in use",
+                "put the folder back, or name where it lies now: `autoresearch run LAB` goes on, nothing is lost",
+            ) from error
         raise
-
-
-def _is_gone(path: Path) -> bool:
-    """Not merely out of reach."""
-    try:
-        path.stat()
-    except FileNotFoundError:
-        return True
-    except OSError:
-        pass
-    return False

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import subprocess
 import sys
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ import pytest
 from scripted import Limits, Loop, Night, Scripted, check, make_lab
 
 from core.errors import DiskFull, UserError
+from core.files import remove
 from core.lab import Lab
 
 RECIPE_FILES = (".autoresearch.json", "program.md", "results.tsv", "train.py")
@@ -195,7 +195,7 @@ def test_a_lab_that_is_moved_while_it_runs_goes_on_where_it_lies(tmp_path, setti
 
     class Meanwhile(Scripted):
         def execute(self, request, on_event, stop):
-            lab.path.rename(place) if what == "the folder" else shutil.rmtree(lab.path / ".git")
+            lab.path.rename(place) if what == "the folder" else remove(lab.path / ".git")
             return super().execute(request, on_event, stop)
 
     with pytest.raises(UserError, match=r"was moved or removed while it was in use; .*nothing is lost"):

