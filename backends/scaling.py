@@ -99,9 +99,8 @@ def _within(value: float, limits: tuple[float, float]) -> bool:
 
 def width(constants: Mapping[str, Any]) -> int:
     """C: DEPTH * ASPECT_RATIO, rounded up to whole heads."""
-    return math.ceil(constants["DEPTH"] * constants["ASPECT_RATIO"] / constants["HEAD_DIM"]) * int(
-        constants["HEAD_DIM"]
-    )
+    head = int(constants["HEAD_DIM"])
+    return math.ceil(constants["DEPTH"] * constants["ASPECT_RATIO"] / head) * head
 
 
 def matrices(constants: Mapping[str, Any]) -> int:
