@@ -9,11 +9,11 @@ from typing import Any
 
 from core.settings import Profile
 
-# Training tokens for each weight of the matrices, the fewest and the most: what won where much was tried in a budget of
-# a minute or five. 4 on two cores of a CPU (docs/verified.md); some 4 on an RTX 3090, where depth 5 of 512 at 2^16
-# tokens a step was the best of 1,800 experiments (karpathy/autoresearch, pull request 332); 9 on an H100 (its branch
-# exp/H100/mar8). About a thousand steps each.
-PER_WEIGHT = (2.0, 10.0)
+# Training tokens for each weight of the matrices, the fewest and the most. What won where much was tried: 4 to 5 on an
+# RTX 3090, where depth 5 of 512 at 2^16 tokens a step was the best of 1,800 experiments (karpathy/autoresearch, pull
+# request 332), 9 on an H100 (its branch exp/H100/mar8), both in about a thousand steps. On two cores of a CPU 20 beat 5
+# (docs/verified.md).
+PER_WEIGHT = (3.0, 20.0)
 ASPECT = 80.0  # channels for each layer of a model of good shape: 42 to 102 won in the nights that profiles tell of
 SHAPELY = 0.2  # what a model of another shape is worth, beside one of another size
 COMPILING_CAP = 180.0  # seconds of a warm-up that compiles the whole graph in one thread, with nothing in a cache

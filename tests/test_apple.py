@@ -147,7 +147,7 @@ def test_a_mac_gets_a_model_of_the_size_that_its_budget_trains(chip, flops):
     profile = profiles.profiles(probe(mac(chip, 10, 64)))[0]
     scaled = profiles.scale(profile, 6 * cost(profile.constants, profile.vocab_size) / flops)
     steps = profile.budget * flops / (6 * cost(scaled.constants, profile.vocab_size))
-    assert 800 <= steps <= 2500 and 3 <= steps * tokens_per_weight(scaled.constants) <= 8
+    assert 800 <= steps <= 4000 and 3 <= steps * tokens_per_weight(scaled.constants) <= 20
 
 
 # --- what slows a Mac down ------------------------------------------------------------------------------

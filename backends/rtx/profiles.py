@@ -66,11 +66,11 @@ def _card(name: str) -> tuple[str, Card]:
 
 
 TIERS = (  # the largest first; the last takes what is below it, too
-    Tier("rtx-32", 32, _card("5090"), _constants(8, 72, 2**17), logits=MANY),
-    Tier("rtx-24", 24, _card("3090"), _constants(6, 85, 2**16), logits=MANY),
-    Tier("rtx-16", 16, _card("4060 Ti"), _constants(5, 89, 2**15), logits=MANY),
-    Tier("rtx-12", 10, _card("3060"), _constants(6, 64, 2**15)),
-    Tier("rtx-8", 8, _card("3050"), _constants(5, 76, 2**15)),
+    Tier("rtx-32", 32, _card("5090"), _constants(8, 64, 2**17), logits=MANY),
+    Tier("rtx-24", 24, _card("3090"), _constants(5, 102, 2**16), logits=MANY),
+    Tier("rtx-16", 16, _card("4060 Ti"), _constants(6, 64, 2**15), logits=MANY),
+    Tier("rtx-12", 10, _card("3060"), _constants(5, 76, 2**15)),
+    Tier("rtx-8", 8, _card("3050"), _constants(4, 96, 2**15)),
     Tier("rtx-6", 6, ("3050 6GB", BY_MEMORY["3050 6"]), _constants(5, 64, 2**15)),
 )
 
