@@ -316,7 +316,7 @@ def _adam(shape: Shape, recipe: ModuleType) -> Case:
     def ours(*given: mx.array) -> list[mx.array]:
         held = _flat(given)
         weights = {name: s[0] for name, s in zip(names, held, strict=True)}
-        adam = recipe.AdamW(weights, names, ADAM_LR, ADAM_BETAS)
+        adam = recipe.AdamW(weights, names, ADAM_LR, ADAM_BETAS, 0.0)
         for i, kind in ((2, "first moment"), (3, "second moment")):
             adam.state[kind] = {name: s[i] for name, s in zip(names, held, strict=True)}
         grads = {name: s[1] for name, s in zip(names, held, strict=True)}

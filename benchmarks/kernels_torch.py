@@ -366,7 +366,7 @@ def _cpu_adam(shape: Shape, recipe: ModuleType) -> Case:
     device = torch.device("cpu")
 
     def recipes(params: list[Tensor]) -> Any:
-        return recipe.AdamW([{"params": params, "lr": ADAM_LR, "betas": ADAM_BETAS}])
+        return recipe.AdamW([{"params": params, "lr": ADAM_LR, "betas": ADAM_BETAS, "decay": 0.0}])
 
     return adam_case(shape, device, {"recipe (fused)": recipes})
 

@@ -87,7 +87,7 @@ def test_a_side_that_breaks_takes_no_row_of_the_others_with_it(monkeypatch, brok
     assert rows[broken]["failed"] == "ValueError: cuDNN error: CUDNN_STATUS_NOT_INITIALIZED"
     assert rows[broken]["passed"] is False and all(rows[s]["ms"] > 0 for s in (*gpu_rtx.OURS, "peer") if s != broken)
     ratios = [side for side in rows if side.startswith("peer / ")]
-    assert ratios == ([] if broken == "peer" else ["peer / ours, hidden made again"])
+    assert ratios == ([] if broken == "peer" else ["peer / ours, 4 MLPs made again"])
 
 
 def test_a_peer_that_sees_less_is_refused(monkeypatch):

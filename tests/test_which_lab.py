@@ -102,7 +102,7 @@ def test_a_new_lab_is_told_before_it_is_made(verb: Verb, quick: Lab, monkeypatch
 # --- LAB and --lab -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", sorted(set(VERBS) - {"doctor", "prepare", "bench", "labs"}))
+@pytest.mark.parametrize("name", sorted(set(VERBS) - {"doctor", "prepare", "bench", "labs", "kernels"}))
 def test_every_verb_takes_both_and_explains_them(verb: Verb, name: str) -> None:
     said = " ".join(verb(name, "--help").output.split())
     assert "[LAB]" in said and "--lab LAB" in said
