@@ -73,9 +73,8 @@ class Order:
     limit: float = 0.0  # seconds that the section has
     ends: float = 0.0  # when they are over, by time.time(); 0: never
     limit_gb: float = 8.0  # of 10^9 bytes, to which the section `rtx` holds the card's allocator; more really fails
-    told: Mapping[str, str] = field(
-        default_factory=dict
-    )  # constants of the recipe, where it is not to choose by itself
+    # constants of the recipe, where it is not to choose by itself
+    told: Mapping[str, str] = field(default_factory=dict)
     allocator: str = ""  # how PyTorch's is set, where it does not work as usual
     skip: int = 0  # checks of `correctness` that are done
 
