@@ -120,11 +120,15 @@ def test_keys_steer_and_nothing_that_is_typed_is_echoed_or_left_for_the_shell(te
     assert "precious" not in seen and seen.count("<key ") == 2
 
 
+# Whoever starts the tests by `nohup` or in the background has these ignored, and so have children.
+AS_USUAL = "import signal\nfor s in (signal.SIGHUP, signal.SIGQUIT): signal.signal(s, signal.SIG_DFL)\n"
+
+
 @posix
 @pytest.mark.parametrize("how", ["Ctrl-C", "SIGTERM", "SIGHUP", "SIGQUIT"])
 def test_the_terminal_is_as_it_was_however_the_program_ends(terminal: type[Terminal], how: str) -> None:
     end = "" if how == "Ctrl-C" else f"import os, signal; os.kill(os.getpid(), signal.{how})"
-    shown = terminal(PROGRAM.replace("    while not over:", f"    {end}\n    while not over:"))
+    shown = terminal(AS_USUAL + PROGRAM.replace("    while not over:", f"    {end}\n    while not over:"))
     shown.until("ready")
     if not end:
         shown.type("\x03")
@@ -136,7 +140,7 @@ def test_the_terminal_is_as_it_was_however_the_program_ends(terminal: type[Termi
 @posix
 @pytest.mark.parametrize("ignored", [False, True])
 def test_a_hangup_asks_for_an_end_unless_nohup_has_it_ignored(ignored: bool) -> None:
-    program = (
+    program = ("" if ignored else AS_USUAL) + (
         "import os, signal, sys\nfrom console.signals import ends\nasked_for = []\n"
         "with ends(lambda: asked_for.append(1)) as asked:\n    os.kill(os.getpid(), signal.SIGHUP)\n"
         "print(asked_for, asked.name)"
