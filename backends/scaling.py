@@ -9,10 +9,10 @@ from typing import Any
 
 from core.settings import Profile
 
-# Training tokens for each weight of the matrices, the fewest and the most. What won where much was tried: 4 to 5 on an
-# RTX 3090, where depth 5 of 512 at 2^16 tokens a step was the best of 1,800 experiments (karpathy/autoresearch, pull
-# request 332), 9 on an H100 (its branch exp/H100/mar8), both in about a thousand steps. On two cores of a CPU 20 beat 5
-# (docs/verified.md).
+# Training tokens for each weight of the matrices, the fewest and the most. What won where others tried much: some 4 to
+# 5 on an RTX 3090, where depth 5 of 512 at 2^16 tokens a step was the best of 1,800 experiments (karpathy/autoresearch,
+# pull request 332), some 9 on an H100 (its branch exp/H100/mar8). Neither tells its steps: a thousand and 1,600 are our
+# estimates. On two cores of a CPU 20 beat 5 (docs/verified.md).
 PER_WEIGHT = (3.0, 20.0)
 ASPECT = 80.0  # channels for each layer of a model of good shape: 42 to 102 won in the nights that profiles tell of
 SHAPELY = 0.2  # what a model of another shape is worth, beside one of another size
@@ -28,9 +28,7 @@ class Range:
     smallest_batch: int  # tokens a step
     largest_batch: int
     shapes: Sequence[Mapping[str, Any]]  # constants DEPTH and ASPECT_RATIO of the models that may be chosen
-    per_weight: tuple[float, float] | None = (
-        None  # training tokens for each weight of the matrices: the fewest, the most
-    )
+    per_weight: tuple[float, float] | None = None  # as PER_WEIGHT
 
 
 def refit(profile: Profile, seconds_per_step: float, within: Range) -> Profile:
