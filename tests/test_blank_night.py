@@ -147,14 +147,20 @@ def test_a_busy_card_is_waited_for(h100):
     assert not experiments(desk)[-1]["tainted"]
 
 
+def gated(desk, number):
+    """One more run of an experiment, which stops before its score and its audit until these files are taken away."""
+    (gates := desk.folder / f"gates-{number}").mkdir()
+    for phase in ("score", "audit"):
+        (gates / phase).touch()
+    arguments = ("confirm", str(number), "--lab", "labs/night", "--seeds", "1", "--no-holdout", "--json")
+    return gates, desk.start(*arguments, BLANK_CONSOLE_GATES=str(gates))
+
+
 def test_a_card_that_is_taken_when_the_training_is_done_costs_no_training(h100, monkeypatch):
     """What was trained waits for it: not trained again, and as good as any other."""
     desk, _ = h100
-    (gates := desk.folder / "gates").mkdir()
-    for phase in ("score", "audit"):
-        (gates / phase).touch()
-    arguments = ("confirm", "1", "--lab", "labs/night", "--seeds", "1", "--no-holdout", "--json")
-    running, said = desk.start(*arguments, BLANK_CONSOLE_GATES=str(gates)), []
+    gates, running = gated(desk, 1)
+    said = []
     for phase in ("score", "audit"):
         said += heard(running, f'"phase": "{phase}"')
         with desk.card.used(desk.card.free() - GIB):
@@ -173,11 +179,8 @@ def test_a_card_that_is_taken_when_the_training_is_done_costs_no_training(h100, 
 def test_a_card_that_is_lost_when_the_training_is_done_costs_no_training(h100, monkeypatch):
     """What was trained waits until the driver answers again, before the scorer as before the auditor."""
     desk, _ = h100
-    (gates := desk.folder / "lost").mkdir()
-    for phase in ("score", "audit"):
-        (gates / phase).touch()
-    arguments = ("confirm", "2", "--lab", "labs/night", "--seeds", "1", "--no-holdout", "--json")
-    running, said = desk.start(*arguments, BLANK_CONSOLE_GATES=str(gates)), []
+    gates, running = gated(desk, 2)
+    said = []
     waits = (
         "does not answer any more (GPU is lost): the training is done and kept, its score waits until the card answers"
     )
