@@ -18,6 +18,7 @@ from torch import Tensor
 from benchmarks import blank_card
 from benchmarks.gpu import Order
 from benchmarks.gpu_sections import Tokens, recipe, upstream_step
+from benchmarks.leaving import leave
 from core.contract import Spec
 from kernels import attention_flash
 
@@ -206,3 +207,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    leave()

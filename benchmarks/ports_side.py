@@ -17,6 +17,7 @@ from torch import Tensor
 from benchmarks import gpu_rtx
 from benchmarks.gpu_sections import norm_in_its_dtype
 from benchmarks.launches import recorded, tell
+from benchmarks.leaving import leave
 from benchmarks.peers import PEER_NAMES, load_peer, rates
 from benchmarks.ports import constants_of
 from core.contract import Spec
@@ -102,3 +103,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    leave()

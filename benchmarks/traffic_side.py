@@ -10,6 +10,7 @@ import torch
 from benchmarks.gpu import Order
 from benchmarks.gpu_sections import Tokens
 from benchmarks.launches import recorded, tell
+from benchmarks.leaving import leave
 from benchmarks.memory_side import SIDES, STEPS
 
 
@@ -27,3 +28,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    leave()

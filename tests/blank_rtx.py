@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from benchmarks import blank_card
+from benchmarks.leaving import leave
 from core.contract import Spec
 from core.recipe import replace
 
@@ -59,3 +60,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    leave()

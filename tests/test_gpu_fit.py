@@ -111,8 +111,10 @@ def test_a_reference_that_does_not_fit_is_no_failure_of_the_kernel(monkeypatch, 
 REFERENCE = """
 import json, torch
 from benchmarks.gpu_correctness import *
+from benchmarks.leaving import leave
 check = partial(CHECK, "it", Order(rows=ROWS), torch.bfloat16)
 print(json.dumps(attempt("it", check, torch.bfloat16)))
+leave()
 """
 GATED, MADE_AGAIN = "partial(project, gated=True)", "partial(feed, by='triton', keep_hidden=False)"
 
