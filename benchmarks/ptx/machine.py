@@ -1,0 +1,158 @@
+"""A block of threads that go through a kernel's PTX in step, diverging where branches do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from benchmarks.ptx.memory import SHARED_BASE, Fault, Global, Ints, Order, Watch
+from benchmarks.ptx.parsing import Instruction, Program
+
+Array = NDArray[Any]
+Where = Any  # True, or the threads (N,) that take part
+Run = Callable[[Where], None]
+UNSIGNED = {1: np.bool_, 8: np.uint8, 16: np.uint16, 32: np.uint32, 64: np.uint64}
+PARAMETERS = 0x7000_0000_0000  # where their addresses begin, 4 KiB each
+LONGEST = 20_000_000  # instructions of one block
+
+
+@dataclass
+class Copy:
+    """A copy that was begun and not waited for."""
+
+    land: Callable[[], None]
+
+
+@dataclass
+class Barrier:
+    """An mbarrier: what it waits for, and the copies that will come to it."""
+
+    expected: int
+    waiting: int
+    phase: int = 0
+    bytes: int = 0
+    copies: list[tuple[int, Callable[[], None]]] = field(default_factory=list)
+
+
+class Machine:
+    """Registers are arrays of all threads (N,), views of which the instructions' functions hold."""
+
+    def __init__(self, program: Program, warps: int, shared: int, arguments: Mapping[str, Any]) -> None:
+        """arguments: parameter -> bytes (little-endian), or a TMA descriptor."""
+        self.program, self.threads, self.warps = program, 32 * warps, warps
+        self.arguments = arguments
+        self.registers: dict[str, Array] = {}
+        for name, bits in program.registers.items():
+            value = np.zeros(self.threads, UNSIGNED[bits])
+            if bits > 1:
+                value.view(np.uint8)[:] = 0xFF
+            self.registers[name] = value
+        self.order = Order()
+        self.shared = np.zeros(shared + SHARED_BASE, np.uint8)
+        self.shared_watch = Watch(self.shared.size, self.order, "shared memory")
+        self.memory = Global((), self.order)
+        self.block = (0, 0, 0)
+        self.grid = (1, 1, 1)
+        self.thread = np.arange(self.threads)
+        self.groups: dict[str, list[list[Copy]]] = {"cp.async": [], "bulk": [], "wgmma": []}
+        self.begun: dict[str, list[Copy]] = {"cp.async": [], "bulk": [], "wgmma": []}
+        self.barriers: dict[int, Barrier] = {}
+        self.guards = [self.registers[i.guard] if i.guard else None for i in program.code]
+        self.code = self._translated()
+
+    def _translated(self) -> list[Run | None]:
+        from benchmarks.ptx.instructions import translate
+
+        found: list[Run | None] = []
+        for instruction in self.program.code:
+            try:
+                found.append(None if _jumps(instruction) else translate(self, instruction))
+            except (KeyError, ValueError, NotImplementedError, AttributeError) as error:
+                raise NotImplementedError(
+                    f"line {instruction.line}: {instruction.op} {', '.join(instruction.operands)[:80]}: {error!r}"
+                ) from error
+        return found
+
+    def launch(self, grid: tuple[int, int, int], storages: Sequence[tuple[int, int, str]], seed: int = 0) -> None:
+        """All blocks, one after another in random order. Raises Fault."""
+        self.memory, self.grid = Global(storages, self.order), grid
+        total = grid[0] * grid[1] * grid[2]
+        for number in np.random.default_rng(seed).permutation(total):
+            self.block = (int(number % grid[0]), int(number // grid[0] % grid[1]), int(number // grid[0] // grid[1]))
+            self.order.start(int(number))
+            self._begin()
+            self._run()
+            self._end()
+
+    def _begin(self) -> None:
+        self.shared[:] = 0xFF
+        watch = self.shared_watch
+        for marks in (watch.reader, watch.writer, watch.block_read):
+            marks[:] = -1
+        for counts in (watch.arriving, watch.in_use, watch.unfenced, watch.written, watch.read_at):
+            counts[:] = 0
+        self.barriers.clear()
+
+    def _end(self) -> None:
+        if any(self.begun.values()) or any(any(groups) for groups in self.groups.values()):
+            raise Fault("the block ended while copies or products were not waited for")
+
+    def who(self, where: Where = True) -> Ints:
+        """Numbers of the threads that take part, for the watch."""
+        return self.order.block * 1024 + (self.thread if where is True else self.thread[where])
+
+    def _run(self) -> None:
+        everyone = np.ones(self.threads, bool)
+        groups: dict[int, Array] = {0: everyone}
+        steps = 0
+        while groups:
+            at = min(groups)
+            mask = groups.pop(at)
+            steps += self._straight(at, mask, groups)
+            if steps > LONGEST:
+                raise Fault(f"no end after {steps} instructions")
+
+    def _straight(self, at: int, mask: Array, groups: dict[int, Array]) -> int:
+        """From `at` to a branch, or to where others wait."""
+        code, guards, program = self.code, self.guards, self.program.code
+        where: Where = True if mask.all() else mask
+        stop = min(groups, default=len(code))
+        first = at
+        while at < stop:
+            run, guard = code[at], guards[at]
+            taken = where
+            if guard is not None:
+                wanted = ~guard if program[at].negated else guard
+                taken = wanted & mask
+                taken = True if taken.all() else taken
+            if run is None:
+                self._jump(at, mask, taken, groups)
+                return at - first + 1
+            if taken is True or guard is None or taken.any():
+                try:
+                    run(taken)
+                except Fault as fault:
+                    raise Fault(f"line {program[at].line}, {program[at].op}: {fault}") from None
+            at += 1
+        _join(groups, at, mask)
+        return at - first
+
+    def _jump(self, at: int, mask: Array, taken: Where, groups: dict[int, Array]) -> None:
+        instruction = self.program.code[at]
+        going = mask if taken is True else (taken & mask)
+        if instruction.op.startswith("bra") and going.any():
+            _join(groups, self.program.labels[instruction.operands[0]], going)
+        if (staying := mask & ~going).any():
+            _join(groups, at + 1, staying)
+
+
+def _jumps(instruction: Instruction) -> bool:
+    return instruction.op.split(".")[0] in ("bra", "ret", "exit")
+
+
+def _join(groups: dict[int, Array], at: int, mask: Array) -> None:
+    groups[at] = groups[at] | mask if at in groups else mask
