@@ -125,7 +125,12 @@ def _storage(tensor: torch.Tensor, name: str) -> tuple[int, int, str]:
 
 
 def _described(given: Any, meta: Mapping[str, Any]) -> list[Any]:
-    base, box = given.base, tuple(int(n) for n in meta["block_size"])
-    shape, strides = tuple(map(int, given.shape)), tuple(map(int, given.strides))
+    base = given.base
+    box, shape, strides = (_pair(x) for x in (meta["block_size"], given.shape, given.strides))
     found = Descriptor(base.data_ptr(), shape, strides[0], base.element_size(), box, SWIZZLES[meta["swizzle"]])
     return [found, *(np.int32(n).tobytes() for n in shape), *(np.int64(n).tobytes() for n in strides)]
+
+
+def _pair(numbers: Sequence[int]) -> tuple[int, int]:
+    rows, columns = numbers  # of two dimensions: kernels here have no others
+    return int(rows), int(columns)

@@ -154,7 +154,7 @@ def read_global(machine: Machine, addresses: Ints, size: int, who: Ints) -> NDAr
 
 
 def store_global(machine: Machine, instruction: Instruction) -> Run:
-    count, size = shape(instruction.op)
+    _, size = shape(instruction.op)
     places = address(machine, instruction.operands[0])
     given = _given(machine, instruction.operands[1], size)
 

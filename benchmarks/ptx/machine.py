@@ -47,7 +47,7 @@ class Machine:
         self.arguments = arguments
         self.registers: dict[str, Array] = {}
         for name, bits in program.registers.items():
-            value = np.zeros(self.threads, UNSIGNED[bits])
+            value: Array = np.zeros(self.threads, UNSIGNED[bits])
             if bits > 1:
                 value.view(np.uint8)[:] = 0xFF
             self.registers[name] = value

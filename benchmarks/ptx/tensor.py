@@ -31,7 +31,7 @@ def multiply(machine: Machine, instruction: Instruction) -> Run:
     def run(where: Where) -> None:
         if where is not True and not where.reshape(-1, 32).all(1)[where.reshape(-1, 32).any(1)].all():
             raise Fault("threads of a warp are missing")
-        result = warp.mma(*(_stacked(machine, x) for x in (a, b, c)), k, kind)
+        result = warp.mma(_stacked(machine, a), _stacked(machine, b), _stacked(machine, c), k, kind)
         for i, out in enumerate(d):
             found = result[:, :, i].ravel()
             out[... if where is True else where] = found if where is True else found[where]
