@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -21,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kernels import portable
 from kernels.attention_reference import reference, reference_rotated
 
 HALF = (torch.float16, torch.bfloat16)
@@ -156,7 +156,7 @@ def _no_triton(case: Case) -> str:
         return "triton is not installed"
     from kernels.attention import obstacle
 
-    if case.device.type not in ("cuda", "meta") and os.environ.get("TRITON_INTERPRET") != "1":
+    if case.device.type not in ("cuda", "meta") and not portable.without_card():
         return f"Triton compiles for GPUs; the device is {case.device.type}"
     return obstacle(case.capability, case.heads, case.key_heads, case.head, case.dtype)
 

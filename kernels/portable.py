@@ -22,14 +22,18 @@ from kernels.errors import out_of_memory
 TENSOR_CORES = 80  # the least capability for which Triton (3.8) uses tensor cores
 
 
+def without_card() -> bool:
+    """Whether Triton's kernels take tensors of a CPU: its interpreter runs them. benchmarks/ptx says so of its own."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
 @functools.cache
 def obstacle(device: torch.device) -> str:
     """Why Triton's kernels cannot be used on this device; "" if they can. On a card a small one is tried."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
     if device.type != "cuda":
-        interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-        return "" if interpreted else f"Triton compiles for GPUs; the device is {device.type}"
+        return "" if without_card() else f"Triton compiles for GPUs; the device is {device.type}"
     try:
         from kernels.residual_norm import residual_norm
 

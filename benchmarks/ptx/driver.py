@@ -17,7 +17,7 @@ from triton.runtime.driver import driver
 from benchmarks.ptx.copying import Descriptor
 from benchmarks.ptx.machine import Machine
 from benchmarks.ptx.parsing import Program, parse
-from kernels import attention, attention_backward, attention_tiles, targets
+from kernels import attention, attention_backward, attention_tiles, portable, targets
 
 SCALARS = {
     "i1": np.uint8, "i8": np.int8, "i16": np.int16, "i32": np.int32, "i64": np.int64, "u1": np.uint8, "u8": np.uint8,
@@ -43,6 +43,9 @@ def emulated(capability: int, change: Change = None, seed: int = 0) -> Iterator[
         for place, name, new in (
             (CompiledKernel, "_init_handles", functools.partialmethod(_init_handles, launched, change, seed)),
             (targets, "_target", lambda index: targets.target_of(capability)),
+            (portable, "without_card", lambda: True),
+            (portable, "obstacle", lambda device: ""),
+            (portable, "products", lambda device: capability >= portable.TENSOR_CORES),
             (attention, "tile", shipped),
             (attention_backward, "tile", shipped),
         ):

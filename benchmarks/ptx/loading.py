@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from benchmarks.ptx.machine import Machine, Run, Where
 from benchmarks.ptx.memory import GRAIN, SHARED_BASE, Access, Fault, Ints
-from benchmarks.ptx.operands import TYPES, address, several, target, value
+from benchmarks.ptx.operands import TYPES, address, several, value
 from benchmarks.ptx.parsing import Instruction
 
 Array = NDArray[Any]
@@ -20,7 +20,9 @@ Array = NDArray[Any]
 def shape(op: str) -> tuple[int, int]:
     """(values, bytes of each) of ld and st."""
     many = re.search(r"\.v(\d)\.", op)
-    return int(many[1]) if many else 1, np.dtype(TYPES[op.split(".")[-1]]).itemsize
+    if (kind := op.split(".")[-1])[0] == "s":
+        raise NotImplementedError("loads and stores of signed numbers")
+    return int(many[1]) if many else 1, np.dtype(TYPES[kind]).itemsize
 
 
 def chosen(where: Where, given: Array) -> Array:
@@ -44,10 +46,12 @@ def load_parameter(machine: Machine, instruction: Instruction) -> Run:
     if match is None:
         raise ValueError(instruction.operands[1])
     name, offset, dtype = match[1], int(match[2] or 0), TYPES[instruction.op.split(".")[-1]]
-    out = target(machine, instruction.operands[0], dtype)
+    out = machine.registers[instruction.operands[0]]
 
     def run(where: Where) -> None:
-        out[...] = np.frombuffer(machine.arguments[name], dtype, 1, offset)[0]
+        found = np.frombuffer(machine.arguments[name], dtype, 1, offset)
+        same = out.itemsize == found.itemsize
+        out[...] = found.view(out.dtype)[0] if same else found.astype(out.dtype)[0]  # a wider register: s32's sign too
 
     return run
 
@@ -83,7 +87,7 @@ def write_shared(machine: Machine, addresses: Ints, data: NDArray[np.uint8], who
 def load_shared(machine: Machine, instruction: Instruction) -> Run:
     count, size = shape(instruction.op)
     places = address(machine, instruction.operands[1])
-    outs = _outs(machine, instruction.operands[0], size)
+    outs = _outs(machine, instruction.operands[0])
 
     def run(where: Where) -> None:
         addresses = chosen(where, places())
@@ -106,12 +110,19 @@ def store_shared(machine: Machine, instruction: Instruction) -> Run:
     return run
 
 
-def _outs(machine: Machine, operand: str, size: int) -> list[Array | None]:
-    return [None if name == "_" else target(machine, name, np.dtype(f"u{size}")) for name in several(operand)]
+def _outs(machine: Machine, operand: str) -> list[Array | None]:
+    """Registers may be wider than what is loaded: of bits and unsigned numbers the rest is zero."""
+    return [None if name == "_" else machine.registers[name] for name in several(operand)]
 
 
 def _given(machine: Machine, operand: str, size: int) -> list[Any]:
-    return [value(machine, name, np.dtype(f"u{size}")) for name in several(operand)]
+    dtype, names = np.dtype(f"u{size}"), several(operand)
+    return [_lowest(machine.registers[n], dtype) if n in machine.registers else value(machine, n, dtype) for n in names]
+
+
+def _lowest(register: Array, dtype: Any) -> Array:
+    """Of a register that may be wider than what is stored."""
+    return register.view(dtype)[:: register.itemsize // dtype.itemsize]
 
 
 def _gathered(machine: Machine, given: list[Any], where: Where) -> NDArray[np.uint8]:
@@ -134,7 +145,7 @@ def _deal(outs: list[Array | None], data: NDArray[np.uint8], size: int, where: W
 def load_global(machine: Machine, instruction: Instruction) -> Run:
     count, size = shape(instruction.op)
     places = address(machine, instruction.operands[1])
-    outs = _outs(machine, instruction.operands[0], size)
+    outs = _outs(machine, instruction.operands[0])
 
     def run(where: Where) -> None:
         addresses = chosen(where, places())
@@ -184,7 +195,7 @@ def atomic(machine: Machine, instruction: Instruction) -> Run:
         raise NotImplementedError("an atomic that is no sum of float32")
     operands = instruction.operands if parts[0] == "red" else instruction.operands[1:]
     places, given = address(machine, operands[0]), _given(machine, operands[1], 4)
-    outs = _outs(machine, instruction.operands[0], 4) if parts[0] == "atom" else []
+    outs = _outs(machine, instruction.operands[0]) if parts[0] == "atom" else []
 
     def run(where: Where) -> None:
         addresses, who = chosen(where, places()), machine.who(where)
@@ -210,7 +221,7 @@ def atomic(machine: Machine, instruction: Instruction) -> Run:
 def load_matrix(machine: Machine, instruction: Instruction) -> Run:
     count, across = int(instruction.op.split(".x")[1][0]), ".trans" in instruction.op
     places = address(machine, instruction.operands[1])
-    outs = _outs(machine, instruction.operands[0], 4)
+    outs = _outs(machine, instruction.operands[0])
 
     def run(where: Where) -> None:
         rows, who = _rows(machine, places, count, where)

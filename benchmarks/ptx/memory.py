@@ -91,8 +91,8 @@ class Watch:
         grains, who = access.grains, access.each
         self._still(grains, self.arriving, "written while something is still being copied there")
         self._still(grains, self.in_use, "written while tensor cores or the copy engine still read it")
-        if not (atomic and self.atomic[grains].all()):
-            self._ordered(grains, who, self.writer, self.written, "writes where {} wrote")
+        plain = ~self.atomic[grains] if atomic else np.ones_like(grains, bool)  # sums of sums are of any order
+        self._ordered(grains[plain], who[plain], self.writer, self.written, "writes where {} wrote")
         self._ordered(grains, who, self.reader, self.read_at, "writes what {} read")
         others = self.block_read[grains]
         if (bad := (others != NOBODY) & (others != who // 1024)).any():

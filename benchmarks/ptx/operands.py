@@ -39,8 +39,7 @@ def constant(text: str, dtype: Any) -> Any:
 def value(machine: Machine, text: str, dtype: Any) -> Any:
     """A view of a register (N,), or a constant."""
     if text in machine.registers:
-        register = machine.registers[text]
-        return register if register.dtype == dtype else register.view(dtype)
+        return _as(machine.registers[text], dtype, text)
     if text == "global_smem":
         return np.array(SHARED_BASE).astype(dtype)[()]
     if text in machine.program.parameters:
@@ -52,7 +51,12 @@ def target(machine: Machine, text: str, dtype: Any) -> Array:
     """Of an instruction's result; `_` is nowhere."""
     if text == "_":
         return np.zeros(machine.threads, dtype)
-    register = machine.registers[text]
+    return _as(machine.registers[text], dtype, text)
+
+
+def _as(register: Array, dtype: Any, name: str) -> Array:
+    if register.itemsize != np.dtype(dtype).itemsize:
+        raise NotImplementedError(f"{name} is no register of {8 * np.dtype(dtype).itemsize} bits")
     return register if register.dtype == dtype else register.view(dtype)
 
 
