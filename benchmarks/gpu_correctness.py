@@ -52,10 +52,12 @@ def alive() -> bool:
     return True
 
 
-def checks(order: Order) -> Iterator[tuple[str, Callable[[], Row], torch.dtype | None]]:
-    """Name, check, and the dtype that it is of."""
+def checks(
+    order: Order, first: torch.dtype | None = None
+) -> Iterator[tuple[str, Callable[[], Row], torch.dtype | None]]:
+    """Name, check, and the dtype that it is of: `first`, by default bfloat16 on a card, and float16."""
     on_card = torch.device(order.device).type == "cuda"
-    first = torch.bfloat16 if on_card else torch.float32  # the interpreter multiplies bfloat16 wrongly
+    first = first or (torch.bfloat16 if on_card else torch.float32)  # the interpreter multiplies bfloat16 wrongly
     T = order.context
     for dtype, windows in ((first, (T, T // 2, 37)), (torch.float16, (T // 2,))):
         for head, window in [*((order.head_dim, w) for w in windows), (OTHER_HEAD, T // 2)]:

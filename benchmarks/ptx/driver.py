@@ -30,6 +30,8 @@ Change = Any  # a function of a kernel's name and its PTX: what is run in its pl
 class Launched(list[str]):
     """Names of the kernels that ran, in order."""
 
+    instructions = 0  # of all blocks
+
 
 @contextlib.contextmanager
 def emulated(capability: int, change: Change = None, seed: int = 0) -> Iterator[Launched]:
@@ -46,6 +48,7 @@ def emulated(capability: int, change: Change = None, seed: int = 0) -> Iterator[
             (portable, "without_card", lambda: True),
             (portable, "obstacle", lambda device: ""),
             (portable, "products", lambda device: capability >= portable.TENSOR_CORES),
+            (portable, "_capability", lambda device: capability),
             (attention, "tile", shipped),
             (attention_backward, "tile", shipped),
         ):
@@ -96,7 +99,7 @@ def _launch(kernel: Any, program: Program, launched: Launched, seed: int, x: int
     arguments, storages = _arguments(kernel, program, given)
     launched.append(kernel.name)
     machine = Machine(program, kernel.metadata.num_warps, kernel.metadata.shared, arguments)
-    machine.launch((x, y, z), storages, seed)
+    launched.instructions += machine.launch((x, y, z), storages, seed)
 
 
 def _arguments(kernel: Any, program: Program, given: Sequence[Any]) -> tuple[Mapping[str, Any], list[Any]]:

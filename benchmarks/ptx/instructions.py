@@ -68,13 +68,10 @@ def narrow(x: Array, kind: str) -> Array:
 def floats(function: Callable[..., Array]) -> Callable[[Machine, Instruction, list[str]], Run]:
     def make(machine: Machine, instruction: Instruction, parts: list[str]) -> Run:
         kinds = [part for part in parts if part in TYPES]
-        kind, given = kinds[0], kinds[-1]
+        kind, given = kinds[0], kinds[-1]  # two in add.rn.f32.bf16 d, a, c and fma.rn.f32.bf16 d, a, b, c: c is of d's
         out = target(machine, instruction.operands[0], TYPES[kind])
-        taken = [wide(machine, text, given if i < len(kinds) or len(kinds) == 1 else kind)
-                 for i, text in enumerate(instruction.operands[1:], 1)]  # fmt: skip
-        if len(kinds) == 2 and kinds[0] != kinds[1]:  # add.rn.f32.bf16 d, a, c and fma.rn.f32.bf16 d, a, b, c
-            taken[-1] = wide(machine, instruction.operands[-1], kind)
-            taken[:-1] = [wide(machine, text, given) for text in instruction.operands[1:-1]]
+        *first, last = instruction.operands[1:]
+        taken = [*(wide(machine, text, given) for text in first), wide(machine, last, kind)]
 
         def run(where: Where) -> None:
             with np.errstate(all="ignore"):
