@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.ptx import copying, loading, tensor
+from benchmarks.ptx import copying, loading, tcgen05, tensor
 from benchmarks.ptx.machine import Machine, Run, Where
 from benchmarks.ptx.operands import TYPES, several, special, target, value
 from benchmarks.ptx.parsing import Instruction
@@ -21,7 +21,7 @@ NARROW: dict[str, type] = {"f16": np.float32, "bf16": np.float32, "f32": np.floa
 def translate(machine: Machine, instruction: Instruction) -> Run:
     """Raises NotImplementedError for what is not known."""
     parts = instruction.op.split(".")
-    for table in (loading.FAMILIES, copying.FAMILIES, tensor.FAMILIES):
+    for table in (loading.FAMILIES, copying.FAMILIES, tensor.FAMILIES, tcgen05.FAMILIES):
         for prefix, make in table.items():
             if instruction.op.startswith(prefix):
                 return make(machine, instruction)

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from benchmarks.ptx.memory import SHARED_BASE, Fault, Global, Ints, Order, Watch
 from benchmarks.ptx.parsing import Instruction, Program
+from benchmarks.ptx.tensor_memory import TensorMemory
 
 Array = NDArray[Any]
 Where = Any  # True, or the threads (N,) that take part
@@ -54,6 +55,7 @@ class Machine:
         self.order = Order()
         self.shared = np.zeros(shared + SHARED_BASE, np.uint8)
         self.shared_watch = Watch(self.shared.size, self.order, "shared memory")
+        self.tensor_memory = TensorMemory(self.order)
         self.memory = Global((), self.order)
         self.block = (0, 0, 0)
         self.grid = (1, 1, 1)
@@ -62,6 +64,7 @@ class Machine:
         self.begun: dict[str, list[Copy]] = {"cp.async": [], "bulk": [], "wgmma": []}
         self.barriers: dict[int, Barrier] = {}
         self.guards = [self.registers[i.guard] if i.guard else None for i in program.code]
+        self.stops = [i.op.startswith(("bar.sync", "barrier.sync")) for i in program.code] + [False]
         self.code = self._translated()
 
     def _translated(self) -> list[Run | None]:
@@ -97,10 +100,12 @@ class Machine:
         for counts in (watch.arriving, watch.in_use, watch.unfenced, watch.written, watch.read_at):
             counts[:] = 0
         self.barriers.clear()
+        self.tensor_memory.start()
 
     def _end(self) -> None:
         if any(self.begun.values()) or any(any(groups) for groups in self.groups.values()):
             raise Fault("the block ended while copies or products were not waited for")
+        self.tensor_memory.end()
 
     def who(self, where: Where = True) -> Ints:
         """Numbers of the threads that take part, for the watch."""
@@ -111,20 +116,33 @@ class Machine:
         groups: dict[int, Array] = {0: everyone}
         steps = 0
         while groups:
-            at = min(groups)
+            at = self._next(groups)
             mask = groups.pop(at)
             steps += self._straight(at, mask, groups)
             if steps > LONGEST:
                 raise Fault(f"no end after {steps} instructions")
         return steps
 
+    def _next(self, groups: dict[int, Array]) -> int:
+        """Where to go on: at the first place that is no barrier others are still to come to."""
+        waiting = [at for at in groups if self.stops[at] and not groups[at].all()]
+        if len(waiting) == len(groups) > 1 and sum(mask.sum() for mask in groups.values()) == self.threads:
+            # warps may come to a barrier at several places
+            self.order.bar()
+            for at in sorted(waiting, reverse=True):
+                _join(groups, at + 1, groups.pop(at))
+            return min(groups)
+        return min(set(groups) - set(waiting) or groups)
+
     def _straight(self, at: int, mask: Array, groups: dict[int, Array]) -> int:
         """From `at` to a branch, or to where others wait."""
         code, guards, program = self.code, self.guards, self.program.code
         where: Where = True if mask.all() else mask
-        stop = min(groups, default=len(code))
+        stop = min((place for place in groups if place > at), default=len(code))
         first = at
         while at < stop:
+            if where is not True and groups and at > first and self.stops[at]:
+                break
             run, guard = code[at], guards[at]
             taken = where
             if guard is not None:
@@ -137,8 +155,8 @@ class Machine:
             if taken is True or guard is None or taken.any():
                 try:
                     run(taken)
-                except Fault as fault:
-                    raise Fault(f"line {program[at].line}, {program[at].op}: {fault}") from None
+                except (Fault, NotImplementedError) as error:
+                    raise type(error)(f"line {program[at].line}, {program[at].op}: {error}") from None
             at += 1
         _join(groups, at, mask)
         return at - first

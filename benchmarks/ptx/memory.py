@@ -116,9 +116,11 @@ class Watch:
             raise Fault(f"{self.name}+{late.flat[0] * GRAIN}: read by tensor cores without a barrier after its write")
         np.add.at(self.in_use, grains.ravel(), 1)
 
-    def engine_done(self, grains: Ints) -> None:
+    def engine_done(self, grains: Ints, told: bool = False) -> None:
+        """told: all threads are, by an mbarrier, and need no barrier behind it."""
         np.subtract.at(self.in_use, grains.ravel(), 1)
-        self.reader[grains], self.read_at[grains] = MANY, self.order.now
+        if not told:
+            self.reader[grains], self.read_at[grains] = MANY, self.order.now
 
     def arrives(self, grains: Ints, who: Ints) -> None:
         """A copy of (threads, grains) begins; until `arrived` nobody may look."""
