@@ -33,12 +33,22 @@ def _threads(machine: Machine, where: Where) -> list[int]:
     return [int(i) for i in np.flatnonzero(np.broadcast_to(where, machine.threads))]
 
 
-def _warps(machine: Machine, where: Where) -> Ints:
+def _warps(machine: Machine, where: Where) -> list[int]:
     """Those that take part, of which no thread may be missing."""
     there = np.broadcast_to(where, machine.threads).reshape(-1, 32)
     if (there.any(1) != there.all(1)).any():
         raise Fault("threads of a warp are missing")
-    return np.flatnonzero(there.any(1))
+    return [int(i) for i in np.flatnonzero(there.any(1))]
+
+
+def _each(who: Callable[[Machine, Where], list[int]], machine: Machine, order: Callable[[int], None]) -> Run:
+    """Each warp or thread that takes part gives the order."""
+
+    def run(where: Where) -> None:
+        for number in who(machine, where):
+            order(number)
+
+    return run
 
 
 def _one(values: Array, threads: slice, what: str) -> int:
@@ -75,7 +85,7 @@ def free(machine: Machine, instruction: Instruction) -> Run:
         for warp in _warps(machine, where):
             threads = slice(32 * warp, 32 * warp + 32)
             first, columns = (_one(np.broadcast_to(x, machine.threads), threads, "columns") for x in (given, count))
-            machine.tensor_memory.take_back(first, columns, int(warp))
+            machine.tensor_memory.take_back(first, columns, warp)
 
     return run
 
@@ -132,7 +142,7 @@ def load(machine: Machine, instruction: Instruction) -> Run:
         for out in outs:
             out[threads] = 0xFFFFFFFF  # NaN until then
 
-    return lambda where: [order(int(warp)) for warp in _warps(machine, where)] and None
+    return _each(_warps, machine, order)
 
 
 def store(machine: Machine, instruction: Instruction) -> Run:
@@ -147,8 +157,8 @@ def store(machine: Machine, instruction: Instruction) -> Run:
         values = np.stack([np.broadcast_to(x, machine.threads) for x in given], axis=1)
         for warp in warps:
             threads = slice(32 * warp, 32 * warp + 32)
-            cells = _cells(_one(place(), threads, "addresses"), fragment, int(warp))
-            machine.tensor_memory.store(cells, values[threads], int(warp))
+            cells = _cells(_one(place(), threads, "addresses"), fragment, warp)
+            machine.tensor_memory.store(cells, values[threads], warp)
 
     return run
 
@@ -260,7 +270,7 @@ def multiply(machine: Machine, instruction: Instruction) -> Run:
         machine.tensor_memory.begin(Product(thread, into, (base, shape.m, shape.n), reads, done))
         machine.tensor_memory.add(into, shape.signs[0] * shape.signs[1] * (left @ right.T), add)
 
-    return lambda where: [order(thread) for thread in _threads(machine, where)] and None
+    return _each(_threads, machine, order)
 
 
 def _from_tensor_memory(machine: Machine, base: int, lanes: Ints, shape: Shape) -> tuple[Array, Cells]:
@@ -288,9 +298,14 @@ def commit(machine: Machine, instruction: Instruction) -> Run:
         memory = machine.tensor_memory
         mine = [product for product in memory.products if product.thread == thread]
         barrier.waiting -= 1
-        barrier.copies.append((0, lambda: [memory.finish(product) for product in mine] and None))
 
-    return lambda where: [order(thread) for thread in _threads(machine, where)] and None
+        def land() -> None:
+            for product in mine:
+                memory.finish(product)
+
+        barrier.copies.append((0, land))
+
+    return _each(_threads, machine, order)
 
 
 FAMILIES: dict[str, Callable[[Machine, Instruction], Run]] = {

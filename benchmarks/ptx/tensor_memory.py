@@ -151,7 +151,7 @@ class TensorMemory:
         np.add.at(move.counts, (move.cells.lanes, move.cells.columns), 1)
         self.moves.append(move)
 
-    def wait(self, counts: Array, warps: Ints) -> None:
+    def wait(self, counts: Array, warps: list[int]) -> None:
         """For all loads or all stores, as `counts` says, of these warps."""
         for move in [m for m in self.moves if m.counts is counts and m.warp in warps]:
             self.moves.remove(move)
