@@ -64,7 +64,8 @@ class Machine:
         self.begun: dict[str, list[Copy]] = {"cp.async": [], "bulk": [], "wgmma": []}
         self.barriers: dict[int, Barrier] = {}
         self.guards = [self.registers[i.guard] if i.guard else None for i in program.code]
-        self.stops = [i.op.startswith(("bar.sync", "barrier.sync")) for i in program.code] + [False]
+        waits = ("bar.sync", "barrier.sync", "mbarrier.try_wait")
+        self.waits = {at: i.op.split(".")[0] for at, i in enumerate(program.code) if i.op.startswith(waits)}
         self.code = self._translated()
 
     def _translated(self) -> list[Run | None]:
@@ -124,15 +125,17 @@ class Machine:
         return steps
 
     def _next(self, groups: dict[int, Array]) -> int:
-        """Where to go on: at the first place that is no barrier others are still to come to."""
-        waiting = [at for at in groups if self.stops[at] and not groups[at].all()]
-        if len(waiting) == len(groups) > 1 and sum(mask.sum() for mask in groups.values()) == self.threads:
-            # warps may come to a barrier at several places
-            self.order.bar()
+        """Where to go on: at the first place; but where a part of the block comes to a barrier, others go first."""
+        waiting = {at for at in groups if at in self.waits and not groups[at].all()}
+        if others := set(groups) - waiting:
+            return min(others)
+        if told := [at for at in waiting if self.waits[at] == "mbarrier"]:
+            return min(told)
+        if len(groups) > 1 and sum(mask.sum() for mask in groups.values()) == self.threads:
+            self.order.bar()  # to which warps may come at several places
             for at in sorted(waiting, reverse=True):
                 _join(groups, at + 1, groups.pop(at))
-            return min(groups)
-        return min(set(groups) - set(waiting) or groups)
+        return min(groups)
 
     def _straight(self, at: int, mask: Array, groups: dict[int, Array]) -> int:
         """From `at` to a branch, or to where others wait."""
@@ -141,7 +144,7 @@ class Machine:
         stop = min((place for place in groups if place > at), default=len(code))
         first = at
         while at < stop:
-            if where is not True and groups and at > first and self.stops[at]:
+            if where is not True and groups and at > first and at in self.waits:
                 break
             run, guard = code[at], guards[at]
             taken = where
