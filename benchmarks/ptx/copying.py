@@ -145,14 +145,14 @@ def end_barrier(machine: Machine, instruction: Instruction) -> Run:
 
     def run(where: Where) -> None:
         for at in np.unique(chosen(where, place())):
-            if find_barrier(machine, int(at)).copies:
+            if _barrier(machine, int(at)).copies:
                 raise Fault("an mbarrier is ended while copies come to it")
             del machine.barriers[int(at)]
 
     return run
 
 
-def find_barrier(machine: Machine, at: int) -> Barrier:
+def _barrier(machine: Machine, at: int) -> Barrier:
     if at not in machine.barriers:
         raise Fault(f"no mbarrier at {at}")
     return machine.barriers[at]
@@ -163,7 +163,7 @@ def expect(machine: Machine, instruction: Instruction) -> Run:
 
     def run(where: Where) -> None:
         for at in chosen(where, place()):
-            barrier = find_barrier(machine, int(at))
+            barrier = _barrier(machine, int(at))
             barrier.bytes += size
             barrier.waiting -= 1
 
@@ -179,13 +179,13 @@ def try_wait(machine: Machine, instruction: Instruction) -> Run:
         places, phases = chosen(where, place()), chosen(where, np.broadcast_to(parity, machine.threads))
         if np.unique(places).size != 1 or np.unique(phases).size != 1:
             raise NotImplementedError("threads that wait for several mbarriers")
-        barrier = find_barrier(machine, int(places[0]))
+        barrier = _barrier(machine, int(places[0]))
         if barrier.phase % 2 == int(phases[0]):
             if barrier.waiting > 0 or sum(size for size, _ in barrier.copies) != barrier.bytes:
                 come = sum(size for size, _ in barrier.copies)
                 raise Fault(f"waits for ever: {barrier.waiting} arrivals, {come} of {barrier.bytes} bytes")
             if where is not True and any(not size for size, _ in barrier.copies):
-                raise NotImplementedError("tensor cores that a part of the block waits for")
+                raise NotImplementedError("products of tensor cores that a part of the block waits for")
             for _, land in barrier.copies:
                 land()
             barrier.copies.clear()
@@ -249,7 +249,7 @@ def load_tile(machine: Machine, instruction: Instruction) -> Run:
             data[within] = read_global(machine, source[within], given.size, np.repeat(who, within.sum()))
         spots = grains(places, given.size)
         machine.shared_watch.arrives(spots, who)
-        copies = find_barrier(machine, barrier).copies
+        copies = _barrier(machine, barrier).copies
         copies.append((data.size, lambda: _land(machine, places, data, spots, None)))
 
     def run(where: Where) -> None:

@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.ptx.copying import find_barrier, nothing
 from benchmarks.ptx.loading import within_shared, write_shared
 from benchmarks.ptx.machine import Machine, Run, Where
 from benchmarks.ptx.memory import GRAIN, Fault, Ints
@@ -292,7 +291,9 @@ def commit(machine: Machine, instruction: Instruction) -> Run:
     place = address(machine, instruction.operands[0])
 
     def order(thread: int) -> None:
-        barrier = find_barrier(machine, int(place()[thread]))
+        barrier = machine.barriers.get(int(place()[thread]))
+        if barrier is None:
+            raise Fault(f"no mbarrier at {int(place()[thread])}")
         if barrier.waiting < 1:
             raise NotImplementedError("an mbarrier that is told of more than the phase it is in")
         memory = machine.tensor_memory
@@ -308,6 +309,11 @@ def commit(machine: Machine, instruction: Instruction) -> Run:
     return _each(_threads, machine, order)
 
 
+def fence(machine: Machine, instruction: Instruction) -> Run:
+    """Not watched, as said above."""
+    return lambda where: None
+
+
 FAMILIES: dict[str, Callable[[Machine, Instruction], Run]] = {
     "tcgen05.alloc.cta_group::1.sync.aligned.shared::cta.b32": allocate,
     "tcgen05.dealloc.cta_group::1.sync.aligned.b32": free,
@@ -318,5 +324,5 @@ FAMILIES: dict[str, Callable[[Machine, Instruction], Run]] = {
     "tcgen05.wait::st.sync.aligned": wait("st"),
     "tcgen05.mma": multiply,
     "tcgen05.commit": commit,
-    "tcgen05.fence": nothing,
+    "tcgen05.fence": fence,
 }
