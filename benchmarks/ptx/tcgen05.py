@@ -62,7 +62,8 @@ def _one(values: Array, threads: slice, what: str) -> int:
 
 def allocate(machine: Machine, instruction: Instruction) -> Run:
     """tcgen05.alloc... [where its first column is written], columns"""
-    place, count = address(machine, instruction.operands[0]), value(machine, instruction.operands[1], np.uint32)
+    to, many = instruction.operands
+    place, count = address(machine, to), value(machine, many, np.uint32)
 
     def run(where: Where) -> None:
         for warp in _warps(machine, where):
@@ -111,6 +112,11 @@ def _fragment(op: str, registers: int, split: int) -> Cells:
     return Cells(thread % 16, register + split * (thread // 16))  # two of 16 lanes
 
 
+def _splits(op: str, given: list[str]) -> None:
+    if len(given) != (".16x32bx2." in op):
+        raise NotImplementedError("this many operands")
+
+
 def _cells(base: int, fragment: Cells, warp: int) -> Cells:
     """At an address: lane << 16 | column. Raises Fault where the lanes are not this warp's."""
     lanes, columns = np.broadcast_arrays((base >> 16) + fragment.lanes, (base & 0xFFFF) + fragment.columns)
@@ -125,6 +131,7 @@ def _cells(base: int, fragment: Cells, warp: int) -> Cells:
 def load(machine: Machine, instruction: Instruction) -> Run:
     """tcgen05.ld... {registers}, [address][, split]: values come when they are waited for."""
     names, text, *split = instruction.operands
+    _splits(instruction.op, split)
     outs = [target(machine, name, np.uint32) for name in several(names)]
     place = address(machine, text)
     fragment = _fragment(instruction.op, len(outs), int(split[0]) if split else 0)
@@ -147,6 +154,7 @@ def load(machine: Machine, instruction: Instruction) -> Run:
 def store(machine: Machine, instruction: Instruction) -> Run:
     """tcgen05.st... [address], [split, ]{registers}"""
     text, *split, names = instruction.operands
+    _splits(instruction.op, split)
     given = [value(machine, name, np.uint32) for name in several(names)]
     place = address(machine, text)
     fragment = _fragment(instruction.op, len(given), int(split[0]) if split else 0)
@@ -236,9 +244,9 @@ def _from_shared(machine: Machine, descriptor: int, rows: int, across: bool, kin
 
 def multiply(machine: Machine, instruction: Instruction) -> Run:
     """tcgen05.mma.cta_group::1.kind::f16 [d], a descriptor or [a], b descriptor, instruction descriptor, add to d"""
-    if instruction.op != "tcgen05.mma.cta_group::1.kind::f16" or len(instruction.operands) != 5:
-        raise NotImplementedError("this form")
     d_text, a_text, *rest = instruction.operands
+    if len(rest) != 3:
+        raise NotImplementedError("lanes that are left out, or a factor")
     d, in_tensor_memory = address(machine, d_text), a_text.startswith("[")
     a: Any = address(machine, a_text) if in_tensor_memory else value(machine, a_text, np.uint64)
     b, word = value(machine, rest[0], np.uint64), value(machine, rest[1], np.uint32)
@@ -286,9 +294,8 @@ def _from_tensor_memory(machine: Machine, base: int, lanes: Ints, shape: Shape) 
 
 def commit(machine: Machine, instruction: Instruction) -> Run:
     """An mbarrier is told when all products are done that this thread has begun."""
-    if instruction.op != "tcgen05.commit.cta_group::1.mbarrier::arrive::one.shared::cluster.b64":
-        raise NotImplementedError("this form")
-    place = address(machine, instruction.operands[0])
+    (text,) = instruction.operands
+    place = address(machine, text)
 
     def order(thread: int) -> None:
         barrier = machine.barriers.get(int(place()[thread]))
@@ -314,15 +321,27 @@ def fence(machine: Machine, instruction: Instruction) -> Run:
     return lambda where: None
 
 
-FAMILIES: dict[str, Callable[[Machine, Instruction], Run]] = {
+WHOLE: dict[str, Callable[[Machine, Instruction], Run]] = {
     "tcgen05.alloc.cta_group::1.sync.aligned.shared::cta.b32": allocate,
     "tcgen05.dealloc.cta_group::1.sync.aligned.b32": free,
     "tcgen05.relinquish_alloc_permit.cta_group::1.sync.aligned": close,
-    "tcgen05.ld.sync": load,
-    "tcgen05.st.sync": store,
     "tcgen05.wait::ld.sync.aligned": wait("ld"),
     "tcgen05.wait::st.sync.aligned": wait("st"),
-    "tcgen05.mma": multiply,
-    "tcgen05.commit": commit,
-    "tcgen05.fence": fence,
+    "tcgen05.mma.cta_group::1.kind::f16": multiply,
+    "tcgen05.commit.cta_group::1.mbarrier::arrive::one.shared::cluster.b64": commit,
+    "tcgen05.fence::before_thread_sync": fence,
+    "tcgen05.fence::after_thread_sync": fence,
 }
+
+
+def known(machine: Machine, instruction: Instruction) -> Run:
+    """Every modifier counts: what is not here, is not known."""
+    parts = instruction.op.split(".")
+    if parts[1] in ("ld", "st"):
+        return (load if parts[1] == "ld" else store)(machine, instruction)
+    if instruction.op not in WHOLE:
+        raise NotImplementedError("not known")
+    return WHOLE[instruction.op](machine, instruction)
+
+
+FAMILIES: dict[str, Callable[[Machine, Instruction], Run]] = {"tcgen05.": known}
