@@ -199,7 +199,6 @@ def test_norms(rows: int, channels: int, dtype: Any) -> None:
 WAIT = r"mbarrier\.try_wait\S+ complete, [^;]*;"
 WAITED = "setp.eq.b32 complete, 0, 0;"
 DESCRIPTOR = r"(mov\.b32\s+%r\d+, )(68\d{6});"  # of an instruction, of 64 rows
-BOTH_BARRIERS = r"bar\.sync\s+0;\s*((?:\.loc[^\n]*\n\s*)*setp[^;]*;\s*)?bar\.sync\s+0;(?=[^@]*@%p\d+ bra[^@]*elect)"
 
 
 def changed(pattern: str, new: str | Callable[[re.Match[str]], str], count: int = 0) -> Change:
@@ -211,6 +210,15 @@ def changed(pattern: str, new: str | Callable[[re.Match[str]], str], count: int 
         return text
 
     return change
+
+
+def unordered(name: str, text: str) -> str:
+    """No barrier between what threads wrote last and the first product."""
+    product = text.find("tcgen05.mma")
+    fence = text.rfind("fence.proxy.async", 0, product)
+    between, n = re.subn(r"bar\.sync[^;]*;", ";", text[fence:product])
+    assert n or product < 0
+    return text[:fence] + between + text[product:]
 
 
 def halved(found: re.Match[str]) -> str:
@@ -235,7 +243,7 @@ FAULTS: dict[str, tuple[Callable[..., Any], Change, str]] = {
     "operands are not fenced": (
         small_mlp, changed(r"fence\.proxy\.async[^;]*;", ";"), "tcgen05.mma.*fence"),
     "no barrier stands between a store and a product": (
-        small_mlp, changed(BOTH_BARRIERS, r"\1"), "tcgen05.mma.*barrier"),
+        small_mlp, unordered, "tcgen05.mma.*barrier"),
     "columns are not given back": (
         small_mlp, changed(r"@%p\d+ tcgen05\.dealloc[^;]*;", ";"), "kept 64 columns of tensor memory"),
     "too few columns are given back": (

@@ -1,8 +1,11 @@
 """tcgen05: tensor memory and products of sm_100's tensor cores, of one block (cta_group::1), of bf16 and f16.
 
 As in NVIDIA's PTX ISA, "TensorCore 5th Generation": "Data Movement Shape", "Matrix Descriptors", "Canonical Layouts",
-"Data Path Layout Organization" (layouts D and F), "Memory Consistency Model". What tcgen05.fence orders is not watched:
-Triton writes none. Products are exact, sums of float64, rounded once an instruction.
+"Data Path Layout Organization" (layouts D and F), "Memory Consistency Model". Two things are not watched. What
+tcgen05.fence orders: Triton writes none. And registers that tcgen05.ld brings, between it and tcgen05.wait::ld: Triton
+3.9 uses them there, and ptxas has their first use wait.
+
+Products are exact, sums of float64, rounded once an instruction.
 """
 
 from __future__ import annotations
@@ -129,7 +132,7 @@ def _cells(base: int, fragment: Cells, warp: int) -> Cells:
 
 
 def load(machine: Machine, instruction: Instruction) -> Run:
-    """tcgen05.ld... {registers}, [address][, split]: values come when they are waited for."""
+    """tcgen05.ld... {registers}, [address][, split]"""
     names, text, *split = instruction.operands
     _splits(instruction.op, split)
     outs = [target(machine, name, np.uint32) for name in several(names)]
@@ -139,14 +142,9 @@ def load(machine: Machine, instruction: Instruction) -> Run:
     def order(warp: int) -> None:
         threads = slice(32 * warp, 32 * warp + 32)
         cells = _cells(_one(place(), threads, "addresses"), fragment, warp)
-
-        def land(values: Array) -> None:
-            for i, out in enumerate(outs):
-                out[threads] = values[:, i]
-
-        machine.tensor_memory.load(cells, warp, land)
-        for out in outs:
-            out[threads] = 0xFFFFFFFF  # NaN until then
+        values = machine.tensor_memory.load(cells, warp)
+        for i, out in enumerate(outs):
+            out[threads] = values[:, i]
 
     return _each(_warps, machine, order)
 

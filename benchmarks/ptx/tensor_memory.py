@@ -52,7 +52,6 @@ class Move:
     warp: int
     cells: Cells
     counts: Array  # of loads or stores at each place
-    land: Callable[[], None]
 
 
 @dataclass
@@ -122,8 +121,8 @@ class TensorMemory:
 
     # --- what warps move ------------------------------------------------------------------------
 
-    def load(self, cells: Cells, warp: int, land: Callable[[Array], None]) -> None:
-        """land: gets the values when the warp waits for them."""
+    def load(self, cells: Cells, warp: int) -> Array:
+        """The values, one for each of `cells`. Until the warp waits, what lies there is still being read."""
         self.within(cells)
         self._no(self.coming, cells, "read before the product that writes it was waited for")
         self._no(self.storing, cells, "read while it is being stored")
@@ -132,8 +131,9 @@ class TensorMemory:
         fresh = (self.read_at[at] >= self.order.barrier) & ~np.isin(self.reader[at], (NOBODY, warp))
         self.reader[at] = np.where(fresh, MANY, warp)
         self.read_at[at] = self.order.now
+        self._begin_move(Move(warp, cells, self.loading))
         found: Array = self.cells[at]
-        self._begin_move(Move(warp, cells, self.loading, lambda: land(found)))
+        return found
 
     def store(self, cells: Cells, values: Array, warp: int) -> None:
         """values: one for each of `cells`."""
@@ -145,7 +145,7 @@ class TensorMemory:
         if (self.cells[at] != values).any():
             raise Fault("tensor memory: a warp writes different values to one place at once")
         self.writer[at], self.written[at] = warp, self.order.now
-        self._begin_move(Move(warp, cells, self.storing, lambda: None))
+        self._begin_move(Move(warp, cells, self.storing))
 
     def _begin_move(self, move: Move) -> None:
         np.add.at(move.counts, (move.cells.lanes, move.cells.columns), 1)
@@ -156,7 +156,6 @@ class TensorMemory:
         for move in [m for m in self.moves if m.counts is counts and m.warp in warps]:
             self.moves.remove(move)
             np.subtract.at(counts, (move.cells.lanes, move.cells.columns), 1)
-            move.land()
 
     # --- products -------------------------------------------------------------------------------
 
