@@ -77,6 +77,10 @@ class Machine:
                 ) from error
         return found
 
+    def fences(self, needed: str) -> None:
+        """What must be fenced before tensor cores or the copy engine read it: "all", or "stores" but not cp.async."""
+        self.shared_watch.fences = needed
+
     def launch(self, grid: tuple[int, int, int], storages: Sequence[tuple[int, int, str]], seed: int = 0) -> int:
         """All blocks, one after another in random order; instructions that were run. Raises Fault."""
         self.memory, self.grid = Global(storages, self.order), grid

@@ -80,10 +80,14 @@ def multiply_group(machine: Machine, instruction: Instruction) -> Run:
             result[threads] = product.astype(np.float32)
         for i, out in enumerate(d):
             out[:] = result[:, i]
-        grains = np.concatenate(read) if read else np.zeros(0, np.int64)
-        machine.begun["wgmma"].append(Copy(lambda: machine.shared_watch.engine_done(grains)))
+        machine.begun["wgmma"].append(Copy(lambda: _release(machine, read)))
 
     return run
+
+
+def _release(machine: Machine, read: list[Ints]) -> None:
+    for grains in read:
+        machine.shared_watch.engine_done(grains)
 
 
 def _operand(
@@ -93,8 +97,8 @@ def _operand(
     words = np.broadcast_to(descriptor, machine.threads)[threads]
     if (words != words[0]).any():
         raise Fault("threads of a warp group have different descriptors")
-    places = warp.operand(int(words[0]), rows, 16, across)
-    grains = np.unique(places // GRAIN)
+    places = warp.operand(int(words[0]), rows, 16, across)  # each element lies in a place of its own
+    grains = places.ravel() // GRAIN
     machine.shared_watch.engine_reads(grains)
     read.append(grains)
     bits = machine.shared[places[..., None] + np.arange(2)].view(np.uint16)[..., 0]
