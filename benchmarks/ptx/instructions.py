@@ -70,6 +70,8 @@ def floats(function: Callable[..., Array]) -> Callable[[Machine, Instruction, li
         kinds = [part for part in parts if part in TYPES]
         kind, given = kinds[0], kinds[-1]  # two in add.rn.f32.bf16 d, a, c and fma.rn.f32.bf16 d, a, b, c: c is of d's
         out = target(machine, instruction.operands[0], TYPES[kind])
+        if kind == given == "f32" and isinstance(function, np.ufunc):  # which rounds once in float32 itself
+            return _at_once(machine, instruction, function)
         *first, last = instruction.operands[1:]
         taken = [*(wide(machine, text, given) for text in first), wide(machine, last, kind)]
 
@@ -80,6 +82,17 @@ def floats(function: Callable[..., Array]) -> Callable[[Machine, Instruction, li
         return run
 
     return make
+
+
+def _at_once(machine: Machine, instruction: Instruction, function: np.ufunc) -> Run:
+    out = target(machine, instruction.operands[0], np.float32)
+    taken = [value(machine, text, np.float32) for text in instruction.operands[1:]]
+
+    def run(where: Where) -> None:
+        with np.errstate(all="ignore"):
+            function(*taken, out=out, where=where)
+
+    return run
 
 
 def integers(function: Any) -> Callable[[Machine, Instruction, list[str]], Run]:
@@ -331,6 +344,9 @@ def convert(machine: Machine, instruction: Instruction, parts: list[str]) -> Run
         return pack
     source = instruction.operands[1]
     if given in ("f16", "bf16", "f32", "f64"):
+        if (given, to) == ("bf16", "f32"):
+            bits, raw = target(machine, instruction.operands[0], np.uint32), value(machine, source, np.uint16)
+            return lambda where: put(bits, np.asarray(raw).astype(np.uint32) << 16, where)
         taken = wide(machine, source, given)
         if to in ("f16", "bf16", "f32", "f64"):
             return lambda where: put(out, _quiet(narrow, taken(), to), where)
