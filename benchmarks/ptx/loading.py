@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.ptx.machine import Machine, Run, Where
-from benchmarks.ptx.memory import GRAIN, SHARED_BASE, Access, Fault, Ints
+from benchmarks.ptx.machine import Machine, Run, Where, whole_warps
+from benchmarks.ptx.memory import GRAIN, SHARED_BASE, Access, Fault, Ints, Watch
 from benchmarks.ptx.operands import TYPES, address, several, value
 from benchmarks.ptx.parsing import Instruction
 
@@ -176,6 +176,12 @@ def store_global(machine: Machine, instruction: Instruction) -> Run:
     return run
 
 
+def global_places(machine: Machine, addresses: Ints, size: int) -> list[tuple[Watch, Ints]]:
+    """The watches of the tensors that the addresses lie in, and the grains there."""
+    found = machine.memory.find(addresses, size) if addresses.size else []
+    return [(region.watch, grains(addresses[here] - region.base, size)) for region, here in found]
+
+
 def write_global(machine: Machine, addresses: Ints, data: NDArray[np.uint8], who: Ints) -> None:
     size = data.shape[1]
     aligned(addresses, size)
@@ -254,9 +260,7 @@ def store_matrix(machine: Machine, instruction: Instruction) -> Run:
 
 def _rows(machine: Machine, places: Callable[[], Array], count: int, where: Where) -> tuple[Ints, Ints]:
     """Addresses of the rows (warps, matrices, 8), and which thread names each."""
-    from benchmarks.ptx.instructions import _whole_warps
-
-    _whole_warps(where, machine)
+    whole_warps(where)
     rows = chosen(where, places()).reshape(-1, 32)[:, : 8 * count].reshape(-1, count, 8)
     aligned(rows, 16)
     return rows, machine.who(where).reshape(-1, 32)[:, : 8 * count].reshape(-1, count, 8)

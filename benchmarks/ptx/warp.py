@@ -23,13 +23,6 @@ def from_bits(x: Array, kind: str) -> NDArray[np.float64]:
     return x.view(np.float16).astype(np.float64)
 
 
-def to_bf16(x: NDArray[np.float32]) -> NDArray[np.uint16]:
-    """Rounded to nearest even; NaN stays one."""
-    bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
-    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-    return np.where(np.isnan(x), np.uint32(0x7FFF), rounded).astype(np.uint16)
-
-
 def halves(registers: Array) -> Array:
     """(..., n) 32-bit registers -> (..., n, 2) 16-bit patterns."""
     return np.ascontiguousarray(registers, np.uint32).view(np.uint16).reshape(*registers.shape, 2)
