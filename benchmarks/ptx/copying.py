@@ -32,6 +32,17 @@ class Descriptor:
     box: tuple[int, int]  # rows, columns
     swizzle: int  # bytes: 128, 64, 32 or 0
 
+    def __post_init__(self) -> None:
+        """Raises Fault for what cuTensorMapEncodeTiled refuses."""
+        pitch = self.box[1] * self.size
+        if self.base % 16 or self.stride * self.size % 16 or pitch % 16 or max(self.box) > 256 or min(self.shape) < 1:
+            raise Fault(f"no descriptor of the copy engine: {self}: base, rows and box are multiples of 16 bytes, "
+                        "the box 256 at most")  # fmt: skip
+        if self.swizzle and pitch > self.swizzle:
+            raise Fault(f"a box of {pitch} bytes a row is wider than its swizzle of {self.swizzle}")
+        if self.swizzle and pitch < self.swizzle:
+            raise NotImplementedError(f"a box of {pitch} bytes a row in a swizzle of {self.swizzle}")
+
 
 def wait_at_barrier(machine: Machine, instruction: Instruction) -> Run:
     if instruction.operands[0] != "0" or len(instruction.operands) > 1:
@@ -241,8 +252,6 @@ def _places(given: Descriptor, column: int, row: int, start: int) -> tuple[Ints,
     pitch = given.box[1] * given.size
     if start % 128:
         raise Fault(f"the copy engine's place {start} is no multiple of 128")
-    if given.swizzle and pitch > given.swizzle:
-        raise Fault(f"a box of {pitch} bytes a row is wider than its swizzle of {given.swizzle}")
     inside = swizzled(start + rows * pitch + columns * given.size, given.swizzle)
     return outside.ravel(), inside.ravel().astype(np.int64), within.ravel()
 
@@ -273,6 +282,7 @@ def load_tile(machine: Machine, instruction: Instruction) -> Run:
         if within.any():
             data[within] = read_global(machine, source[within], given.size, np.repeat(who, within.sum()))
         spots = grains(places, given.size)
+        machine.shared_watch.fenced(spots)
         machine.shared_watch.arrives(spots, who)
         copies = _barrier(machine, barrier).copies
         copies.append((data.size, lambda: _land(machine, places, data, spots, None)))

@@ -60,7 +60,7 @@ class Machine:
         self.thread = np.arange(self.threads)
         self.groups: dict[str, list[list[Copy]]] = {"cp.async": [], "bulk": [], "wgmma": []}
         self.begun: dict[str, list[Copy]] = {"cp.async": [], "bulk": [], "wgmma": []}
-        self.accumulators = Accumulators(self.registers, program)
+        self.accumulators = Accumulators()
         self.barriers: dict[int, Barrier] = {}
         self.guards = [self.registers[i.guard] if i.guard else None for i in program.code]
         self.code = self._translated()

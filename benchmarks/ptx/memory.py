@@ -121,12 +121,16 @@ class Watch:
     def engine_reads(self, grains: Ints) -> None:
         """By tensor cores or the copy engine, from now until `engine_done`: of all that threads wrote and fenced."""
         self._still(grains, self.arriving, "tensor cores read what is still being copied there")
-        if (at := grains[self.unfenced[grains]]).size:
-            raise Fault(f"{self.name}+{at.flat[0] * GRAIN}: read by tensor cores or the copy engine without a fence")
+        self.fenced(grains)
         late = grains[(self.written[grains] >= self.order.barrier) & (self.writer[grains] != NOBODY)]
         if late.size:
             raise Fault(f"{self.name}+{late.flat[0] * GRAIN}: read by tensor cores without a barrier after its write")
         np.add.at(self.in_use, grains.ravel(), 1)
+
+    def fenced(self, grains: Ints) -> None:
+        """Raises Fault where threads wrote and no fence came before tensor cores or the copy engine."""
+        if (at := grains[self.unfenced[grains]]).size:
+            raise Fault(f"{self.name}+{at.flat[0] * GRAIN}: tensor cores or the copy engine come without a fence")
 
     def engine_done(self, grains: Ints) -> None:
         np.subtract.at(self.in_use, grains.ravel(), 1)

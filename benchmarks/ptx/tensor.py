@@ -28,6 +28,8 @@ def multiply(machine: Machine, instruction: Instruction) -> Run:
     d = [target(machine, name, np.float32) for name in several(instruction.operands[0])]
     a, b = ([value(machine, n, np.uint32) for n in several(text)] for text in instruction.operands[1:3])
     c = [value(machine, name, np.float32) for name in several(instruction.operands[3])]
+    if [len(x) for x in (d, a, b, c)] != [4, k // 4, k // 8, 4]:
+        raise NotImplementedError("numbers of registers")
 
     def run(where: Where) -> None:
         whole_warps(where)
@@ -55,6 +57,8 @@ def multiply_group(machine: Machine, instruction: Instruction) -> Run:
     from_registers = instruction.operands[1].startswith("{")
     a = [value(machine, x, np.uint32 if from_registers else np.uint64) for x in several(instruction.operands[1])]
     b = value(machine, instruction.operands[2], np.uint64)
+    if len(d) != n // 2 or len(a) != (4 if from_registers else 1) or n % 8 or n > 256:
+        raise NotImplementedError("numbers of registers")
     keep, *signs = (value(machine, x, np.bool_) if x.startswith("%") else int(x) for x in instruction.operands[3:])
     if signs[:2] != [1, 1]:
         raise NotImplementedError("negated operands")
@@ -67,8 +71,7 @@ def multiply_group(machine: Machine, instruction: Instruction) -> Run:
         kept = bool(np.broadcast_to(keep, machine.threads)[0])
         if (np.broadcast_to(keep, machine.threads) != kept).any():
             raise Fault("threads of a warp group do not agree whether the sum goes on")
-        machine.accumulators.fenced(fragments)
-        before = machine.accumulators.taken(names, d)
+        before = machine.accumulators.taken(names, d, kept and not from_registers)
         read: list[Ints] = []
         result = np.empty((machine.threads, len(d)), np.float32)
         for group in range(machine.warps // 4):
@@ -104,7 +107,7 @@ def fence(machine: Machine, instruction: Instruction) -> Run:
     def run(where: Where) -> None:
         if where is not True:
             raise Fault("a fence that not all threads of the block come to")
-        machine.accumulators.fence()
+        machine.accumulators.fenced = True
 
     return run
 

@@ -86,8 +86,8 @@ def operand(descriptor: int, rows: int, k: int, across: bool) -> NDArray[np.int6
     start = (descriptor & 0x3FFF) << 4
     leading, stride = ((descriptor >> 16) & 0x3FFF) << 4, ((descriptor >> 32) & 0x3FFF) << 4
     width = {1: 128, 2: 64, 3: 32}.get(int(descriptor >> 62))
-    if width is None:
-        raise NotImplementedError("wgmma operands without a swizzle")
+    if width is None or descriptor >> 49 & 7:
+        raise NotImplementedError("wgmma operands without a swizzle, or with an offset of its pattern")
     row, column = np.arange(rows)[:, None], np.arange(k)[None, :]
     if across:
         chunk = width // 2
