@@ -420,7 +420,7 @@ def _everyone(mask: str) -> bool:
 
 
 def elect(machine: Machine, instruction: Instruction, parts: list[str]) -> Run:
-    """elect.sync d|p, all: which lane is not said; here it is the first."""
+    """elect.sync d|p, all: which lane is not said; here it is the last, which seldom does anything else alone."""
     name, predicate = instruction.operands[0].split("|")
     out, chosen = target(machine, name, np.uint32), machine.registers[predicate]
     lanes = machine.thread % 32
@@ -429,8 +429,8 @@ def elect(machine: Machine, instruction: Instruction, parts: list[str]) -> Run:
 
     def run(where: Where) -> None:
         whole_warps(where)
-        put(out, np.uint32(0), where)
-        put(chosen, lanes == 0, where)
+        put(out, np.uint32(31), where)
+        put(chosen, lanes == 31, where)
 
     return run
 

@@ -83,6 +83,11 @@ class Watch:
         self._still(grains, self.arriving, "read while something is still being copied there")
         self._still(grains, self.reserved, "read, and an mbarrier lies there")
         self.comes_behind(access)
+
+    def comes_behind(self, access: Access) -> None:
+        """A read that may be of an mbarrier. Raises Fault unless the threads know of whatever was written there."""
+        grains, who = access.grains, access.each
+        self._written_before(grains, who, "reads what {} wrote")
         last = self.reader[grains]
         fresh = (self.read_at[grains] >= self.order.barrier) & (last != NOBODY)
         self._note(self.reader, grains, np.where(fresh, _several(last, who), who))
@@ -105,10 +110,6 @@ class Watch:
         self._note(self.writer, grains, who)
         self.written[grains], self.atomic[grains], self.unfenced[grains] = self.order.now, atomic, True
         self.block_wrote[grains] = self.order.block
-
-    def comes_behind(self, access: Access) -> None:
-        """Raises Fault unless whatever was written there is known to the threads."""
-        self._written_before(access.grains, access.each, "reads what {} wrote")
 
     def reserve(self, grains: Ints, reserved: bool) -> None:
         self.reserved[grains] = reserved
