@@ -149,7 +149,7 @@ def norm() -> list[torch.Tensor]:
 
 def symmetric(side: int, inner: int) -> Callable[[], list[torch.Tensor]]:
     def work() -> list[torch.Tensor]:
-        x = random(2, side, inner)
+        x = random(2, side, inner, scale=(side * inner) ** -0.5)
         return [muon.polar_express(x, 2)]
 
     return work

@@ -27,7 +27,7 @@ class Accumulators:
     """All registers that a program's wgmma add to."""
 
     def __init__(self) -> None:
-        self.fenced = False  # since the last product was waited for
+        self.fenced = False  # since the last group of products was committed or waited for
         self.seen: dict[tuple[str, ...], Array] = {}  # sums as products left them
         self.flying: dict[tuple[str, ...], Product] = {}
 

@@ -82,6 +82,8 @@ def commit(name: str) -> Callable[[Machine, Instruction], Run]:
             _of_all(where)
             machine.groups[name].append(machine.begun[name])
             machine.begun[name] = []
+            if name == "wgmma":
+                machine.accumulators.fenced = False
 
         return run
 
@@ -264,7 +266,8 @@ def _orders(machine: Machine, where: Where, *what: Any) -> list[tuple[Ints, list
 
 
 def _descriptor(machine: Machine, at: int) -> Descriptor:
-    found = machine.arguments[list(machine.program.parameters)[(at - PARAMETERS) // 4096]]
+    which, names = (at - PARAMETERS) // 4096, list(machine.program.parameters)
+    found = machine.arguments[names[which]] if 0 <= which < len(names) else None
     if not isinstance(found, Descriptor):
         raise Fault("the copy engine is given no descriptor")
     return found

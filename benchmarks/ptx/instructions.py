@@ -48,7 +48,12 @@ def wide(machine: Machine, text: str, kind: str) -> Callable[[], Array]:
     if one == "bf16":
         return lambda: _pairs(from_bits(_parts(raw, np.uint16), one), kind)
     dtype = TYPES[one]
-    return lambda: _pairs(_parts(raw, dtype).astype(np.float64), kind)
+    return lambda: _pairs(_widened(_parts(raw, dtype)), kind)
+
+
+def _widened(x: Array) -> Array:
+    with np.errstate(invalid="ignore"):  # signalling NaN
+        return x.astype(np.float64)
 
 
 def _parts(raw: Any, dtype: Any) -> Array:
@@ -59,10 +64,12 @@ def _pairs(x: Array, kind: str) -> Array:
     return x.reshape(-1, 2) if kind.endswith("x2") else x
 
 
-def narrow(x: Array, kind: str) -> Array:
-    """Rounded to its kind, as the register's bits (N,)."""
+def narrow(x: Array, kind: str, ftz: bool = False) -> Array:
+    """Rounded to its kind, as the register's bits (N,). ftz: what is subnormal then becomes zero."""
     one = kind.removesuffix("x2")
     found = to_bf16(x) if one == "bf16" else np.asarray(x).astype(TYPES[one])
+    if ftz:
+        found = to_bf16(flushed(from_bits(found, one), one)) if one == "bf16" else flushed(found, one)
     if one == "f16":
         found = np.where(np.isnan(found), np.uint16(0x7FFF).view(np.float16), found)
     return np.ascontiguousarray(found).reshape(-1).view(TYPES[kind]) if kind.endswith("x2") else found
@@ -73,19 +80,15 @@ def floats(function: Callable[..., Array]) -> Callable[[Machine, Instruction, li
         kinds = [part for part in parts if part in TYPES]
         kind, given = kinds[0], kinds[-1]
         out = target(machine, instruction.operands[0], TYPES[kind])
-        taken = [wide(machine, text, given if i < len(kinds) or len(kinds) == 1 else kind)
-                 for i, text in enumerate(instruction.operands[1:], 1)]  # fmt: skip
-        if len(kinds) == 2 and kinds[0] != kinds[1]:  # add.rn.f32.bf16 d, a, c and fma.rn.f32.bf16 d, a, b, c
-            taken[-1] = wide(machine, instruction.operands[-1], kind)
-            taken[:-1] = [wide(machine, text, given) for text in instruction.operands[1:-1]]
-
-        if "ftz" in parts:
-            taken = [lambda take=take: flushed(take(), given) for take in taken]  # type: ignore[misc]
+        *first, last = instruction.operands[1:]  # add.rn.f32.bf16 d, a, c and fma.rn.f32.bf16 d, a, b, c: c is float32
+        taken = [*(wide(machine, text, given) for text in first), wide(machine, last, kind)]
+        ftz = "ftz" in parts
+        if ftz:
+            taken = [lambda take=take: flushed(take(), kind) for take in taken]  # type: ignore[misc]
 
         def run(where: Where) -> None:
             with np.errstate(all="ignore"):
-                found = function(*(take() for take in taken))
-                put(out, narrow(flushed(found, kind) if "ftz" in parts else found, kind), where)
+                put(out, narrow(function(*(take() for take in taken)), kind, ftz), where)
 
         return run
 
@@ -381,6 +384,8 @@ def _same_size(machine: Machine, text: str, kind: str) -> Any:
     """cvt.u16.u32 may read a register that is wider than its type: then all of it is read, and cut."""
     size = machine.registers[text].dtype.itemsize
     wanted = np.dtype(TYPES[kind])
+    if size < wanted.itemsize:
+        raise NotImplementedError(f"{text} has no {8 * wanted.itemsize} bits")
     return wanted if wanted.itemsize == size else np.dtype(f"{wanted.kind}{size}")
 
 

@@ -79,7 +79,7 @@ class Watch:
         self.reserved = np.zeros(count, bool)  # mbarriers
 
     def read(self, access: Access) -> None:
-        grains, who = access.grains, access.each
+        grains = access.grains
         self._still(grains, self.arriving, "read while something is still being copied there")
         self._still(grains, self.reserved, "read, and an mbarrier lies there")
         self.comes_behind(access)

@@ -19,7 +19,8 @@ GROUP, IN_GROUP = LANE // 4, LANE % 4
 def from_bits(x: Array, kind: str) -> NDArray[np.float64]:
     """16-bit patterns as numbers: bf16 or f16."""
     if kind == "bf16":
-        return (x.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+        with np.errstate(invalid="ignore"):  # signalling NaN
+            return (x.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
     return x.view(np.float16).astype(np.float64)
 
 
