@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 from unittest import mock
@@ -24,6 +25,7 @@ SCALARS = {
     "u16": np.uint16, "u32": np.uint32, "u64": np.uint64, "fp32": np.float32, "fp64": np.float64,
 }  # fmt: skip
 SWIZZLES = (0, 32, 64, 128)  # bytes, as Triton numbers them
+DRIVERS = itertools.count()
 Change = Any  # a function of a kernel's name and its PTX: what is run in its place
 
 
@@ -73,12 +75,13 @@ class Driver:
     def __init__(self, capability: int) -> None:
         self.capability = capability
         self.utils = self
+        self.index = 1000 + next(DRIVERS)  # kernels are kept by it: none of another time
 
     def get_current_target(self) -> GPUTarget:
         return GPUTarget("cuda", self.capability, 32)
 
     def get_current_device(self) -> int:
-        return 1000 + self.capability + id(self) % 10**9 * 10**4  # kernels are kept by it: none of another time
+        return self.index
 
     def get_current_stream(self, device: int) -> int:
         return 0
