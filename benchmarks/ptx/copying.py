@@ -10,14 +10,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.ptx.loading import chosen, grains, read_global, within_shared, write_global
+from benchmarks.ptx.loading import aligned, chosen, global_places, grains, read_global, within_shared, write_global
 from benchmarks.ptx.machine import PARAMETERS, Barrier, Copy, Machine, Run, Where
-from benchmarks.ptx.memory import Fault, Ints
+from benchmarks.ptx.memory import Access, Fault, Ints
 from benchmarks.ptx.operands import address, value
 from benchmarks.ptx.parsing import Instruction
 from benchmarks.ptx.warp import swizzled
 
 Array = NDArray[Any]
+BARRIER = 8  # bytes of an mbarrier
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,17 @@ class Descriptor:
     size: int  # bytes of an element
     box: tuple[int, int]  # rows, columns
     swizzle: int  # bytes: 128, 64, 32 or 0
+
+    def __post_init__(self) -> None:
+        """Raises Fault for what cuTensorMapEncodeTiled refuses."""
+        pitch = self.box[1] * self.size
+        if self.base % 16 or self.stride * self.size % 16 or pitch % 16 or max(self.box) > 256 or min(self.shape) < 1:
+            raise Fault(f"no descriptor of the copy engine: {self}: base, rows and box are multiples of 16 bytes, "
+                        "the box 256 at most")  # fmt: skip
+        if self.swizzle and pitch > self.swizzle:
+            raise Fault(f"a box of {pitch} bytes a row is wider than its swizzle of {self.swizzle}")
+        if self.swizzle and pitch < self.swizzle:
+            raise NotImplementedError(f"a box of {pitch} bytes a row in a swizzle of {self.swizzle}")
 
 
 def wait_at_barrier(machine: Machine, instruction: Instruction) -> Run:
@@ -61,18 +73,17 @@ def fence_proxy(machine: Machine, instruction: Instruction) -> Run:
     return run
 
 
-def nothing(machine: Machine, instruction: Instruction) -> Run:
-    return lambda where: None
-
-
 # --- groups of what was begun -------------------------------------------------------------------
 
 
 def commit(name: str) -> Callable[[Machine, Instruction], Run]:
     def make(machine: Machine, instruction: Instruction) -> Run:
         def run(where: Where) -> None:
+            _of_all(where)
             machine.groups[name].append(machine.begun[name])
             machine.begun[name] = []
+            if name == "wgmma":
+                machine.accumulators.fenced = False
 
         return run
 
@@ -81,18 +92,29 @@ def commit(name: str) -> Callable[[Machine, Instruction], Run]:
 
 def wait(name: str) -> Callable[[Machine, Instruction], Run]:
     def make(machine: Machine, instruction: Instruction) -> Run:
-        left = int(instruction.operands[0]) if instruction.operands else 0
+        left, sources = int(instruction.operands[0]), instruction.op.endswith(".read")
 
         def run(where: Where) -> None:
+            _of_all(where)
             groups = machine.groups[name]
             done = groups[: max(0, len(groups) - left)]
-            del groups[: len(done)]
             for copy in (copy for group in done for copy in group):
-                copy.land()
+                if copy.release is not None and not copy.released:
+                    copy.release()
+                    copy.released = True
+                if not sources:
+                    copy.land()
+            if not sources:
+                del groups[: len(done)]
 
         return run
 
     return make
+
+
+def _of_all(where: Where) -> None:
+    if where is not True:
+        raise NotImplementedError("groups of a part of the block's threads")
 
 
 # --- cp.async -----------------------------------------------------------------------------------
@@ -110,6 +132,7 @@ def copy_async(machine: Machine, instruction: Instruction) -> Run:
         if not np.isin(count, (0, size)).all():
             raise NotImplementedError("a copy of a part")
         within_shared(machine, places, size)
+        aligned(places, size)
         data = np.zeros((places.size, size), np.uint8)
         if (reads := count > 0).any():
             data[reads] = read_global(machine, chosen(where, source())[reads], size, who[reads])
@@ -132,10 +155,13 @@ def start_barrier(machine: Machine, instruction: Instruction) -> Run:
     place, count = address(machine, instruction.operands[0]), int(instruction.operands[1])
 
     def run(where: Where) -> None:
-        for at in np.unique(chosen(where, place())):
-            if int(at) in machine.barriers:
-                raise Fault("an mbarrier is started where one is")
+        places, who = chosen(where, place()), machine.who(where)
+        aligned(places, BARRIER)
+        within_shared(machine, places, BARRIER)
+        machine.shared_watch.write(Access(grains(places, BARRIER), who))
+        for at in np.unique(places):
             machine.barriers[int(at)] = Barrier(count, count)
+            machine.shared_watch.reserve(grains(np.array([at]), BARRIER), True)
 
     return run
 
@@ -147,7 +173,10 @@ def end_barrier(machine: Machine, instruction: Instruction) -> Run:
         for at in np.unique(chosen(where, place())):
             if _barrier(machine, int(at)).copies:
                 raise Fault("an mbarrier is ended while copies come to it")
+            _told(machine, where, place)
             del machine.barriers[int(at)]
+            machine.shared_watch.reserve(grains(np.array([at]), BARRIER), False)
+        machine.shared_watch.write(Access(grains(chosen(where, place()), BARRIER), machine.who(where)))
 
     return run
 
@@ -158,6 +187,11 @@ def _barrier(machine: Machine, at: int) -> Barrier:
     return machine.barriers[at]
 
 
+def _told(machine: Machine, where: Where, place: Callable[[], Array]) -> None:
+    """Whoever uses an mbarrier comes behind its start, by a barrier of threads."""
+    machine.shared_watch.comes_behind(Access(grains(chosen(where, place()), BARRIER), machine.who(where)))
+
+
 def expect(machine: Machine, instruction: Instruction) -> Run:
     place, size = address(machine, instruction.operands[1]), int(instruction.operands[2], 0)
 
@@ -166,6 +200,9 @@ def expect(machine: Machine, instruction: Instruction) -> Run:
             barrier = _barrier(machine, int(at))
             barrier.bytes += size
             barrier.waiting -= 1
+            if barrier.waiting < 0:
+                raise Fault("more arrivals at an mbarrier than it waits for, before its phase was waited for")
+        _told(machine, where, place)
 
     return run
 
@@ -180,6 +217,9 @@ def try_wait(machine: Machine, instruction: Instruction) -> Run:
         if np.unique(places).size != 1 or np.unique(phases).size != 1:
             raise NotImplementedError("threads that wait for several mbarriers")
         barrier = _barrier(machine, int(places[0]))
+        _told(machine, where, place)
+        if int(phases[0]) > 1:
+            raise Fault(f"waits for parity {int(phases[0])} of an mbarrier: 0 or 1")
         if barrier.phase % 2 == int(phases[0]):
             if barrier.waiting > 0 or sum(size for size, _ in barrier.copies) != barrier.bytes:
                 come = sum(size for size, _ in barrier.copies)
@@ -216,8 +256,6 @@ def _places(given: Descriptor, column: int, row: int, start: int) -> tuple[Ints,
     pitch = given.box[1] * given.size
     if start % 128:
         raise Fault(f"the copy engine's place {start} is no multiple of 128")
-    if given.swizzle and pitch > given.swizzle:
-        raise Fault(f"a box of {pitch} bytes a row is wider than its swizzle of {given.swizzle}")
     inside = swizzled(start + rows * pitch + columns * given.size, given.swizzle)
     return outside.ravel(), inside.ravel().astype(np.int64), within.ravel()
 
@@ -230,7 +268,8 @@ def _orders(machine: Machine, where: Where, *what: Any) -> list[tuple[Ints, list
 
 
 def _descriptor(machine: Machine, at: int) -> Descriptor:
-    found = machine.arguments[list(machine.program.parameters)[(at - PARAMETERS) // 4096]]
+    which, names = (at - PARAMETERS) // 4096, list(machine.program.parameters)
+    found = machine.arguments[names[which]] if 0 <= which < len(names) else None
     if not isinstance(found, Descriptor):
         raise Fault("the copy engine is given no descriptor")
     return found
@@ -248,6 +287,7 @@ def load_tile(machine: Machine, instruction: Instruction) -> Run:
         if within.any():
             data[within] = read_global(machine, source[within], given.size, np.repeat(who, within.sum()))
         spots = grains(places, given.size)
+        machine.shared_watch.fenced(spots)
         machine.shared_watch.arrives(spots, who)
         copies = _barrier(machine, barrier).copies
         copies.append((data.size, lambda: _land(machine, places, data, spots, None)))
@@ -270,13 +310,21 @@ def store_tile(machine: Machine, instruction: Instruction) -> Run:
         within_shared(machine, places, given.size)
         spots = np.unique(grains(places, given.size))
         machine.shared_watch.engine_reads(spots)
+        threads, goals = np.repeat(who, within.sum()), global_places(machine, to[within], given.size)
+        for watch, goal in goals:
+            watch.arrives(goal, threads[: goal.shape[0]])
+        found: list[Array] = []
 
-        def land() -> None:
-            data = machine.shared[places[:, None] + np.arange(given.size)]
-            write_global(machine, to[within], data[within], np.repeat(who, within.sum()))
+        def release() -> None:
+            found.append(machine.shared[places[:, None] + np.arange(given.size)])
             machine.shared_watch.engine_done(spots)
 
-        machine.begun["bulk"].append(Copy(land))
+        def land() -> None:
+            for watch, goal in goals:
+                watch.arrived(goal, threads[: goal.shape[0]])
+            write_global(machine, to[within], found[0][within], threads)
+
+        machine.begun["bulk"].append(Copy(land, release))
 
     def run(where: Where) -> None:
         for who, numbers in _orders(machine, where, at(), source(), x, y):
@@ -298,7 +346,6 @@ FAMILIES: dict[str, Callable[[Machine, Instruction], Run]] = {
     "cp.async.commit_group": commit("cp.async"),
     "cp.async.wait_group": wait("cp.async"),
     "cp.async.c": copy_async,
-    "wgmma.fence": nothing,
     "wgmma.commit_group": commit("wgmma"),
     "wgmma.wait_group": wait("wgmma"),
     "mbarrier.init": start_barrier,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 from unittest import mock
@@ -24,6 +25,7 @@ SCALARS = {
     "u16": np.uint16, "u32": np.uint32, "u64": np.uint64, "fp32": np.float32, "fp64": np.float64,
 }  # fmt: skip
 SWIZZLES = (0, 32, 64, 128)  # bytes, as Triton numbers them
+DRIVERS = itertools.count()
 Change = Any  # a function of a kernel's name and its PTX: what is run in its place
 
 
@@ -34,16 +36,17 @@ class Launched(list[str]):
 
 
 @contextlib.contextmanager
-def emulated(capability: int, change: Change = None, seed: int = 0) -> Iterator[Launched]:
+def emulated(capability: int, change: Change = None, seed: int = 0, fences: str = "all") -> Iterator[Launched]:
     """Within it, Triton compiles for `capability` (90: sm_90) and kernels on CPU tensors run as PTX.
 
-    change: rewrites the PTX of a kernel, for tests of what is noticed. seed: of the order of blocks.
+    change: rewrites the PTX of a kernel, for tests of what is noticed. seed: of the order of blocks. fences: "stores"
+    does not ask for a fence between cp.async and wgmma, which Triton leaves out before 3.8 (its pull request 9610).
     """
     launched, before = Launched(), driver._active
     shipped = functools.partial(_tile, capability)
     with contextlib.ExitStack() as stack:
         for place, name, new in (
-            (CompiledKernel, "_init_handles", functools.partialmethod(_init_handles, launched, change, seed)),
+            (CompiledKernel, "_init_handles", functools.partialmethod(_init_handles, launched, change, seed, fences)),
             (targets, "_target", lambda index: targets.target_of(capability)),
             (portable, "without_card", lambda: True),
             (portable, "obstacle", lambda device: ""),
@@ -72,12 +75,13 @@ class Driver:
     def __init__(self, capability: int) -> None:
         self.capability = capability
         self.utils = self
+        self.index = 1000 + next(DRIVERS)  # kernels are kept by it: none of another time
 
     def get_current_target(self) -> GPUTarget:
         return GPUTarget("cuda", self.capability, 32)
 
     def get_current_device(self) -> int:
-        return 1000 + self.capability + id(self) % 10**9 * 10**4  # kernels are kept by it: none of another time
+        return self.index
 
     def get_current_stream(self, device: int) -> int:
         return 0
@@ -86,19 +90,22 @@ class Driver:
         pass
 
 
-def _init_handles(kernel: Any, launched: Launched, change: Change, seed: int) -> None:
+def _init_handles(kernel: Any, launched: Launched, change: Change, seed: int, fences: str) -> None:
     if kernel._run is None:
         text = kernel.asm["ptx"]
         program = parse(change(kernel.name, text) if change else text)
-        kernel._run = functools.partial(_launch, kernel, program, launched, seed)
+        kernel._run = functools.partial(_launch, kernel, program, launched, seed, fences)
         kernel.module, kernel.function = object(), 0
 
 
-def _launch(kernel: Any, program: Program, launched: Launched, seed: int, x: int, y: int, z: int, *rest: Any) -> None:
+def _launch(
+    kernel: Any, program: Program, launched: Launched, seed: int, fences: str, x: int, y: int, z: int, *rest: Any
+) -> None:
     given = rest[6:]  # behind stream, function, metadata of kernel and launch, two hooks
     arguments, storages = _arguments(kernel, program, given)
     launched.append(kernel.name)
     machine = Machine(program, kernel.metadata.num_warps, kernel.metadata.shared, arguments)
+    machine.fences(fences)
     launched.instructions += machine.launch((x, y, z), storages, seed)
 
 

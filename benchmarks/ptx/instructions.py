@@ -8,18 +8,19 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.ptx import copying, loading, tcgen05, tensor
-from benchmarks.ptx.machine import Machine, Run, Where
+from benchmarks.ptx import copying, forms, loading, tcgen05, tensor
+from benchmarks.ptx.machine import Machine, Run, Where, whole_warps
 from benchmarks.ptx.operands import TYPES, several, special, target, value
 from benchmarks.ptx.parsing import Instruction
-from benchmarks.ptx.warp import to_bf16
+from benchmarks.ptx.rounding import flushed, fused, greater, greater_or_nan, lesser, lesser_or_nan, to_bf16, to_integers
+from benchmarks.ptx.warp import from_bits
 
 Array = NDArray[Any]
-NARROW: dict[str, type] = {"f16": np.float32, "bf16": np.float32, "f32": np.float64}
 
 
 def translate(machine: Machine, instruction: Instruction) -> Run:
     """Raises NotImplementedError for what is not known."""
+    forms.check(instruction)
     parts = instruction.op.split(".")
     for table in (loading.FAMILIES, copying.FAMILIES, tensor.FAMILIES, tcgen05.FAMILIES):
         for prefix, make in table.items():
@@ -45,9 +46,14 @@ def wide(machine: Machine, text: str, kind: str) -> Callable[[], Array]:
     one = kind.removesuffix("x2")
     raw = value(machine, text, TYPES[kind])
     if one == "bf16":
-        return lambda: _pairs((_parts(raw, np.uint16).astype(np.uint32) << 16).view(np.float32), kind)
+        return lambda: _pairs(from_bits(_parts(raw, np.uint16), one), kind)
     dtype = TYPES[one]
-    return lambda: _pairs(_parts(raw, dtype).astype(NARROW.get(one, np.float64)), kind)
+    return lambda: _pairs(_widened(_parts(raw, dtype)), kind)
+
+
+def _widened(x: Array) -> Array:
+    with np.errstate(invalid="ignore"):  # signalling NaN
+        return x.astype(np.float64)
 
 
 def _parts(raw: Any, dtype: Any) -> Array:
@@ -58,10 +64,14 @@ def _pairs(x: Array, kind: str) -> Array:
     return x.reshape(-1, 2) if kind.endswith("x2") else x
 
 
-def narrow(x: Array, kind: str) -> Array:
-    """Rounded to its kind, as the register's bits (N,)."""
+def narrow(x: Array, kind: str, ftz: bool = False) -> Array:
+    """Rounded to its kind, as the register's bits (N,). ftz: what is subnormal then becomes zero."""
     one = kind.removesuffix("x2")
-    found = to_bf16(np.asarray(x, np.float32)) if one == "bf16" else np.asarray(x).astype(TYPES[one])
+    found = to_bf16(x) if one == "bf16" else np.asarray(x).astype(TYPES[one])
+    if ftz:
+        found = to_bf16(flushed(from_bits(found, one), one)) if one == "bf16" else flushed(found, one)
+    if one == "f16":
+        found = np.where(np.isnan(found), np.uint16(0x7FFF).view(np.float16), found)
     return np.ascontiguousarray(found).reshape(-1).view(TYPES[kind]) if kind.endswith("x2") else found
 
 
@@ -70,16 +80,32 @@ def floats(function: Callable[..., Array]) -> Callable[[Machine, Instruction, li
         kinds = [part for part in parts if part in TYPES]
         kind, given = kinds[0], kinds[-1]  # two in add.rn.f32.bf16 d, a, c and fma.rn.f32.bf16 d, a, b, c: c is of d's
         out = target(machine, instruction.operands[0], TYPES[kind])
+        if kind == given == "f32" and "ftz" not in parts and function in (np.add, np.subtract, np.multiply):
+            return _at_once(machine, instruction, function)  # which rounds once in float32 itself
         *first, last = instruction.operands[1:]
         taken = [*(wide(machine, text, given) for text in first), wide(machine, last, kind)]
+        ftz = "ftz" in parts
+        if ftz:
+            taken = [lambda take=take: flushed(take(), kind) for take in taken]  # type: ignore[misc]
 
         def run(where: Where) -> None:
             with np.errstate(all="ignore"):
-                put(out, narrow(function(*(take() for take in taken)), kind), where)
+                put(out, narrow(function(*(take() for take in taken)), kind, ftz), where)
 
         return run
 
     return make
+
+
+def _at_once(machine: Machine, instruction: Instruction, function: np.ufunc) -> Run:
+    out = target(machine, instruction.operands[0], np.float32)
+    taken = [value(machine, text, np.float32) for text in instruction.operands[1:]]
+
+    def run(where: Where) -> None:
+        with np.errstate(all="ignore"):
+            function(*taken, out=out, where=where)
+
+    return run
 
 
 def integers(function: Any) -> Callable[[Machine, Instruction, list[str]], Run]:
@@ -103,14 +129,11 @@ def either(of_integers: Any, of_floats: Callable[..., Array]) -> Callable[[Machi
     def make(machine: Machine, instruction: Instruction, parts: list[str]) -> Run:
         is_float = parts[-1].removesuffix("x2") in ("f16", "f32", "f64", "bf16")
         if is_float:
-            return floats(of_floats)(machine, instruction, parts)
+            chosen = {lesser: lesser_or_nan, greater: greater_or_nan}[of_floats] if "NaN" in parts else of_floats
+            return floats(chosen)(machine, instruction, parts)
         return integers(of_integers)(machine, instruction, parts)
 
     return make
-
-
-def fused(a: Array, b: Array, c: Array) -> Array:
-    return a.astype(np.float64) * b + c
 
 
 def approximate(function: Callable[[Array], Array]) -> Callable[..., Array]:
@@ -145,8 +168,8 @@ def _product(machine: Machine, instruction: Instruction, parts: list[str], more:
         with np.errstate(all="ignore"):
             if "hi" in parts:
                 if dtype.itemsize == 8:
-                    both = [int(x) * int(y) >> 64 for x, y in zip(*np.broadcast_arrays(a, b))]
-                    put(out, np.array([x & (2**64 - 1) for x in both], np.uint64).view(dtype), where)
+                    both = [int(x) * int(y) >> 64 for x, y in zip(*np.broadcast_arrays(a, b, machine.thread)[:2])]
+                    put(out, np.array([x & (2**64 - 1) for x in both], np.uint64).view(dtype) + c, where)
                 else:
                     high = (np.asarray(a).astype(double) * np.asarray(b).astype(double)) >> double.type(
                         dtype.itemsize * 8
@@ -163,16 +186,20 @@ def _product(machine: Machine, instruction: Instruction, parts: list[str], more:
 def divide(machine: Machine, instruction: Instruction, parts: list[str]) -> Run:
     if parts[-1].startswith("f"):
         return floats(np.divide)(machine, instruction, parts)
-    dtype = TYPES[parts[-1]]
+    dtype = np.dtype(TYPES[parts[-1]])
+    unsigned = np.dtype(f"u{dtype.itemsize}")
     out = target(machine, instruction.operands[0], dtype)
     a, b = (value(machine, text, dtype) for text in instruction.operands[1:])
     rest = parts[0] == "rem"
 
     def run(where: Where) -> None:
-        x, y = (np.asarray(v).astype(object) for v in np.broadcast_arrays(a, b))
-        y = np.where(y == 0, 1, y)
-        quotient = np.where((x < 0) ^ (y < 0), -(abs(x) // abs(y)), abs(x) // abs(y))
-        put(out, (x - quotient * y if rest else quotient).astype(dtype), where)
+        x, y = (np.asarray(v) for v in np.broadcast_arrays(a, b))
+        with np.errstate(all="ignore"):
+            by_zero, apart = y == 0, (x < 0) != (y < 0)
+            above, below = (np.abs(v).view(unsigned) for v in (x, np.where(by_zero, dtype.type(1), y)))  # -2**31 too
+            found, negative = (above % below, x < 0) if rest else (above // below, apart)
+            found = np.where(negative, ~found + unsigned.type(1), found).view(dtype)
+        put(out, np.where(by_zero, ~dtype.type(0), found), where)  # by zero: of no meaning, and seen
 
     return run
 
@@ -197,13 +224,13 @@ def shift(machine: Machine, instruction: Instruction, parts: list[str]) -> Run:
 
 
 def funnel(machine: Machine, instruction: Instruction, parts: list[str]) -> Run:
-    """shf.l.wrap.b32: the upper word of b:a shifted left; shf.r: the lower one."""
+    """shf.l: the upper word of b:a shifted left; shf.r: the lower one shifted right."""
     out = target(machine, instruction.operands[0], np.uint32)
     low, high, by = (value(machine, text, np.uint32) for text in instruction.operands[1:])
 
     def run(where: Where) -> None:
         both = (np.asarray(high).astype(np.uint64) << np.uint64(32)) | np.asarray(low).astype(np.uint64)
-        amount = (np.asarray(by) & 31).astype(np.uint64)
+        amount = (np.minimum(by, 32) if parts[2] == "clamp" else np.asarray(by) & 31).astype(np.uint64)
         found = (both << amount) >> np.uint64(32) if parts[1] == "l" else both >> amount
         put(out, found.astype(np.uint32), where)
 
@@ -211,12 +238,26 @@ def funnel(machine: Machine, instruction: Instruction, parts: list[str]) -> Run:
 
 
 def extract(machine: Machine, instruction: Instruction, parts: list[str]) -> Run:
+    """bfe: `length` bits from `start` on; a signed field's last bit (or the register's) fills the rest."""
     dtype = np.dtype(TYPES[parts[-1]])
+    bits, unsigned = dtype.itemsize * 8, np.dtype(f"u{dtype.itemsize}")
     out = target(machine, instruction.operands[0], dtype)
     a = value(machine, instruction.operands[1], dtype)
-    start, length = (int(value(machine, text, np.int64)) for text in instruction.operands[2:])
-    up = dtype.itemsize * 8 - start - length
-    return lambda where: put(out, np.right_shift(np.left_shift(a, dtype.type(up)), dtype.type(up + start)), where)
+    start, length = (value(machine, text, np.uint32) for text in instruction.operands[2:])
+
+    def run(where: Where) -> None:
+        first, count = (np.minimum(np.asarray(x) & 255, bits).astype(unsigned) for x in (start, length))
+        count = np.minimum(count, bits - first).astype(unsigned)
+        up = np.minimum(bits - first - count, bits - 1).astype(unsigned)
+        down = np.minimum(bits - count, bits - 1).astype(unsigned)
+        found = np.left_shift(np.asarray(a).view(unsigned), up).view(dtype)
+        found = np.right_shift(found, down.astype(dtype))
+        past = np.right_shift(np.asarray(a), dtype.type(bits - 1)) if dtype.kind == "i" else dtype.type(0)
+        nothing = np.where(first >= bits, past, dtype.type(0))  # the sign, if the field lies past the register
+        asked = np.asarray(length) & 255
+        put(out, np.where(asked == 0, dtype.type(0), np.where(count == 0, nothing, found)), where)
+
+    return run
 
 
 def permute(machine: Machine, instruction: Instruction, parts: list[str]) -> Run:
@@ -297,6 +338,8 @@ def compare(machine: Machine, instruction: Instruction, parts: list[str]) -> Run
     else:
         views = [value(machine, text, TYPES[kind]) for text in instruction.operands[1:3]]
         taken = [lambda v=v: v for v in views]  # type: ignore[misc]
+    if "ftz" in parts:
+        taken = [lambda take=take: flushed(take(), kind) for take in taken]  # type: ignore[misc]
     test = COMPARISONS[parts[1]]
     ordered = parts[1] == "ne" and kind.startswith(("f", "bf"))
     with_ = parts[2] if parts[2] in ("and", "or") else None
@@ -316,9 +359,12 @@ def compare(machine: Machine, instruction: Instruction, parts: list[str]) -> Run
     return run
 
 
+ROUNDINGS: dict[str, Any] = {"rzi": np.trunc, "rni": np.rint, "rmi": np.floor, "rpi": np.ceil}
+
+
 def convert(machine: Machine, instruction: Instruction, parts: list[str]) -> Run:
     to, given = [part for part in parts if part in TYPES][-2:]
-    out = target(machine, instruction.operands[0], TYPES[to])
+    out = target(machine, instruction.operands[0], _same_size(machine, instruction.operands[0], to))
     sources = instruction.operands[1:]
     if to.endswith("x2"):  # cvt.rn.bf16x2.f32 d, upper, lower
         upper, lower = (value(machine, text, TYPES[given]) for text in sources)
@@ -330,29 +376,32 @@ def convert(machine: Machine, instruction: Instruction, parts: list[str]) -> Run
 
         return pack
     source = instruction.operands[1]
+    whole = next((function for name, function in ROUNDINGS.items() if name in parts), None)
     if given in ("f16", "bf16", "f32", "f64"):
+        if (given, to) == ("bf16", "f32"):
+            bits, raw = target(machine, instruction.operands[0], np.uint32), value(machine, source, np.uint16)
+            return lambda where: put(bits, np.asarray(raw).astype(np.uint32) << 16, where)
         taken = wide(machine, source, given)
+        if "ftz" in parts and given == "f32":
+            taken = lambda take=taken: flushed(take(), "f32")  # type: ignore[misc]  # noqa: E731
         if to in ("f16", "bf16", "f32", "f64"):
-            return lambda where: put(out, _quiet(narrow, taken(), to), where)
-        whole = {"rzi": np.trunc, "rni": np.rint, "rmi": np.floor, "rpi": np.ceil}
-        rounding = next(function for name, function in whole.items() if name in parts)
-        limits = np.iinfo(TYPES[to])
-
-        def to_integer(where: Where) -> None:
-            x = np.nan_to_num(np.clip(rounding(taken()), float(limits.min), float(limits.max)))
-            put(out, np.array([int(v) for v in x]).clip(limits.min, limits.max).astype(TYPES[to]), where)
-
-        return to_integer
+            as_is = whole or (lambda x: x)
+            return lambda where: put(out, _quiet(narrow, as_is(taken()), to), where)
+        assert whole is not None  # forms.py asks for one
+        return lambda where: put(out, _quiet(to_integers, whole(taken()), TYPES[to], given), where)
     register = value(machine, source, _same_size(machine, source, given))
-    if to in ("f16", "bf16", "f32", "f64"):
-        return lambda where: put(out, narrow(register.astype(np.float64), to), where)
-    return lambda where: put(out, register.astype(TYPES[given]).astype(out.dtype), where)
+    if to in ("f16", "bf16"):  # of 32 bits at most: float64 holds them
+        return lambda where: put(out, narrow(register.astype(TYPES[given]).astype(np.float64), to), where)
+    # a register wider than its type is cut, and the result widened by the sign of what it is
+    return lambda where: put(out, register.astype(TYPES[given]).astype(TYPES[to]).astype(out.dtype), where)
 
 
 def _same_size(machine: Machine, text: str, kind: str) -> Any:
     """cvt.u16.u32 may read a register that is wider than its type: then all of it is read, and cut."""
     size = machine.registers[text].dtype.itemsize
     wanted = np.dtype(TYPES[kind])
+    if size < wanted.itemsize:
+        raise NotImplementedError(f"{text} has no {8 * wanted.itemsize} bits")
     return wanted if wanted.itemsize == size else np.dtype(f"{wanted.kind}{size}")
 
 
@@ -365,42 +414,44 @@ def _quiet(function: Callable[..., Array], *given: Any) -> Array:
 
 
 def shuffle(machine: Machine, instruction: Instruction, parts: list[str]) -> Run:
-    name = instruction.operands[0].split("|")[0]
+    """shfl.sync d|p, a, b, c: of all 32 lanes; p is whether the lane it takes from exists."""
+    name, _, predicate = instruction.operands[0].partition("|")
     out = target(machine, name, np.uint32)
-    a, lane = (value(machine, text, np.uint32) for text in instruction.operands[1:3])
+    exists = machine.registers[predicate] if predicate else None
+    a, by = (value(machine, text, np.uint32) for text in instruction.operands[1:3])
     mode, lanes, warp = parts[2], machine.thread % 32, machine.thread // 32 * 32
-    if instruction.operands[3:] != ("31", "-1"):
+    if instruction.operands[3] != ("0" if mode == "up" else "31") or not _everyone(instruction.operands[4]):
         raise NotImplementedError("shuffles within parts of a warp")
 
     def run(where: Where) -> None:
-        _whole_warps(where, machine)
-        wanted = {"bfly": lambda: lanes ^ lane, "idx": lambda: lane & 31,
-                  "up": lambda: np.where(lanes < lane, lanes, lanes - lane),
-                  "down": lambda: np.where(lanes + lane > 31, lanes, lanes + lane)}[mode]()  # fmt: skip
-        source = warp + np.broadcast_to(wanted, machine.threads).astype(np.int64)
-        put(out, np.broadcast_to(a, machine.threads)[source], where)
+        whole_warps(where)
+        lane = np.asarray(by).astype(np.int64) & 31
+        wanted = {"bfly": lanes ^ lane, "idx": lane + lanes * 0, "up": lanes - lane, "down": lanes + lane}[mode]
+        here = (wanted >= 0) & (wanted < 32)
+        found = np.broadcast_to(a, machine.threads)[warp + np.where(here, wanted, lanes)]
+        put(out, found, where)
+        if exists is not None:
+            put(exists, here, where)
 
     return run
 
 
-def _whole_warps(where: Where, machine: Machine) -> None:
-    from benchmarks.ptx.memory import Fault
-
-    if where is not True:
-        counts = where.reshape(-1, 32).sum(1)
-        if ((counts != 0) & (counts != 32)).any():
-            raise Fault("threads of a warp are missing")
+def _everyone(mask: str) -> bool:
+    return mask in ("-1", "0xffffffff", "4294967295")
 
 
 def elect(machine: Machine, instruction: Instruction, parts: list[str]) -> Run:
+    """elect.sync d|p, all: which lane is not said; here it is the last, which seldom does anything else alone."""
     name, predicate = instruction.operands[0].split("|")
     out, chosen = target(machine, name, np.uint32), machine.registers[predicate]
     lanes = machine.thread % 32
+    if not _everyone(instruction.operands[1]):
+        raise NotImplementedError("an election within a part of a warp")
 
     def run(where: Where) -> None:
-        _whole_warps(where, machine)
-        put(out, np.uint32(0), where)
-        put(chosen, lanes == 0, where)
+        whole_warps(where)
+        put(out, np.uint32(31), where)
+        put(chosen, lanes == 31, where)
 
     return run
 
@@ -417,8 +468,8 @@ ARITHMETIC: dict[str, Callable[[Machine, Instruction, list[str]], Run]] = {
     "fma": floats(fused),
     "div": divide,
     "rem": divide,
-    "min": either(np.minimum, np.fmin),
-    "max": either(np.maximum, np.fmax),
+    "min": either(np.minimum, lesser),
+    "max": either(np.maximum, greater),
     "neg": either(np.negative, np.negative),
     "abs": either(np.abs, np.abs),
     "not": logic(np.invert),

@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.ptx.machine import Machine, Run, Where
-from benchmarks.ptx.memory import GRAIN, SHARED_BASE, Access, Fault, Ints
+from benchmarks.ptx.machine import Machine, Run, Where, whole_warps
+from benchmarks.ptx.memory import GRAIN, SHARED_BASE, Access, Fault, Ints, Watch
 from benchmarks.ptx.operands import TYPES, address, several, value
 from benchmarks.ptx.parsing import Instruction
+from benchmarks.ptx.rounding import flushed
 
 Array = NDArray[Any]
 
@@ -176,6 +177,12 @@ def store_global(machine: Machine, instruction: Instruction) -> Run:
     return run
 
 
+def global_places(machine: Machine, addresses: Ints, size: int) -> list[tuple[Watch, Ints]]:
+    """The watches of the tensors that the addresses lie in, and the grains there."""
+    found = machine.memory.find(addresses, size) if addresses.size else []
+    return [(region.watch, grains(addresses[here] - region.base, size)) for region, here in found]
+
+
 def write_global(machine: Machine, addresses: Ints, data: NDArray[np.uint8], who: Ints) -> None:
     size = data.shape[1]
     aligned(addresses, size)
@@ -206,13 +213,25 @@ def atomic(machine: Machine, instruction: Instruction) -> Run:
         for region, here in machine.memory.find(addresses, size):
             offsets = addresses[here] - region.base
             region.watch.write(Access(grains(offsets, size), who[here]), atomic=True)
+            if region.base % 4:
+                raise NotImplementedError("sums in a tensor that does not begin at a multiple of 4 bytes")
             at = (offsets // 4)[:, None] + np.arange(len(given))
-            floats = region.data[: region.data.size // 4 * 4].view(np.float32)
-            before[here] = floats[at]
-            np.add.at(floats, at, more[here])
+            before[here] = _summed(region.data[: region.data.size // 4 * 4].view(np.float32), at, more[here])
         _deal(outs, before.view(np.uint8), 4, where)
 
     return run
+
+
+def _summed(floats: Array, at: Ints, more: Array) -> Array:
+    """Adds to floats[at], one thread (row) after another; what was there before each. Subnormal numbers are zeros."""
+    before, left = np.empty_like(more), np.arange(len(at))
+    while left.size:
+        first = left[np.unique(at[left, 0], return_index=True)[1]]  # one thread of each place
+        with np.errstate(all="ignore"):
+            before[first] = floats[at[first]]
+            floats[at[first]] = flushed(flushed(before[first], "f32") + flushed(more[first], "f32"), "f32")
+        left = np.setdiff1d(left, first)
+    return before
 
 
 # --- matrices of eight rows of 16 bytes ---------------------------------------------------------
@@ -222,6 +241,8 @@ def load_matrix(machine: Machine, instruction: Instruction) -> Run:
     count, across = int(instruction.op.split(".x")[1][0]), ".trans" in instruction.op
     places = address(machine, instruction.operands[1])
     outs = _outs(machine, instruction.operands[0])
+    if len(outs) != count:
+        raise NotImplementedError(f"{len(outs)} registers of {count} matrices")
 
     def run(where: Where) -> None:
         rows, who = _rows(machine, places, count, where)
@@ -240,6 +261,8 @@ def store_matrix(machine: Machine, instruction: Instruction) -> Run:
     count, across = int(instruction.op.split(".x")[1][0]), ".trans" in instruction.op
     places = address(machine, instruction.operands[0])
     given = _given(machine, instruction.operands[1], 4)
+    if len(given) != count:
+        raise NotImplementedError(f"{len(given)} registers of {count} matrices")
 
     def run(where: Where) -> None:
         rows, who = _rows(machine, places, count, where)
@@ -254,9 +277,7 @@ def store_matrix(machine: Machine, instruction: Instruction) -> Run:
 
 def _rows(machine: Machine, places: Callable[[], Array], count: int, where: Where) -> tuple[Ints, Ints]:
     """Addresses of the rows (warps, matrices, 8), and which thread names each."""
-    from benchmarks.ptx.instructions import _whole_warps
-
-    _whole_warps(where, machine)
+    whole_warps(where)
     rows = chosen(where, places()).reshape(-1, 32)[:, : 8 * count].reshape(-1, count, 8)
     aligned(rows, 16)
     return rows, machine.who(where).reshape(-1, 32)[:, : 8 * count].reshape(-1, count, 8)

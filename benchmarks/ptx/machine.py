@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from benchmarks.ptx.accumulators import Accumulators
 from benchmarks.ptx.memory import SHARED_BASE, Fault, Global, Ints, Order, Watch
 from benchmarks.ptx.parsing import Instruction, Program
 from benchmarks.ptx.tensor_memory import TensorMemory
@@ -23,9 +24,11 @@ LONGEST = 20_000_000  # instructions of one block
 
 @dataclass
 class Copy:
-    """A copy that was begun and not waited for."""
+    """A copy or product that was begun and not waited for."""
 
     land: Callable[[], None]
+    release: Callable[[], None] | None = None  # of a copy to global memory: its source was read, and is free again
+    released: bool = False
 
 
 @dataclass
@@ -48,10 +51,7 @@ class Machine:
         self.arguments = arguments
         self.registers: dict[str, Array] = {}
         for name, bits in program.registers.items():
-            value: Array = np.zeros(self.threads, UNSIGNED[bits])
-            if bits > 1:
-                value.view(np.uint8)[:] = 0xFF
-            self.registers[name] = value
+            self.registers[name] = np.zeros(self.threads, UNSIGNED[bits])
         self.order = Order()
         self.shared = np.zeros(shared + SHARED_BASE, np.uint8)
         self.shared_watch = Watch(self.shared.size, self.order, "shared memory")
@@ -62,6 +62,7 @@ class Machine:
         self.thread = np.arange(self.threads)
         self.groups: dict[str, list[list[Copy]]] = {"cp.async": [], "bulk": [], "wgmma": []}
         self.begun: dict[str, list[Copy]] = {"cp.async": [], "bulk": [], "wgmma": []}
+        self.accumulators = Accumulators()
         self.barriers: dict[int, Barrier] = {}
         self.guards = [self.registers[i.guard] if i.guard else None for i in program.code]
         waits = ("bar.sync", "barrier.sync", "mbarrier.try_wait")
@@ -81,6 +82,10 @@ class Machine:
                 ) from error
         return found
 
+    def fences(self, needed: str) -> None:
+        """What must be fenced before tensor cores or the copy engine read it: "all", or "stores" but not cp.async."""
+        self.shared_watch.fences = needed
+
     def launch(self, grid: tuple[int, int, int], storages: Sequence[tuple[int, int, str]], seed: int = 0) -> int:
         """All blocks, one after another in random order; instructions that were run. Raises Fault."""
         self.memory, self.grid = Global(storages, self.order), grid
@@ -95,17 +100,25 @@ class Machine:
 
     def _begin(self) -> None:
         self.shared[:] = 0xFF
+        for register in self.registers.values():
+            register.view(np.uint8)[:] = 0 if register.dtype == np.bool_ else 0xFF
         watch = self.shared_watch
         for marks in (watch.reader, watch.writer, watch.block_read):
             marks[:] = -1
-        for counts in (watch.arriving, watch.in_use, watch.unfenced, watch.written, watch.read_at):
+        for counts in (watch.arriving, watch.in_use, watch.unfenced, watch.written, watch.read_at, watch.reserved):
             counts[:] = 0
         self.barriers.clear()
+        self.accumulators.clear()
         self.tensor_memory.start()
 
     def _end(self) -> None:
-        if any(self.begun.values()) or any(any(groups) for groups in self.groups.values()):
+        left = [copy for groups in self.groups.values() for group in groups for copy in group]
+        if any(self.begun.values()) or not all(copy.released for copy in left):
             raise Fault("the block ended while copies or products were not waited for")
+        for copy in left:  # their sources were waited for
+            copy.land()
+        for groups in self.groups.values():
+            groups.clear()
         self.tensor_memory.end()
 
     def who(self, where: Where = True) -> Ints:
@@ -161,7 +174,8 @@ class Machine:
                 except (Fault, NotImplementedError) as error:
                     raise type(error)(f"line {program[at].line}, {program[at].op}: {error}") from None
             at += 1
-        _join(groups, at, mask)
+        if at < len(code):  # else it ends, as by ret
+            _join(groups, at, mask)
         return at - first
 
     def _jump(self, at: int, mask: Array, taken: Where, groups: dict[int, Array]) -> None:
@@ -171,6 +185,14 @@ class Machine:
             _join(groups, self.program.labels[instruction.operands[0]], going)
         if (staying := mask & ~going).any():
             _join(groups, at + 1, staying)
+
+
+def whole_warps(where: Where) -> None:
+    """Raises Fault where threads of a warp are missing in what all of them do together."""
+    if where is not True:
+        counts = where.reshape(-1, 32).sum(1)
+        if ((counts != 0) & (counts != 32)).any():
+            raise Fault("threads of a warp are missing")
 
 
 def _jumps(instruction: Instruction) -> bool:

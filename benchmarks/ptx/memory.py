@@ -66,6 +66,7 @@ class Watch:
     def __init__(self, size: int, order: Order, name: str) -> None:
         count = size // GRAIN + 1
         self.order, self.name = order, name
+        self.fences = "all"  # of what the engines read: of all that threads wrote, or of their "stores", not copies
         self.writer: Ints = np.full(count, NOBODY, np.int64)
         self.reader: Ints = np.full(count, NOBODY, np.int64)
         self.written: Ints = np.zeros(count, np.int64)  # clock
@@ -75,11 +76,19 @@ class Watch:
         self.arriving = np.zeros(count, np.int16)  # copies on their way here
         self.in_use = np.zeros(count, np.int16)  # by tensor cores or the copy engine
         self.unfenced = np.zeros(count, bool)  # written by threads, and no fence since
+        self.block_wrote: Ints = np.full(count, NOBODY, np.int64)
+        self.reserved = np.zeros(count, bool)  # mbarriers
 
     def read(self, access: Access) -> None:
-        grains, who = access.grains, access.each
+        grains = access.grains
         self._still(grains, self.arriving, "read while something is still being copied there")
-        self._ordered(grains, who, self.writer, self.written, "reads what {} wrote")
+        self._still(grains, self.reserved, "read, and an mbarrier lies there")
+        self.comes_behind(access)
+
+    def comes_behind(self, access: Access) -> None:
+        """A read that may be of an mbarrier. Raises Fault unless the threads know of whatever was written there."""
+        grains, who = access.grains, access.each
+        self._written_before(grains, who, "reads what {} wrote")
         last = self.reader[grains]
         fresh = (self.read_at[grains] >= self.order.barrier) & (last != NOBODY)
         self._note(self.reader, grains, np.where(fresh, _several(last, who), who))
@@ -91,8 +100,9 @@ class Watch:
         grains, who = access.grains, access.each
         self._still(grains, self.arriving, "written while something is still being copied there")
         self._still(grains, self.in_use, "written while tensor cores or the copy engine still read it")
+        self._still(grains, self.reserved, "written, and an mbarrier lies there")
         plain = ~self.atomic[grains] if atomic else np.ones_like(grains, bool)  # sums of sums are of any order
-        self._ordered(grains[plain], who[plain], self.writer, self.written, "writes where {} wrote")
+        self._written_before(grains[plain], who[plain], "writes where {} wrote")
         self._ordered(grains, who, self.reader, self.read_at, "writes what {} read")
         others = self.block_read[grains]
         if (bad := (others != NOBODY) & (others != who // 1024)).any():
@@ -100,25 +110,36 @@ class Watch:
                         "another block reads it")  # fmt: skip
         self._note(self.writer, grains, who)
         self.written[grains], self.atomic[grains], self.unfenced[grains] = self.order.now, atomic, True
+        self.block_wrote[grains] = self.order.block
+
+    def reserve(self, grains: Ints, reserved: bool) -> None:
+        self.reserved[grains] = reserved
 
     def _note(self, noted: Ints, grains: Ints, who: Ints) -> None:
         noted[grains] = who
-        if (clash := noted[grains] != who).any():  # threads of one instruction at one place
-            noted[grains[clash]] = _several(noted[grains[clash]], who[clash])
+        while (clash := noted[grains] != (both := _several(noted[grains], who))).any():  # several threads at one place
+            noted[grains[clash]] = both[clash]
 
     def engine_reads(self, grains: Ints) -> None:
-        """By tensor cores or the copy engine, from now until `engine_done`: of all that threads wrote and fenced."""
+        """By tensor cores or the copy engine, from now until `engine_done`: of what threads wrote and fenced.
+
+        grains: none of them twice.
+        """
         self._still(grains, self.arriving, "tensor cores read what is still being copied there")
-        if (at := grains[self.unfenced[grains]]).size:
-            raise Fault(f"{self.name}+{at.flat[0] * GRAIN}: read by tensor cores or the copy engine without a fence")
+        self.fenced(grains)
         late = grains[(self.written[grains] >= self.order.barrier) & (self.writer[grains] != NOBODY)]
         if late.size:
             raise Fault(f"{self.name}+{late.flat[0] * GRAIN}: read by tensor cores without a barrier after its write")
-        np.add.at(self.in_use, grains.ravel(), 1)
+        self.in_use[grains] += 1
+
+    def fenced(self, grains: Ints) -> None:
+        """Raises Fault where threads wrote and no fence came before tensor cores or the copy engine."""
+        if (at := grains[self.unfenced[grains]]).size:
+            raise Fault(f"{self.name}+{at.flat[0] * GRAIN}: tensor cores or the copy engine come without a fence")
 
     def engine_done(self, grains: Ints, told: bool = False) -> None:
         """told: all threads are, by an mbarrier, and need no barrier behind it."""
-        np.subtract.at(self.in_use, grains.ravel(), 1)
+        self.in_use[grains] -= 1
         if not told:
             self.reader[grains], self.read_at[grains] = MANY, self.order.now
 
@@ -133,20 +154,28 @@ class Watch:
         if who is None:
             self.writer[grains], self.unfenced[grains] = NOBODY, False
         else:
-            self.written[grains] = self.order.now
+            self.written[grains], self.unfenced[grains] = self.order.now, self.fences == "all"
 
     def _still(self, grains: Ints, what: NDArray[Any], words: str) -> None:
         if what[grains].any():
             at = grains[what[grains] > 0].flat[0]
             raise Fault(f"{self.name}+{at * GRAIN}: {words}")
 
+    def _written_before(self, grains: Ints, who: Ints, words: str) -> None:
+        foreign = (self.writer[grains] != NOBODY) & (self.block_wrote[grains] != self.order.block)
+        if foreign.any():
+            by, place = _thread(int(who[foreign].flat[0])), int(grains[foreign].flat[0]) * GRAIN
+            raise Fault(f"{self.name}+{place}: {by} {words.format('another block')}")
+        self._ordered(grains, who, self.writer, self.written, words)
+
     def _ordered(self, grains: Ints, who: Ints, others: Ints, clock: Ints, words: str) -> None:
         order, other, at = self.order, others[grains], clock[grains]
-        foreign = (other >= 0) & (other < WARP) & (other // 1024 != order.block)
+        if not (at >= order.barrier).any():
+            return
         warp = np.where(other >= WARP, other - WARP, other // 32)
         of_mine = (other >= 0) & (warp == who // 32)
         harmless = (other == who) | (of_mine & (at < order.warps[who // 32 % 32]))
-        bad = (foreign | ((at >= order.barrier) & (other != NOBODY) & ~harmless)) & (at > 0)
+        bad = (at >= order.barrier) & (other != NOBODY) & ~harmless & (at > 0)
         if bad.any():
             by, place = _thread(int(who[bad].flat[0])), int(grains[bad].flat[0]) * GRAIN
             told = words.format(_thread(int(other[bad].flat[0])))
@@ -154,10 +183,10 @@ class Watch:
 
 
 def _several(a: Ints, b: Ints) -> Ints:
-    """Who two are together: one thread, threads of one warp, or many."""
-    warp = np.where(a >= WARP, a - WARP, a // 32)
-    of_one = (a >= 0) & (warp == b // 32)
-    return np.where(a == b, b, np.where(of_one, WARP + b // 32, MANY))
+    """Who two are together, NOBODY aside: one thread, threads of one warp (WARP + w), or many."""
+    warps = [np.where(x >= WARP, x - WARP, x // 32) for x in (a, b)]
+    of_one = (a >= 0) & (b >= 0) & (warps[0] == warps[1])
+    return np.where(a == b, b, np.where(of_one, WARP + warps[0], MANY))
 
 
 def _thread(number: int) -> str:

@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.ptx import warp
-from benchmarks.ptx.machine import Copy, Machine, Run, Where
+from benchmarks.ptx.loading import within_shared
+from benchmarks.ptx.machine import Copy, Machine, Run, Where, whole_warps
 from benchmarks.ptx.memory import GRAIN, Fault, Ints
 from benchmarks.ptx.operands import several, target, value
 from benchmarks.ptx.parsing import Instruction
@@ -27,10 +28,11 @@ def multiply(machine: Machine, instruction: Instruction) -> Run:
     d = [target(machine, name, np.float32) for name in several(instruction.operands[0])]
     a, b = ([value(machine, n, np.uint32) for n in several(text)] for text in instruction.operands[1:3])
     c = [value(machine, name, np.float32) for name in several(instruction.operands[3])]
+    if [len(x) for x in (d, a, b, c)] != [4, k // 4, k // 8, 4]:
+        raise NotImplementedError("numbers of registers")
 
     def run(where: Where) -> None:
-        if where is not True and not where.reshape(-1, 32).all(1)[where.reshape(-1, 32).any(1)].all():
-            raise Fault("threads of a warp are missing")
+        whole_warps(where)
         result = warp.mma(_stacked(machine, a), _stacked(machine, b), _stacked(machine, c), k, kind)
         for i, out in enumerate(d):
             found = result[:, :, i].ravel()
@@ -50,19 +52,26 @@ def multiply_group(machine: Machine, instruction: Instruction) -> Run:
     if found is None or machine.warps % 4:
         raise NotImplementedError("this shape or type")
     n, kind = int(found[1]), found[2]
-    d = [target(machine, name, np.float32) for name in several(instruction.operands[0])]
+    names = tuple(several(instruction.operands[0]))
+    d = [target(machine, name, np.float32) for name in names]
     from_registers = instruction.operands[1].startswith("{")
     a = [value(machine, x, np.uint32 if from_registers else np.uint64) for x in several(instruction.operands[1])]
     b = value(machine, instruction.operands[2], np.uint64)
+    if len(d) != n // 2 or len(a) != (4 if from_registers else 1) or n % 8 or n > 256:
+        raise NotImplementedError("numbers of registers")
     keep, *signs = (value(machine, x, np.bool_) if x.startswith("%") else int(x) for x in instruction.operands[3:])
     if signs[:2] != [1, 1]:
         raise NotImplementedError("negated operands")
     across = [bool(x) for x in signs[2:]]
+    fragments = dict(zip(several(instruction.operands[1]), a)) if from_registers else {}
 
     def run(where: Where) -> None:
         if where is not True:
             raise Fault("threads of a warp group are missing")
         kept = bool(np.broadcast_to(keep, machine.threads)[0])
+        if (np.broadcast_to(keep, machine.threads) != kept).any():
+            raise Fault("threads of a warp group do not agree whether the sum goes on")
+        before = machine.accumulators.taken(names, d, kept and not from_registers)
         read: list[Ints] = []
         result = np.empty((machine.threads, len(d)), np.float32)
         for group in range(machine.warps // 4):
@@ -76,14 +85,36 @@ def multiply_group(machine: Machine, instruction: Instruction) -> Run:
             rows, columns = warp.places_c(n)
             product = (left @ right).reshape(4, 16, n)[:, rows, columns].reshape(128, -1)
             if kept:
-                product = product + np.stack([x[threads] for x in d], axis=1)
+                product = product + before[threads]
             result[threads] = product.astype(np.float32)
-        for i, out in enumerate(d):
-            out[:] = result[:, i]
-        grains = np.concatenate(read) if read else np.zeros(0, np.int64)
-        machine.begun["wgmma"].append(Copy(lambda: machine.shared_watch.engine_done(grains)))
+        machine.accumulators.begin(names, d, result)
+        given = {name: x.copy() for name, x in fragments.items()}
+
+        def land() -> None:
+            _release(machine, read)
+            if any((fragments[name] != x).any() for name, x in given.items()):
+                raise Fault("registers were written while tensor cores still read them")
+            machine.accumulators.end(names, d)
+
+        machine.begun["wgmma"].append(Copy(land))
 
     return run
+
+
+def fence(machine: Machine, instruction: Instruction) -> Run:
+    """wgmma.fence: registers written until now may be read by what follows."""
+
+    def run(where: Where) -> None:
+        if where is not True:
+            raise Fault("a fence that not all threads of the block come to")
+        machine.accumulators.fenced = True
+
+    return run
+
+
+def _release(machine: Machine, read: list[Ints]) -> None:
+    for grains in read:
+        machine.shared_watch.engine_done(grains)
 
 
 def _operand(
@@ -93,8 +124,9 @@ def _operand(
     words = np.broadcast_to(descriptor, machine.threads)[threads]
     if (words != words[0]).any():
         raise Fault("threads of a warp group have different descriptors")
-    places = warp.operand(int(words[0]), rows, 16, across)
-    grains = np.unique(places // GRAIN)
+    places = warp.operand(int(words[0]), rows, 16, across)  # each element lies in a place of its own
+    within_shared(machine, places.ravel(), 2)
+    grains = places.ravel() // GRAIN
     machine.shared_watch.engine_reads(grains)
     read.append(grains)
     bits = machine.shared[places[..., None] + np.arange(2)].view(np.uint16)[..., 0]
@@ -103,5 +135,6 @@ def _operand(
 
 FAMILIES: dict[str, Callable[[Machine, Instruction], Run]] = {
     "mma.sync": multiply,
+    "wgmma.fence": fence,
     "wgmma.mma_async": multiply_group,
 }

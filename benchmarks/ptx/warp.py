@@ -19,15 +19,9 @@ GROUP, IN_GROUP = LANE // 4, LANE % 4
 def from_bits(x: Array, kind: str) -> NDArray[np.float64]:
     """16-bit patterns as numbers: bf16 or f16."""
     if kind == "bf16":
-        return (x.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+        with np.errstate(invalid="ignore"):  # signalling NaN
+            return (x.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
     return x.view(np.float16).astype(np.float64)
-
-
-def to_bf16(x: NDArray[np.float32]) -> NDArray[np.uint16]:
-    """Rounded to nearest even; NaN stays one."""
-    bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
-    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-    return np.where(np.isnan(x), np.uint32(0x7FFF), rounded).astype(np.uint16)
 
 
 def halves(registers: Array) -> Array:
@@ -85,6 +79,7 @@ def swizzled(addresses: Array, bytes_: int) -> Array:
     return addresses ^ (((addresses >> 7) & mask) << 4)
 
 
+@functools.lru_cache(4096)
 def operand(descriptor: int, rows: int, k: int, across: bool) -> NDArray[np.int64]:
     """Shared-memory addresses of a wgmma operand (rows, k) of 16-bit elements.
 
@@ -93,8 +88,8 @@ def operand(descriptor: int, rows: int, k: int, across: bool) -> NDArray[np.int6
     start = (descriptor & 0x3FFF) << 4
     leading, stride = ((descriptor >> 16) & 0x3FFF) << 4, ((descriptor >> 32) & 0x3FFF) << 4
     width = {1: 128, 2: 64, 3: 32}.get(int(descriptor >> 62))
-    if width is None:
-        raise NotImplementedError("wgmma operands without a swizzle")
+    if width is None or descriptor >> 49 & 7:
+        raise NotImplementedError("wgmma operands without a swizzle, or with an offset of its pattern")
     row, column = np.arange(rows)[:, None], np.arange(k)[None, :]
     if across:
         chunk = width // 2
