@@ -19,6 +19,10 @@ Where = Any  # True, or the threads (N,) that take part
 Run = Callable[[Where], None]
 UNSIGNED = {1: np.bool_, 8: np.uint8, 16: np.uint16, 32: np.uint32, 64: np.uint64}
 PARAMETERS = 0x7000_0000  # where their addresses begin, 4 KiB each; Triton 3.9 keeps these in 32 bits
+TOGETHER = (  # where the parts of a block come together
+    "bar.sync", "barrier.sync", "mbarrier.try_wait", "fence.proxy", "wgmma.", "cp.async.commit", "cp.async.wait",
+    "cp.async.bulk.commit", "cp.async.bulk.wait",
+)  # fmt: skip
 LONGEST = 20_000_000  # instructions of one block
 
 
@@ -65,8 +69,7 @@ class Machine:
         self.accumulators = Accumulators()
         self.barriers: dict[int, Barrier] = {}
         self.guards = [self.registers[i.guard] if i.guard else None for i in program.code]
-        waits = ("bar.sync", "barrier.sync", "mbarrier.try_wait")
-        self.waits = {at: i.op.split(".")[0] for at, i in enumerate(program.code) if i.op.startswith(waits)}
+        self.waits = {at: i.op.split(".")[0] for at, i in enumerate(program.code) if i.op.startswith(TOGETHER)}
         self.code = self._translated()
 
     def _translated(self) -> list[Run | None]:
@@ -138,12 +141,12 @@ class Machine:
         return steps
 
     def _next(self, groups: dict[int, Array]) -> int:
-        """Where to go on: at the first place; but where a part of the block comes to a barrier, others go first."""
+        """Where to go on: at the first place; but a part of the block lets others go first where all come together."""
         waiting = {at for at in groups if at in self.waits and not groups[at].all()}
         if others := set(groups) - waiting:
             return min(others)
-        if told := [at for at in waiting if self.waits[at] == "mbarrier"]:
-            return min(told)
+        if alone := [at for at in waiting if self.waits[at] not in ("bar", "barrier")]:
+            return min(alone)
         if len(groups) > 1 and sum(mask.sum() for mask in groups.values()) == self.threads:
             self.order.bar()  # to which warps may come at several places
             for at in sorted(waiting, reverse=True):

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.ptx.loading import within_shared, write_shared
+from benchmarks.ptx.loading import grains, within_shared, write_shared
 from benchmarks.ptx.machine import Machine, Run, Where
 from benchmarks.ptx.memory import GRAIN, Fault, Ints
 from benchmarks.ptx.operands import address, several, target, value
@@ -76,6 +76,7 @@ def allocate(machine: Machine, instruction: Instruction) -> Run:
             first = machine.tensor_memory.lend(columns)
             data = np.array([first], np.uint32).view(np.uint8)[None]
             write_shared(machine, np.array([at]), data, machine.who()[threads][:1])
+            machine.shared_watch.unfenced[grains(np.array([at]), 4)] = False  # no thread's store
 
     return run
 
@@ -234,10 +235,10 @@ def _from_shared(machine: Machine, descriptor: int, rows: int, across: bool, kin
     """The operand (rows, 16), and the grains that are in use from now on."""
     places = shared_places(descriptor, rows, across)
     within_shared(machine, places.ravel(), 2)
-    grains = np.unique(places // GRAIN)
-    machine.shared_watch.engine_reads(grains)
+    used = np.unique(places // GRAIN)
+    machine.shared_watch.engine_reads(used)
     bits = machine.shared[places[..., None] + np.arange(2)].view(np.uint16)[..., 0]
-    return from_bits(np.ascontiguousarray(bits), kind), grains
+    return from_bits(np.ascontiguousarray(bits), kind), used
 
 
 def multiply(machine: Machine, instruction: Instruction) -> Run:
@@ -254,21 +255,21 @@ def multiply(machine: Machine, instruction: Instruction) -> Run:
         shape = described(int(np.broadcast_to(word, machine.threads)[thread]))
         base = int(d()[thread])
         lanes = _lanes(shape.m, base)
-        grains: list[Ints] = []
+        in_use: list[Ints] = []
         reads = None
         if in_tensor_memory:
             left, reads = _from_tensor_memory(machine, int(a()[thread]), lanes, shape)
         else:
             at = int(np.broadcast_to(a, machine.threads)[thread])
             left, used = _from_shared(machine, at, shape.m, shape.across[0], shape.kinds[0])
-            grains.append(used)
+            in_use.append(used)
         at = int(np.broadcast_to(b, machine.threads)[thread])
         right, used = _from_shared(machine, at, shape.n, shape.across[1], shape.kinds[1])
-        grains.append(used)
+        in_use.append(used)
         into = Cells(lanes[:, None], (base & 0xFFFF) + np.arange(shape.n)[None, :])
 
         def done() -> None:
-            for some in grains:
+            for some in in_use:
                 machine.shared_watch.engine_done(some, told=True)
 
         add = bool(np.broadcast_to(keep, machine.threads)[thread])
