@@ -64,6 +64,11 @@ def test_a_barrier_of_a_warp_is_enough_within_it_and_not_beyond():
     both(kernel, {"%r1, 1;": "%r1, 32;", "bar.warp.sync -1;": ""}, "reads what .* wrote", warps=2)
 
 
+def test_all_threads_of_a_warp_come_to_its_barrier():
+    kernel = "mov.u32 %r1, %tid.x; setp.lt.u32 %p1, %r1, 32; @%p1 bar.warp.sync -1;"
+    both(kernel, {"%r1, 32": "%r1, 31"}, "threads of a warp are missing", warps=2)
+
+
 def test_readers_of_several_warps_are_all_remembered():
     """All threads read a word, warp 0's last among them: a barrier of warp 1 does not order warp 0's reads."""
     kernel = """mov.u32 %r1, %tid.x; setp.eq.b32 %p1, %r1, 40; mov.b32 %r5, 7; @%p1 st.shared.b32 [1024], %r5;
