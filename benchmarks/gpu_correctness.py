@@ -52,10 +52,12 @@ def alive() -> bool:
     return True
 
 
-def checks(order: Order) -> Iterator[tuple[str, Callable[[], Row], torch.dtype | None]]:
-    """Name, check, and the dtype that it is of."""
+def checks(
+    order: Order, first: torch.dtype | None = None
+) -> Iterator[tuple[str, Callable[[], Row], torch.dtype | None]]:
+    """Name, check, and the dtype that it is of: `first`, by default bfloat16 on a card, and float16."""
     on_card = torch.device(order.device).type == "cuda"
-    first = torch.bfloat16 if on_card else torch.float32  # the interpreter multiplies bfloat16 wrongly
+    first = first or (torch.bfloat16 if on_card else torch.float32)  # the interpreter multiplies bfloat16 wrongly
     T = order.context
     for dtype, windows in ((first, (T, T // 2, 37)), (torch.float16, (T // 2,))):
         for head, window in [*((order.head_dim, w) for w in windows), (OTHER_HEAD, T // 2)]:
@@ -115,7 +117,15 @@ def first_line(error: Exception) -> str:
 
 
 class NotMeasured(Exception):
-    """What ours is held against does not fit into the card: that says nothing about ours."""
+    """What ours is held against does not fit into the card, or nobody uses it there: that says nothing about ours."""
+
+
+def can_multiply(device: torch.device) -> None:
+    """NotMeasured where Triton's attention is not used: on cards whose tensor cores it does not know."""
+    from kernels import portable
+
+    if not portable.products(device):
+        raise NotMeasured(portable.told(device))
 
 
 @contextmanager
@@ -138,6 +148,7 @@ def attention(name: str, order: Order, dtype: torch.dtype, window: int, head: in
     from kernels.attention_reference import reference
 
     case = Case(2, order.context, order.heads, order.heads // 2, head, window, dtype, torch.device(order.device))
+    can_multiply(case.device)
     q, k, v, cos, sin = inputs(case)
     dy = output_gradient(q)  # whose shape the output has
     found = gradients(attention, (q, k, v), cos, sin, window, dy=dy)
@@ -206,11 +217,16 @@ def project(name: str, order: Order, dtype: torch.dtype, gated: bool) -> Row:
 def attend(name: str, order: Order, dtype: torch.dtype, by: str | None, window: int) -> Row:
     """The first half of a layer with attention in it that uses up q and k: Triton's, or another's on turned ones."""
     from kernels import lean
-    from kernels.attention_choice import Case, inputs
+    from kernels.attention_choice import Case, available, inputs
     from kernels.attention_reference import reference
 
     normal, C, heads, T = source(order), order.dim, order.heads, order.context
-    *_, cos, sin = inputs(Case(2, T, heads, heads, order.head_dim, window, dtype, torch.device(order.device)))
+    case = Case(2, T, heads, heads, order.head_dim, window, dtype, torch.device(order.device))
+    if by is None:
+        can_multiply(case.device)
+    elif why := available(case)[by]:
+        raise NotMeasured(f"{by}: {why}")
+    *_, cos, sin = inputs(case)
     x, x0 = (t.view(2, T, C) for t in (uneven(order, dtype, 2 * T), normal(2 * T, C, dtype=dtype)))
     scalars = [torch.tensor([value], device=order.device) for value in (0.9, 0.2)]
     weights = (normal(3 * C, C, scale=C**-0.5, dtype=dtype), normal(heads, min(GATE, C), scale=0.2, dtype=dtype))

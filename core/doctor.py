@@ -94,6 +94,7 @@ def checks(hardware: Hardware, wanted: str | None = None) -> list[Check]:
         *_machine_checks(hardware),
         *_launcher_check(hardware, wanted),
         *_triton_check(hardware, wanted),
+        *_fence_check(hardware, wanted),
         _backend_check(hardware, wanted),
         *_home_checks(hardware),
         _data_check(),
@@ -301,6 +302,7 @@ def _launcher_check(hardware: Hardware, wanted: str | None) -> Iterator[Check]:
     yield Check("launcher", False if fitting[0] == "cuda" else None, f"{' and '.join(lacking)}: {cost}", action)
 
 
+HOPPER = (9, 0)
 TRITON_SECONDS = 120.0  # to import torch and compile one small kernel
 TRIED_AS_CHILDREN_DO = "import torch; from kernels import portable; print(portable.told(torch.device('cuda', 0)))"
 
@@ -328,6 +330,15 @@ def _triton_check(hardware: Hardware, wanted: str | None) -> Iterator[Check]:
         yield Check("triton", None, f"{other}; it compiles and runs one kernel, others may fail; used: {said}", again)
     else:
         yield Check("triton", True, f"compiles and runs; used: {said}")
+
+
+def _fence_check(hardware: Hardware, wanted: str | None) -> Iterator[Check]:
+    """Found by running what is compiled for sm_90 (benchmarks/ptx)."""
+    newest = max((gpu.capability for gpu in hardware.gpus), default=(0, 0))
+    if wanted not in (None, "cuda") or not suits(hardware, "cuda")[0] or newest < HOPPER:
+        return
+    if why := torchbuild.unfenced(_version("triton")):
+        yield Check("triton", None, why, f"a newer torch brings a newer one: {_torch_install(hardware)}")
 
 
 def _said_by_child(code: str, backend: str, seconds: float) -> str:

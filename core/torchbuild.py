@@ -21,6 +21,7 @@ WINDOWS_TORCH, WINDOWS_TRITON = "torch>=2.14,<2.15", "triton-windows>=3.8,<3.9"
 # Minor release of torch -> that of Triton which is guaranteed to work with it: the table in triton-windows' README
 # (triton-lang/triton-windows, "3. PyTorch", July 2026), and for 2.14 the one that torch itself asks for on Linux.
 TRITON_OF = {(2, 10): (3, 6), (2, 11): (3, 6), (2, 12): (3, 7), (2, 13): (3, 7), (2, 14): (3, 8)}
+FENCED = (3, 8)  # the first Triton that makes a fence between cp.async and wgmma
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,16 @@ def unmatched(torch: str, triton: str) -> str:
         return "" if _release(triton) == wanted else f"{told}, whose Triton is {wanted[0]}.{wanted[1]}"
     matching = [f"{major}.{minor}" for (major, minor), one in TRITON_OF.items() if one == _release(triton)]
     return f"{told}: it is for torch {' and '.join(matching)}" if matching else ""
+
+
+def unfenced(triton: str) -> str:
+    """What this Triton ("3.7.1") leaves out on sm_90 and newer; "" where it does not, or nobody knows."""
+    if _release(triton) == (0, 0) or _release(triton) >= FENCED:
+        return ""
+    return (
+        f"{triton} makes no fence between a copy into shared memory and the product that reads it, which PTX's rules "
+        "ask for (its pull request 9610); whether this card minds was not seen"
+    )
 
 
 def _release(version: str) -> tuple[int, int]:

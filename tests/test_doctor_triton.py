@@ -1,4 +1,4 @@
-"""What `doctor` says on Windows of a Triton that is of another release than torch's, and of compilers."""
+"""What `doctor` says of a Triton that is of another release than torch's or leaves out a fence, and of compilers."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 from dataclasses import replace
 
 import pytest
-from test_hardware import RTX_3060, WINDOWS, Machine
+from test_hardware import H100, RTX_3060, WINDOWS, Machine
 
 from core import doctor
 from core.hardware import probe
@@ -60,3 +60,21 @@ def test_doctor_asks_for_no_compiler_that_children_would_not_find(monkeypatch, m
     monkeypatch.setattr(doctor.shutil, "which", lambda name: None)
     check = doctor._compiler_check(probe(machine))
     assert (check.ok is True) == (not action) and check.action.endswith(action)
+
+
+@pytest.mark.parametrize(
+    ("triton", "card", "said"),
+    [
+        ("3.7.1", H100, True),
+        ("3.8.0", H100, False),
+        ("3.6.0", replace(H100, name="NVIDIA A100-SXM4-80GB", capability=(8, 0)), False),
+        ("3.6.0", RTX_3060, False),
+        ("not installed", H100, False),
+    ],
+)
+def test_doctor_says_where_triton_leaves_a_fence_out(monkeypatch, triton, card, said):
+    monkeypatch.setattr(doctor, "_version", lambda name: triton)
+    found = list(doctor._fence_check(probe(Machine(gpus=[card])), None))
+    assert len(found) == said
+    for check in found:
+        assert check.ok is None and check.detail.startswith("3.7.1 makes no fence") and "pip install" in check.action

@@ -32,22 +32,26 @@ Change = Any  # a function of a kernel's name and its PTX: what is run in its pl
 class Launched(list[str]):
     """Names of the kernels that ran, in order."""
 
+    instructions = 0  # of all blocks
+
 
 @contextlib.contextmanager
-def emulated(capability: int, change: Change = None, seed: int = 0) -> Iterator[Launched]:
+def emulated(capability: int, change: Change = None, seed: int = 0, fences: str = "all") -> Iterator[Launched]:
     """Within it, Triton compiles for `capability` (90: sm_90) and kernels on CPU tensors run as PTX.
 
-    change: rewrites the PTX of a kernel, for tests of what is noticed. seed: of the order of blocks.
+    change: rewrites the PTX of a kernel, for tests of what is noticed. seed: of the order of blocks. fences: "stores"
+    does not ask for a fence between cp.async and wgmma, which Triton leaves out before 3.8 (its pull request 9610).
     """
     launched, before = Launched(), driver._active
     shipped = functools.partial(_tile, capability)
     with contextlib.ExitStack() as stack:
         for place, name, new in (
-            (CompiledKernel, "_init_handles", functools.partialmethod(_init_handles, launched, change, seed)),
+            (CompiledKernel, "_init_handles", functools.partialmethod(_init_handles, launched, change, seed, fences)),
             (targets, "_target", lambda index: targets.target_of(capability)),
             (portable, "without_card", lambda: True),
             (portable, "obstacle", lambda device: ""),
             (portable, "products", lambda device: capability >= portable.TENSOR_CORES),
+            (portable, "_capability", lambda device: capability),
             (attention, "tile", shipped),
             (attention_backward, "tile", shipped),
         ):
@@ -86,20 +90,23 @@ class Driver:
         pass
 
 
-def _init_handles(kernel: Any, launched: Launched, change: Change, seed: int) -> None:
+def _init_handles(kernel: Any, launched: Launched, change: Change, seed: int, fences: str) -> None:
     if kernel._run is None:
         text = kernel.asm["ptx"]
         program = parse(change(kernel.name, text) if change else text)
-        kernel._run = functools.partial(_launch, kernel, program, launched, seed)
+        kernel._run = functools.partial(_launch, kernel, program, launched, seed, fences)
         kernel.module, kernel.function = object(), 0
 
 
-def _launch(kernel: Any, program: Program, launched: Launched, seed: int, x: int, y: int, z: int, *rest: Any) -> None:
+def _launch(
+    kernel: Any, program: Program, launched: Launched, seed: int, fences: str, x: int, y: int, z: int, *rest: Any
+) -> None:
     given = rest[6:]  # behind stream, function, metadata of kernel and launch, two hooks
     arguments, storages = _arguments(kernel, program, given)
     launched.append(kernel.name)
     machine = Machine(program, kernel.metadata.num_warps, kernel.metadata.shared, arguments)
-    machine.launch((x, y, z), storages, seed)
+    machine.fences(fences)
+    launched.instructions += machine.launch((x, y, z), storages, seed)
 
 
 def _arguments(kernel: Any, program: Program, given: Sequence[Any]) -> tuple[Mapping[str, Any], list[Any]]:

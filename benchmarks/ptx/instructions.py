@@ -88,9 +88,11 @@ def narrow(x: Array, kind: str, ftz: bool = False) -> Array:
 def floats(function: Callable[..., Array]) -> Callable[[Machine, Instruction, list[str]], Run]:
     def make(machine: Machine, instruction: Instruction, parts: list[str]) -> Run:
         kinds = [part for part in parts if part in TYPES]
-        kind, given = kinds[0], kinds[-1]
+        kind, given = kinds[0], kinds[-1]  # two in add.rn.f32.bf16 d, a, c and fma.rn.f32.bf16 d, a, b, c: c is of d's
         out = target(machine, instruction.operands[0], TYPES[kind])
-        *first, last = instruction.operands[1:]  # add.rn.f32.bf16 d, a, c and fma.rn.f32.bf16 d, a, b, c: c is float32
+        if kind == given == "f32" and "ftz" not in parts and function in (np.add, np.subtract, np.multiply):
+            return _at_once(machine, instruction, function)  # which rounds once in float32 itself
+        *first, last = instruction.operands[1:]
         taken = [*(wide(machine, text, given) for text in first), wide(machine, last, kind)]
         ftz = "ftz" in parts
         if ftz:
@@ -103,6 +105,17 @@ def floats(function: Callable[..., Array]) -> Callable[[Machine, Instruction, li
         return run
 
     return make
+
+
+def _at_once(machine: Machine, instruction: Instruction, function: np.ufunc) -> Run:
+    out = target(machine, instruction.operands[0], np.float32)
+    taken = [value(machine, text, np.float32) for text in instruction.operands[1:]]
+
+    def run(where: Where) -> None:
+        with np.errstate(all="ignore"):
+            function(*taken, out=out, where=where)
+
+    return run
 
 
 def integers(function: Any) -> Callable[[Machine, Instruction, list[str]], Run]:
@@ -375,6 +388,9 @@ def convert(machine: Machine, instruction: Instruction, parts: list[str]) -> Run
     source = instruction.operands[1]
     whole = next((function for name, function in ROUNDINGS.items() if name in parts), None)
     if given in ("f16", "bf16", "f32", "f64"):
+        if (given, to) == ("bf16", "f32"):
+            bits, raw = target(machine, instruction.operands[0], np.uint32), value(machine, source, np.uint16)
+            return lambda where: put(bits, np.asarray(raw).astype(np.uint32) << 16, where)
         taken = wide(machine, source, given)
         if "ftz" in parts and given == "f32":
             taken = lambda take=taken: flushed(take(), "f32")  # type: ignore[misc]  # noqa: E731

@@ -78,16 +78,21 @@ class Machine:
                 ) from error
         return found
 
-    def launch(self, grid: tuple[int, int, int], storages: Sequence[tuple[int, int, str]], seed: int = 0) -> None:
-        """All blocks, one after another in random order. Raises Fault."""
+    def fences(self, needed: str) -> None:
+        """What must be fenced before tensor cores or the copy engine read it: "all", or "stores" but not cp.async."""
+        self.shared_watch.fences = needed
+
+    def launch(self, grid: tuple[int, int, int], storages: Sequence[tuple[int, int, str]], seed: int = 0) -> int:
+        """All blocks, one after another in random order; instructions that were run. Raises Fault."""
         self.memory, self.grid = Global(storages, self.order), grid
-        total = grid[0] * grid[1] * grid[2]
+        total, steps = grid[0] * grid[1] * grid[2], 0
         for number in np.random.default_rng(seed).permutation(total):
             self.block = (int(number % grid[0]), int(number // grid[0] % grid[1]), int(number // grid[0] // grid[1]))
             self.order.start(int(number))
             self._begin()
-            self._run()
+            steps += self._run()
             self._end()
+        return steps
 
     def _begin(self) -> None:
         self.shared[:] = 0xFF
@@ -114,7 +119,7 @@ class Machine:
         """Numbers of the threads that take part, for the watch."""
         return self.order.block * 1024 + (self.thread if where is True else self.thread[where])
 
-    def _run(self) -> None:
+    def _run(self) -> int:
         everyone = np.ones(self.threads, bool)
         groups: dict[int, Array] = {0: everyone}
         steps = 0
@@ -124,6 +129,7 @@ class Machine:
             steps += self._straight(at, mask, groups)
             if steps > LONGEST:
                 raise Fault(f"no end after {steps} instructions")
+        return steps
 
     def _straight(self, at: int, mask: Array, groups: dict[int, Array]) -> int:
         """From `at` to a branch, or to where others wait."""

@@ -66,6 +66,7 @@ class Watch:
     def __init__(self, size: int, order: Order, name: str) -> None:
         count = size // GRAIN + 1
         self.order, self.name = order, name
+        self.fences = "all"  # of what the engines read: of all that threads wrote, or of their "stores", not copies
         self.writer: Ints = np.full(count, NOBODY, np.int64)
         self.reader: Ints = np.full(count, NOBODY, np.int64)
         self.written: Ints = np.zeros(count, np.int64)  # clock
@@ -120,13 +121,16 @@ class Watch:
             noted[grains[clash]] = both[clash]
 
     def engine_reads(self, grains: Ints) -> None:
-        """By tensor cores or the copy engine, from now until `engine_done`: of all that threads wrote and fenced."""
+        """By tensor cores or the copy engine, from now until `engine_done`: of what threads wrote and fenced.
+
+        grains: none of them twice.
+        """
         self._still(grains, self.arriving, "tensor cores read what is still being copied there")
         self.fenced(grains)
         late = grains[(self.written[grains] >= self.order.barrier) & (self.writer[grains] != NOBODY)]
         if late.size:
             raise Fault(f"{self.name}+{late.flat[0] * GRAIN}: read by tensor cores without a barrier after its write")
-        np.add.at(self.in_use, grains.ravel(), 1)
+        self.in_use[grains] += 1
 
     def fenced(self, grains: Ints) -> None:
         """Raises Fault where threads wrote and no fence came before tensor cores or the copy engine."""
@@ -134,7 +138,7 @@ class Watch:
             raise Fault(f"{self.name}+{at.flat[0] * GRAIN}: tensor cores or the copy engine come without a fence")
 
     def engine_done(self, grains: Ints) -> None:
-        np.subtract.at(self.in_use, grains.ravel(), 1)
+        self.in_use[grains] -= 1
         self.reader[grains], self.read_at[grains] = MANY, self.order.now
 
     def arrives(self, grains: Ints, who: Ints) -> None:
@@ -148,7 +152,7 @@ class Watch:
         if who is None:
             self.writer[grains], self.unfenced[grains] = NOBODY, False
         else:
-            self.written[grains], self.unfenced[grains] = self.order.now, True
+            self.written[grains], self.unfenced[grains] = self.order.now, self.fences == "all"
 
     def _still(self, grains: Ints, what: NDArray[Any], words: str) -> None:
         if what[grains].any():
@@ -164,6 +168,8 @@ class Watch:
 
     def _ordered(self, grains: Ints, who: Ints, others: Ints, clock: Ints, words: str) -> None:
         order, other, at = self.order, others[grains], clock[grains]
+        if not (at >= order.barrier).any():
+            return
         warp = np.where(other >= WARP, other - WARP, other // 32)
         of_mine = (other >= 0) & (warp == who // 32)
         harmless = (other == who) | (of_mine & (at < order.warps[who // 32 % 32]))

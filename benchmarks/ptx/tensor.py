@@ -88,10 +88,10 @@ def multiply_group(machine: Machine, instruction: Instruction) -> Run:
                 product = product + before[threads]
             result[threads] = product.astype(np.float32)
         machine.accumulators.begin(names, d, result)
-        grains, given = np.concatenate(read), {name: x.copy() for name, x in fragments.items()}
+        given = {name: x.copy() for name, x in fragments.items()}
 
         def land() -> None:
-            machine.shared_watch.engine_done(grains)
+            _release(machine, read)
             if any((fragments[name] != x).any() for name, x in given.items()):
                 raise Fault("registers were written while tensor cores still read them")
             machine.accumulators.end(names, d)
@@ -112,6 +112,11 @@ def fence(machine: Machine, instruction: Instruction) -> Run:
     return run
 
 
+def _release(machine: Machine, read: list[Ints]) -> None:
+    for grains in read:
+        machine.shared_watch.engine_done(grains)
+
+
 def _operand(
     machine: Machine, descriptor: Any, threads: slice, rows: int, kind: str, across: bool, read: list[Ints]
 ) -> NDArray[np.float64]:
@@ -119,9 +124,9 @@ def _operand(
     words = np.broadcast_to(descriptor, machine.threads)[threads]
     if (words != words[0]).any():
         raise Fault("threads of a warp group have different descriptors")
-    places = warp.operand(int(words[0]), rows, 16, across)
+    places = warp.operand(int(words[0]), rows, 16, across)  # each element lies in a place of its own
     within_shared(machine, places.ravel(), 2)
-    grains = np.unique(places // GRAIN)
+    grains = places.ravel() // GRAIN
     machine.shared_watch.engine_reads(grains)
     read.append(grains)
     bits = machine.shared[places[..., None] + np.arange(2)].view(np.uint16)[..., 0]

@@ -79,6 +79,7 @@ def swizzled(addresses: Array, bytes_: int) -> Array:
     return addresses ^ (((addresses >> 7) & mask) << 4)
 
 
+@functools.lru_cache(4096)
 def operand(descriptor: int, rows: int, k: int, across: bool) -> NDArray[np.int64]:
     """Shared-memory addresses of a wgmma operand (rows, k) of 16-bit elements.
 
