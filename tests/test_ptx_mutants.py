@@ -35,12 +35,13 @@ FOUND = [  # work, target, which of its kernels, kind -> how many of those left 
     (loss, 86, "_chunk", {"bar.sync": ALL}),
     (forward(mlp(70, 72, 90)), 90, "_by_pointers",
      {"bar.sync": ALL, "fence.proxy.async": ALL, "wgmma.fence": ALL, "wgmma.wait_group": ALL}),
-    (forward(attended(80, 32, 40)), 86, "forward_kernel", {"bar.sync": 9, "cp.async.wait_group": 3}),
     (symmetric(40, 50), 86, "_symmetric", {"bar.sync": 4}),
 ]  # fmt: skip
 SLOWER = [
-    (forward(attended(80, 32, 40)), 90, "forward_kernel",
-     {"bar.sync": 8, "fence.proxy.async": 1, "wgmma.fence": 2, "wgmma.wait_group": 2, "cp.async.wait_group": 3}),
+    (forward(attended(200, 32, 200)), 86, "forward_kernel", {"bar.sync": 11, "cp.async.wait_group": ALL}),
+    (forward(attended(270, 32, 270)), 90, "forward_kernel",
+     {"bar.sync": 9, "fence.proxy.async": 2, "wgmma.fence": ALL, "wgmma.wait_group": ALL,
+      "cp.async.wait_group": ALL}),
     (forward(mlp(256, 256, 512)), 90, "_by_tma",
      {"bar.sync": 3, "fence.proxy.async": ALL, "wgmma.fence": ALL, "wgmma.wait_group": ALL, "mbarrier.try_wait": ALL,
       "cp.async.bulk.wait_group": ALL}),

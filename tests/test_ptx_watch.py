@@ -295,6 +295,16 @@ def test_the_copy_engine_is_waited_for_fenced_and_told():
             engine(ENGINE.replace(old, new, 1))
 
 
+def test_a_thread_may_give_to_the_copy_engine_what_it_wrote_itself():
+    array = aligned(np.zeros((1, 8), np.uint16))
+    kernel = """mov.u32 %r1, %tid.x; setp.eq.b32 %p1, %r1, 3; setp.eq.b32 %p2, %r1, 3; mov.b32 %r3, 0;
+        @%p1 st.shared.v4.b32 [1024], {%r3, %r3, %r3, %r3}; fence.proxy.async.shared::cta;
+        @%p2 cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%rd0, {%r3, %r3}], [1024];
+        cp.async.bulk.commit_group; cp.async.bulk.wait_group 0;"""
+    tile = Descriptor(array.ctypes.data, (1, 8), 8, 2, (1, 8), 0)
+    both(kernel, {"%p1, %r1, 3": "%p1, %r1, 4"}, "without a barrier", tile, array)
+
+
 def test_what_the_copy_engine_writes_is_read_only_behind_a_full_wait():
     read = "mov.b64 %rd9, %rd3; ld.global.b32 %r7, [%rd9];"
     engine(ENGINE + "cp.async.bulk.wait_group 0; @!%p2 bra $OUT; " + read + " $OUT: mov.b32 %r8, 0;")

@@ -312,7 +312,7 @@ def store_tile(machine: Machine, instruction: Instruction) -> Run:
         to, places, within = _places(given, column, row, start)
         within_shared(machine, places, given.size)
         spots = np.unique(grains(places, given.size))
-        machine.shared_watch.engine_reads(spots)
+        machine.shared_watch.engine_reads(spots, int(who[0]))
         threads, goals = np.repeat(who, within.sum()), global_places(machine, to[within], given.size)
         for watch, goal in goals:
             watch.arrives(goal, threads[: goal.shape[0]])
