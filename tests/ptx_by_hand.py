@@ -51,7 +51,7 @@ def launch(
             storages.append((one.ctypes.data, one.nbytes, f"array{i}"))
         else:
             parameters.append(f".param .align 64 .b8 {name}[128]")
-            loads.append(f"mov.b64 %rd{i}, {name};")
+            loads.append(f"mov.b32 %r399, {name}; cvt.u64.u32 %rd{i}, %r399; cvta.param.u64 %rd{i}, %rd{i};")
             arguments[name] = one
     text = HEAD.format(parameters=",\n".join(parameters)) + "\n".join(loads) + "\n" + body + "\nret;\n}\n"
     machine = Machine(parse(text), warps, shared, arguments)

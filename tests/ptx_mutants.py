@@ -153,3 +153,13 @@ def symmetric(side: int, inner: int) -> Callable[[], list[torch.Tensor]]:
         return [muon.polar_express(x, 2)]
 
     return work
+
+
+def forward(work: Callable[[], Sequence[torch.Tensor]]) -> Callable[[], list[torch.Tensor]]:
+    """What the work gives first, without gradients."""
+
+    def only() -> list[torch.Tensor]:
+        with torch.no_grad(), mock.patch.object(torch.autograd, "grad", lambda *_: ()):
+            return list(work())[:1]
+
+    return only

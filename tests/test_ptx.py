@@ -309,6 +309,21 @@ def test_functions_of_one_number(op, ftz, x):
             assert got == np.float32(wanted) or got == pytest.approx(wanted, rel=2**-22)
 
 
+@few
+@given(numbers("f32"), numbers("f32"))
+def test_quotients(a, b):
+    x, y = np.array(a, "u4"), np.array(b, "u4")
+    for op in ("rn", "full", "approx"):
+        found = values_of(threads(f"div.{op}.f32 %z, %a, %b;", x, y, out="u4"), "f32")
+        for p, q, got in zip(values_of(a, "f32"), values_of(b, "f32"), found):
+            if op == "approx" and 2.0**126 < abs(q) < math.inf:
+                assert got == 0 if math.isfinite(p) else math.isnan(got)
+            elif math.isfinite(p) and math.isfinite(q) and q:
+                assert same(got, rounded(Fraction(p) / Fraction(q), "f32"))
+            elif not q:
+                assert math.isnan(got) if not p or math.isnan(p) else math.isinf(got)
+
+
 # --- conversions, comparisons -------------------------------------------------------------------
 
 
@@ -445,7 +460,6 @@ mul.rp.f32 %r1, %r2, %r3
 max.xorsign.abs.f32 %r1, %r2, %r3
 max.f32 %r1, %r2, %r3, %r4
 min.s16x2 %r1, %r2, %r3
-div.approx.f32 %r1, %r2, %r3
 div.rz.f32 %r1, %r2, %r3
 sin.approx.f32 %r1, %r2
 cvt.rz.f16.f32 %rs1, %r1

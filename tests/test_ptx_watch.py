@@ -64,6 +64,11 @@ def test_a_barrier_of_a_warp_is_enough_within_it_and_not_beyond():
     both(kernel, {"%r1, 1;": "%r1, 32;", "bar.warp.sync -1;": ""}, "reads what .* wrote", warps=2)
 
 
+def test_all_threads_of_a_warp_come_to_its_barrier():
+    kernel = "mov.u32 %r1, %tid.x; setp.lt.u32 %p1, %r1, 32; @%p1 bar.warp.sync -1;"
+    both(kernel, {"%r1, 32": "%r1, 31"}, "threads of a warp are missing", warps=2)
+
+
 def test_readers_of_several_warps_are_all_remembered():
     """All threads read a word, warp 0's last among them: a barrier of warp 1 does not order warp 0's reads."""
     kernel = """mov.u32 %r1, %tid.x; setp.eq.b32 %p1, %r1, 40; mov.b32 %r5, 7; @%p1 st.shared.b32 [1024], %r5;
@@ -202,7 +207,7 @@ GROUP = f"""mov.u32 %r1, %tid.x; mad.lo.s32 %r2, %r1, 16, 1024; mov.b32 %r3, 0; 
     mov.b32 %r22, %r3; mov.b32 %r23, %r3;
     st.shared.v4.b32 [%r2], {{%r3, %r3, %r3, %r3}}; st.shared.v4.b32 [%r2+2048], {{%r3, %r3, %r3, %r3}};
     fence.proxy.async.shared::cta; bar.sync 0; wgmma.fence.sync.aligned;
-    mov.b64 %rd10, {1024 >> 4 | 1 << 16 | 16 << 32 | 3 << 62}; 
+    mov.b64 %rd10, {1024 >> 4 | 1 << 16 | 16 << 32 | 3 << 62};
     mov.b64 %rd11, {5120 >> 4 | 1 << 16 | 16 << 32 | 3 << 62};
     wgmma.mma_async.sync.aligned.m64n8k16.f32.f16.f16 {{{NAMES}}}, %rd10, %rd10, 1, 1, 1, 0, 0;
     wgmma.commit_group.sync.aligned; wgmma.wait_group.sync.aligned 0; bar.sync 0; st.shared.b32 [%r2], %r3;
@@ -217,8 +222,8 @@ def test_tensor_cores_read_what_is_fenced_and_told():
     both(GROUP, {"wgmma.fence.sync.aligned;": ""}, "no wgmma.fence", out, warps=4, shared=8192)
     twice = GROUP.replace(
         "wgmma.wait",
-        f"""wgmma.fence.sync.aligned; wgmma.mma_async.sync.aligned.m64n8k16.f32.f16.f16
-        {{%r30,%r31,%r32,%r33}}, {{%r3,%r3,%r3,%r3}}, %rd10, 0, 1, 1, 0; wgmma.commit_group.sync.aligned; wgmma.wait""",
+        """wgmma.fence.sync.aligned; wgmma.mma_async.sync.aligned.m64n8k16.f32.f16.f16
+        {%r30,%r31,%r32,%r33}, {%r3,%r3,%r3,%r3}, %rd10, 0, 1, 1, 0; wgmma.commit_group.sync.aligned; wgmma.wait""",
         1,
     )
     both(twice, {"wgmma.fence.sync.aligned; wgmma": "wgmma"}, "no wgmma.fence", out, warps=4, shared=8192)
@@ -230,8 +235,7 @@ def test_what_tensor_cores_read_and_write_is_left_alone_until_it_is_waited_for()
     out = aligned(np.ones(128, np.float32))
     both(GROUP, {"wgmma.wait_group.sync.aligned 0;": ""}, "tensor cores or the copy engine still read", out, warps=4,
          shared=8192)  # fmt: skip
-    both(GROUP, {"wgmma.wait_group.sync.aligned 0; bar.sync 0;": "wgmma.wait_group.sync.aligned 0;"}, "writes what .* read",
-         out, warps=4, shared=8192)  # fmt: skip
+    both(GROUP, {"aligned 0; bar.sync 0;": "aligned 0;"}, "writes what .* read", out, warps=4, shared=8192)
     both(
         GROUP, {"wgmma.wait_group": "mov.b32 %r20, 0; wgmma.wait_group"}, "%r20 was written", out, warps=4, shared=8192
     )
@@ -283,12 +287,22 @@ def test_the_copy_engine_is_waited_for_fenced_and_told():
         ("wait_group.read 0; bar.sync 0;", "wait_group.read 0;", "writes what .* read"),
         ("cp.async.bulk.commit_group;", "", "still read"),
         ("[%rd0, {%r3", "[%rd2, {%r3", "no descriptor"),
-        ("bar.sync 0; st.shared.v2.b32 [%r2]", "bar.sync 0; st.shared.b32 [2048], %r3; st.shared.v2.b32 [%r2]", "an mbarrier"),
+        ("bar.sync 0; st.shared.v2", "bar.sync 0; st.shared.b32 [2048], %r3; st.shared.v2", "an mbarrier"),
         ("[1024], [%rd0", "[1040], [%rd0", "no multiple of 128"),
     ):  # fmt: skip
         assert old in ENGINE
         with pytest.raises(Fault, match=words):
             engine(ENGINE.replace(old, new, 1))
+
+
+def test_a_thread_may_give_to_the_copy_engine_what_it_wrote_itself():
+    array = aligned(np.zeros((1, 8), np.uint16))
+    kernel = """mov.u32 %r1, %tid.x; setp.eq.b32 %p1, %r1, 3; setp.eq.b32 %p2, %r1, 3; mov.b32 %r3, 0;
+        @%p1 st.shared.v4.b32 [1024], {%r3, %r3, %r3, %r3}; fence.proxy.async.shared::cta;
+        @%p2 cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%rd0, {%r3, %r3}], [1024];
+        cp.async.bulk.commit_group; cp.async.bulk.wait_group 0;"""
+    tile = Descriptor(array.ctypes.data, (1, 8), 8, 2, (1, 8), 0)
+    both(kernel, {"%p1, %r1, 3": "%p1, %r1, 4"}, "without a barrier", tile, array)
 
 
 def test_what_the_copy_engine_writes_is_read_only_behind_a_full_wait():

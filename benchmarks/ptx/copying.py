@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.ptx.loading import aligned, chosen, global_places, grains, read_global, within_shared, write_global
-from benchmarks.ptx.machine import PARAMETERS, Barrier, Copy, Machine, Run, Where
+from benchmarks.ptx.machine import PARAMETERS, Barrier, Copy, Machine, Run, Where, whole_warps
 from benchmarks.ptx.memory import Access, Fault, Ints
 from benchmarks.ptx.operands import address, value
 from benchmarks.ptx.parsing import Instruction
@@ -57,9 +57,14 @@ def wait_at_barrier(machine: Machine, instruction: Instruction) -> Run:
 
 
 def wait_for_warp(machine: Machine, instruction: Instruction) -> Run:
-    if instruction.operands != ("-1",):
+    if instruction.operands[0] not in ("-1", "0xffffffff"):
         raise NotImplementedError("parts of a warp")
-    return lambda where: machine.order.bar_warps(np.unique(chosen(where, machine.thread // 32)))
+
+    def run(where: Where) -> None:
+        whole_warps(where)
+        machine.order.bar_warps(np.unique(chosen(where, machine.thread // 32)))
+
+    return run
 
 
 def fence_proxy(machine: Machine, instruction: Instruction) -> Run:
@@ -309,7 +314,7 @@ def store_tile(machine: Machine, instruction: Instruction) -> Run:
         to, places, within = _places(given, column, row, start)
         within_shared(machine, places, given.size)
         spots = np.unique(grains(places, given.size))
-        machine.shared_watch.engine_reads(spots)
+        machine.shared_watch.engine_reads(spots, int(who[0]))
         threads, goals = np.repeat(who, within.sum()), global_places(machine, to[within], given.size)
         for watch, goal in goals:
             watch.arrives(goal, threads[: goal.shape[0]])

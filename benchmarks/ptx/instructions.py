@@ -12,7 +12,17 @@ from benchmarks.ptx import copying, forms, loading, tcgen05, tensor
 from benchmarks.ptx.machine import Machine, Run, Where, whole_warps
 from benchmarks.ptx.operands import TYPES, several, special, target, value
 from benchmarks.ptx.parsing import Instruction
-from benchmarks.ptx.rounding import flushed, fused, greater, greater_or_nan, lesser, lesser_or_nan, to_bf16, to_integers
+from benchmarks.ptx.rounding import (
+    divided_roughly,
+    flushed,
+    fused,
+    greater,
+    greater_or_nan,
+    lesser,
+    lesser_or_nan,
+    to_bf16,
+    to_integers,
+)
 from benchmarks.ptx.warp import from_bits
 
 Array = NDArray[Any]
@@ -185,7 +195,7 @@ def _product(machine: Machine, instruction: Instruction, parts: list[str], more:
 
 def divide(machine: Machine, instruction: Instruction, parts: list[str]) -> Run:
     if parts[-1].startswith("f"):
-        return floats(np.divide)(machine, instruction, parts)
+        return floats(divided_roughly if "approx" in parts else np.divide)(machine, instruction, parts)
     dtype = np.dtype(TYPES[parts[-1]])
     unsigned = np.dtype(f"u{dtype.itemsize}")
     out = target(machine, instruction.operands[0], dtype)

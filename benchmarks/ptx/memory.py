@@ -120,14 +120,15 @@ class Watch:
         while (clash := noted[grains] != (both := _several(noted[grains], who))).any():  # several threads at one place
             noted[grains[clash]] = both[clash]
 
-    def engine_reads(self, grains: Ints) -> None:
+    def engine_reads(self, grains: Ints, who: int = NOBODY) -> None:
         """By tensor cores or the copy engine, from now until `engine_done`: of what threads wrote and fenced.
 
-        grains: none of them twice.
+        grains: none of them twice. who: the thread that gives the order, which knows of its own writes.
         """
         self._still(grains, self.arriving, "tensor cores read what is still being copied there")
         self.fenced(grains)
-        late = grains[(self.written[grains] >= self.order.barrier) & (self.writer[grains] != NOBODY)]
+        writer = self.writer[grains]
+        late = grains[(self.written[grains] >= self.order.barrier) & (writer != NOBODY) & (writer != who)]
         if late.size:
             raise Fault(f"{self.name}+{late.flat[0] * GRAIN}: read by tensor cores without a barrier after its write")
         self.in_use[grains] += 1

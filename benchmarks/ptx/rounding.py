@@ -46,6 +46,12 @@ def flushed(x: Array, kind: str) -> Array:
     return np.where(np.abs(x) < SMALLEST[kind.removesuffix("x2")], np.copysign(0.0, x).astype(x.dtype), x)
 
 
+def divided_roughly(a: Array, b: Array) -> Array:
+    """div.approx: above 2**126 the divisor's reciprocal is lost."""
+    lost = (np.abs(b) > 2.0**126) & np.isfinite(b)
+    return np.where(lost, np.where(np.isfinite(a), np.copysign(0.0, a) * np.sign(b), np.nan), a / b)
+
+
 def lesser(a: Array, b: Array) -> Array:
     """min: of a number and NaN the number, -0 below +0."""
     return np.where(a == b, np.where(np.signbit(a), a, b), np.fmin(a, b))

@@ -84,9 +84,8 @@ def multiply_group(machine: Machine, instruction: Instruction) -> Run:
                 left = _operand(machine, a[0], threads, 64, kind, across[0], read)
             rows, columns = warp.places_c(n)
             product = (left @ right).reshape(4, 16, n)[:, rows, columns].reshape(128, -1)
-            if kept:
-                product = product + before[threads]
-            result[threads] = product.astype(np.float32)
+            with np.errstate(over="ignore", invalid="ignore"):
+                result[threads] = (product + before[threads] if kept else product).astype(np.float32)
         machine.accumulators.begin(names, d, result)
         given = {name: x.copy() for name, x in fragments.items()}
 
