@@ -26,7 +26,7 @@ from kernels import attention_reference, linear_relu2, muon, residual_norm, soft
 from kernels.attention import attention
 
 CARD = 100
-# Triton 3.8 makes no fence between cp.async and tcgen05.mma in attention's backward; 3.9 does.
+# Triton 3.8 makes no fence between cp.async and tcgen05.mma in some loops of attention; 3.9 does.
 FENCES = "all" if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9) else "stores"
 EPSILON = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 DTYPES = pytest.mark.parametrize("dtype", EPSILON, ids=["bf16", "f16"])

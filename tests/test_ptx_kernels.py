@@ -24,7 +24,8 @@ from core.paths import project_root
 
 TARGETS = tuple(map(int, KNOWN))
 FENCES = "stores" if torchbuild.unfenced(version("triton")) else "all"
-EARLIER = tuple(map(int, version("triton").split(".")[:2])) < (3, 9)  # makes no fence before one tcgen05.mma
+# Which makes no fence between cp.async and tcgen05.mma in some loops of attention, on sm_100.
+EARLIER = tuple(map(int, version("triton").split(".")[:2])) < (3, 9)
 # 200 tokens and 100 rows are no multiples of a tile; 256 are, and go through the copy engine (TMA) of sm_90.
 ODD = replace(ORDER, rows=4, context=200, heads=2, head_dim=64, vocab=301)
 EVEN = replace(ODD, rows=8, context=256)
