@@ -108,6 +108,13 @@ def test_matrices_lie_at_multiples_of_16_bytes_and_take_whole_warps():
     both(kernel, {"%r1, 32;": "%r1, 40;"}, "threads of a warp are missing", warps=2)
 
 
+def test_before_sm_80_lanes_whose_rows_are_not_read_have_an_address_too():
+    kernel = """mov.u32 %r1, %tid.x; setp.lt.u32 %p1, %r1, 8; mad.lo.s32 %r2, %r1, 16, 1024;
+        @!%p1 mov.b32 %r2, 1024; ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%r3}, [%r2];"""
+    both(kernel, {"%r2, 1024; ld": "%r2, 8; ld"}, "outside|no multiple", target="75")
+    launch(kernel.replace("%r2, 1024; ld", "%r2, 8; ld"), target="80")
+
+
 # --- barriers -----------------------------------------------------------------------------------
 
 
