@@ -17,7 +17,7 @@ Array = NDArray[Any]
 Where = Any  # True, or the threads (N,) that take part
 Run = Callable[[Where], None]
 UNSIGNED = {1: np.bool_, 8: np.uint8, 16: np.uint16, 32: np.uint32, 64: np.uint64}
-PARAMETERS = 0x7000_0000  # where their addresses begin, 4 KiB each; of 32 bits, in which Triton 3.9 takes them
+PARAMETERS = 0x7000_0000  # where their addresses begin, 4 KiB each; Triton 3.9 keeps these in 32 bits
 LONGEST = 20_000_000  # instructions of one block
 
 
