@@ -24,6 +24,7 @@ from core.paths import project_root
 
 TARGETS = tuple(map(int, KNOWN))
 FENCES = "stores" if torchbuild.unfenced(version("triton")) else "all"
+EARLIER = tuple(map(int, version("triton").split(".")[:2])) < (3, 9)  # makes no fence before one tcgen05.mma
 # 200 tokens and 100 rows are no multiples of a tile; 256 are, and go through the copy engine (TMA) of sm_90.
 ODD = replace(ORDER, rows=4, context=200, heads=2, head_dim=64, vocab=301)
 EVEN = replace(ODD, rows=8, context=256)
@@ -44,16 +45,16 @@ BOUNDS = {
 @pytest.mark.parametrize("target", TARGETS)
 def test_kernels_as_compiled_agree_with_float64(target):
     halves = "bfloat16" if target >= 80 else "float16"
-    found = {}
+    found, fences = {}, "stores" if target == 100 and EARLIER else FENCES
     for order, names in CHECKS:
         wanted = {(name, halves) for name in names}
-        found |= {r["kernel"]: r for r in rows(target, order, lambda *check, _all=wanted: check in _all, FENCES)}
+        found |= {r["kernel"]: r for r in rows(target, order, lambda *check, _all=wanted: check in _all, fences)}
     assert found.keys() == {name for _, names in CHECKS for name in names}
     if target < 80:  # Triton has no product there: torch's are taken, and its kernels for what stands between them
         assert "no tensor cores in Triton" in found.pop("attention, heads of 64, window 37 of 200")["not measured"]
         assert found.pop("muon, X X^T")["kernels"] == []
     assert all(row.get("passed") and row["kernels"] for row in found.values()), found
-    if target == 90:
+    if target in (90, 100):
         assert "_by_tma" in found["feed, hidden made again"]["kernels"]
 
 

@@ -7,13 +7,14 @@ core fragments, swizzles, pipelines and barriers are what a card would get. What
   without a barrier between them (no two blocks at all), but by atomics;
 - shared memory: the same, and what is still being copied or multiplied is left alone until it was waited for; what
   threads wrote is fenced before the tensor cores or the copy engine read it; what nobody wrote is NaN;
-- registers hold NaN until they are written.
+- tensor memory (sm_100): likewise what products write and read; every column that was lent is given back;
+- registers and tensor memory hold NaN until they are written.
 
     with emulated(90):             # sm_90
         y = linear_relu2(x, w)     # any function of kernels/, on tensors of a CPU
 
 Threads of a block go in step. Order is not tried out: whether it could matter is what the watch tells. PTX only: what
-ptxas makes of it is not run. tcgen05 (sm_100) is not known, and named where it is met.
+ptxas makes of it is not run.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ import click
 from benchmarks.gpu import Order
 
 ORDER = Order(rows=8, context=256, heads=2, head_dim=128, depth=2, vocab=1000, device="cpu")
-KNOWN = ("75", "80", "86", "89", "90", "120")
+KNOWN = ("75", "80", "86", "89", "90", "100", "120")
 OLDER = 80  # what has no bfloat16
 
 

@@ -235,6 +235,8 @@ def try_wait(machine: Machine, instruction: Instruction) -> Run:
             if barrier.waiting > 0 or sum(size for size, _ in barrier.copies) != barrier.bytes:
                 come = sum(size for size, _ in barrier.copies)
                 raise Fault(f"waits for ever: {barrier.waiting} arrivals, {come} of {barrier.bytes} bytes")
+            if where is not True and any(not size for size, _ in barrier.copies):
+                raise NotImplementedError("products of tensor cores that a part of the block waits for")
             for _, land in barrier.copies:
                 land()
             barrier.copies.clear()

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.ptx import copying, forms, loading, tensor
+from benchmarks.ptx import copying, forms, loading, tcgen05, tensor
 from benchmarks.ptx.machine import Machine, Run, Where, whole_warps
 from benchmarks.ptx.operands import TYPES, several, special, target, value
 from benchmarks.ptx.parsing import Instruction
@@ -32,7 +32,7 @@ def translate(machine: Machine, instruction: Instruction) -> Run:
     """Raises NotImplementedError for what is not known."""
     forms.check(instruction)
     parts = instruction.op.split(".")
-    for table in (loading.FAMILIES, copying.FAMILIES, tensor.FAMILIES):
+    for table in (loading.FAMILIES, copying.FAMILIES, tensor.FAMILIES, tcgen05.FAMILIES):
         for prefix, make in table.items():
             if instruction.op.startswith(prefix):
                 return make(machine, instruction)

@@ -12,12 +12,17 @@ from numpy.typing import NDArray
 from benchmarks.ptx.accumulators import Accumulators
 from benchmarks.ptx.memory import SHARED_BASE, Fault, Global, Ints, Order, Watch
 from benchmarks.ptx.parsing import Instruction, Program
+from benchmarks.ptx.tensor_memory import TensorMemory
 
 Array = NDArray[Any]
 Where = Any  # True, or the threads (N,) that take part
 Run = Callable[[Where], None]
 UNSIGNED = {1: np.bool_, 8: np.uint8, 16: np.uint16, 32: np.uint32, 64: np.uint64}
-PARAMETERS = 0x7000_0000  # where their addresses begin, 4 KiB each; Triton 3.9 keeps these in 32 bits
+PARAMETERS = 0x7000_0000  # where their addresses begin, 4 KiB each; of 32 bits, in which Triton 3.9 takes them
+TOGETHER = (  # where the parts of a block come together
+    "bar.sync", "barrier.sync", "mbarrier.try_wait", "fence.proxy", "wgmma.", "cp.async.commit", "cp.async.wait",
+    "cp.async.bulk.commit", "cp.async.bulk.wait",
+)  # fmt: skip
 LONGEST = 20_000_000  # instructions of one block
 
 
@@ -54,6 +59,7 @@ class Machine:
         self.order = Order()
         self.shared = np.zeros(shared + SHARED_BASE, np.uint8)
         self.shared_watch = Watch(self.shared.size, self.order, "shared memory")
+        self.tensor_memory = TensorMemory(self.order)
         self.memory = Global((), self.order)
         self.block = (0, 0, 0)
         self.grid = (1, 1, 1)
@@ -63,6 +69,7 @@ class Machine:
         self.accumulators = Accumulators()
         self.barriers: dict[int, Barrier] = {}
         self.guards = [self.registers[i.guard] if i.guard else None for i in program.code]
+        self.waits = {at: i.op.split(".")[0] for at, i in enumerate(program.code) if i.op.startswith(TOGETHER)}
         self.code = self._translated()
 
     def _translated(self) -> list[Run | None]:
@@ -105,6 +112,7 @@ class Machine:
             counts[:] = 0
         self.barriers.clear()
         self.accumulators.clear()
+        self.tensor_memory.start()
 
     def _end(self) -> None:
         left = [copy for groups in self.groups.values() for group in groups for copy in group]
@@ -114,6 +122,7 @@ class Machine:
             copy.land()
         for groups in self.groups.values():
             groups.clear()
+        self.tensor_memory.end()
 
     def who(self, where: Where = True) -> Ints:
         """Numbers of the threads that take part, for the watch."""
@@ -124,20 +133,35 @@ class Machine:
         groups: dict[int, Array] = {0: everyone}
         steps = 0
         while groups:
-            at = min(groups)
+            at = self._next(groups)
             mask = groups.pop(at)
             steps += self._straight(at, mask, groups)
             if steps > LONGEST:
                 raise Fault(f"no end after {steps} instructions")
         return steps
 
+    def _next(self, groups: dict[int, Array]) -> int:
+        """Where to go on: at the first place; but a part of the block lets others go first where all come together."""
+        waiting = {at for at in groups if at in self.waits and not groups[at].all()}
+        if others := set(groups) - waiting:
+            return min(others)
+        if alone := [at for at in waiting if self.waits[at] not in ("bar", "barrier")]:
+            return min(alone)
+        if len(groups) > 1 and sum(mask.sum() for mask in groups.values()) == self.threads:
+            self.order.bar()  # to which warps may come at several places
+            for at in sorted(waiting, reverse=True):
+                _join(groups, at + 1, groups.pop(at))
+        return min(groups)
+
     def _straight(self, at: int, mask: Array, groups: dict[int, Array]) -> int:
         """From `at` to a branch, or to where others wait."""
         code, guards, program = self.code, self.guards, self.program.code
         where: Where = True if mask.all() else mask
-        stop = min(groups, default=len(code))
+        stop = min((place for place in groups if place > at), default=len(code))
         first = at
         while at < stop:
+            if where is not True and groups and at > first and at in self.waits:
+                break
             run, guard = code[at], guards[at]
             taken = where
             if guard is not None:
@@ -150,8 +174,8 @@ class Machine:
             if taken is True or guard is None or taken.any():
                 try:
                     run(taken)
-                except Fault as fault:
-                    raise Fault(f"line {program[at].line}, {program[at].op}: {fault}") from None
+                except (Fault, NotImplementedError) as error:
+                    raise type(error)(f"line {program[at].line}, {program[at].op}: {error}") from None
             at += 1
         if at < len(code):  # else it ends, as by ret
             _join(groups, at, mask)

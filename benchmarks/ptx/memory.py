@@ -138,9 +138,11 @@ class Watch:
         if (at := grains[self.unfenced[grains]]).size:
             raise Fault(f"{self.name}+{at.flat[0] * GRAIN}: tensor cores or the copy engine come without a fence")
 
-    def engine_done(self, grains: Ints) -> None:
+    def engine_done(self, grains: Ints, told: bool = False) -> None:
+        """told: all threads are, by an mbarrier, and need no barrier behind it."""
         self.in_use[grains] -= 1
-        self.reader[grains], self.read_at[grains] = MANY, self.order.now
+        if not told:
+            self.reader[grains], self.read_at[grains] = MANY, self.order.now
 
     def arrives(self, grains: Ints, who: Ints) -> None:
         """A copy of (threads, grains) begins; until `arrived` nobody may look."""

@@ -92,6 +92,9 @@ def _opened(statement: str, scopes: list[dict[str, str]], program: Program, line
         elif label := re.match(r"([\w$]+):(?!:)\s*", statement):
             program.labels[_local(label[1], scopes)] = len(program.code)
             statement = statement[label.end() :]
+        elif statement.startswith("}") and len(scopes) > 1:  # behind a label
+            scopes.pop()
+            statement = statement[1:].strip()
         else:
             return statement
 
