@@ -14,7 +14,7 @@ from benchmarks.ptx.machine import Machine
 from benchmarks.ptx.parsing import parse
 
 HEAD = """.version 8.7
-.target sm_90a
+.target sm_{target}
 .address_size 64
 .extern .shared .align 16 .b8 global_smem[];
 .visible .entry k({parameters})
@@ -38,7 +38,13 @@ def aligned(array: Any, to: int = 128) -> np.ndarray:
 
 
 def launch(
-    body: str, *given: Any, warps: int = 1, shared: int = 4096, grid: tuple[int, int, int] = (1, 1, 1), seed: int = 0
+    body: str,
+    *given: Any,
+    warps: int = 1,
+    shared: int = 4096,
+    grid: tuple[int, int, int] = (1, 1, 1),
+    seed: int = 0,
+    target: str = "90a",
 ) -> None:
     """Runs a kernel whose parameters are arrays (their addresses are in %rd0, %rd1, ...) or TMA descriptors."""
     parameters, loads, arguments, storages = [], [], {}, []
@@ -53,7 +59,9 @@ def launch(
             parameters.append(f".param .align 64 .b8 {name}[128]")
             loads.append(f"mov.b32 %r399, {name}; cvt.u64.u32 %rd{i}, %r399; cvta.param.u64 %rd{i}, %rd{i};")
             arguments[name] = one
-    text = HEAD.format(parameters=",\n".join(parameters)) + "\n".join(loads) + "\n" + body + "\nret;\n}\n"
+    text = (
+        HEAD.format(parameters=",\n".join(parameters), target=target) + "\n".join(loads) + "\n" + body + "\nret;\n}\n"
+    )
     machine = Machine(parse(text), warps, shared, arguments)
     machine.launch(grid, storages, seed)
 

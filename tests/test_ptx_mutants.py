@@ -13,6 +13,7 @@ pytest.importorskip("torch")
 pytest.importorskip("triton")
 
 from ptx_mutants import (
+    FENCES,
     attended,
     forward,
     instead,
@@ -58,6 +59,8 @@ def found(work, target, kernel, kind):
 
 def check(work, target, kernel, wanted):
     for kind, least in wanted.items():
+        if kind == "fence.proxy.async" and FENCES == "stores":
+            continue  # this Triton leaves out some itself
         each = found(work, target, kernel, kind)
         assert each and sum(each) >= min(least, len(each)), f"{kind}: {each}"
 

@@ -108,6 +108,13 @@ def test_matrices_lie_at_multiples_of_16_bytes_and_take_whole_warps():
     both(kernel, {"%r1, 32;": "%r1, 40;"}, "threads of a warp are missing", warps=2)
 
 
+def test_before_sm_80_lanes_whose_rows_are_not_read_have_an_address_too():
+    kernel = """mov.u32 %r1, %tid.x; setp.lt.u32 %p1, %r1, 8; mad.lo.s32 %r2, %r1, 16, 1024;
+        @!%p1 mov.b32 %r2, 1024; ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%r3}, [%r2];"""
+    both(kernel, {"%r2, 1024; ld": "%r2, 8; ld"}, "outside|no multiple", target="75")
+    launch(kernel.replace("%r2, 1024; ld", "%r2, 8; ld"), target="80")
+
+
 # --- barriers -----------------------------------------------------------------------------------
 
 
@@ -281,6 +288,9 @@ def test_the_copy_engine_is_waited_for_fenced_and_told():
         ("@%p1 mbarrier.init.shared::cta.b64 [2048], 1;", "", "no mbarrier"),
         ("[2048], 1; bar.sync 0;", "[2048], 2; bar.sync 0;", "waits for ever: 1 arrivals"),
         ("@%p2 mbarrier.arrive", "mbarrier.arrive", "more arrivals"),
+        ("@%p1 mbarrier.init", "@!%p1 mbarrier.init", "started by several"),
+        ("@%p1 mbarrier.init", "@%p1 mbarrier.init.shared::cta.b64 [2048], 1; @%p1 mbarrier.init", "an mbarrier lies"),
+        ("@%p2 mbarrier.inval", "mbarrier.inval", "ended by several"),
         ("fence.proxy.async.shared::cta;", "", "without a fence"),
         ("fence.proxy.async.shared::cta; bar.sync 0;", "fence.proxy.async.shared::cta;", "without a barrier"),
         ("cp.async.bulk.wait_group.read 0;", "", "still read"),

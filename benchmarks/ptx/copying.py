@@ -160,7 +160,7 @@ def start_barrier(machine: Machine, instruction: Instruction) -> Run:
     place, count = address(machine, instruction.operands[0]), int(instruction.operands[1])
 
     def run(where: Where) -> None:
-        places, who = chosen(where, place()), machine.who(where)
+        places, who = _of_one_each(chosen(where, place()), "started"), machine.who(where)
         aligned(places, BARRIER)
         within_shared(machine, places, BARRIER)
         machine.shared_watch.write(Access(grains(places, BARRIER), who))
@@ -171,11 +171,17 @@ def start_barrier(machine: Machine, instruction: Instruction) -> Run:
     return run
 
 
+def _of_one_each(places: Ints, what: str) -> Ints:
+    if np.unique(places).size < places.size:
+        raise Fault(f"an mbarrier is {what} by several threads")
+    return places
+
+
 def end_barrier(machine: Machine, instruction: Instruction) -> Run:
     place = address(machine, instruction.operands[0])
 
     def run(where: Where) -> None:
-        for at in np.unique(chosen(where, place())):
+        for at in _of_one_each(chosen(where, place()), "ended"):
             if _barrier(machine, int(at)).copies:
                 raise Fault("an mbarrier is ended while copies come to it")
             _told(machine, where, place)

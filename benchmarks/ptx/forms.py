@@ -36,7 +36,7 @@ FORMS: dict[str, tuple[str, tuple[int, ...]]] = {
     "mul": (rf"(\.rn)?(\.ftz)?\.({FLOAT}|f64)|\.(lo|hi|wide)\.{WHOLE}", (3,)),
     "mad": (rf"\.(lo|hi|wide)\.{WHOLE}", (4,)),
     "fma": (rf"\.rn(\.ftz)?\.{FLOAT}|\.rn\.f32\.b?f16", (4,)),
-    "div": (rf"\.(approx|full|rn)(\.ftz)?\.f32|\.rn\.f64|\.{WHOLE}", (3,)),
+    "div": (rf"\.(full|approx|rn)(\.ftz)?\.f32|\.rn\.f64|\.{WHOLE}", (3,)),
     "rem": (rf"\.{WHOLE}", (3,)),
     "min": (LESSER, (3,)),
     "max": (LESSER, (3,)),

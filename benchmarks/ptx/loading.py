@@ -278,8 +278,12 @@ def store_matrix(machine: Machine, instruction: Instruction) -> Run:
 def _rows(machine: Machine, places: Callable[[], Array], count: int, where: Where) -> tuple[Ints, Ints]:
     """Addresses of the rows (warps, matrices, 8), and which thread names each."""
     whole_warps(where)
-    rows = chosen(where, places()).reshape(-1, 32)[:, : 8 * count].reshape(-1, count, 8)
+    lanes = chosen(where, places())
+    rows = lanes.reshape(-1, 32)[:, : 8 * count].reshape(-1, count, 8)
     aligned(rows, 16)
+    if machine.program.target < 80:  # there the lanes whose rows are not read need a valid address too
+        aligned(lanes, 16)
+        within_shared(machine, lanes, 16)
     return rows, machine.who(where).reshape(-1, 32)[:, : 8 * count].reshape(-1, count, 8)
 
 

@@ -21,6 +21,7 @@ class Instruction:
 @dataclass
 class Program:
     name: str = ""
+    target: int = 0  # 75: sm_75
     parameters: dict[str, int] = field(default_factory=dict)  # name -> bytes
     registers: dict[str, int] = field(default_factory=dict)  # name -> bits
     code: list[Instruction] = field(default_factory=list)
@@ -33,7 +34,8 @@ def parse(text: str) -> Program:
     head = re.search(r"\.visible \.entry (\w+)\(([^)]*)\)[^{]*\{", text)
     if head is None:
         raise ValueError("no kernel in this PTX")
-    program = Program(name=head[1])
+    target = re.search(r"\.target sm_(\d+)", text)
+    program = Program(name=head[1], target=int(target[1]) if target else 0)
     for parameter in filter(None, (part.strip() for part in head[2].split(","))):
         program.parameters.update(_parameter(parameter))
     scopes: list[dict[str, str]] = [{}]

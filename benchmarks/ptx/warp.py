@@ -69,7 +69,8 @@ def mma(a: Array, b: Array, c: Array, k: int, kind: str) -> NDArray[np.float32]:
     right = np.empty((b.shape[0], k, 8))
     right[:, places_b(k)[0], places_b(k)[1]] = from_bits(halves(b), kind)
     rows, columns = places_c(8)
-    product: NDArray[np.float32] = ((left @ right)[:, rows, columns] + c).astype(np.float32)
+    with np.errstate(over="ignore", invalid="ignore"):
+        product: NDArray[np.float32] = ((left @ right)[:, rows, columns] + c).astype(np.float32)
     return product
 
 
