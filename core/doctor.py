@@ -302,7 +302,6 @@ def _launcher_check(hardware: Hardware, wanted: str | None) -> Iterator[Check]:
     yield Check("launcher", False if fitting[0] == "cuda" else None, f"{' and '.join(lacking)}: {cost}", action)
 
 
-HOPPER = (9, 0)
 TRITON_SECONDS = 120.0  # to import torch and compile one small kernel
 TRIED_AS_CHILDREN_DO = "import torch; from kernels import portable; print(portable.told(torch.device('cuda', 0)))"
 
@@ -333,12 +332,11 @@ def _triton_check(hardware: Hardware, wanted: str | None) -> Iterator[Check]:
 
 
 def _fence_check(hardware: Hardware, wanted: str | None) -> Iterator[Check]:
-    """Found by running what is compiled for sm_90 (benchmarks/ptx)."""
-    newest = max((gpu.capability for gpu in hardware.gpus), default=(0, 0))
-    if wanted not in (None, "cuda") or not suits(hardware, "cuda")[0] or newest < HOPPER:
+    """Found by running what is compiled for sm_90 and sm_100 (benchmarks/ptx)."""
+    if wanted not in (None, "cuda") or not suits(hardware, "cuda")[0]:
         return
-    if why := torchbuild.unfenced(_version("triton")):
-        yield Check("triton", None, why, f"a newer torch brings a newer one: {_torch_install(hardware)}")
+    if why := torchbuild.unfenced(_version("triton"), max(gpu.capability for gpu in hardware.gpus)):
+        yield Check("triton", None, why, f"it comes with torch: {_torch_install(hardware)}")
 
 
 def _said_by_child(code: str, backend: str, seconds: float) -> str:

@@ -21,7 +21,8 @@ WINDOWS_TORCH, WINDOWS_TRITON = "torch>=2.14,<2.15", "triton-windows>=3.8,<3.9"
 # Minor release of torch -> that of Triton which is guaranteed to work with it: the table in triton-windows' README
 # (triton-lang/triton-windows, "3. PyTorch", July 2026), and for 2.14 the one that torch itself asks for on Linux.
 TRITON_OF = {(2, 10): (3, 6), (2, 11): (3, 6), (2, 12): (3, 7), (2, 13): (3, 7), (2, 14): (3, 8)}
-FENCED = (3, 8)  # the first Triton that makes a fence between cp.async and wgmma
+# Compute capability from which on -> the first Triton that makes a fence between cp.async and each product behind it
+FENCED = {(9, 0): (3, 8), (10, 0): (3, 9), (12, 0): (0, 0)}
 
 
 @dataclass(frozen=True)
@@ -75,13 +76,14 @@ def unmatched(torch: str, triton: str) -> str:
     return f"{told}: it is for torch {' and '.join(matching)}" if matching else ""
 
 
-def unfenced(triton: str) -> str:
-    """What this Triton ("3.7.1") leaves out on sm_90 and newer; "" where it does not, or nobody knows."""
-    if _release(triton) == (0, 0) or _release(triton) >= FENCED:
+def unfenced(triton: str, capability: tuple[int, int]) -> str:
+    """What this Triton ("3.7.1") leaves out for such a card; "" where it does not, or nobody knows."""
+    first = max(((least, made) for least, made in FENCED.items() if least <= capability), default=((0, 0), (0, 0)))[1]
+    if _release(triton) == (0, 0) or _release(triton) >= first:
         return ""
     return (
-        f"{triton} makes no fence between a copy into shared memory and the product that reads it, which PTX's rules "
-        "ask for (its pull request 9610); whether this card minds was not seen"
+        f"{triton} makes no fence between a copy into shared memory and a product that reads it, which PTX's rules ask "
+        f"for (its pull request 9610) and {first[0]}.{first[1]} does; whether this card minds was not seen"
     )
 
 

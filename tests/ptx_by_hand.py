@@ -6,12 +6,14 @@ import math
 import struct
 from collections.abc import Sequence
 from fractions import Fraction
+from importlib.metadata import version
 from typing import Any
 
 import numpy as np
 
 from benchmarks.ptx.machine import Machine
 from benchmarks.ptx.parsing import parse
+from core import torchbuild
 
 HEAD = """.version 8.7
 .target sm_{target}
@@ -25,6 +27,11 @@ HEAD = """.version 8.7
 .reg .b64 %rd<80>;
 """
 BITS = {1: "b8", 2: "b16", 4: "b32", 8: "b64"}
+
+
+def fences(target: int) -> str:
+    """What `emulated` can ask for of what this Triton compiles."""
+    return "stores" if torchbuild.unfenced(version("triton"), divmod(target, 10)) else "all"
 
 
 def aligned(array: Any, to: int = 128) -> np.ndarray:

@@ -7,17 +7,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from importlib.metadata import version
 from unittest import mock
 
 import torch
+from ptx_by_hand import fences
 
 from benchmarks.ptx import Fault, emulated, machine
-from core import torchbuild
 from kernels import linear_relu2, muon, residual_norm, softcapped_loss
 from kernels.attention import attention
 
-FENCES = "stores" if torchbuild.unfenced(version("triton")) else "all"
 LEFT_OUT = {  # what keeps threads, copies and tensor cores apart
     "bar.sync": r"^\s*bar\.sync",
     "bar.warp.sync": r"^\s*bar\.warp\.sync",
@@ -81,7 +79,7 @@ def _changed(line: str, kind: str) -> str:
 def outcome(work: Callable[[], Sequence[torch.Tensor]], target: int, change: object = None) -> list[torch.Tensor] | str:
     """What the work gives, or the fault."""
     torch.manual_seed(0)
-    with mock.patch.object(machine, "LONGEST", 200_000), emulated(target, change, fences=FENCES):
+    with mock.patch.object(machine, "LONGEST", 200_000), emulated(target, change, fences=fences(target)):
         try:
             return [x.detach().clone() for x in work()]
         except (Fault, NotImplementedError) as error:

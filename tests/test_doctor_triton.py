@@ -62,11 +62,16 @@ def test_doctor_asks_for_no_compiler_that_children_would_not_find(monkeypatch, m
     assert (check.ok is True) == (not action) and check.action.endswith(action)
 
 
+B200 = replace(H100, name="NVIDIA B200", capability=(10, 0), driver="580.82")
+
+
 @pytest.mark.parametrize(
     ("triton", "card", "said"),
     [
         ("3.7.1", H100, True),
         ("3.8.0", H100, False),
+        ("3.8.0", B200, True),
+        ("3.9.0", B200, False),
         ("3.6.0", replace(H100, name="NVIDIA A100-SXM4-80GB", capability=(8, 0)), False),
         ("3.6.0", RTX_3060, False),
         ("not installed", H100, False),
@@ -77,4 +82,6 @@ def test_doctor_says_where_triton_leaves_a_fence_out(monkeypatch, triton, card, 
     found = list(doctor._fence_check(probe(Machine(gpus=[card])), None))
     assert len(found) == said
     for check in found:
-        assert check.ok is None and check.detail.startswith("3.7.1 makes no fence") and "pip install" in check.action
+        assert (
+            check.ok is None and check.detail.startswith(f"{triton} makes no fence") and "pip install" in check.action
+        )

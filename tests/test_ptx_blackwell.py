@@ -19,15 +19,13 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("Triton's interpreter compiles nothing", allow_module_level=True)
 
 import torch
-import triton
+from ptx_by_hand import fences
 
 from benchmarks.ptx import Fault, emulated
 from kernels import attention_reference, linear_relu2, muon, residual_norm, softcapped_loss
 from kernels.attention import attention
 
 CARD = 100
-# Triton 3.8 makes no fence between cp.async and tcgen05.mma in some loops of attention; 3.9 does.
-FENCES = "all" if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9) else "stores"
 EPSILON = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 DTYPES = pytest.mark.parametrize("dtype", EPSILON, ids=["bf16", "f16"])
 Change = Callable[[str, str], str]
@@ -74,7 +72,7 @@ def attend(
     angle = torch.outer(torch.arange(tokens).float(), 10000.0 ** (-torch.arange(0, channels, 2) / channels))
     cos, sin, dy = angle.cos(), angle.sin(), normal(1, tokens, H, channels).to(dtype)
     found, look = products(change)
-    with emulated(CARD, look, fences=FENCES):
+    with emulated(CARD, look, fences=fences(CARD)):
         ours = run(lambda *qkv: attention(*qkv, cos, sin, window), (q, k, v), dy)
     exact = run(
         lambda *qkv: attention_reference.reference(*qkv, *wide((cos, sin)), window), wide((q, k, v)), dy.double()
@@ -107,7 +105,7 @@ def mlp(rows: int, channels: int, hidden: int, dtype: Any, change: Change | None
         )
     )
     found, look = products(change)
-    with emulated(CARD, look, fences=FENCES):
+    with emulated(CARD, look, fences=fences(CARD)):
         ours = run(partial(linear_relu2.mlp, by="triton"), (x, w1, w2), dy)
     exact = run(linear_relu2.reference, wide((x, w1, w2)), dy.double())
     sizes = sizes_of_sums(*wide((x, w1, w2, dy)))
@@ -150,7 +148,7 @@ def test_symmetric_products(shape: tuple[int, int, int], transposed: bool, add: 
     d = normal(L, m, m)
     d = (d + d.mT).to(dtype)
     found, look = products()
-    with emulated(CARD, look, fences=FENCES):
+    with emulated(CARD, look, fences=fences(CARD)):
         tiles = muon.choose(muon.SYMMETRIC, x)
         ours = muon.launch_symmetric(x, d if add else None, 0.7, -1.3 if add else 0.0, tiles)
     exact = 0.7 * (x.double() @ x.double().mT) - (1.3 * d.double() if add else 0)
@@ -165,7 +163,7 @@ def test_softcapped_loss(dtype: Any) -> None:
     x, head = normal(rows, channels).to(dtype), normal(vocab, channels) * 3 * channels**-0.5
     targets = torch.arange(rows) * 7 % vocab
     one = torch.tensor(1.0)
-    with emulated(CARD, fences=FENCES) as launched:
+    with emulated(CARD, fences=fences(CARD)) as launched:
         ours = run(lambda *given: softcapped_loss.softcapped_loss(*given, targets, cap), (x, head), one)
     rounded = wide((x, head.to(dtype)))
     exact = run(lambda *given: softcapped_loss.reference(*given, targets, cap), rounded, one.double())
@@ -184,7 +182,7 @@ def test_norms(rows: int, channels: int, dtype: Any) -> None:
     normal = random(rows)
     x, x0, dy = (normal(rows, channels).to(dtype) for _ in range(3))
     a, b = normal(2)
-    with emulated(CARD, fences=FENCES) as launched:
+    with emulated(CARD, fences=fences(CARD)) as launched:
         ours = run(lambda *given: residual_norm.residual_norm(*given, a, b, dtype=dtype)[1], (x, x0), dy)
     exact = run(
         lambda *given: residual_norm.reference(*given, *wide((a, b)), dtype=torch.float64)[1],

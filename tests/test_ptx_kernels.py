@@ -8,24 +8,21 @@ import subprocess
 import sys
 from collections import defaultdict
 from dataclasses import replace
-from importlib.metadata import version
 
 import pytest
 
 pytest.importorskip("torch")
 pytest.importorskip("triton")
 
+from ptx_by_hand import fences
+
 from backends import reference
 from backends.cpu.device import open_device
 from benchmarks.ptx import emulated
 from benchmarks.ptx.__main__ import KNOWN, ORDER, rows
-from core import torchbuild
 from core.paths import project_root
 
 TARGETS = tuple(map(int, KNOWN))
-FENCES = "stores" if torchbuild.unfenced(version("triton")) else "all"
-# Which makes no fence between cp.async and tcgen05.mma in some loops of attention, on sm_100.
-EARLIER = tuple(map(int, version("triton").split(".")[:2])) < (3, 9)
 # 200 tokens and 100 rows are no multiples of a tile; 256 are, and go through the copy engine (TMA) of sm_90.
 ODD = replace(ORDER, rows=4, context=200, heads=2, head_dim=64, vocab=301)
 EVEN = replace(ODD, rows=8, context=256)
@@ -46,10 +43,12 @@ BOUNDS = {
 @pytest.mark.parametrize("target", TARGETS)
 def test_kernels_as_compiled_agree_with_float64(target):
     halves = "bfloat16" if target >= 80 else "float16"
-    found, fences = {}, "stores" if target == 100 and EARLIER else FENCES
+    found = {}
     for order, names in CHECKS:
         wanted = {(name, halves) for name in names}
-        found |= {r["kernel"]: r for r in rows(target, order, lambda *check, _all=wanted: check in _all, fences)}
+        found |= {
+            r["kernel"]: r for r in rows(target, order, lambda *check, _all=wanted: check in _all, fences(target))
+        }
     assert found.keys() == {name for _, names in CHECKS for name in names}
     if target < 80:  # Triton has no product there: torch's are taken, and its kernels for what stands between them
         assert "no tensor cores in Triton" in found.pop("attention, heads of 64, window 37 of 200")["not measured"]
@@ -68,7 +67,7 @@ def test_kernels_as_compiled_agree_with_float64(target):
 def test_whole_recipes_as_compiled_compute_the_reference(backend, target, dtype, kernels):
     """Logits, loss, all gradients and an optimizer step, of one checkpoint; no access that the watch objects to."""
     recipe = (project_root() / "backends" / backend / "train.py").read_bytes()
-    with emulated(target, fences=FENCES) as launched:
+    with emulated(target, fences=fences(target)) as launched:
         computed = reference.computed(recipe, open_device(), dtype)
     assert set(launched) >= kernels and len(launched) > 100
     worst = defaultdict(float)
