@@ -6,6 +6,8 @@ table (8.7 runs as 8.6, 10.3 as 10.0, 12.1 as 12.0). What limits the tiles:
 - shared memory per block: 163 KB on sm_80, 99 on sm_86, sm_89 and sm_120, 227 on sm_90 and sm_100;
 - 255 registers per thread. Forward keeps `queries x head` and `queries x keys` in float32 over its warps; backward
   keeps `keys x head` twice, `queries x keys` twice and `queries x head` once, and is the one that spills;
+- three stages, where they fit: with two Triton has one buffer, begins a load behind the products of the one before and
+  waits for it at once, and registers leave room for one block on a multiprocessor, so that nobody works meanwhile;
 - 64 rows per group of four warps, below which Hopper's wgmma cannot be used.
 
 sm_75 is not here: Triton (3.8) makes no tensor-core products for it, and without them the sums do not fit.
@@ -26,7 +28,7 @@ class Tile:
     queries: int  # tokens whose queries are worked on together
     keys: int  # tokens whose keys and values are worked on together
     warps: int
-    stages: int  # depth of the software pipeline over the inner loop's loads
+    stages: int  # depth of the software pipeline over the inner loop's loads; with 2 nothing is computed meanwhile
     lean: bool = False  # the masked loop computes what does not change anew in each step, which frees registers
 
 
@@ -36,18 +38,18 @@ FORWARD: Table = {
     80: {32: Tile(128, 64, 4, 3), 64: Tile(128, 64, 4, 3), 128: Tile(128, 64, 8, 3)},
     86: {32: Tile(128, 64, 4, 3), 64: Tile(128, 64, 4, 3), 128: Tile(128, 64, 8, 3)},
     89: {32: Tile(128, 64, 4, 3), 64: Tile(128, 64, 4, 3), 128: Tile(128, 64, 8, 3)},
-    90: {32: Tile(128, 128, 8, 3), 64: Tile(128, 128, 8, 3), 128: Tile(128, 128, 8, 2, lean=True)},
-    100: {32: Tile(128, 128, 8, 3), 64: Tile(128, 128, 8, 3), 128: Tile(128, 128, 8, 2)},
+    90: {32: Tile(128, 128, 8, 3), 64: Tile(128, 128, 8, 3), 128: Tile(128, 128, 8, 3, lean=True)},
+    100: {32: Tile(128, 128, 8, 3), 64: Tile(128, 128, 8, 3), 128: Tile(128, 128, 8, 3)},
     120: {32: Tile(128, 64, 4, 3), 64: Tile(128, 64, 8, 3), 128: Tile(128, 64, 8, 3)},
 }
 
 BACKWARD: Table = {
-    80: {32: Tile(64, 128, 8, 2), 64: Tile(32, 64, 8, 2), 128: Tile(64, 64, 8, 2)},
-    86: {32: Tile(64, 128, 8, 2), 64: Tile(32, 64, 8, 2), 128: Tile(64, 64, 8, 2)},
-    89: {32: Tile(64, 128, 8, 2), 64: Tile(32, 64, 8, 2), 128: Tile(64, 64, 8, 2)},
-    90: {32: Tile(64, 128, 8, 2), 64: Tile(64, 128, 8, 2), 128: Tile(64, 64, 8, 2)},
-    100: {32: Tile(64, 128, 8, 2), 64: Tile(64, 128, 8, 2), 128: Tile(64, 64, 8, 2)},
-    120: {32: Tile(64, 128, 8, 2), 64: Tile(32, 64, 8, 2), 128: Tile(64, 64, 8, 2)},
+    80: {32: Tile(64, 128, 8, 3), 64: Tile(32, 64, 8, 3), 128: Tile(64, 64, 8, 3)},
+    86: {32: Tile(64, 128, 8, 3), 64: Tile(32, 64, 8, 3), 128: Tile(64, 64, 8, 2)},
+    89: {32: Tile(64, 128, 8, 3), 64: Tile(32, 64, 8, 3), 128: Tile(64, 64, 8, 2)},
+    90: {32: Tile(64, 128, 8, 3), 64: Tile(64, 128, 8, 3), 128: Tile(64, 64, 8, 3)},
+    100: {32: Tile(64, 128, 8, 3), 64: Tile(64, 128, 8, 3), 128: Tile(64, 64, 8, 3)},
+    120: {32: Tile(64, 128, 8, 3), 64: Tile(32, 64, 8, 3), 128: Tile(64, 64, 8, 2)},
 }
 
 FLOAT32 = Tile(32, 32, 4, 1)  # for tests on a device: exact products, no tensor cores

@@ -46,11 +46,11 @@ class Tiles:
 # sm_75 has no entry: Triton (3.8) makes no use of that card's tensor cores, so its products are torch's.
 SYMMETRIC = {
     80: Tiles(128, 64, warps=8, stages=3),
-    86: Tiles(128, 64, warps=8, stages=2),
-    89: Tiles(128, 64, warps=8, stages=2),
+    86: Tiles(128, 64, warps=8, stages=3),
+    89: Tiles(128, 64, warps=8, stages=3),
     90: Tiles(128, 64, warps=8, stages=4),
     100: Tiles(128, 64, warps=8, stages=4),
-    120: Tiles(128, 64, warps=8, stages=2),
+    120: Tiles(128, 64, warps=8, stages=3),
 }
 ODD = Tiles(64, 32, warps=4, stages=2)  # for sizes that do not divide: larger tiles would spill on every card
 # What works elementwise has the same tiles on every card: it is bound by memory, and has no tiles in shared memory.
