@@ -4,6 +4,7 @@ reference numbers, with its watch over memory and barriers."""
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections import defaultdict
@@ -97,3 +98,19 @@ def test_the_command_prints_what_it_found(tmp_path):
     assert all(r["kernels"] == ["_backward", "_forward"] and r["instructions"] > 100 for r in found)
     done = subprocess.run(command, cwd=project_root(), capture_output=True, text=True, timeout=300)
     assert done.stdout.count("PASS  sm_86") == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "settings", "code", "words"),
+    [
+        (["--only", "convolution"], {}, 2, "no check has 'convolution' in its name; try --only attention"),
+        (["--target", "70"], {}, 2, "'70' is not one of '75', '80'"),
+        ([], {"TRITON_INTERPRET": "1"}, 1, "nothing is compiled; unset it"),
+    ],
+)
+def test_what_cannot_be_run_is_said(arguments, settings, code, words):
+    command = [sys.executable, "-m", "benchmarks.ptx", *arguments]
+    done = subprocess.run(
+        command, cwd=project_root(), env=os.environ | settings, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == code and words in done.stderr and "Traceback" not in done.stderr

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import os
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -16,7 +18,7 @@ KNOWN = ("75", "80", "86", "89", "90", "100", "120")
 OLDER = 80  # what has no bfloat16
 
 
-@click.command(help=__doc__)
+@click.command()
 @click.option("--target", "targets", multiple=True, type=click.Choice(KNOWN), help="Compute capability; default: all.")
 @click.option("--only", metavar="WORD", default="", help="Checks that have it in their name.")
 @click.option("--head", type=click.IntRange(32, 128), default=128, show_default=True, help="Channels of a head.")
@@ -26,20 +28,44 @@ OLDER = 80  # what has no bfloat16
     type=click.Choice(["all", "stores"]),
     default="all",
     show_default=True,
-    help="stores: no fence is asked for between cp.async and wgmma; Triton before 3.8 makes none.",
+    help="stores: none is asked for between cp.async and a product; Triton makes it from 3.8 on, for sm_100 from 3.9.",
 )
 @click.option("--json", "as_json", is_flag=True, help="A line of JSON for each check.")
 def main(targets: tuple[str, ...], only: str, head: int, context: int, fences: str, as_json: bool) -> None:
-    """The rows of `correctness` of benchmarks.gpu: outputs and gradients against float64, the watch over memory."""
+    """Every kernel as Triton compiles it for a card, run on the CPU: the checks `correctness` of benchmarks.gpu.
+
+    Outputs and gradients against float64, and a watch over memory, copies, fences and barriers, which ends a check with
+    the line of the PTX. A target takes some minutes. The exit status is 1 if a check fails.
+
+    \b
+    python -m benchmarks.ptx --target 90
+    python -m benchmarks.ptx --target 86 --head 64 --only attention
+    python -m benchmarks.ptx --target 90 --context 2048 --only "attention, heads of 128" --json
+    """
     from dataclasses import replace
 
-    failed = 0
+    if why := obstacle():
+        raise click.ClickException(why)
+    order, done, failed = replace(ORDER, head_dim=head, context=context), 0, 0
     for target in targets or KNOWN:
-        order = replace(ORDER, head_dim=head, context=context)
         for row in rows(int(target), order, lambda name, _: only in name, fences):
+            done += 1
             failed += not row.get("passed", "not measured" in row)
             click.echo(json.dumps(row) if as_json else told(row))
+    if not done:
+        raise click.UsageError(
+            f"no check has {only!r} in its name; try --only attention, mlp, feed, norm, loss or muon"
+        )
     raise SystemExit(1 if failed else 0)
+
+
+def obstacle() -> str:
+    """Why nothing can be compiled here; "" where it can."""
+    if missing := [name for name in ("torch", "triton") if importlib.util.find_spec(name) is None]:
+        return f"{' and '.join(missing)} not installed; Triton comes with torch on Linux: pip install torch triton"
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return "TRITON_INTERPRET=1 has kernels interpreted, and nothing is compiled; unset it"
+    return ""
 
 
 def rows(
