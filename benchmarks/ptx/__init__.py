@@ -10,8 +10,8 @@ core fragments, swizzles, pipelines and barriers are what a card would get. What
 - tensor memory (sm_100): likewise what products write and read; every column that was lent is given back;
 - registers and tensor memory hold NaN until they are written.
 
-    with emulated(90):             # sm_90
-        y = linear_relu2(x, w)     # any function of kernels/, on tensors of a CPU
+    with emulated(90):         # sm_90
+        y = mlp(x, w1, w2)     # any function of kernels/, on tensors of a CPU
 
 Threads of a block go in step. Order is not tried out: whether it could matter is what the watch tells. PTX only: what
 ptxas makes of it is not run.
