@@ -158,8 +158,9 @@ def attacks_checked(children: list[sandbox.Child], able: sandbox.Abilities) -> l
 def limit_checked(child: sandbox.Child, kind: str, able: sandbox.Abilities) -> Check:
     child.wait(10)
     how = getattr(able, kind)
-    said = child.exceeded()  # "processes: 22 of 16"
-    ended = re.sub(r"^\w+: (.+) of (.+)$", r"ended at \1, \2 allowed", said or "a child went over it unseen")
+    said = child.exceeded()  # "processes: 22 of 16", or "processes: more than 16 processes and threads"
+    fact = (said or "a child went over it unseen").removeprefix("processes: ").removeprefix("memory: ")
+    ended = re.sub(r"^(.+) of (.+)$", r"ended at \1, \2 allowed", fact)
     return Check(f"sandbox: limit of {kind}", bool(said), f"{ended} ({how})")
 
 
