@@ -6,8 +6,9 @@ table (8.7 runs as 8.6, 10.3 as 10.0, 12.1 as 12.0). What limits the tiles:
 - shared memory per block: 163 KB on sm_80, 99 on sm_86, sm_89 and sm_120, 227 on sm_90 and sm_100;
 - 255 registers per thread. Forward keeps `queries x head` and `queries x keys` in float32 over its warps; backward
   keeps `keys x head` twice, `queries x keys` twice and `queries x head` once, and is the one that spills;
-- three stages, where they fit: with two Triton has one buffer, begins a load behind the products of the one before and
-  waits for it at once, and registers leave room for one block on a multiprocessor, so that nobody works meanwhile;
+- three stages, where they fit: with two Triton begins a load behind the products of the one before and waits for it at
+  the loop's head, so that at most the last of these (Hopper's, which run on) runs meanwhile; and registers leave room
+  for one block on a multiprocessor, so that no other does;
 - 64 rows per group of four warps, below which Hopper's wgmma cannot be used.
 
 sm_75 is not here: Triton (3.8) makes no tensor-core products for it, and without them the sums do not fit.
@@ -28,7 +29,7 @@ class Tile:
     queries: int  # tokens whose queries are worked on together
     keys: int  # tokens whose keys and values are worked on together
     warps: int
-    stages: int  # depth of the software pipeline over the inner loop's loads; with 2 nothing is computed meanwhile
+    stages: int  # depth of the software pipeline over the inner loop's loads; with 2 next to nothing runs beside them
     lean: bool = False  # the masked loop computes what does not change anew in each step, which frees registers
 
 
