@@ -96,18 +96,16 @@ def _init_handles(kernel: Any, launched: Launched, change: Change | None, seed: 
     if kernel._run is None:
         text = kernel.asm["ptx"]
         program = parse(change(kernel.name, text) if change else text)
-        kernel._run = functools.partial(_launch, kernel, program, launched, seed, fences)
+        machine = Machine(program, kernel.metadata.num_warps, kernel.metadata.shared, {})
+        machine.fences(fences)
+        kernel._run = functools.partial(_launch, kernel, machine, launched, seed)
         kernel.module, kernel.function = object(), 0
 
 
-def _launch(
-    kernel: Any, program: Program, launched: Launched, seed: int, fences: str, x: int, y: int, z: int, *rest: Any
-) -> None:
+def _launch(kernel: Any, machine: Machine, launched: Launched, seed: int, x: int, y: int, z: int, *rest: Any) -> None:
     given = rest[6:]  # behind stream, function, metadata of kernel and launch, two hooks
-    arguments, storages = _arguments(kernel, program, given)
+    machine.arguments, storages = _arguments(kernel, machine.program, given)
     launched.append(kernel.name)
-    machine = Machine(program, kernel.metadata.num_warps, kernel.metadata.shared, arguments)
-    machine.fences(fences)
     launched.instructions += machine.launch((x, y, z), storages, seed)
 
 

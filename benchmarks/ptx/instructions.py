@@ -91,7 +91,7 @@ def floats(function: Callable[..., Array]) -> Callable[[Machine, Instruction, li
         kind, given = kinds[0], kinds[-1]  # two in add.rn.f32.bf16 d, a, c and fma.rn.f32.bf16 d, a, b, c: c is of d's
         out = target(machine, instruction.operands[0], TYPES[kind])
         if kind == given == "f32" and "ftz" not in parts and function in (np.add, np.subtract, np.multiply):
-            return _at_once(machine, instruction, function)  # which rounds once in float32 itself
+            return _at_once(machine, instruction, function, np.float32)  # which rounds once in float32 itself
         *first, last = instruction.operands[1:]
         taken = [*(wide(machine, text, given) for text in first), wide(machine, last, kind)]
         ftz = "ftz" in parts
@@ -107,9 +107,10 @@ def floats(function: Callable[..., Array]) -> Callable[[Machine, Instruction, li
     return make
 
 
-def _at_once(machine: Machine, instruction: Instruction, function: np.ufunc) -> Run:
-    out = target(machine, instruction.operands[0], np.float32)
-    taken = [value(machine, text, np.float32) for text in instruction.operands[1:]]
+def _at_once(machine: Machine, instruction: Instruction, function: Any, dtype: Any) -> Run:
+    """function: one of NumPy's own, which takes `out` and `where`."""
+    out = target(machine, instruction.operands[0], dtype)
+    taken = [value(machine, text, dtype) for text in instruction.operands[1:]]
 
     def run(where: Where) -> None:
         with np.errstate(all="ignore"):
@@ -119,18 +120,7 @@ def _at_once(machine: Machine, instruction: Instruction, function: np.ufunc) -> 
 
 
 def integers(function: Any) -> Callable[[Machine, Instruction, list[str]], Run]:
-    def make(machine: Machine, instruction: Instruction, parts: list[str]) -> Run:
-        dtype = TYPES[parts[-1]]
-        out = target(machine, instruction.operands[0], dtype)
-        taken = [value(machine, text, dtype) for text in instruction.operands[1:]]
-
-        def run(where: Where) -> None:
-            with np.errstate(all="ignore"):
-                function(*taken, out=out, where=where)
-
-        return run
-
-    return make
+    return lambda machine, instruction, parts: _at_once(machine, instruction, function, TYPES[parts[-1]])
 
 
 def either(of_integers: Any, of_floats: Callable[..., Array]) -> Callable[[Machine, Instruction, list[str]], Run]:
@@ -466,10 +456,6 @@ def elect(machine: Machine, instruction: Instruction, parts: list[str]) -> Run:
     return run
 
 
-def logic(function: Any) -> Callable[[Machine, Instruction, list[str]], Run]:
-    return integers(function)
-
-
 ARITHMETIC: dict[str, Callable[[Machine, Instruction, list[str]], Run]] = {
     "add": either(np.add, np.add),
     "sub": either(np.subtract, np.subtract),
@@ -482,10 +468,10 @@ ARITHMETIC: dict[str, Callable[[Machine, Instruction, list[str]], Run]] = {
     "max": either(np.maximum, greater),
     "neg": either(np.negative, np.negative),
     "abs": either(np.abs, np.abs),
-    "not": logic(np.invert),
-    "and": logic(np.bitwise_and),
-    "or": logic(np.bitwise_or),
-    "xor": logic(np.bitwise_xor),
+    "not": integers(np.invert),
+    "and": integers(np.bitwise_and),
+    "or": integers(np.bitwise_or),
+    "xor": integers(np.bitwise_xor),
     "shl": shift,
     "shr": shift,
     "shf": funnel,

@@ -57,6 +57,35 @@ def load_parameter(machine: Machine, instruction: Instruction) -> Run:
     return run
 
 
+def load(read: Callable[[Machine, Ints, int, Ints], NDArray[np.uint8]]) -> Callable[[Machine, Instruction], Run]:
+    def make(machine: Machine, instruction: Instruction) -> Run:
+        count, size = shape(instruction.op)
+        places = address(machine, instruction.operands[1])
+        outs = _outs(machine, instruction.operands[0])
+
+        def run(where: Where) -> None:
+            addresses = chosen(where, places())
+            _deal(outs, read(machine, addresses, count * size, machine.who(where)), size, where)
+
+        return run
+
+    return make
+
+
+def store(write: Callable[[Machine, Ints, NDArray[np.uint8], Ints], None]) -> Callable[[Machine, Instruction], Run]:
+    def make(machine: Machine, instruction: Instruction) -> Run:
+        _, size = shape(instruction.op)
+        places = address(machine, instruction.operands[0])
+        given = _given(machine, instruction.operands[1], size)
+
+        def run(where: Where) -> None:
+            write(machine, chosen(where, places()), _gathered(machine, given, where), machine.who(where))
+
+        return run
+
+    return make
+
+
 # --- shared memory ------------------------------------------------------------------------------
 
 
@@ -69,6 +98,7 @@ def within_shared(machine: Machine, addresses: Ints, size: int) -> None:
 
 def read_shared(machine: Machine, addresses: Ints, size: int, who: Ints) -> NDArray[np.uint8]:
     """(threads, size)"""
+    aligned(addresses, size)
     within_shared(machine, addresses, size)
     machine.shared_watch.read(Access(grains(addresses, size), who))
     return machine.shared[addresses[:, None] + np.arange(size)]
@@ -77,38 +107,13 @@ def read_shared(machine: Machine, addresses: Ints, size: int, who: Ints) -> NDAr
 def write_shared(machine: Machine, addresses: Ints, data: NDArray[np.uint8], who: Ints) -> None:
     """data: (threads, bytes). Threads may write one place at once if they write the same."""
     size = data.shape[1]
+    aligned(addresses, size)
     within_shared(machine, addresses, size)
     machine.shared_watch.write(Access(grains(addresses, size), who))
     places = addresses[:, None] + np.arange(size)
     machine.shared[places] = data
     if (machine.shared[places] != data).any():
         raise Fault("shared memory: two threads write different values to one place at once")
-
-
-def load_shared(machine: Machine, instruction: Instruction) -> Run:
-    count, size = shape(instruction.op)
-    places = address(machine, instruction.operands[1])
-    outs = _outs(machine, instruction.operands[0])
-
-    def run(where: Where) -> None:
-        addresses = chosen(where, places())
-        aligned(addresses, count * size)
-        _deal(outs, read_shared(machine, addresses, count * size, machine.who(where)), size, where)
-
-    return run
-
-
-def store_shared(machine: Machine, instruction: Instruction) -> Run:
-    count, size = shape(instruction.op)
-    places = address(machine, instruction.operands[0])
-    given = _given(machine, instruction.operands[1], size)
-
-    def run(where: Where) -> None:
-        addresses = chosen(where, places())
-        aligned(addresses, count * size)
-        write_shared(machine, addresses, _gathered(machine, given, where), machine.who(where))
-
-    return run
 
 
 def _outs(machine: Machine, operand: str) -> list[Array | None]:
@@ -143,18 +148,6 @@ def _deal(outs: list[Array | None], data: NDArray[np.uint8], size: int, where: W
 # --- global memory ------------------------------------------------------------------------------
 
 
-def load_global(machine: Machine, instruction: Instruction) -> Run:
-    count, size = shape(instruction.op)
-    places = address(machine, instruction.operands[1])
-    outs = _outs(machine, instruction.operands[0])
-
-    def run(where: Where) -> None:
-        addresses = chosen(where, places())
-        _deal(outs, read_global(machine, addresses, count * size, machine.who(where)), size, where)
-
-    return run
-
-
 def read_global(machine: Machine, addresses: Ints, size: int, who: Ints) -> NDArray[np.uint8]:
     aligned(addresses, size)
     data = np.empty((addresses.size, size), np.uint8)
@@ -163,18 +156,6 @@ def read_global(machine: Machine, addresses: Ints, size: int, who: Ints) -> NDAr
         region.watch.read(Access(grains(offsets, size), who[here]))
         data[here] = region.data[offsets[:, None] + np.arange(size)]
     return data
-
-
-def store_global(machine: Machine, instruction: Instruction) -> Run:
-    _, size = shape(instruction.op)
-    places = address(machine, instruction.operands[0])
-    given = _given(machine, instruction.operands[1], size)
-
-    def run(where: Where) -> None:
-        addresses, data = chosen(where, places()), _gathered(machine, given, where)
-        write_global(machine, addresses, data, machine.who(where))
-
-    return run
 
 
 def global_places(machine: Machine, addresses: Ints, size: int) -> list[tuple[Watch, Ints]]:
@@ -280,7 +261,6 @@ def _rows(machine: Machine, places: Callable[[], Array], count: int, where: Wher
     whole_warps(where)
     lanes = chosen(where, places())
     rows = lanes.reshape(-1, 32)[:, : 8 * count].reshape(-1, count, 8)
-    aligned(rows, 16)
     if machine.program.target < 80:  # there the lanes whose rows are not read need a valid address too
         aligned(lanes, 16)
         within_shared(machine, lanes, 16)
@@ -291,10 +271,10 @@ FAMILIES: dict[str, Callable[[Machine, Instruction], Run]] = {
     "ldmatrix.sync.aligned.m8n8": load_matrix,
     "stmatrix.sync.aligned.m8n8": store_matrix,
     "ld.param": load_parameter,
-    "ld.shared": load_shared,
-    "st.shared": store_shared,
-    "ld.global": load_global,
-    "st.global": store_global,
+    "ld.shared": load(read_shared),
+    "st.shared": store(write_shared),
+    "ld.global": load(read_global),
+    "st.global": store(write_global),
     "atom.global": atomic,
     "red.global": atomic,
 }

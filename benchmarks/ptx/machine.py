@@ -47,7 +47,10 @@ class Barrier:
 
 
 class Machine:
-    """Registers are arrays of all threads (N,), views of which the instructions' functions hold."""
+    """Registers are arrays of all threads (N,), views of which the instructions' functions hold.
+
+    Of a kernel one is enough: what a block begins with is made anew, and arguments are looked up as it runs.
+    """
 
     def __init__(self, program: Program, warps: int, shared: int, arguments: Mapping[str, Any]) -> None:
         """arguments: parameter -> bytes (little-endian), or a TMA descriptor."""
@@ -64,8 +67,8 @@ class Machine:
         self.block = (0, 0, 0)
         self.grid = (1, 1, 1)
         self.thread = np.arange(self.threads)
-        self.groups: dict[str, list[list[Copy]]] = {"cp.async": [], "bulk": [], "wgmma": []}
-        self.begun: dict[str, list[Copy]] = {"cp.async": [], "bulk": [], "wgmma": []}
+        self.groups: dict[str, list[list[Copy]]] = {}
+        self.begun: dict[str, list[Copy]] = {}
         self.accumulators = Accumulators()
         self.barriers: dict[int, Barrier] = {}
         self.guards = [self.registers[i.guard] if i.guard else None for i in program.code]
@@ -105,11 +108,9 @@ class Machine:
         self.shared[:] = 0xFF
         for register in self.registers.values():
             register.view(np.uint8)[:] = 0 if register.dtype == np.bool_ else 0xFF
-        watch = self.shared_watch
-        for marks in (watch.reader, watch.writer, watch.block_read):
-            marks[:] = -1
-        for counts in (watch.arriving, watch.in_use, watch.unfenced, watch.written, watch.read_at, watch.reserved):
-            counts[:] = 0
+        for name in ("cp.async", "bulk", "wgmma"):
+            self.groups[name], self.begun[name] = [], []
+        self.shared_watch.clear()
         self.barriers.clear()
         self.accumulators.clear()
         self.tensor_memory.start()
@@ -120,8 +121,6 @@ class Machine:
             raise Fault("the block ended while copies or products were not waited for")
         for copy in left:  # their sources were waited for
             copy.land()
-        for groups in self.groups.values():
-            groups.clear()
         self.tensor_memory.end()
 
     def who(self, where: Where = True) -> Ints:

@@ -79,6 +79,13 @@ class Watch:
         self.block_wrote: Ints = np.full(count, NOBODY, np.int64)
         self.reserved = np.zeros(count, bool)  # mbarriers
 
+    def clear(self) -> None:
+        """Nobody has been here."""
+        for marks in (self.reader, self.writer, self.block_read):
+            marks[:] = NOBODY
+        for counts in (self.arriving, self.in_use, self.unfenced, self.written, self.read_at, self.reserved):
+            counts[:] = 0
+
     def read(self, access: Access) -> None:
         grains = access.grains
         self._still(grains, self.arriving, "read while something is still being copied there")

@@ -18,13 +18,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.ptx.loading import grains, within_shared, write_shared
-from benchmarks.ptx.machine import Machine, Run, Where
-from benchmarks.ptx.memory import GRAIN, Fault, Ints
+from benchmarks.ptx.loading import grains, write_shared
+from benchmarks.ptx.machine import Machine, Run, Where, whole_warps
+from benchmarks.ptx.memory import Fault, Ints
 from benchmarks.ptx.operands import address, several, target, value
 from benchmarks.ptx.parsing import Instruction
+from benchmarks.ptx.tensor import from_shared
 from benchmarks.ptx.tensor_memory import Cells, Product
-from benchmarks.ptx.warp import from_bits, halves, swizzled
+from benchmarks.ptx.warp import from_bits, halves, tiled
 
 Array = NDArray[Any]
 K = 16  # of a product of 16-bit elements
@@ -37,10 +38,8 @@ def _threads(machine: Machine, where: Where) -> list[int]:
 
 def _warps(machine: Machine, where: Where) -> list[int]:
     """Those that take part, of which no thread may be missing."""
-    there = np.broadcast_to(where, machine.threads).reshape(-1, 32)
-    if (there.any(1) != there.all(1)).any():
-        raise Fault("threads of a warp are missing")
-    return [int(i) for i in np.flatnonzero(there.any(1))]
+    whole_warps(where)
+    return [int(i) for i in np.flatnonzero(np.broadcast_to(where, machine.threads)[::32])]
 
 
 def _each(who: Callable[[Machine, Where], list[int]], machine: Machine, order: Callable[[int], None]) -> Run:
@@ -214,13 +213,7 @@ def shared_places(descriptor: int, rows: int, across: bool) -> Ints:
     if width is None:
         raise NotImplementedError(f"swizzle {descriptor >> 61} of shared-memory descriptor {descriptor:#018x}")
     start, leading, stride = ((descriptor >> shift & 0x3FFF) << 4 for shift in (0, 16, 32))
-    row, column = np.arange(rows)[:, None], np.arange(K)[None, :]
-    if across:
-        wide = width // 2  # elements
-        linear = row % wide * 2 + row // wide * leading + column % 8 * width + column // 8 * stride
-    else:
-        linear = column * 2 + row % 8 * width + row // 8 * stride
-    return swizzled(start + linear, width).astype(np.int64)
+    return tiled(start, leading, stride, width, rows, K, across)
 
 
 def _lanes(m: int, base: int) -> Ints:
@@ -229,16 +222,6 @@ def _lanes(m: int, base: int) -> Ints:
     if first not in ((0,) if m == 128 else (0, 16)):
         raise Fault(f"a product of {m} rows at lane {first} of tensor memory")
     return first + (row if m == 128 else row // 16 * 32 + row % 16)
-
-
-def _from_shared(machine: Machine, descriptor: int, rows: int, across: bool, kind: str) -> tuple[Array, Ints]:
-    """The operand (rows, 16), and the grains that are in use from now on."""
-    places = shared_places(descriptor, rows, across)
-    within_shared(machine, places.ravel(), 2)
-    used = np.unique(places // GRAIN)
-    machine.shared_watch.engine_reads(used)
-    bits = machine.shared[places[..., None] + np.arange(2)].view(np.uint16)[..., 0]
-    return from_bits(np.ascontiguousarray(bits), kind), used
 
 
 def multiply(machine: Machine, instruction: Instruction) -> Run:
@@ -261,10 +244,10 @@ def multiply(machine: Machine, instruction: Instruction) -> Run:
             left, reads = _from_tensor_memory(machine, int(a()[thread]), lanes, shape)
         else:
             at = int(np.broadcast_to(a, machine.threads)[thread])
-            left, used = _from_shared(machine, at, shape.m, shape.across[0], shape.kinds[0])
+            left, used = from_shared(machine, shared_places(at, shape.m, shape.across[0]), shape.kinds[0])
             in_use.append(used)
         at = int(np.broadcast_to(b, machine.threads)[thread])
-        right, used = _from_shared(machine, at, shape.n, shape.across[1], shape.kinds[1])
+        right, used = from_shared(machine, shared_places(at, shape.n, shape.across[1]), shape.kinds[1])
         in_use.append(used)
         into = Cells(lanes[:, None], (base & 0xFFFF) + np.arange(shape.n)[None, :])
 

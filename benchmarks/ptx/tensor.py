@@ -123,13 +123,18 @@ def _operand(
     words = np.broadcast_to(descriptor, machine.threads)[threads]
     if (words != words[0]).any():
         raise Fault("threads of a warp group have different descriptors")
-    places = warp.operand(int(words[0]), rows, 16, across)  # each element lies in a place of its own
+    found, used = from_shared(machine, warp.operand(int(words[0]), rows, 16, across), kind)
+    read.append(used)
+    return found
+
+
+def from_shared(machine: Machine, places: Ints, kind: str) -> tuple[NDArray[np.float64], Ints]:
+    """The numbers at these addresses, for tensor cores, and the grains that are in use from now on."""
     within_shared(machine, places.ravel(), 2)
-    grains = places.ravel() // GRAIN
-    machine.shared_watch.engine_reads(grains)
-    read.append(grains)
+    used = places.ravel() // GRAIN
+    machine.shared_watch.engine_reads(used)
     bits = machine.shared[places[..., None] + np.arange(2)].view(np.uint16)[..., 0]
-    return warp.from_bits(np.ascontiguousarray(bits), kind)
+    return warp.from_bits(np.ascontiguousarray(bits), kind), used
 
 
 FAMILIES: dict[str, Callable[[Machine, Instruction], Run]] = {

@@ -91,6 +91,12 @@ def operand(descriptor: int, rows: int, k: int, across: bool) -> NDArray[np.int6
     width = {1: 128, 2: 64, 3: 32}.get(int(descriptor >> 62))
     if width is None or descriptor >> 49 & 7:
         raise NotImplementedError("wgmma operands without a swizzle, or with an offset of its pattern")
+    return tiled(start, leading, stride, width, rows, k, across)
+
+
+def tiled(start: int, leading: int, stride: int, width: int, rows: int, k: int, across: bool) -> NDArray[np.int64]:
+    """Addresses of an operand (rows, k) that lies in swizzled tiles of eight lines of `width` bytes ("Canonical
+    Layouts"): lines are rows, or, across, columns of k. All in bytes."""
     row, column = np.arange(rows)[:, None], np.arange(k)[None, :]
     if across:
         chunk = width // 2
