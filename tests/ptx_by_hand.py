@@ -44,16 +44,16 @@ def aligned(array: Any, to: int = 128) -> np.ndarray:
     return found
 
 
-def launch(
-    body: str,
-    *given: Any,
-    warps: int = 1,
-    shared: int = 4096,
-    grid: tuple[int, int, int] = (1, 1, 1),
-    seed: int = 0,
-    target: str = "90a",
-) -> None:
-    """Runs a kernel whose parameters are arrays (their addresses are in %rd0, %rd1, ...) or TMA descriptors."""
+def launch(body: str, *given: Any, grid: tuple[int, int, int] = (1, 1, 1), seed: int = 0, **options: Any) -> None:
+    machine, storages = made(body, *given, **options)
+    machine.launch(grid, storages, seed)
+
+
+def made(
+    body: str, *given: Any, warps: int = 1, shared: int = 4096, target: str = "90a"
+) -> tuple[Machine, list[tuple[int, int, str]]]:
+    """A kernel whose parameters are arrays (their addresses are in %rd0, %rd1, ...) or TMA descriptors, and what its
+    launch takes for these arrays."""
     parameters, loads, arguments, storages = [], [], {}, []
     for i, one in enumerate(given):
         name = f"k_param_{i}"
@@ -69,8 +69,7 @@ def launch(
     text = (
         HEAD.format(parameters=",\n".join(parameters), target=target) + "\n".join(loads) + "\n" + body + "\nret;\n}\n"
     )
-    machine = Machine(parse(text), warps, shared, arguments)
-    machine.launch(grid, storages, seed)
+    return Machine(parse(text), warps, shared, arguments), storages
 
 
 def threads(body: str, *given: Any, out: Any, warps: int = 1, shared: int = 4096) -> np.ndarray:

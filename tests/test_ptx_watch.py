@@ -11,7 +11,7 @@ pytest.importorskip("triton")
 import torch
 import triton
 import triton.language as tl
-from ptx_by_hand import aligned, launch
+from ptx_by_hand import aligned, launch, made
 
 from benchmarks.ptx import Fault, emulated
 from benchmarks.ptx.copying import Descriptor
@@ -359,3 +359,22 @@ def test_a_change_is_made_of_one_emulation_and_none_later():
             else:
                 sums[(4,)](x, out, 256, False, 256)
                 assert names == ["sums"]
+
+
+def test_nothing_is_left_of_a_launch_that_was_ended():
+    """All launches of a kernel are by one machine."""
+    source, result = aligned(np.arange(32, dtype=np.uint32)), aligned(np.zeros(32, np.uint32))
+    machine, storages = made(
+        """mov.u32 %r1, %tid.x; mad.lo.s32 %r2, %r1, 4, 1024; mad.wide.u32 %rd10, %r1, 4, %rd0;
+        cp.async.ca.shared.global [%r2], [%rd10], 4; cp.async.commit_group;
+        mad.wide.u32 %rd11, %r1, 4, %rd1; st.global.b32 [%rd11], %r1; cp.async.wait_group 0;
+        ld.shared.b32 %r3, [%r2]; mul.lo.s32 %r3, %r3, 3; st.global.b32 [%rd11], %r3;""",
+        source,
+        result,
+    )
+    for _ in range(2):
+        with pytest.raises(Fault, match="outside"):
+            machine.launch((1, 1, 1), storages[:1])
+        machine.launch((1, 1, 1), storages)
+        assert (result == 3 * source).all()
+        result[:] = 0
