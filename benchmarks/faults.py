@@ -70,7 +70,11 @@ FAULTS: Sequence[Fault] = (
         "RoPE turns the other way round: the sign of the sines is wrong",
         [("torch.cat((sin, -sin), dim=-1)", "torch.cat((-sin, sin), dim=-1)")],
     ),
-    Fault("RoPE base", "RoPE has the base 100000; the reference has 10000", [("10000.0 **", "100000.0 **")]),
+    Fault(
+        "RoPE base",
+        "RoPE has the base 100000; the reference has 10000",
+        [("ROPE_BASE = 10000.0", "ROPE_BASE = 100000.0")],
+    ),
     Fault(
         "no RoPE",
         "queries and keys are not turned by RoPE",

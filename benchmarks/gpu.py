@@ -64,7 +64,7 @@ class Order:
     depth: int = 8
     vocab: int = 8192
     tokens: int = 2**19  # of one optimizer step
-    steps: int = 100
+    steps: int = 200
     device: str = "cuda:0"
     upstream: str = ""
     recipe: str = ""  # a file in the place of the shipped recipe of `cuda`
@@ -95,6 +95,7 @@ UNTIMED = {  # what a recipe takes where its section ended before so many choice
 RESUMED = "correctness"  # whose checks go on in another process behind one that crashed or hung
 PATIENCE = 45.0  # seconds without a row after which one of them hangs; the first one imports and compiles
 RESUMES = 4  # at most
+CONSTANTS = "constants"  # of rows of our steps: whose they are, where they are not what an H100 learns most by
 ALLOCATOR = "allocator"  # of the row by which `facts` says how PyTorch's has to be set here
 
 
@@ -207,16 +208,19 @@ def ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Ours beside upstream, after the last count of steps that both told. Where there is none, as on a slow card, time
     and memory of each side's last, and no losses; nothing where a side made one step only, which compiles.
 
-    Upstream's attention is named beside its time: it is what was at hand, and decides what the ratio means.
+    Upstream's attention is named beside its time: it is what was at hand, and decides what the ratio means. Where ours
+    had upstream's constants, the difference of losses is another row: it tells of kernels, not of what is learnt by.
     """
-    sides: list[dict[int, dict[str, Any]]] = []
-    for section in ("step", "upstream"):
-        sides.append({row["steps"]: row for row in rows if row["section"] == section and "steps" in row})
-    ours, peer = sides
+    told = [row for row in rows if "steps" in row]
+    peer = {row["steps"]: row for row in told if row["section"] == "upstream"}
+    ours, alike = (
+        {row["steps"]: row for row in told if row["section"] == "step" and (CONSTANTS in row) is same}
+        for same in (False, True)
+    )
     both = ours.keys() & peer.keys()
     if not both and min(max(ours, default=0), max(peer, default=0)) < 2:
         return []
-    mine, other = (side[max(both or side)] for side in sides)
+    mine, other = (side[max(both or side)] for side in (ours, peer))
     named = {"upstream_attention": other["attention"]} if "attention" in other else {}
     found: list[dict[str, Any]] = [{"step_ratio": other["ms"] / mine["ms"], **named}]
     if "peak_gib" in mine and "peak_gib" in other:
@@ -224,7 +228,12 @@ def ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     if both:
         found.append({"loss_difference": mine["loss"] - other["loss"]})
     counts = {"steps": other["steps"]} | ({} if both else {"our_steps": mine["steps"]})
-    return [{"section": "upstream", **counts, **row} for row in found]
+    found = [{**counts, **row} for row in found]
+    if common := alike.keys() & peer.keys():
+        last = max(common)
+        difference = alike[last]["loss"] - peer[last]["loss"]
+        found.append({"steps": last, CONSTANTS: alike[last][CONSTANTS], "loss_difference": difference})
+    return [{"section": "upstream", **row} for row in found]
 
 
 def heeded(order: Order, rows: Sequence[Mapping[str, Any]]) -> Order:

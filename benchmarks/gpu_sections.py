@@ -8,6 +8,7 @@ import io
 import json
 import math
 import os
+import runpy
 import sys
 import time
 from collections import deque
@@ -23,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks import blank_card, card_state, gpu_fit, gpu_profile, gpu_rtx, upstream_side
-from benchmarks.gpu import ALLOCATOR, ROOT, Order
+from benchmarks.gpu import ALLOCATOR, CONSTANTS, ROOT, Order
 from benchmarks.gpu_correctness import (
     TOLERANCE,
     NotMeasured,
@@ -52,7 +53,8 @@ from kernels.pinned import PinnedSlots, later
 SEED = 42  # of the weights
 BATCHES = 50  # of the loader
 REPEATED = 'with ATTENTION = "triton"'
-MARKS = (10, 50, 100)  # steps after which there is a row, beside the last
+MARKS = (10, 50, 100, 150)  # steps after which there is a row, beside the last
+AGREEING = 50  # of ours with upstream's constants
 LEARNT, LEARNT_AFTER = 0.9, 50  # share of a uniform guess's loss, below which text brings it within so many steps
 FIXED = "expandable_segments:False"  # of PyTorch's allocator
 SPARE = 10.0  # seconds of the section left when it makes no further step
@@ -340,14 +342,27 @@ def step(order: Order) -> Iterator[Row]:
 
 
 def our_steps(order: Order, **constants: Any) -> Iterator[Row]:
-    training = recipe(order, **constants).build(spec(order))
+    """With the constants that an H100 learns most by, at upstream's shapes. Then some with upstream's own, which have
+    to lead to upstream's losses: where they do, all kernels together are right. Both make the same launches."""
+    module = recipe(order, **constants)
+    # By its path: the package around it wants psutil, which may not be there.
+    learning = runpy.run_path(str(ROOT / "backends" / "cuda" / "learning.py"))["LEARNING"]
+    shipped = {name: getattr(module, name) for name in learning}
+    vars(module).update(learning)
+    training = module.build(spec(order))
     told = False
-    for row in steps(order, lambda tokens, progress: training.step(tokens, progress)):
+    for row in steps(order, training.step):
         yield row
         if not told:  # with the first row, for one that is cut; rows are settled in the first step
             yield from settings(training.describe())
             told = True
     yield from profiled(order, training.step)
+    del training  # there may be no room for two
+    gc.collect()
+    vars(module).update(shipped)
+    training = module.build(spec(order))
+    for row in steps(order, training.step, AGREEING):
+        yield row | {CONSTANTS: "upstream's"}
 
 
 def profiled(order: Order, one: Callable[[Tokens, float], Tensor]) -> Iterator[Row]:
@@ -473,10 +488,10 @@ def norm_in_its_dtype(x: Tensor) -> Tensor:
         return F.rms_norm(x, (x.size(-1),))
 
 
-def steps(order: Order, one: Callable[[Tokens, float], Tensor]) -> Iterator[Row]:
+def steps(order: Order, one: Callable[[Tokens, float], Tensor], most: int | None = None) -> Iterator[Row]:
     """What there is after some of the steps and after the last: a section that is cut leaves the rows before. It stops
-    by itself when its time ends; the schedule is that of all steps nonetheless, so that sides which made different
-    counts of them can be compared where both were.
+    by itself when its time ends, or after `most`; the schedule is that of all steps nonetheless, so that sides which
+    made different counts of them can be compared where both were.
 
     The first step compiles what the sections before have not, and is told apart. As in a trainer a loss is read when
     the next step is queued, and waits for its own step alone; so do the rows. The last row is of the card, from the
@@ -484,14 +499,15 @@ def steps(order: Order, one: Callable[[Tokens, float], Tensor]) -> Iterator[Row]
     """
     tell: Callable[[], Row] = dict
     tokens, marks, reads = Tokens(order), [time.perf_counter()], deque[Callable[[], np.ndarray]]()
-    for i in range(order.steps):
+    count = min(order.steps, most or order.steps)
+    for i in range(count):
         reads.append(later(one(tokens, i / order.steps)))
         if i == 1:
             tell = card_state.watch(order.device)
         if i:
             loss = float(reads.popleft()())
         marks.append(time.perf_counter())
-        if i in MARKS and i < order.steps - 1:
+        if i in MARKS and i < count - 1:
             yield after(order, i, marks[: i + 1], loss)
         if order.ends and time.time() > order.ends - SPARE:
             break

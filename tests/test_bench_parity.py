@@ -97,6 +97,11 @@ def test_every_known_mistake_is_told_from_the_reference_and_from_every_other():
             assert apart > 2 * faults.SAME_FAULT, (a, b, apart)
 
 
+@pytest.mark.parametrize("fault", faults.FAULTS, ids=lambda f: f.name)
+def test_every_mistake_is_an_edit_of_the_recipe_as_it_is(fault):
+    assert faults.broken(fault) != backends.load("cpu").recipe()
+
+
 @pytest.mark.parametrize("name", ["window one short", "no QK-norm", "ReLU", "NorMuon axis", "Adam rate"])
 def test_the_shipped_numbers_are_what_the_recipe_computes_with_the_mistake(name):
     pytest.importorskip("torch")

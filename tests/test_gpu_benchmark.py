@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import time
+import weakref
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -20,7 +21,8 @@ from core.paths import project_root
 torch = pytest.importorskip("torch")
 pytest.importorskip("triton")
 
-from benchmarks import gpu, gpu_correctness, gpu_rtx, gpu_run, gpu_sections, kernel_cases  # noqa: E402 - after the skips
+from backends.cuda.learning import LEARNING  # noqa: E402 - after the skips
+from benchmarks import gpu, gpu_correctness, gpu_rtx, gpu_run, gpu_sections, kernel_cases  # noqa: E402
 from benchmarks.gpu import LIMITS, SMOKE, run_section, table  # noqa: E402
 from core import sandbox  # noqa: E402
 from kernels import mlp_choice, plain  # noqa: E402
@@ -49,6 +51,9 @@ def test_all_sections_run_small_and_write_what_they_found(tmp_path):
     assert len(stacks) == 6 and all(row["kernel"].startswith("muon") for row in stacks)
     sides = [row["side"] for row in rows if row["section"] == "rtx"]
     assert sides == [*gpu_rtx.OURS, "peer", *(f"peer / {side}" for side in gpu_rtx.OURS)]
+    ours, upstreams = [row for row in rows if row["section"] == "step" and "steps" in row]
+    assert (ours["steps"], ours.get(gpu.CONSTANTS)) == (3, None)
+    assert (upstreams["steps"], upstreams[gpu.CONSTANTS]) == (3, "upstream's") and ours["loss"] != upstreams["loss"]
     (scored,) = [row for row in rows if row["section"] == "run" and row.get("status")]
     assert scored["status"] == "scored" and scored["val_bpb"] > 0
     assert "## correctness" in (tmp_path / "a" / "results.md").read_text()
@@ -215,6 +220,43 @@ def test_a_step_that_fails_is_repeated_with_tritons_attention(monkeypatch):
     assert others[0]["ms"] == 1.0 and all("triton" in row["repeated"] for row in [first, *others])
 
 
+def test_our_steps_learn_as_on_an_h100_and_then_as_upstream(monkeypatch):
+    """The recipe's module is one, so that the second training compiles nothing."""
+    made, built, trainings = [], [], weakref.WeakSet()
+
+    class Training:
+        def describe(self):
+            return {}
+
+        def step(self, tokens, progress):
+            return torch.tensor(1.0)
+
+    def build(spec):
+        gpu_sections.gc.collect()
+        assert not trainings, "there may be no room for two"
+        training = Training()
+        trainings.add(training)
+        built.append({name: getattr(made[0], name) for name in LEARNING})
+        return training
+
+    real = gpu_sections.recipe
+
+    def recipe(order, **constants):
+        made.append(real(order, **constants))
+        made[0].build = build
+        return made[0]
+
+    monkeypatch.setattr(gpu_sections, "recipe", recipe)
+    rows = [row for row in gpu_sections.our_steps(replace(SMOKE, steps=120)) if "steps" in row]
+    assert len(made) == 1 and built[0] == LEARNING
+    shipped = real(SMOKE)
+    assert built[1] == {name: getattr(shipped, name) for name in LEARNING} != built[0]
+    assert [(row["steps"], row["of"], gpu.CONSTANTS in row) for row in rows] == [
+        *((n, 120, False) for n in (10, 50, 100, 120)),
+        *((n, 120, True) for n in (10, 50)),
+    ]
+
+
 def steps(monkeypatch, count, ends=0.0, takes=0.0):
     """Rows of steps whose loss is how many there were before, by a clock that goes on by `takes` in each."""
     clock, seen = [1000.0], []
@@ -379,6 +421,10 @@ def test_both_sides_are_compared_after_equal_steps():
         {"section": "upstream", "steps": 50, "loss_difference": -0.5},
     ]
     assert gpu.ratios(ours) == []
+    alike = [{**row, "loss": 5.25, gpu.CONSTANTS: "upstream's"} for row in ours[:2]]
+    *others, last = gpu.ratios([*ours, *alike, *peer])
+    assert others == gpu.ratios([*ours, *peer]), "what is learnt is compared with our own constants"
+    assert last == {"section": "upstream", "steps": 50, gpu.CONSTANTS: "upstream's", "loss_difference": 0.25}
 
 
 def test_the_table_has_a_column_for_every_name():

@@ -1,5 +1,6 @@
 """Constants of the recipes that a profile may set and the reference numbers leave at upstream's values: decay of
-embeddings, RoPE's base, what weights start from, the rise of Muon's momentum. They mean the same in every recipe."""
+embeddings, RoPE's base, what weights start from, the rise of Muon's momentum. They mean the same in every recipe; so
+does the one in which all differ from upstream, the epsilon of the layers' scalars."""
 
 from __future__ import annotations
 
@@ -23,6 +24,15 @@ LIBRARY = {"cpu": "torch", "rtx": "torch", "cuda": "triton", "mlx": "mlx.core"}
 
 def source(backend: str, **constants) -> bytes:
     return replace(backends.load(backend).recipe().decode(), constants).encode()
+
+
+def built(backend: str, dtype: str, **constants):
+    """The recipe as a module, and a small training of it on the CPU."""
+    pytest.importorskip(LIBRARY[backend])
+    module = ModuleType("train")
+    small = {"DEPTH": 2, "ASPECT_RATIO": 64, "HEAD_DIM": 64, "TOTAL_BATCH_SIZE": 4096, "DEVICE_BATCH_SIZE": 128}
+    exec(compile(source(backend, **small, **constants), "train.py", "exec"), module.__dict__)
+    return module, module.build(Spec(97, 32, 96, "cpu", dtype, 1, 0))
 
 
 @pytest.fixture(scope="module")
@@ -92,3 +102,54 @@ def test_decay_is_pytorchs(backend):
         adam.step()
         wanted.step()
     torch.testing.assert_close(ours, theirs)
+
+
+class Rows:
+    """`contract.Batches` of seeded tokens."""
+
+    def __init__(self) -> None:
+        self.rng = torch.Generator().manual_seed(2)
+
+    def next(self, rows: int, length: int):
+        return torch.randint(97, (rows, length + 1), generator=self.rng)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "rtx"])
+def test_the_first_step_leaves_the_scalars_of_layers_where_they_are(backend):
+    """Layers write nothing yet and the stream is normed in the end, so no scalar matters: gradients are what bfloat16
+    rounds off. Upstream's epsilon, 1e-10, makes whole steps of them: 0.1 becomes 0.6 or -0.4 in all layers at once."""
+    _, training = built(backend, "bfloat16")
+    training.step(Rows(), 0.0)
+    weights = training.weights()
+    np.testing.assert_allclose(weights["x0_lambdas"], 0.1, atol=0.1)
+    np.testing.assert_allclose(weights["resid_lambdas"], 1.0, atol=0.001)
+    training.step(Rows(), 0.0)
+    assert np.abs(training.weights()["x0_lambdas"] - weights["x0_lambdas"]).min() > 0.05, "then they matter"
+    if backend == "rtx":  # as cuda and upstream; the stream of cpu is float32
+        _, training = built(backend, "bfloat16", SCALAR_EPSILON=1e-10)
+        training.step(Rows(), 0.0)
+        assert np.abs(training.weights()["x0_lambdas"] - 0.1).min() > 0.4
+
+
+@pytest.mark.parametrize(("gradient", "share"), [(4e-7, 0.04), (-4e-7, -0.04), (0.02, 1.0)])
+@pytest.mark.parametrize("backend", list(LIBRARY))
+def test_what_a_gradient_of_scalars_moves(backend, gradient, share):
+    """In shares of their rate: rounding errors next to nothing, anything else the whole of it."""
+    module, training = built(backend, "float32")
+    before = training.weights()
+    if backend == "mlx":
+        import mlx.core as mx
+
+        grads = {name: mx.full(w.shape, gradient) for name, w in training.w.items()}
+        for optimizer in training.optimizers:
+            optimizer.step(training.w, grads, training.rates(0.0))
+    else:
+        for group in training.adam.groups:
+            for p in group["params"]:
+                p.grad = torch.full_like(p, gradient)
+        training.adam.step()
+    moved = {name: before[name] - after for name, after in training.weights().items()}
+    np.testing.assert_allclose(moved["x0_lambdas"], share * module.SCALAR_LR, rtol=0.05)
+    np.testing.assert_allclose(moved["resid_lambdas"], share * module.SCALAR_LR * 0.01, rtol=0.05)
+    whole = np.sign(gradient) * module.UNEMBEDDING_LR * (128 / 768) ** -0.5
+    np.testing.assert_allclose(moved["lm_head.weight"], whole, rtol=0.01)

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from backends.cuda.learning import LEARNING
 from backends.scaling import COMPILING_CAP, Range, refit
 from core.errors import UserError
 from core.facts import Gpu
@@ -26,22 +27,7 @@ SMALLEST_BATCH, LARGEST_BATCH = 2**15, 2**20  # tokens a step, as the recipe's r
 SHAPES = [{"DEPTH": d, "ASPECT_RATIO": a} for d in range(2, 15) for a in (48, 56, 64)]
 RESERVED = GIB  # of the card, for the driver's context and kernels of each child
 
-_FIVE_MINUTES: Mapping[str, Any] = {
-    "HEAD_DIM": 128,
-    "WINDOW_PATTERN": "SSSSL",
-    "SHORT_WINDOW": 8,
-    "WARMDOWN_RATIO": 0.75,
-    "FINAL_LR_FRAC": 0.05,
-    "EMBEDDING_LR": 0.9,
-    "UNEMBEDDING_LR": 0.005,
-    "EMBEDDING_DECAY": 0.001,
-    "VALUE_DECAY": 0.003,
-    "UNEMBEDDING_DECAY": 0.01,
-    "MOMENTUM_STEPS": 200,
-    "INIT_SCALE": 0.68,
-    "X0_INIT": 0.05,
-    "ROPE_BASE": 200_000.0,
-}
+_FIVE_MINUTES: Mapping[str, Any] = {"HEAD_DIM": 128, "WINDOW_PATTERN": "SSSSL", "SHORT_WINDOW": 8, **LEARNING}
 
 
 @dataclass(frozen=True)

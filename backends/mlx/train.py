@@ -59,6 +59,7 @@ ROPE_BASE = 10000.0  # search: 1000..500000 log; of RoPE's slowest turn
 
 SOFTCAP = 15.0  # logits stay within -15..15
 ADAM_EPSILON = 1e-10
+SCALAR_EPSILON = 1e-5  # of layers' scalars: their first gradients are rounding errors, whole steps with 1e-10
 MUON_BETA2 = 0.95  # decay of NorMuon's second moment
 MUON_STEPS = 5  # iterations of the orthogonalisation, at most 5
 VE_GATE_CHANNELS = 32  # the first channels of the stream, which set the gates of value embeddings
@@ -389,9 +390,15 @@ class AdamW:
     """Adam with decoupled decay (Loshchilov & Hutter 2019) over weights of one rate."""
 
     def __init__(
-        self, weights: Mapping[str, mx.array], names: list[str], lr: float, betas: tuple[float, float], decay: float
+        self,
+        weights: Mapping[str, mx.array],
+        names: list[str],
+        lr: float,
+        betas: tuple[float, float],
+        decay: float,
+        eps: float = ADAM_EPSILON,
     ) -> None:
-        self.names, self.lr, self.betas, self.decay = names, lr, betas, decay
+        self.names, self.lr, self.betas, self.decay, self.eps = names, lr, betas, decay, eps
         self.state = {
             kind: {name: mx.zeros_like(weights[name]) for name in names} for kind in ("first moment", "second moment")
         }
@@ -405,7 +412,7 @@ class AdamW:
             g = grads[name]
             first[name] = first[name] + (g - first[name]) * (1 - beta1)
             second[name] = beta2 * second[name] + (1 - beta2) * mx.square(g)
-            update = size * first[name] / (mx.sqrt(second[name]) * correction + ADAM_EPSILON)
+            update = size * first[name] / (mx.sqrt(second[name]) * correction + self.eps)
             weights[name] = weights[name] * (1 - rates["adam"] * (self.lr * self.decay)) - update
 
 
@@ -527,8 +534,8 @@ def optimizers(w: Mapping[str, mx.array], model: GPT) -> list[AdamW | Muon]:
         AdamW(w, ["lm_head.weight"], UNEMBEDDING_LR * narrow, ADAM_BETAS, UNEMBEDDING_DECAY),
         AdamW(w, ["transformer.wte.weight"], EMBEDDING_LR * narrow, ADAM_BETAS, EMBEDDING_DECAY),
         AdamW(w, values, EMBEDDING_LR * narrow, ADAM_BETAS, VALUE_DECAY),
-        AdamW(w, ["resid_lambdas"], SCALAR_LR * 0.01, ADAM_BETAS, 0.0),
-        AdamW(w, ["x0_lambdas"], SCALAR_LR, (0.96, 0.95), 0.0),
+        AdamW(w, ["resid_lambdas"], SCALAR_LR * 0.01, ADAM_BETAS, 0.0, SCALAR_EPSILON),
+        AdamW(w, ["x0_lambdas"], SCALAR_LR, (0.96, 0.95), 0.0, SCALAR_EPSILON),
     ]
     shapes: dict[Any, list[str]] = {}
     for name, p in w.items():

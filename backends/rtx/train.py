@@ -70,6 +70,8 @@ X0_INIT = 0.1  # search: 0..0.3; what x0_lambdas start from
 ROPE_BASE = 10000.0  # search: 1000..500000 log; of RoPE's slowest turn
 
 SOFTCAP = 15.0  # logits stay within -15..15
+ADAM_EPSILON = 1e-10
+SCALAR_EPSILON = 1e-5  # of layers' scalars: their first gradients are rounding errors, whole steps with 1e-10
 MUON_BETA2 = 0.95  # decay of NorMuon's second moment
 MUON_STEPS = 5  # iterations of the orthogonalisation, at most 5
 VE_GATE_CHANNELS = 32  # the first channels of the stream, which set the gates of value embeddings
@@ -287,7 +289,7 @@ class AdamW:
                 beta1=beta1,
                 beta2=beta2,
                 weight_decay=group["decay"],
-                eps=1e-10,
+                eps=group.get("eps", ADAM_EPSILON),
                 amsgrad=False,
                 maximize=False,
                 found_inf=bad,
@@ -363,13 +365,14 @@ class RtxTraining:
         head, wte = [w["lm_head.weight"]], [w["transformer.wte.weight"]]
         values = [p for name, p in w.items() if "value_embeds" in name]
         embed, unembed = EMBEDDING_LR * narrow, UNEMBEDDING_LR * narrow
+        scalar = {"decay": 0.0, "eps": SCALAR_EPSILON}
         self.adam = AdamW(
             [
                 {"params": head, "lr": unembed, "betas": ADAM_BETAS, "decay": UNEMBEDDING_DECAY},
                 {"params": wte, "lr": embed, "betas": ADAM_BETAS, "decay": EMBEDDING_DECAY},
                 {"params": values, "lr": embed, "betas": ADAM_BETAS, "decay": VALUE_DECAY},
-                {"params": [w["resid_lambdas"]], "lr": SCALAR_LR * 0.01, "betas": ADAM_BETAS, "decay": 0.0},
-                {"params": [w["x0_lambdas"]], "lr": SCALAR_LR, "betas": (0.96, 0.95), "decay": 0.0},
+                {"params": [w["resid_lambdas"]], "lr": SCALAR_LR * 0.01, "betas": ADAM_BETAS, **scalar},
+                {"params": [w["x0_lambdas"]], "lr": SCALAR_LR, "betas": (0.96, 0.95), **scalar},
             ]
         )
         self.adam_rates = [group["lr"] for group in self.adam.groups]
