@@ -77,6 +77,8 @@ class Order:
     told: Mapping[str, str] = field(default_factory=dict)
     allocator: str = ""  # how PyTorch's is set, where it does not work as usual
     skip: int = 0  # checks of `correctness` that are done
+    seed: int = 42  # of the weights
+    text: int = 0  # tokens of the data that are left out before the first batch
 
     @property
     def dim(self) -> int:

@@ -50,7 +50,6 @@ from kernels.attention_choice import Case, Choice
 from kernels.errors import out_of_memory
 from kernels.pinned import PinnedSlots, later
 
-SEED = 42  # of the weights
 BATCHES = 50  # of the loader
 REPEATED = 'with ATTENTION = "triton"'
 MARKS = (10, 50, 100, 150)  # steps after which there is a row, beside the last
@@ -285,7 +284,7 @@ class Tokens:
     """The same batches for both sides: rows of a prepared data set's first shard, in order, or random ones."""
 
     def __init__(self, order: Order) -> None:
-        self.order, self.at = order, 0
+        self.order, self.at = order, order.text
         file = next(iter(sorted(Path(order.data).glob("train-*.bin"))), None) if order.data else None
         wide = np.uint16 if order.vocab <= 2**16 else np.uint32
         self.stream = np.memmap(file, dtype=wide, mode="r") if file else None
@@ -341,14 +340,19 @@ def step(order: Order) -> Iterator[Row]:
         yield loader(order, ms)
 
 
+def learning() -> dict[str, Any]:
+    """The constants that an H100 learns most by. By the file's path: the package around it wants psutil, which may not
+    be there."""
+    found: dict[str, Any] = runpy.run_path(str(ROOT / "backends" / "cuda" / "learning.py"))["LEARNING"]
+    return found
+
+
 def our_steps(order: Order, **constants: Any) -> Iterator[Row]:
     """With the constants that an H100 learns most by, at upstream's shapes. Then some with upstream's own, which have
     to lead to upstream's losses: where they do, all kernels together are right. Both make the same launches."""
     module = recipe(order, **constants)
-    # By its path: the package around it wants psutil, which may not be there.
-    learning = runpy.run_path(str(ROOT / "backends" / "cuda" / "learning.py"))["LEARNING"]
-    shipped = {name: getattr(module, name) for name in learning}
-    vars(module).update(learning)
+    shipped = {name: getattr(module, name) for name in learning()}
+    vars(module).update(learning())
     training = module.build(spec(order))
     told = False
     for row in steps(order, training.step):
@@ -388,7 +392,7 @@ def loader(order: Order, ms: float) -> Row:
     dataset = Dataset.open(Path(order.data), verify="quick")
     files = dataset.open_files("train")
     try:
-        stream = TokenStream(files, dataset.token_dtype, SEED, put=lambda x: x)
+        stream = TokenStream(files, dataset.token_dtype, order.seed, put=lambda x: x)
     finally:
         for file in files:
             os.close(file)
@@ -405,7 +409,7 @@ def loader(order: Order, ms: float) -> Row:
 
 def spec(order: Order) -> Spec:
     dtype = "float32" if order.device == "cpu" else "bfloat16"
-    return Spec(order.vocab, order.context, order.vocab - 1, order.device, dtype, SEED, 0)
+    return Spec(order.vocab, order.context, order.vocab - 1, order.device, dtype, order.seed, 0)
 
 
 def rtx(order: Order) -> Iterator[Row]:
@@ -473,7 +477,7 @@ class OurWeights:
     both sides start from the same."""
 
     def __init__(self, order: Order) -> None:
-        self.found = recipe(order).initial_weights(order.vocab, order.dim, SEED)
+        self.found = recipe(order).initial_weights(order.vocab, order.dim, order.seed)
         self.files = list(self.found)
 
     def __getitem__(self, name: str) -> np.ndarray:
