@@ -97,7 +97,8 @@ UNTIMED = {  # what a recipe takes where its section ended before so many choice
 RESUMED = "correctness"  # whose checks go on in another process behind one that crashed or hung
 PATIENCE = 45.0  # seconds without a row after which one of them hangs; the first one imports and compiles
 RESUMES = 4  # at most
-CONSTANTS = "constants"  # of rows of our steps: whose they are, where they are not what an H100 learns most by
+CONSTANTS = "constants"  # of rows of steps with which both sides have the same: ours by itself has others
+ALIKE = "upstream's, with our epsilon"
 ALLOCATOR = "allocator"  # of the row by which `facts` says how PyTorch's has to be set here
 
 
@@ -210,14 +211,14 @@ def ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Ours beside upstream, after the last count of steps that both told. Where there is none, as on a slow card, time
     and memory of each side's last, and no losses; nothing where a side made one step only, which compiles.
 
-    Upstream's attention is named beside its time: it is what was at hand, and decides what the ratio means. Where ours
-    had upstream's constants, the difference of losses is another row: it tells of kernels, not of what is learnt by.
+    Upstream's attention is named beside its time: it is what was at hand, and decides what the ratio means. Where both
+    had the same constants, the difference of losses is another row: it tells of kernels, not of what is learnt by.
     """
     told = [row for row in rows if "steps" in row]
-    peer = {row["steps"]: row for row in told if row["section"] == "upstream"}
-    ours, alike = (
-        {row["steps"]: row for row in told if row["section"] == "step" and (CONSTANTS in row) is same}
+    ours, peer, our_alike, peer_alike = (
+        {row["steps"]: row for row in told if row["section"] == section and (CONSTANTS in row) is same}
         for same in (False, True)
+        for section in ("step", "upstream")
     )
     both = ours.keys() & peer.keys()
     if not both and min(max(ours, default=0), max(peer, default=0)) < 2:
@@ -231,10 +232,10 @@ def ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         found.append({"loss_difference": mine["loss"] - other["loss"]})
     counts = {"steps": other["steps"]} | ({} if both else {"our_steps": mine["steps"]})
     found = [{**counts, **row} for row in found]
-    if common := alike.keys() & peer.keys():
+    if common := our_alike.keys() & peer_alike.keys():
         last = max(common)
-        difference = alike[last]["loss"] - peer[last]["loss"]
-        found.append({"steps": last, CONSTANTS: alike[last][CONSTANTS], "loss_difference": difference})
+        difference = our_alike[last]["loss"] - peer_alike[last]["loss"]
+        found.append({"steps": last, CONSTANTS: ALIKE, "loss_difference": difference})
     return [{"section": "upstream", **row} for row in found]
 
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
-import io
 import json
 import math
 import os
@@ -15,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from types import MappingProxyType, ModuleType, SimpleNamespace
+from types import MappingProxyType, ModuleType
 from typing import Any
 
 import numpy as np
@@ -23,8 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks import blank_card, card_state, gpu_fit, gpu_profile, gpu_rtx, upstream_side
-from benchmarks.gpu import ALLOCATOR, CONSTANTS, ROOT, Order
+from benchmarks import blank_card, card_state, gpu_fit, gpu_profile, gpu_rtx, gpu_upstream
+from benchmarks.gpu import ALIKE, ALLOCATOR, CONSTANTS, ROOT, Order
 from benchmarks.gpu_correctness import (
     TOLERANCE,
     NotMeasured,
@@ -40,7 +38,6 @@ from benchmarks.gpu_correctness import (
 from benchmarks.gpu_run import run, shape
 from benchmarks.gpu_sides import copies, milliseconds, sides
 from benchmarks.leaving import leave
-from benchmarks.peers import PEER_NAMES, load_peer, rates
 from benchmarks.upstream_attention import standing
 from core.allocator import cap, margin
 from core.contract import Spec
@@ -53,7 +50,7 @@ from kernels.pinned import PinnedSlots, later
 BATCHES = 50  # of the loader
 REPEATED = 'with ATTENTION = "triton"'
 MARKS = (10, 50, 100, 150)  # steps after which there is a row, beside the last
-AGREEING = 50  # of ours with upstream's constants
+AGREEING = 50  # of those with which both sides have the same constants
 LEARNT, LEARNT_AFTER = 0.9, 50  # share of a uniform guess's loss, below which text brings it within so many steps
 FIXED = "expandable_segments:False"  # of PyTorch's allocator
 SPARE = 10.0  # seconds of the section left when it makes no further step
@@ -349,7 +346,8 @@ def learning() -> dict[str, Any]:
 
 def our_steps(order: Order, **constants: Any) -> Iterator[Row]:
     """With the constants that an H100 learns most by, at upstream's shapes. Then some with upstream's own, which have
-    to lead to upstream's losses: where they do, all kernels together are right. Both make the same launches."""
+    to lead to the losses of upstream with our epsilon: where they do, all kernels together are right. The launches stay
+    the same."""
     module = recipe(order, **constants)
     shipped = {name: getattr(module, name) for name in learning()}
     vars(module).update(learning())
@@ -366,7 +364,7 @@ def our_steps(order: Order, **constants: Any) -> Iterator[Row]:
     vars(module).update(shipped)
     training = module.build(spec(order))
     for row in steps(order, training.step, AGREEING):
-        yield row | {CONSTANTS: "upstream's"}
+        yield row | {CONSTANTS: ALIKE}
 
 
 def profiled(order: Order, one: Callable[[Tokens, float], Tensor]) -> Iterator[Row]:
@@ -419,7 +417,7 @@ def rtx(order: Order) -> Iterator[Row]:
 
 def upstream(order: Order) -> Iterator[Row]:
     """Upstream's model and optimizer as they stand, compiled, with the fastest attention at hand in place of its own,
-    which every row of its steps names."""
+    which every row of its steps names. Then some steps with our epsilon, for ours with upstream's constants."""
     attention = standing(order)
     yield from attention.rows
     try:
@@ -428,68 +426,18 @@ def upstream(order: Order) -> Iterator[Row]:
             for row in steps(order, one):
                 yield row | {"attention": attention.name}
             yield from profiled(order, one)
+            one.again(recipe(order).SCALAR_EPSILON)
+            for row in steps(order, one, AGREEING):
+                yield row | {CONSTANTS: ALIKE, "attention": attention.name}
     except NotMeasured as why:
         yield {"not measured": str(why), "attention": attention.name}
 
 
-def upstream_step(order: Order, attention: Callable[..., Tensor]) -> Callable[[Tokens, float], Tensor]:
-    """A whole optimizer step of upstream's training; `attention` has FlashAttention 3's signature."""
-    peer = load_peer(
-        Path(order.upstream) / "train.py",
-        {"fa3": SimpleNamespace(flash_attn_func=attention)},
-        ("GPT", "GPTConfig", "get_lr_multiplier", "get_muon_momentum", "get_weight_decay", *PEER_NAMES),
-    )
-    peer["norm"] = norm_in_its_dtype
-    heads = order.heads
-    with torch.device("meta"):
-        config = peer["GPTConfig"](order.context, order.vocab, order.depth, heads, heads, order.dim, "SSSL")
-        model = peer["GPT"](config)
-    model.to_empty(device=order.device)
-    with contextlib.redirect_stdout(io.StringIO()):
-        model.init_weights()
-        optimizer = model.setup_optimizer(**rates(peer))
-    upstream_side.load(model, OurWeights(order))
-    forward, done = compiled(model, order), [0]
-
-    def one(tokens: Tokens, progress: float) -> Tensor:
-        total, parts = torch.zeros((), device=order.device), max(1, order.tokens // (order.rows * order.context))
-        for _ in range(parts):
-            batch = tokens.next(order.rows, order.context)
-            with torch.autocast(torch.device(order.device).type, torch.bfloat16):
-                loss = forward(batch[:, :-1].contiguous(), batch[:, 1:].contiguous()) / parts
-            loss.backward()
-            total += loss.detach()
-        for group in optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * peer["get_lr_multiplier"](progress)
-            if group["kind"] == "muon":
-                group["momentum"] = peer["get_muon_momentum"](done[0])
-                group["weight_decay"] = peer["get_weight_decay"](progress)
-        optimizer.step()
-        model.zero_grad(set_to_none=True)
-        done[0] += 1
-        return total
-
-    return one
-
-
-class OurWeights:
-    """What our recipe starts from, as a file of numpy's gives arrays: losses after equal steps say something only where
-    both sides start from the same."""
-
-    def __init__(self, order: Order) -> None:
-        self.found = recipe(order).initial_weights(order.vocab, order.dim, order.seed)
-        self.files = list(self.found)
-
-    def __getitem__(self, name: str) -> np.ndarray:
-        found: np.ndarray = self.found[name].numpy()
-        return found
-
-
-def norm_in_its_dtype(x: Tensor) -> Tensor:
-    """Upstream's norm as the torch that it pins computes it. Since 2.10 autocast makes a norm of bfloat16 float32: the
-    stream would be read and kept twice as wide, and FlashAttention 3 takes no such q and k. No work of upstream's."""
-    with torch.autocast(x.device.type, enabled=False):
-        return F.rms_norm(x, (x.size(-1),))
+def upstream_step(order: Order, attention: Callable[..., Tensor]) -> gpu_upstream.Training:
+    """A whole optimizer step of upstream's training, from our weights: losses after equal steps say something only
+    where both sides start from the same."""
+    weights = recipe(order).initial_weights(order.vocab, order.dim, order.seed)
+    return gpu_upstream.Training(order, attention, weights)
 
 
 def steps(order: Order, one: Callable[[Tokens, float], Tensor], most: int | None = None) -> Iterator[Row]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import gpu_rtx
-from benchmarks.gpu_sections import norm_in_its_dtype
+from benchmarks.gpu_upstream import norm_in_its_dtype
 from benchmarks.launches import recorded, tell
 from benchmarks.leaving import leave
 from benchmarks.peers import PEER_NAMES, load_peer, rates

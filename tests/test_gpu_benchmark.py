@@ -22,7 +22,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("triton")
 
 from backends.cuda.learning import LEARNING  # noqa: E402 - after the skips
-from benchmarks import gpu, gpu_correctness, gpu_rtx, gpu_run, gpu_sections, kernel_cases  # noqa: E402
+from benchmarks import gpu, gpu_correctness, gpu_rtx, gpu_run, gpu_sections, gpu_upstream, kernel_cases  # noqa: E402
 from benchmarks.gpu import LIMITS, SMOKE, run_section, table  # noqa: E402
 from core import sandbox  # noqa: E402
 from kernels import mlp_choice, plain  # noqa: E402
@@ -53,7 +53,7 @@ def test_all_sections_run_small_and_write_what_they_found(tmp_path):
     assert sides == [*gpu_rtx.OURS, "peer", *(f"peer / {side}" for side in gpu_rtx.OURS)]
     ours, upstreams = [row for row in rows if row["section"] == "step" and "steps" in row]
     assert (ours["steps"], ours.get(gpu.CONSTANTS)) == (3, None)
-    assert (upstreams["steps"], upstreams[gpu.CONSTANTS]) == (3, "upstream's") and ours["loss"] != upstreams["loss"]
+    assert (upstreams["steps"], upstreams[gpu.CONSTANTS]) == (3, gpu.ALIKE) and ours["loss"] != upstreams["loss"]
     (scored,) = [row for row in rows if row["section"] == "run" and row.get("status")]
     assert scored["status"] == "scored" and scored["val_bpb"] > 0
     assert "## correctness" in (tmp_path / "a" / "results.md").read_text()
@@ -213,7 +213,7 @@ def test_a_step_that_fails_is_repeated_with_tritons_attention(monkeypatch):
         return real(order, ATTENTION="reference")  # as the interpreter is not on here
 
     monkeypatch.setattr(gpu_sections, "recipe", recipe)
-    monkeypatch.setattr(gpu_sections, "steps", lambda order, one: iter([{"ms": 1.0}]))
+    monkeypatch.setattr(gpu_sections, "steps", lambda order, one, *most: iter([{"ms": 1.0}]))
     first, *others = gpu_sections.step(SMOKE)
     assert first["failed"].endswith("no kernel image is available") and first["passed"] is False
     assert asked == [{}, {"ATTENTION": "triton"}]
@@ -303,19 +303,19 @@ def test_a_loss_that_says_the_training_is_wrong_fails(loss, data, done, passed):
 
 def test_upstream_starts_from_our_weights():
     ours = gpu_sections.recipe(SMOKE).build(gpu_sections.spec(SMOKE)).weights()
-    loaded = gpu_sections.OurWeights(SMOKE)
+    loaded = gpu_upstream.Arrays(gpu_sections.recipe(SMOKE).initial_weights(97, SMOKE.dim, SMOKE.seed))
     assert sorted(loaded.files) == sorted(ours)
     model = torch.nn.Module()
     model.register_parameter("lm_head", torch.nn.Parameter(torch.zeros(97, 64, dtype=torch.bfloat16)))
     with pytest.raises(ValueError, match="other names"):
-        gpu_sections.upstream_side.load(model, loaded)
+        gpu_upstream.upstream_side.load(model, loaded)
     assert all((loaded[name] == value).all() for name, value in ours.items())
 
 
 def test_a_step_tells_its_settings_with_its_first_row_and_what_the_loader_takes(monkeypatch, dataset):
     real, order = gpu_sections.recipe, replace(SMOKE, data=str(dataset.path), vocab=dataset.vocab_size)
     monkeypatch.setattr(gpu_sections, "recipe", lambda order, **_: real(order, ATTENTION="reference"))
-    monkeypatch.setattr(gpu_sections, "steps", lambda order, one: iter([{"ms": 8.0}, {"ms": 10.0}]))
+    monkeypatch.setattr(gpu_sections, "steps", lambda order, one, *most: iter([] if most else [{"ms": 8.0}, {"ms": 10.0}]))
     first, *told, last, loader = gpu_sections.step(order)
     assert (first, last) == ({"ms": 8.0}, {"ms": 10.0})
     assert [row["setting"] for row in told] == [
@@ -421,10 +421,10 @@ def test_both_sides_are_compared_after_equal_steps():
         {"section": "upstream", "steps": 50, "loss_difference": -0.5},
     ]
     assert gpu.ratios(ours) == []
-    alike = [{**row, "loss": 5.25, gpu.CONSTANTS: "upstream's"} for row in ours[:2]]
+    alike = [{**row, "loss": row["loss"] + 0.25, gpu.CONSTANTS: gpu.ALIKE} for row in (*ours[:2], *peer)]
     *others, last = gpu.ratios([*ours, *alike, *peer])
     assert others == gpu.ratios([*ours, *peer]), "what is learnt is compared with our own constants"
-    assert last == {"section": "upstream", "steps": 50, gpu.CONSTANTS: "upstream's", "loss_difference": 0.25}
+    assert last == {"section": "upstream", "steps": 50, gpu.CONSTANTS: gpu.ALIKE, "loss_difference": -0.5}
 
 
 def test_the_table_has_a_column_for_every_name():

@@ -248,10 +248,12 @@ def test_flash_attention_3_is_tried_where_it_is_built_for(capability, said, monk
 
 
 def test_every_row_of_upstreams_steps_names_its_attention(monkeypatch):
-    monkeypatch.setattr(gpu_sections, "upstream_step", lambda order, attention: attention)
-    monkeypatch.setattr(gpu_sections, "steps", lambda order, one: iter([{"steps": 10, "ms": 1.0}]))
-    (row,) = gpu_sections.upstream(SMOKE)
-    assert row["attention"] == "SDPA with a dense mask"
+    begun = []
+    monkeypatch.setattr(gpu_sections, "upstream_step", lambda *_: SimpleNamespace(again=begun.append))
+    monkeypatch.setattr(gpu_sections, "steps", lambda order, one, *most: iter([{"steps": 10, "ms": 1.0}]))
+    first, alike = gpu_sections.upstream(SMOKE)
+    assert first["attention"] == alike["attention"] == "SDPA with a dense mask"
+    assert gpu.CONSTANTS not in first and alike[gpu.CONSTANTS] == gpu.ALIKE and begun == [1e-5]
 
 
 # --- ratios -----------------------------------------------------------------------------------
