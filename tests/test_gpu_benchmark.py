@@ -315,7 +315,9 @@ def test_upstream_starts_from_our_weights():
 def test_a_step_tells_its_settings_with_its_first_row_and_what_the_loader_takes(monkeypatch, dataset):
     real, order = gpu_sections.recipe, replace(SMOKE, data=str(dataset.path), vocab=dataset.vocab_size)
     monkeypatch.setattr(gpu_sections, "recipe", lambda order, **_: real(order, ATTENTION="reference"))
-    monkeypatch.setattr(gpu_sections, "steps", lambda order, one, *most: iter([] if most else [{"ms": 8.0}, {"ms": 10.0}]))
+    monkeypatch.setattr(
+        gpu_sections, "steps", lambda order, one, *most: iter([] if most else [{"ms": 8.0}, {"ms": 10.0}])
+    )
     first, *told, last, loader = gpu_sections.step(order)
     assert (first, last) == ({"ms": 8.0}, {"ms": 10.0})
     assert [row["setting"] for row in told] == [
