@@ -15,6 +15,7 @@ import json
 import statistics
 import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -28,14 +29,13 @@ SIDES = (UPSTREAM, ALIKE, OURS)
 LAST = 10  # steps whose losses are averaged
 PARTS = 4  # of the steps, after each of which there is a figure
 ON_CPU = Order(rows=16, context=256, heads=2, head_dim=128, depth=4, tokens=4096, device="cpu")
-LONGEST = 3600  # seconds of one training
 
 
 # --- one training, in a process of its own ----------------------------------------------------
 
 
-def train(side: str, order: Order) -> list[float]:
-    """Losses of the order's steps."""
+def train(side: str, order: Order) -> None:
+    """Prints the loss of each of the order's steps."""
     import torch
 
     from benchmarks import gpu_sections
@@ -49,24 +49,24 @@ def train(side: str, order: Order) -> list[float]:
         if side == OURS:
             vars(module).update(gpu_sections.learning())
         one = module.build(replace(gpu_sections.spec(order), dtype="bfloat16")).step
-    tokens, losses = gpu_sections.Tokens(order), list[float]()
+    tokens = gpu_sections.Tokens(order)
     for i in range(order.steps):
-        losses.append(float(one(tokens, i / order.steps)))
-        print(json.dumps({"loss": losses[-1]}), flush=True)
-    return losses
+        print(json.dumps({"loss": float(one(tokens, i / order.steps))}), flush=True)
 
 
 def in_process(side: str, order: Order) -> list[float]:
     """`train`, whose losses are told as they come. Ends the command where it fails."""
     command = [sys.executable, "-m", "benchmarks.learning", "--side", side, "--order", json.dumps(asdict(order))]
     losses: list[float] = []
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None and process.stderr is not None  # they are pipes
-        for line in process.stdout:
-            if line.startswith('{"loss"'):
-                losses.append(json.loads(line)["loss"])
-                progress(side, order, losses)
-        said = process.stderr.read()
+    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as complained:  # a pipe might fill
+        with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=complained, text=True) as process:
+            assert process.stdout is not None  # it is a pipe
+            for line in process.stdout:
+                if line.startswith('{"loss"'):
+                    losses.append(json.loads(line)["loss"])
+                    progress(side, order, losses)
+        complained.seek(0)
+        said = complained.read()
     if process.returncode or len(losses) != order.steps:
         last = next((line for line in reversed(said.splitlines()) if line.strip()), "no message")
         sys.exit(f"{side} ended after {len(losses)} of {order.steps} steps: {last}")
