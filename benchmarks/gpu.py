@@ -98,7 +98,7 @@ RESUMED = "correctness"  # whose checks go on in another process behind one that
 PATIENCE = 45.0  # seconds without a row after which one of them hangs; the first one imports and compiles
 RESUMES = 4  # at most
 CONSTANTS = "constants"  # of rows of steps with which both sides have the same: ours by itself has others
-ALIKE = "upstream's, with our epsilon"
+ALIKE = "upstream's, the scalars' epsilon 1e-5"
 ALLOCATOR = "allocator"  # of the row by which `facts` says how PyTorch's has to be set here
 
 

@@ -51,6 +51,7 @@ BATCHES = 50  # of the loader
 REPEATED = 'with ATTENTION = "triton"'
 MARKS = (10, 50, 100, 150)  # steps after which there is a row, beside the last
 AGREEING = 50  # of those with which both sides have the same constants
+EPSILON = 1e-5  # of the layers' scalars then, or rounding errors would decide on which way they go at first
 LEARNT, LEARNT_AFTER = 0.9, 50  # share of a uniform guess's loss, below which text brings it within so many steps
 FIXED = "expandable_segments:False"  # of PyTorch's allocator
 SPARE = 10.0  # seconds of the section left when it makes no further step
@@ -345,8 +346,8 @@ def learning() -> dict[str, Any]:
 
 
 def our_steps(order: Order, **constants: Any) -> Iterator[Row]:
-    """With the constants that an H100 learns most by, at upstream's shapes. Then some with upstream's own, which have
-    to lead to the losses of upstream with our epsilon: where they do, all kernels together are right. The launches stay
+    """With the constants that an H100 learns most by, at upstream's shapes. Then some with upstream's own, but for
+    `EPSILON`, which have to lead to upstream's losses: where they do, all kernels together are right. The launches stay
     the same."""
     module = recipe(order, **constants)
     shipped = {name: getattr(module, name) for name in learning()}
@@ -361,7 +362,7 @@ def our_steps(order: Order, **constants: Any) -> Iterator[Row]:
     yield from profiled(order, training.step)
     del training  # there may be no room for two
     gc.collect()
-    vars(module).update(shipped)
+    vars(module).update(shipped, SCALAR_EPSILON=EPSILON)
     training = module.build(spec(order))
     for row in steps(order, training.step, AGREEING):
         yield row | {CONSTANTS: ALIKE}
@@ -417,7 +418,7 @@ def rtx(order: Order) -> Iterator[Row]:
 
 def upstream(order: Order) -> Iterator[Row]:
     """Upstream's model and optimizer as they stand, compiled, with the fastest attention at hand in place of its own,
-    which every row of its steps names. Then some steps with our epsilon, for ours with upstream's constants."""
+    which every row of its steps names. Then some steps with `EPSILON`, as ours make them."""
     attention = standing(order)
     yield from attention.rows
     try:
@@ -426,7 +427,7 @@ def upstream(order: Order) -> Iterator[Row]:
             for row in steps(order, one):
                 yield row | {"attention": attention.name}
             yield from profiled(order, one)
-            one.again(recipe(order).SCALAR_EPSILON)
+            one.again(EPSILON)
             for row in steps(order, one, AGREEING):
                 yield row | {CONSTANTS: ALIKE, "attention": attention.name}
     except NotMeasured as why:

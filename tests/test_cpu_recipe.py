@@ -358,8 +358,7 @@ def test_one_update_is_adamw_and_muon_at_the_scheduled_rates():
             m, v = moments[name]
             m[...] = b1 * m + (1 - b1) * grads[name]
             v[...] = b2 * v + (1 - b2) * grads[name] ** 2
-            epsilon = 1e-5 if name.endswith("lambdas") else 1e-10
-            update = (m / (1 - b1**step)) / (np.sqrt(v / (1 - b2**step)) + epsilon)
+            update = (m / (1 - b1**step)) / (np.sqrt(v / (1 - b2**step)) + 1e-10)
             weights[name] = weights[name] - 0.5 * rate * update
     for name, w in training.weights().items():
         if not name.startswith("transformer.h."):

@@ -71,7 +71,7 @@ ROPE_BASE = 10000.0  # search: 1000..500000 log; of RoPE's slowest turn
 
 SOFTCAP = 15.0  # logits stay within -15..15
 ADAM_EPSILON = 1e-10
-SCALAR_EPSILON = 1e-5  # of layers' scalars: their first gradients are rounding errors, whole steps with 1e-10
+SCALAR_EPSILON = 1e-10  # of layers' scalars: their first gradients are rounding errors, which 1e-5 leaves small
 MUON_BETA2 = 0.95  # decay of NorMuon's second moment
 MUON_STEPS = 5  # iterations of the orthogonalisation, at most 5
 VE_GATE_CHANNELS = 32  # the first channels of the stream, which set the gates of value embeddings
