@@ -350,8 +350,9 @@ def our_steps(order: Order, **constants: Any) -> Iterator[Row]:
     `EPSILON`, which have to lead to upstream's losses: where they do, all kernels together are right. The launches stay
     the same."""
     module = recipe(order, **constants)
-    shipped = {name: getattr(module, name) for name in learning()}
-    vars(module).update(learning())
+    fitted = learning()
+    shipped = {name: getattr(module, name) for name in fitted}
+    vars(module).update(fitted)
     training = module.build(spec(order))
     told = False
     for row in steps(order, training.step):

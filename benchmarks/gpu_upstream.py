@@ -9,9 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Protocol
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks import upstream_side
@@ -27,13 +25,13 @@ class Training:
     """`attention` has FlashAttention 3's signature; `weights` have upstream's names."""
 
     def __init__(self, order: Order, attention: Callable[..., Tensor], weights: Mapping[str, Tensor]) -> None:
-        self.order, self.weights, self.done = order, Arrays(weights), 0
+        self.order, self.weights, self.done = order, {name: w.numpy() for name, w in weights.items()}, 0
         self.peer = load_peer(
             Path(order.upstream) / "train.py",
             {"fa3": SimpleNamespace(flash_attn_func=attention)},
             ("GPT", "GPTConfig", "get_lr_multiplier", "get_muon_momentum", "get_weight_decay", *PEER_NAMES),
         )
-        self.peer["norm"] = norm_in_its_dtype
+        self.peer["norm"] = upstream_side.norm
         heads = order.heads
         with torch.device("meta"):
             config = self.peer["GPTConfig"](order.context, order.vocab, order.depth, heads, heads, order.dim, "SSSL")
@@ -74,21 +72,3 @@ class Training:
         for group in self.optimizer.param_groups:
             if all(p.dim() == 1 for p in group["params"]):
                 group["eps"] = scalar_epsilon
-
-
-class Arrays:
-    """Weights as a file of numpy's gives arrays."""
-
-    def __init__(self, weights: Mapping[str, Tensor]) -> None:
-        self.found, self.files = weights, list(weights)
-
-    def __getitem__(self, name: str) -> np.ndarray:
-        array: np.ndarray = self.found[name].numpy()
-        return array
-
-
-def norm_in_its_dtype(x: Tensor) -> Tensor:
-    """Upstream's norm as the torch that it pins computes it. Since 2.10 autocast makes a norm of bfloat16 float32: the
-    stream would be read and kept twice as wide, and FlashAttention 3 takes no such q and k. No work of upstream's."""
-    with torch.autocast(x.device.type, enabled=False):
-        return F.rms_norm(x, (x.size(-1),))

@@ -22,6 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu import ROOT, Order, without_card
+from core.data import Dataset
+from core.errors import DataError
 from core.files import replace_file
 
 UPSTREAM, ALIKE, OURS = "upstream", "ours, upstream's constants", "ours"
@@ -120,13 +122,11 @@ def table(found: Sequence[Learnt]) -> str:
     return "\n".join(lines)
 
 
-def facts(data: Path) -> tuple[int, int]:
-    """Vocabulary, and tokens in the first file of text, from which batches are read."""
+def opened(data: Path) -> Dataset:
     try:
-        manifest = json.loads((data / "manifest.json").read_text(encoding="utf-8"))
-        return int(manifest["vocab_size"]), int(manifest["parts"]["train"]["shards"][0]["tokens"])
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        sys.exit(f"{data} is no data set ({error}); `autoresearch prepare` makes one and says where")
+        return Dataset.open(data, verify="quick")
+    except DataError as error:
+        sys.exit(f"{data} is no data set: {error.fact}; `autoresearch prepare` makes one and says where")
 
 
 def plan(order: Order, seed: int, seeds: int, tokens: int) -> Order:
@@ -157,9 +157,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def compare(upstream: Path, data: Path, steps: int, seeds: int, out: Path | None) -> None:
+    dataset = opened(data)
+    first = dataset.parts["train"].shards[0]  # from which batches are read
+    tokens = first.size // dataset.token_dtype.itemsize
     order = Order() if not without_card() else replace(ON_CPU, recipe=str(ROOT / "backends" / "rtx" / "train.py"))
-    vocabulary, tokens = facts(data)
-    order = replace(order, steps=steps, upstream=str(upstream), data=str(data), vocab=vocabulary)
+    order = replace(order, steps=steps, upstream=str(upstream), data=str(data), vocab=dataset.vocab_size)
     losses: dict[str, list[list[float]]] = {side: [] for side in SIDES}
     for seed in range(seeds):
         for side in SIDES:
@@ -168,7 +170,7 @@ def compare(upstream: Path, data: Path, steps: int, seeds: int, out: Path | None
             told: dict[str, Any] = {"order": asdict(order), "seeds": seed + 1, "losses": losses}
             replace_file(out, json.dumps(told).encode())
     print(
-        f"depth {order.depth} of {order.dim}, vocabulary {vocabulary}, {order.context} tokens of context, "
+        f"depth {order.depth} of {order.dim}, vocabulary {order.vocab}, {order.context} tokens of context, "
         f"{order.tokens:,} a step"
     )
     print(table(learnt(losses)))

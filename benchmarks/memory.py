@@ -15,7 +15,7 @@ allocator's, exactly; the figure of `nvidia-smi` has the driver's context in it,
 Of a step is told what the allocator held at most (allocated) and took from the card (reserved), the most of the second
 and third step; and what a step launches, copies and waits for. The loader's two waits are for its own earlier copies.
 FlashAttention 3 is an operator that allocates what it does (benchmarks/memory_side.py), and upstream's norm keeps its
-dtype, as in the torch 2.9.1 that upstream pins (`norm_in_its_dtype` in benchmarks/gpu_upstream.py): both give the
+dtype, as in the torch 2.9.1 that upstream pins (`norm` in benchmarks/upstream_side.py): both give the
 same peak. `--upstream-python` names an interpreter that has another torch, with numpy.
 """
 

@@ -14,8 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import gpu_rtx
-from benchmarks.gpu_upstream import norm_in_its_dtype
+from benchmarks import gpu_rtx, upstream_side
 from benchmarks.launches import recorded, tell
 from benchmarks.leaving import leave
 from benchmarks.peers import PEER_NAMES, load_peer, rates
@@ -61,7 +60,7 @@ def step_of_clone(folder: Path, shape: gpu_rtx.Shape) -> Callable[[float], Tenso
     model and optimizer as they stand, at these shapes and with heads as many as ours."""
     dtype = getattr(torch, gpu_rtx.dtype_of_card())
     peer = load_peer(folder / "train.py", {"MAX_SEQ_LEN": shape.context}, CLONE)
-    peer |= {"norm": norm_in_its_dtype, "MUON_COMPUTE_DTYPE": dtype, "HEAD_DIM": gpu_rtx.recipe(shape).HEAD_DIM}
+    peer |= {"norm": upstream_side.norm, "MUON_COMPUTE_DTYPE": dtype, "HEAD_DIM": gpu_rtx.recipe(shape).HEAD_DIM}
     peer |= {"ADAMW_STEP_IMPL": peer["adamw_step_fused"], "MUON_STEP_IMPL": peer["muon_step_fused"]}
     runtime = SimpleNamespace(attention_backend="sdpa", amp_dtype=dtype)
     with contextlib.redirect_stdout(io.StringIO()):

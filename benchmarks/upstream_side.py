@@ -147,7 +147,8 @@ def namespace(order: dict[str, Any], attend: Callable[..., Any]) -> dict[str, An
 
 
 def norm(x: Any) -> Any:
-    """Upstream's, as the torch that it pins computes it: since 2.10 autocast makes a norm of bfloat16 float32."""
+    """Upstream's, as the torch that it pins computes it. Since 2.10 autocast makes a norm of bfloat16 float32: the
+    stream would be read and kept twice as wide, and FlashAttention 3 takes no such q and k. No work of upstream's."""
     import torch
 
     with torch.autocast(x.device.type, enabled=False):
@@ -155,11 +156,11 @@ def norm(x: Any) -> Any:
 
 
 def load(model: Any, weights: Any) -> None:
-    """The bench's weights, under the same names; the dtype is the model's own."""
+    """Weights as arrays by name, a file of numpy's or a dictionary; the dtype is the model's own."""
     import torch
 
     own = dict(model.named_parameters())
-    odd = sorted(own.keys() ^ set(weights.files))
+    odd = sorted(own.keys() ^ set(weights.keys()))
     if odd:
         raise ValueError(f"upstream's weights have other names: {odd[:4]}")
     with torch.no_grad():

@@ -22,7 +22,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("triton")
 
 from backends.cuda.learning import LEARNING  # noqa: E402 - after the skips
-from benchmarks import gpu, gpu_correctness, gpu_rtx, gpu_run, gpu_sections, gpu_upstream, kernel_cases  # noqa: E402
+from benchmarks import gpu, gpu_correctness, gpu_rtx, gpu_run, gpu_sections, kernel_cases, upstream_side  # noqa: E402
 from benchmarks.gpu import LIMITS, SMOKE, run_section, table  # noqa: E402
 from core import sandbox  # noqa: E402
 from kernels import mlp_choice, plain  # noqa: E402
@@ -303,14 +303,15 @@ def test_a_loss_that_says_the_training_is_wrong_fails(loss, data, done, passed):
     assert row.get("passed", True) is passed and ("reason" in row) is not passed
 
 
-def test_upstream_starts_from_our_weights():
+def test_upstream_starts_from_our_weights(monkeypatch):
     ours = gpu_sections.recipe(SMOKE).build(gpu_sections.spec(SMOKE)).weights()
-    loaded = gpu_upstream.Arrays(gpu_sections.recipe(SMOKE).initial_weights(97, SMOKE.dim, SMOKE.seed))
-    assert sorted(loaded.files) == sorted(ours)
+    monkeypatch.setattr("benchmarks.gpu_upstream.Training", lambda order, attention, weights: weights)
+    loaded = {name: w.numpy() for name, w in gpu_sections.upstream_step(SMOKE, None).items()}
+    assert sorted(loaded) == sorted(ours)
     model = torch.nn.Module()
     model.register_parameter("lm_head", torch.nn.Parameter(torch.zeros(97, 64, dtype=torch.bfloat16)))
     with pytest.raises(ValueError, match="other names"):
-        gpu_upstream.upstream_side.load(model, loaded)
+        upstream_side.load(model, loaded)
     assert all((loaded[name] == value).all() for name, value in ours.items())
 
 

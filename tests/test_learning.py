@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from string import ascii_letters
 
 import numpy as np
 import pytest
@@ -15,7 +16,11 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("triton")  # which upstream's side is timed by on a card
 
 from benchmarks import learning  # noqa: E402 - after the skips
+from benchmarks.gpu_run import print_nothing  # noqa: E402
+from core.documents import from_path  # noqa: E402
 from core.paths import project_root  # noqa: E402
+from core.shards import Plan, build  # noqa: E402
+from core.tokenizer import SMALLEST_VOCABULARY  # noqa: E402
 
 # A train.py with upstream's names and weights, whose model is a table of the next token and whose optimizer is SGD.
 CLONE = """
@@ -91,18 +96,17 @@ def get_muon_momentum(step):
 def get_weight_decay(progress):
     return 0.0
 """
-VOCABULARY = 97
 
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
-    """Text of which every token says the next."""
-    folder = tmp_path / "data"
-    folder.mkdir()
-    (np.arange(60_000) * 5 % VOCABULARY).astype(np.uint16).tofile(folder / "train-00000.bin")
-    manifest = {"vocab_size": VOCABULARY, "parts": {"train": {"shards": [{"tokens": 60_000}]}}}
-    (folder / "manifest.json").write_text(json.dumps(manifest))
-    return folder
+    """Text of which every token, a byte, says the next."""
+    texts, root = tmp_path / "texts", tmp_path / "data"
+    for place in (texts, root):
+        place.mkdir()
+    for i in range(200):
+        (texts / f"{i}.txt").write_text(ascii_letters[i % 26 :] + 12 * ascii_letters)
+    return build(Plan(from_path(texts), SMALLEST_VOCABULARY, []), root, print_nothing, print_nothing).path
 
 
 @pytest.fixture
@@ -138,7 +142,7 @@ def test_all_sides_train_and_are_compared(clone, data, tmp_path):
     for side in (learning.OURS, learning.ALIKE):
         assert (rows[side][:, -1] < rows[side][:, 0] - 0.5).all(), "each token says the next"
         assert not np.array_equal(rows[side][0], rows[side][1]), "other weights, other text"
-    assert done.stdout.splitlines()[0] == "depth 4 of 256, vocabulary 97, 256 tokens of context, 4,096 a step"
+    assert done.stdout.splitlines()[0] == "depth 4 of 256, vocabulary 257, 256 tokens of context, 4,096 a step"
     assert done.stdout.count("| 4 |") == 3 and "±" in done.stdout
 
 

@@ -72,11 +72,8 @@ def test_every_recipe_computes_the_same_with_them(backend, wanted, request):
 
 @pytest.mark.parametrize("backend", list(LIBRARY))
 def test_what_weights_start_from_and_the_rise_of_momentum(backend):
-    pytest.importorskip(LIBRARY[backend])
-    module = ModuleType("train")
-    given = {**STARTS, "DEPTH": 2, "ASPECT_RATIO": 64, "HEAD_DIM": 64, "MOMENTUM_STEPS": 100}
-    exec(compile(source(backend, **given), "train.py", "exec"), module.__dict__)
-    weights = module.build(Spec(97, 32, 96, "cpu", "float32", 1, 0)).weights()
+    module, training = built(backend, "float32", **STARTS, MOMENTUM_STEPS=100)
+    weights = training.weights()
     reach = 0.5 * (3 / 128) ** 0.5
     for name in ("transformer.h.0.attn.c_q.weight", "transformer.h.1.mlp.c_fc.weight", "value_embeds.1.weight"):
         assert 0.99 * reach < np.abs(weights[name]).max() <= reach, name
